@@ -1,0 +1,49 @@
+# Needs Python >= 3.11 with venv and pip, and a C++17 compiler for the extension, which is optional.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side by side
+	$(BIN)/amed sample --model digits --seeds 0-63 --nfe 5 --out samples.png
+	$(BIN)/amed compare --model digits --nfe 5 --out compare.png
+
+test: $(VENV)/.installed
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) </dev/null
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC) </dev/null
+
+bench: $(VENV)/.installed
+	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks samples.png compare.png
+	find amed_engine kernels csrc tests -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
+
+# Stamps, so that a second `make demo` installs nothing. --no-deps and --no-build-isolation: the lock file has it all.
+$(VENV)/.locked: requirements.lock
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python >= 3.11, got " + sys.version + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.lock
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml setup.py $(CSRC)
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed requirements-dev.lock
+	$(PIP) -r requirements-dev.lock
+	touch $@

@@ -1,0 +1,133 @@
+"""The native file format: tensors as safetensors, everything else as one JSON object beside or inside them.
+
+A path ending in .safetensors is one file, its configuration in the header's metadata under "amed_config"; any other path is
+a directory of model.safetensors and config.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from amed_engine.errors import FileFormatError
+
+CONFIG_KEY = "amed_config"
+MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
+MAX_PREDICTOR = 64 << 20
+
+
+def atomic_write(path: str | os.PathLike, data: bytes) -> None:
+    """Write the whole file or nothing: a temporary file beside it, flushed to disk, then renamed over it.
+
+    The mode is what the umask says. Raises OSError as the operating system gives it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask, read where that needs no change to it (os.umask would race with other threads)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
+    """Save tensors and their configuration to a .safetensors file or a directory, atomically."""
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(tensors, metadata={CONFIG_KEY: text})
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        atomic_write(path, data)
+        return
+    atomic_write(path / "model.safetensors", data)
+    atomic_write(path / "config.json", text.encode() + b"\n")
+
+
+def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """(config, tensors) of a file or directory that `write` made. Raises FileFormatError, naming the file."""
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    _check_size(file, max_bytes)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(
+            f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
+        ) from error
+    text = (
+        (path / "config.json").read_text()
+        if path.is_dir() and (path / "config.json").is_file()
+        else metadata.get(CONFIG_KEY)
+    )
+    if text is None:
+        raise FileFormatError(f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata)")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise FileFormatError(f"{file}: tensor {name!r} holds NaN or infinite values")
+    return parse_config(text, file), tensors
+
+
+def parse_config(text: str, file: Path) -> dict:
+    try:
+        config = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{file}: configuration is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FileFormatError(f"{file}: configuration must be a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check_size(file: Path, max_bytes: int | None) -> None:
+    """Refuse what cannot be ours before reading it into memory."""
+    if not file.is_file():
+        raise FileFormatError(
+            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    size = file.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise FileFormatError(f"{file} has {size} bytes, more than the {max_bytes} such a file may have")
+    with open(file, "rb") as opened:
+        start = opened.read(8)
+    if len(start) < 8:
+        raise FileFormatError(f"{file} is truncated: {size} bytes are no safetensors file")
+    header = struct.unpack("<Q", start)[0]
+    if header > MAX_HEADER:
+        raise FileFormatError(
+            f"{file}: its header claims {header} bytes, more than {MAX_HEADER}; it is damaged or of another kind"
+        )
+    if header + 8 > size:
+        raise FileFormatError(f"{file} is truncated: its header claims {header} bytes of {size}")

@@ -1,0 +1,121 @@
+"""Models and predictors in the native format, loaded strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
+from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.networks import EDMPrecond
+from amed_engine.plan import Plan
+from amed_engine.predictor import AMEDPredictor
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fingerprint(model: Any) -> str | None:
+    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters; None for a callable without any.
+
+    Compiled, traced and exported forms of a module have its fingerprint.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    named = sorted((name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters())
+    if not named:
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        value = parameter.detach().cpu().contiguous()
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_predictor(predictor: AMEDPredictor, path: str | os.PathLike) -> None:
+    """Save a predictor and the plan it was trained for, to one .safetensors file or a directory."""
+    plan = None if predictor.plan is None else predictor.plan.to_json()
+    write(
+        path,
+        predictor.state_dict(),
+        {"kind": "amed_predictor", "predictor": predictor.config, "plan": plan, **_versions()},
+    )
+
+
+def load_predictor(path: str | os.PathLike) -> AMEDPredictor:
+    """A predictor saved by `save_predictor`, its plan restored. Raises FileFormatError or ConfigError."""
+    config, tensors = read(path, MAX_PREDICTOR)
+    _expect_kind(config, "amed_predictor", path)
+    predictor = _restore(AMEDPredictor, config.get("predictor"), tensors, path)
+    if config.get("plan") is not None:
+        try:
+            predictor.plan = Plan.from_json(config["plan"])
+        except ConfigError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+    return predictor.eval()
+
+
+def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None:
+    """Save a network of `amed_engine.networks`; notes (training time, loss ...) go into its configuration."""
+    write(path, model.state_dict(), {"kind": "edm_precond", "model": model.config, **notes, **_versions()})
+
+
+def load_model(path: str | os.PathLike) -> EDMPrecond:
+    """A network saved by `save_model`, in evaluation mode."""
+    config, tensors = read(path)
+    _expect_kind(config, "edm_precond", path)
+    return _restore(EDMPrecond, config.get("model"), tensors, path).eval()
+
+
+def _restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> M:
+    """The module of these arguments with these tensors, and no others."""
+    # First without memory: a configuration may claim any size, the file's tensors have theirs.
+    with torch.device("meta"):
+        check_tensors(_build(make, arguments, path), tensors, path)
+    module = _build(make, arguments, path)
+    module.load_state_dict(dict(tensors), strict=True)
+    return module
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """A FileFormatError for the first tensor that is missing, unexpected, misshapen or of another kind than the module's."""
+    own = module.state_dict()
+    if missing := sorted(own.keys() - tensors.keys()):
+        raise FileFormatError(f"{path} lacks tensor {missing[0]!r} ({len(missing)} missing)")
+    if unexpected := sorted(tensors.keys() - own.keys()):
+        raise FileFormatError(f"{path} has unexpected tensor {unexpected[0]!r} ({len(unexpected)} unexpected)")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise FileFormatError(
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            )
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise FileFormatError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, expected {own[name].dtype}")
+
+
+def _expect_kind(config: dict, kind: str, path: str | os.PathLike) -> None:
+    if config.get("kind") != kind:
+        raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {kind!r}")
+
+
+def _build(make: Callable[..., M], arguments: Any, path: str | os.PathLike) -> M:
+    if not isinstance(arguments, dict) or not all(isinstance(name, str) for name in arguments):
+        raise FileFormatError(f"{path}: its configuration names no constructor arguments")
+    try:
+        return make(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise FileFormatError(f"{path}: its configuration does not build: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("amed-engine")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"amed_engine": own, "torch": torch.__version__}

@@ -1,0 +1,93 @@
+"""The denoiser protocol and the wrappers that turn one denoiser into another.
+
+A denoiser is any callable (x, sigma, **cond) -> D or (D, features): x (B, ...), sigma (B,) noise levels, D the estimate
+of the clean data in x's dtype, features the bottleneck activation (B, C, h, w) that a predictor reads, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amed_engine.rules import first_step_direction
+
+
+class Denoised(NamedTuple):
+    """A denoiser's answer: x0, the estimate of the clean data; features, the bottleneck (B, C, h, w) or None."""
+
+    x0: Tensor
+    features: Tensor | None = None
+
+
+Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
+
+
+def as_denoised(output: Any) -> Denoised:
+    """D or (D, features) as a Denoised."""
+    if isinstance(output, Tensor):
+        return Denoised(output)
+    if isinstance(output, (tuple, list)) and 1 <= len(output) <= 2 and isinstance(output[0], Tensor):
+        return Denoised(*output)
+    raise TypeError(
+        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}; wrap the model in a function "
+        "(x, sigma) -> (D, features)"
+    )
+
+
+def analytic_first_step(x: Tensor, sigma: Tensor) -> Denoised:
+    """AFS as a denoiser: D = x - sigma·x / sqrt(1 + sigma²), without features and without a network evaluation."""
+    sigma = sigma.reshape(-1, *[1] * (x.dim() - 1))
+    return Denoised(x - sigma * first_step_direction(sigma) * x)
+
+
+def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
+    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor`. Saharia et al. 2022 (arXiv:2205.11487)."""
+    magnitude = x0.abs().flatten(1)
+    # torch.quantile would do, but refuses more than 16 million elements; this is its linear interpolation.
+    rank = quantile * (magnitude.shape[1] - 1)
+    below = magnitude.kthvalue(int(rank) + 1, dim=1).values
+    above = magnitude.kthvalue(min(int(rank) + 2, magnitude.shape[1]), dim=1).values
+    s = torch.lerp(below, above, rank - int(rank)).clamp_min(floor)
+    s = s.reshape(-1, *[1] * (x0.dim() - 1))
+    return x0.clamp(-s, s) / s
+
+
+def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -> Denoiser:
+    """Guidance D_u + scale (D_c - D_u) by one doubled batch, with the conditional half's features.
+
+    network: (x, sigma, labels) -> D or (D, features), with zero rows of `labels` (B, K) meaning "no class".
+    Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+        rows = repeat_to(labels, len(x))
+        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(rows), rows]))
+        x0, features = as_denoised(both)
+        unconditional, conditional = x0.chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
+        return Denoised(guided, None if features is None else features.chunk(2)[1])
+
+    return denoise
+
+
+def conditioned(network: Callable[..., Any], labels: Tensor) -> Denoiser:
+    """The network (x, sigma, labels) with its labels (B, K) bound."""
+    return lambda x, sigma: as_denoised(network(x, sigma, repeat_to(labels, len(x))))
+
+
+def repeat_to(labels: Tensor, batch: int) -> Tensor:
+    """Labels repeated for parallel evaluation points, whose batch is a multiple of the samples'."""
+    return labels if len(labels) == batch else labels.repeat(batch // len(labels), 1)
+
+
+def thresholded(denoiser: Denoiser) -> Denoiser:
+    """The denoiser with its data prediction thresholded dynamically; features as they were."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+        denoised = as_denoised(denoiser(x, sigma))
+        return denoised._replace(x0=dynamic_thresholding(denoised.x0))
+
+    return denoise

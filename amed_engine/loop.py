@@ -1,0 +1,283 @@
+"""The loop: evaluate, apply one matrix, repeat. Eager, captured, exported and differentiated runs all execute this code.
+
+Nothing here looks at a tensor's values; control flow depends on the program alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
+from amed_engine.errors import ConfigError
+from amed_engine.kernels import combine
+from amed_engine.program import Layout, Midpoint, Row, Stage, Update, fold, levels, retained
+from amed_engine.schedule import check_sigmas
+from amed_engine.solver import Solver
+from amed_engine.solvers import count_evaluations
+
+Predictor = Callable[[Tensor | None, Tensor, Tensor], Midpoint] | Sequence[Midpoint]
+
+
+class State(NamedTuple):
+    """A trajectory between two evaluations: anchor, evaluation point(s) and past directions, newest first."""
+
+    x: Tensor
+    y: tuple[Tensor, ...]
+    directions: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def start(cls, x: Tensor) -> State:
+        """At rest in x, which is anchor and evaluation point."""
+        return cls(x, (x,))
+
+    def detach(self) -> State:
+        x = self.x.detach()
+        y = (x,) if len(self.y) == 1 and self.y[0] is self.x else tuple(point.detach() for point in self.y)
+        return State(x, y, tuple(d.detach() for d in self.directions))
+
+
+class Progress(NamedTuple):
+    """What `iterate` yields after each update."""
+
+    interval: int
+    state: State
+    first: bool  # after the first evaluation of the interval
+    last: bool  # the interval is complete: state.y[0] is the state at its end
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that is fixed before an image is seen: solver, noise levels, and the updates where nothing is learned.
+
+    A predictor that is a sequence of Midpoints (one per interval, numbers) is folded into the updates too.
+    """
+
+    solver: Solver
+    sigmas: Tensor  # (n + 1,) float64 on the host, or on `device` in the state's precision after `on`
+    predictor: Predictor | None = None
+    afs: bool = False
+    denoise_to_zero: bool = False
+    updates: tuple[tuple[Update, ...], ...] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        solver: Solver,
+        sigmas: Tensor,
+        predictor: Predictor | None = None,
+        *,
+        afs: bool = False,
+        denoise_to_zero: bool = False,
+    ) -> Program:
+        program = cls(solver, check_sigmas(sigmas), predictor, afs, denoise_to_zero)
+        program._check_predictor()
+        return replace(program, updates=program._fold_all()) if program._is_static() else program
+
+    @property
+    def intervals(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample (parallel points count one each)."""
+        evaluations = count_evaluations(self.solver, self.intervals, midpoint=self.predictor is not None, afs=self.afs)
+        return evaluations + int(self.denoise_to_zero)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Program:
+        """The same program with its constants on a device; low-precision states keep float32 coefficients."""
+        precision = torch.promote_types(dtype, torch.float32)
+        updates = self.updates and tuple(tuple(u.to(device, precision) for u in step) for step in self.updates)
+        return replace(self, sigmas=self.sigmas.to(device, precision), updates=updates)
+
+    def _check_predictor(self) -> None:
+        takes, name = self.solver.midpoint, type(self.solver).__name__
+        if self.predictor is None and takes == "required":
+            raise ConfigError(f"solver {name} needs a predictor; pass an AMEDPredictor or one Midpoint per interval")
+        if self.predictor is not None and takes == "none":
+            raise ConfigError(
+                f"solver {name} takes no predictor; use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"
+            )
+        if isinstance(self.predictor, Sequence) and len(self.predictor) != self.intervals:
+            raise ConfigError(
+                f"got {len(self.predictor)} midpoints for {self.intervals} intervals; pass one per interval"
+            )
+
+    def _is_static(self) -> bool:
+        if not isinstance(self.predictor, Sequence):
+            return self.predictor is None
+        return not any(isinstance(field, Tensor) and field.requires_grad for mid in self.predictor for field in mid)
+
+    def _fold_all(self) -> tuple[tuple[Update, ...], ...]:
+        walk = Walk(self, self.sigmas)
+        host = [None] * self.intervals if self.predictor is None else [_on_host(mid) for mid in self.predictor]  # type: ignore[union-attr]
+        return tuple(walk.updates(i, mid) for i, mid in enumerate(host))
+
+
+def _on_host(midpoint: Midpoint) -> Midpoint:
+    return Midpoint(*(torch.as_tensor(field).detach().to("cpu", torch.float64) for field in midpoint))
+
+
+class Walk:
+    """Asks the solver for its stages along a trajectory and folds them, carrying noise levels and layout only."""
+
+    def __init__(self, program: Program, sigmas: Tensor):
+        self.solver, self.sigmas, self.intervals = program.solver, sigmas, len(sigmas) - 1
+        self.past: tuple[Tensor, ...] = ()
+        self.directions, self.y_is_x = 0, True
+
+    def updates(self, i: int, midpoint: Midpoint | None) -> tuple[Update, ...]:
+        sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
+        stages = self.solver.step(self.past, sigma, sigma_next, midpoint, i, self.intervals)
+        if midpoint is None or not (isinstance(midpoint.r, Tensor) and midpoint.r.dim()):
+            stages = [_trimmed(stage) for stage in stages]
+        evaluated = sigma
+        folded = []
+        for s, stage in enumerate(stages):
+            folded.append(self._fold(stage, levels(evaluated), retained(stages, s, self.solver.memory)))
+            if not isinstance(evaluated, tuple):
+                self.past = (evaluated, *self.past)[: self.solver.memory]
+            evaluated = sigma_next if stage.sigma is None else stage.sigma
+        return tuple(folded)
+
+    def detach(self) -> None:
+        """Cut the gradient to the noise levels of earlier intervals, for training interval by interval."""
+        self.past = tuple(level.detach() for level in self.past)
+
+    def _fold(self, stage: Stage, sigma: tuple[Tensor, ...], keep: int) -> Update:
+        layout = Layout(sigma, self.y_is_x, self.directions, self.solver.data_prediction)
+        update = fold(stage, layout, keep)
+        self.directions, self.y_is_x = update.keep, update.x_is_y
+        return update
+
+
+def _trimmed(stage: Stage) -> Stage:
+    """Without trailing coefficients that are exactly zero (DPM-Solver-2 at r = 1/2 does not read its first direction)."""
+
+    def trim(row: Row) -> Row:
+        b = list(row.b)
+        while len(b) > 1 and not _needs_grad(b[-1]) and float(b[-1]) == 0:
+            b.pop()
+        return Row(row.a, tuple(b))
+
+    y = tuple(trim(row) for row in stage.y)
+    x = None if stage.x is None else y[0] if stage.x is stage.y[0] else trim(stage.x)
+    return stage._replace(y=y, x=x)
+
+
+def _needs_grad(c: Tensor | float) -> bool:
+    return isinstance(c, Tensor) and (c.requires_grad or c.device.type != "cpu")
+
+
+def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State:
+    """Apply one update with one `combine` call; denoised holds D at each point of state.y."""
+    points = () if len(state.y) == 1 and state.y[0] is state.x else state.y
+    tensors = (state.x, *points, *denoised, *state.directions)
+    outputs = combine([tensors[j] for j in update.columns], update.coeffs)
+    # Data prediction keeps D itself as its direction, without a copy.
+    new = tuple(outputs[: update.new_directions]) if update.new_directions else denoised
+    directions = (*new, *state.directions)[: update.keep]
+    rest = outputs[update.new_directions :]
+    if not update.moves_x:
+        return State(state.x, tuple(rest), directions)
+    if update.x_is_y:
+        return State(rest[0], (rest[0],), directions)
+    return State(rest[0], tuple(rest[1:]), directions)
+
+
+class Trajectory:
+    """A program at work on one batch: the denoisers of its evaluations and the coefficients carried along."""
+
+    def __init__(self, program: Program, denoiser: Denoiser):
+        wrap = thresholded if program.solver.thresholds else lambda d: d
+        self.program, self.network = program, wrap(denoiser)
+        self.first = wrap(analytic_first_step) if program.afs else self.network
+        self.walk = Walk(program, program.sigmas)
+
+    def interval(self, state: State, i: int) -> Iterator[Progress]:
+        """From sigmas[i] to sigmas[i + 1], yielding after each update. Intervals are to be run in order."""
+        denoiser = self.network if i else self.first
+        evaluated = evaluate(denoiser, state.y, (self.program.sigmas[i],))
+        updates = self._updates(i, evaluated[0].features, len(state.x))
+        for s, update in enumerate(updates):
+            if s:
+                evaluated = evaluate(self.network, state.y, updates[s - 1].sigma_net)
+            state = advance(state, tuple(d.x0 for d in evaluated), update)
+            yield Progress(i, state, s == 0, s == len(updates) - 1)
+
+    def _updates(self, i: int, features: Tensor | None, batch: int) -> tuple[Update, ...]:
+        program, predictor = self.program, self.program.predictor
+        if program.updates is not None:
+            return program.updates[i]
+        if isinstance(predictor, Sequence):
+            return self.walk.updates(i, predictor[i])
+        sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
+        midpoint = predictor(features, sigma, sigma_next)  # type: ignore[misc]
+        return self.walk.updates(i, Midpoint(*(_like(field, sigma) for field in midpoint)))
+
+
+def _like(field: Tensor | float, sigma: Tensor) -> Tensor | float:
+    return field.to(sigma.dtype) if isinstance(field, Tensor) else field
+
+
+def iterate(program: Program, denoiser: Denoiser, x: Tensor) -> Iterator[Progress]:
+    """Run a program that is already on x's device, yielding after each update."""
+    run = Trajectory(program, denoiser)
+    state = State.start(x)
+    for i in range(program.intervals):
+        for progress in run.interval(state, i):
+            yield progress
+            state = progress.state
+
+
+def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
+    """The denoiser at each point, several points in one batched call; sigma: () or (B,) per point."""
+    assert sigma is not None
+    batch, dtype = len(y[0]), y[0].dtype
+    x = torch.cat(y) if len(y) > 1 else y[0]
+    sigmas = torch.cat([level.expand(batch) for level in sigma])
+    x0, features = as_denoised(denoiser(x, sigmas))
+    if torch.promote_types(x0.dtype, dtype) != dtype:
+        x0 = x0.to(dtype)
+    if len(y) == 1:
+        return (Denoised(x0, features),)
+    split = [None] * len(y) if features is None else features.split(batch)
+    return tuple(Denoised(d, f) for d, f in zip(x0.split(batch), split, strict=True))
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    solver: Solver,
+    predictor: Predictor | None = None,
+    *,
+    afs: bool = False,
+    denoise_to_zero: bool = False,
+    trajectory: bool = False,
+) -> Tensor:
+    """Integrate the probability-flow ODE from sigmas[0] to sigmas[-1].
+
+    denoiser: (x, sigma: (B,)) -> D or (D, features). x: (B, ...), already scaled by sigmas[0]; the loop computes in its
+    dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or one
+    Midpoint per interval. afs: the first evaluation is replaced by its analytic estimate. denoise_to_zero: one more
+    evaluation at sigmas[-1], whose D is the result. Differentiable in x, the denoiser's and the predictor's parameters.
+    Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
+    Raises ConfigError.
+    """
+    if not x.is_floating_point():
+        raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
+    program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero).on(x.device, x.dtype)
+    states = [x]
+    for progress in iterate(program, denoiser, x):
+        if progress.first and progress.interval and solver.corrects:
+            states[-1] = progress.state.x
+        if progress.last:
+            states.append(progress.state.y[0])
+    if denoise_to_zero:
+        states.append(evaluate(denoiser, (states[-1],), (program.sigmas[-1],))[0].x0)
+    return torch.stack(states) if trajectory else states[-1]

@@ -1,0 +1,117 @@
+"""From whatever a caller has (a name, a file, a module, a program) to one callable and what is known of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine import zoo
+from amed_engine.checkpoints import load_model
+from amed_engine.denoiser import Denoised, as_denoised
+from amed_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and its facts. `network` is (x, sigma[, labels (B, label_dim)]) -> D or (D, features)."""
+
+    network: Callable[..., Any]
+    shape: tuple[int, ...] | None  # (C, H, W)
+    label_dim: int
+    sigma_min: float
+    sigma_max: float
+    name: str | None = None  # in the zoo
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.network if isinstance(self.network, nn.Module) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are; the CPU for a callable without any."""
+        parameter = next(self.module.parameters(), None) if self.module else None
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
+        """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
+        parameter = next(self.module.parameters(), None) if self.module else None
+        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+        denoised = as_denoised(self.network(x.to(dtype), sigma.to(dtype), *labels))
+        if denoised.x0.shape != x.shape:
+            raise ConfigError(
+                f"the model returned shape {tuple(denoised.x0.shape)} for an input of {tuple(x.shape)}; a denoiser "
+                "returns an estimate of the clean data in its input's shape"
+            )
+        return denoised._replace(x0=denoised.x0.to(x.dtype))
+
+
+def resolve(
+    model: Any,
+    *,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Model:
+    """A Model from a zoo name, a path, an nn.Module (compiled and scripted ones too), an ExportedProgram or a callable.
+
+    What is not given is read from the module's attributes, which EDM's networks have: img_channels, img_resolution,
+    label_dim, sigma_min, sigma_max. Modules are put into evaluation mode. Raises ConfigError.
+    """
+    name = model if isinstance(model, str) and model in zoo.names() else None
+    network = _open(model)
+    if not callable(network):
+        raise ConfigError(
+            f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
+        )
+    if isinstance(network, nn.Module) and not isinstance(model, torch.export.ExportedProgram):
+        network.eval()
+    return Model(
+        network=network,
+        shape=tuple(shape) if shape is not None else _image_shape(network),
+        label_dim=int(label_dim if label_dim is not None else getattr(network, "label_dim", 0) or 0),
+        sigma_min=float(sigma_min if sigma_min is not None else getattr(network, "sigma_min", 0.002)),
+        sigma_max=float(sigma_max if sigma_max is not None else getattr(network, "sigma_max", math.inf)),
+        name=name,
+    )
+
+
+def _image_shape(network: Any) -> tuple[int, ...] | None:
+    channels, size = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
+    return None if channels is None or size is None else (int(channels), int(size), int(size))
+
+
+def _open(model: Any) -> Any:
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    if isinstance(model, str) and model in zoo.names():
+        return zoo.load(model)
+    path = Path(model)
+    if not path.exists():
+        raise ConfigError(
+            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names())}"
+        )
+    if path.is_dir() or path.suffix == ".safetensors":
+        return load_model(path)
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    return _open_torchscript(path)
+
+
+def _open_torchscript(path: Path) -> nn.Module:
+    try:
+        return torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is no TorchScript file ({str(error).splitlines()[0]}); known forms: TorchScript (.pt), ExportedProgram "
+            "(.pt2), this package's .safetensors or directory"
+        ) from error

@@ -1,0 +1,93 @@
+"""Which plan runs: what the caller asked for, what the predictor was trained for, and the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.checkpoints import fingerprint
+from amed_engine.errors import ConfigError
+from amed_engine.models import Model
+from amed_engine.plan import Plan, best_training_free, make_plan
+from amed_engine.predictor import AMEDPredictor
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller asked for, before the predictor and the defaults have their say."""
+
+    solver: str | None
+    options: Mapping[str, Any] | None
+    nfe: int | None
+    schedule: str | Tensor | None
+    rho: float | None
+    afs: bool | None
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def open(self) -> bool:
+        """Nothing but perhaps the NFE was asked for."""
+        return self.solver is self.schedule is self.afs is self.rho is None and not self.options
+
+    def plan(self, *, midpoint: bool) -> Plan:
+        """The plan of these wishes, with a predictor that has none of its own or without any."""
+        schedule = "time_uniform" if self.schedule is None else self.schedule
+        nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
+        common: dict[str, Any] = {
+            "rho": self.rho,
+            "afs": self.afs,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+        }
+        if self.solver is None and self.options:
+            raise ConfigError("solver_options need a solver; pass solver=... as well")
+        if self.solver is None and not midpoint and nfe is not None:
+            return best_training_free(nfe, schedule=schedule, **common)
+        solver = self.solver or ("amed" if midpoint else "ipndm")
+        return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
+
+
+def choose_plan(wishes: Wishes, predictor: AMEDPredictor | None) -> Plan:
+    if predictor is None or predictor.plan is None:
+        return wishes.plan(midpoint=predictor is not None)
+    _check_against(wishes, predictor.plan)
+    return predictor.plan
+
+
+def _check_against(wishes: Wishes, plan: Plan) -> None:
+    """A predictor is only right for what it was trained for."""
+    asked = {"nfe": wishes.nfe, "solver": wishes.solver, "rho": wishes.rho, "afs": wishes.afs}
+    if isinstance(wishes.schedule, str):
+        asked["schedule"] = wishes.schedule
+    for name, value in asked.items():
+        if value is not None and value != getattr(plan, name):
+            raise ConfigError(
+                f"this predictor was trained for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or train "
+                f"one for it with amed_engine.distill"
+            )
+    if isinstance(wishes.schedule, Tensor) and not _same_levels(wishes.schedule, plan.levels):
+        raise ConfigError(
+            "this predictor was trained for other noise levels than the schedule given; leave schedule out"
+        )
+    if wishes.options and dict(wishes.options) != dict(plan.options):
+        raise ConfigError(
+            f"this predictor was trained for solver options {dict(plan.options)}, got {dict(wishes.options)}"
+        )
+
+
+def _same_levels(given: Tensor, levels: Tensor) -> bool:
+    given = given.detach().to("cpu", torch.float64)
+    return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
+
+
+def check_model(model: Model, plan: Plan) -> None:
+    if plan.model is not None and model.module is not None and fingerprint(model.module) != plan.model:
+        raise ConfigError(
+            "this predictor was trained for another model (or other weights of it): the fingerprints differ; pass its own "
+            "predictor, train one with amed_engine.distill, or verify=False to use it all the same"
+        )

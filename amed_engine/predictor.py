@@ -1,0 +1,113 @@
+"""The AMED predictor: 9,000 parameters that read a network's bottleneck and choose the middle of a step.
+
+Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv:2312.00094).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from amed_engine.errors import ConfigError
+from amed_engine.plan import Plan
+from amed_engine.program import Midpoint
+
+
+class AMEDPredictor(nn.Module):
+    """(features, sigma, sigma_next) -> Midpoint(r, scale_dir, scale_time), each (B,).
+
+        u = silu(map_layer0(emb(sigma))), v = the same of sigma_next
+        z = [enc_layer1(silu(enc_layer0(mean of features over channels))), u, v]
+        r = sigmoid(fc_r(z)),   scale = 1 + s (2 sigmoid(fc_scale(z)) - 1)  in (1 - s, 1 + s)
+
+    scale_dir, scale_time: the half-widths s in [0, 1) of the two scales; 0 leaves that head out and its scale at 1.
+    bottleneck: (h, w) of the features, (B, C, h, w). Features None stand for zeros: models without a bottleneck, and
+    AMED's analytic first step. sigma, sigma_next: () or (B,). `plan` says what it was trained for, None if not known.
+    Parameter names are those of published checkpoints.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        scale_dir: float = 0.01,
+        scale_time: float = 0.0,
+        *,
+        bottleneck: tuple[int, int] = (8, 8),
+        hidden_dim: int = 128,
+        bottleneck_dim: int = 4,
+        embedding_dim: int = 8,
+    ):
+        super().__init__()
+        for name, scale in (("scale_dir", scale_dir), ("scale_time", scale_time)):
+            if not 0 <= scale < 1:
+                raise ConfigError(f"AMEDPredictor: {name} must be in [0, 1), got {scale!r}")
+        if len(bottleneck) != 2 or min(bottleneck) < 1:
+            raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {bottleneck!r}")
+        if embedding_dim < 4 or embedding_dim % 2:
+            raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")
+        self.plan: Plan | None = None
+        self.scale_dir, self.scale_time = float(scale_dir), float(scale_time)
+        self.bottleneck = (int(bottleneck[0]), int(bottleneck[1]))
+        self.hidden_dim, self.bottleneck_dim, self.embedding_dim = hidden_dim, bottleneck_dim, embedding_dim
+        width = bottleneck_dim + 2 * embedding_dim
+        self.enc_layer0 = nn.Linear(self.bottleneck[0] * self.bottleneck[1], hidden_dim)
+        self.enc_layer1 = nn.Linear(hidden_dim, bottleneck_dim)
+        self.map_layer0 = nn.Linear(embedding_dim, embedding_dim)
+        self.fc_r = nn.Linear(width, 1)
+        self.fc_scale_dir = nn.Linear(width, 1) if scale_dir else None
+        self.fc_scale_time = nn.Linear(width, 1) if scale_time else None
+        # float32 whatever the module's precision: published predictors were trained with these rounded frequencies.
+        k = torch.arange(embedding_dim // 2, dtype=torch.float32) / (embedding_dim // 2 - 1)
+        self.register_buffer("frequencies", (1 / 10000) ** k, persistent=False)
+
+    @property
+    def config(self) -> dict:
+        """The constructor's arguments, JSON-able."""
+        return {
+            "scale_dir": self.scale_dir,
+            "scale_time": self.scale_time,
+            "bottleneck": list(self.bottleneck),
+            "hidden_dim": self.hidden_dim,
+            "bottleneck_dim": self.bottleneck_dim,
+            "embedding_dim": self.embedding_dim,
+        }
+
+    def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
+        z = self._encode(features, sigma, sigma_next)
+        r = self.fc_r(z).squeeze(1).sigmoid()
+        return Midpoint(
+            r, self._scale(self.fc_scale_dir, self.scale_dir, z), self._scale(self.fc_scale_time, self.scale_time, z)
+        )
+
+    def _encode(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        weight = self.enc_layer0.weight
+        u, v = self._embed(sigma), self._embed(sigma_next)
+        if features is None:
+            mean = weight.new_zeros(max(len(u), len(v)), weight.shape[1])
+        else:
+            mean = self._mean(features).to(weight.dtype)
+        code = self.enc_layer1(silu(self.enc_layer0(mean)))
+        batch = max(len(code), len(u), len(v))
+        return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
+
+    def _mean(self, features: Tensor) -> Tensor:
+        if features.dim() != 4 or tuple(features.shape[2:]) != self.bottleneck:
+            raise ConfigError(
+                f"predictor expects bottleneck features (B, C, {self.bottleneck[0]}, {self.bottleneck[1]}), got "
+                f"{tuple(features.shape)}; it was made for another network"
+            )
+        return features.mean(dim=1).flatten(1)
+
+    def _embed(self, sigma: Tensor) -> Tensor:
+        """silu(map_layer0(sinusoidal embedding)), (1 or B, embedding_dim)."""
+        angles = sigma.reshape(-1, 1).to(self.map_layer0.weight.dtype) * self.frequencies.to(
+            self.map_layer0.weight.dtype
+        )
+        return silu(self.map_layer0(torch.cat([angles.sin(), angles.cos()], dim=1)))
+
+    def _scale(self, head: nn.Linear | None, width: float, z: Tensor) -> Tensor:
+        if head is None:
+            return z.new_ones(len(z))
+        return 1 + width * (2 * head(z).squeeze(1).sigmoid() - 1)

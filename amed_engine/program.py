@@ -1,0 +1,180 @@
+"""What a solver says, as data, and how it becomes one small matrix per network evaluation.
+
+After an evaluation D = denoiser(y; sigma) a solver states a `Stage`: where the anchor x of the step goes and where to
+evaluate next, each a linear combination of x and of directions (a `Row`). `fold` writes that stage as the matrix C of
+
+    [d, x, y] <- C [x, y, D, d_1, d_2, ...]
+
+so that one pass over the tensors applies it. Coefficients are float64 tensors on the host where nothing is learned, or
+(B,) tensors on the device where a predictor gave them; the literal 0.0 marks entries that are zero by structure.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Coefficient = Tensor | float
+
+
+class Row(NamedTuple):
+    """a·x + Σ_j b_j·d_j, with x the anchor of the step and d_0 the newest direction. Coefficients () or (B,)."""
+
+    a: Coefficient
+    b: tuple[Coefficient, ...]
+
+    def scaled(self, c: Coefficient) -> Row:
+        """The directions' coefficients times c."""
+        return Row(self.a, tuple(c * b for b in self.b))
+
+    def after(self, first: Row) -> Row:
+        """This row read from the point that `first` leads to: a·(first) + Σ b_j·d_j."""
+        size = max(len(self.b), len(first.b))
+        mine, theirs = ((*row.b, *[0.0] * (size - len(row.b))) for row in (self, first))
+        return Row(self.a * first.a, tuple(m + self.a * t for m, t in zip(mine, theirs, strict=True)))
+
+
+class Stage(NamedTuple):
+    """What follows one evaluation.
+
+    y: next evaluation point; several rows are independent points, evaluated in one batched call.
+    x: new anchor, None keeps it; the same object as y[0] where the anchor goes to the evaluation point.
+    sigma: noise level of y, () or (B,), a tuple of them for several points; None ends the step (y is then at sigma_next).
+    sigma_net: noise level told to the network; None means sigma.
+    """
+
+    y: tuple[Row, ...]
+    x: Row | None
+    sigma: Tensor | tuple[Tensor, ...] | None = None
+    sigma_net: Tensor | tuple[Tensor, ...] | None = None
+
+
+class Midpoint(NamedTuple):
+    """Where and how far to go inside one interval: m = sigma_next^r · sigma^(1-r).
+
+    Each field is () or (B,); with a leading dimension K for K parallel points.
+    """
+
+    r: Tensor | float
+    scale_dir: Tensor | float = 1.0
+    scale_time: Tensor | float = 1.0
+
+
+class Update(NamedTuple):
+    """One `combine` call: the matrix, the tensors it reads and the meaning of what it writes.
+
+    columns index [x, y_1 .. y_K unless y is x, D_1 .. D_K, d_1, d_2, ...]; the outputs are the `new_directions`
+    first, then the anchor if `moves_x` and it is not y, then the evaluation points. `keep` directions stay afterwards.
+    sigma, sigma_net: noise levels of each new evaluation point; None where the step ends.
+    """
+
+    coeffs: Tensor  # (M, J, 1 or B)
+    columns: tuple[int, ...]
+    new_directions: int
+    keep: int
+    moves_x: bool
+    x_is_y: bool
+    sigma: tuple[Tensor, ...] | None
+    sigma_net: tuple[Tensor, ...] | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Update:
+        def move(levels: tuple[Tensor, ...] | None):
+            return None if levels is None else tuple(level.to(device, dtype) for level in levels)
+
+        return self._replace(
+            coeffs=self.coeffs.to(device, dtype), sigma=move(self.sigma), sigma_net=move(self.sigma_net)
+        )
+
+
+class Layout(NamedTuple):
+    """Which tensors exist when a stage is applied: K points evaluated at `sigma`, `past` older directions."""
+
+    sigma: tuple[Tensor, ...]
+    y_is_x: bool
+    past: int
+    data_prediction: bool
+
+    @property
+    def points(self) -> int:
+        return len(self.sigma)
+
+    @property
+    def size(self) -> int:
+        return 1 + self.points * (1 if self.y_is_x else 2) + self.past
+
+    def denoised_column(self, k: int) -> int:
+        return k + (1 if self.y_is_x else 1 + self.points)
+
+    def direction(self, k: int) -> list[Coefficient]:
+        """The k-th newest direction over the columns: (y - D) / sigma, or D for data prediction, or an older one."""
+        row: list[Coefficient] = [0.0] * self.size
+        if k >= self.points:
+            row[self.size - self.past + k - self.points] = 1.0
+        elif self.data_prediction:
+            row[self.denoised_column(k)] = 1.0
+        else:
+            row[0 if self.y_is_x else 1 + k] = 1 / self.sigma[k]
+            row[self.denoised_column(k)] = -1 / self.sigma[k]
+        return row
+
+    def expand(self, row: Row) -> list[Coefficient]:
+        """The row over the columns instead of over anchor and directions."""
+        total: list[Coefficient] = [row.a, *[0.0] * (self.size - 1)]
+        for k, b in enumerate(row.b):
+            for column, d in enumerate(self.direction(k)):
+                if not (isinstance(d, float) and d == 0.0):
+                    total[column] = total[column] + b * d
+        return total
+
+
+def levels(sigma: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return sigma if isinstance(sigma, tuple) else (sigma,)
+
+
+def fold(stage: Stage, layout: Layout, keep: int) -> Update:
+    """The stage as one matrix over the tensors of `layout`, retaining the newest `keep` directions."""
+    new = 0 if layout.data_prediction else min(keep, layout.points)
+    x_is_y = stage.x is stage.y[0]
+    moved = () if stage.x is None or x_is_y else (stage.x,)
+    matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in (*moved, *stage.y)]
+    columns = tuple(j for j in range(layout.size) if any(not _is_zero(row[j]) for row in matrix))
+    sigma = None if stage.sigma is None else levels(stage.sigma)
+    return Update(
+        coeffs=_stack([[row[j] for j in columns] for row in matrix], like=layout.sigma[0]),
+        columns=columns,
+        new_directions=new,
+        keep=min(keep, layout.points + layout.past),
+        moves_x=stage.x is not None,
+        x_is_y=x_is_y,
+        sigma=sigma,
+        sigma_net=sigma if stage.sigma_net is None else levels(stage.sigma_net),
+    )
+
+
+def _is_zero(c: Coefficient) -> bool:
+    # Only host scalars are looked at: reading a device tensor would synchronize, and a learned zero is not structural.
+    return c.dim() == 0 and _is_constant(c) and bool(c == 0) if isinstance(c, Tensor) else c == 0
+
+
+def _is_constant(c: Tensor) -> bool:
+    return c.device.type == "cpu" and not c.requires_grad and not torch.compiler.is_compiling()
+
+
+def _stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:
+    """(M, J, 1 or B) from nested coefficients, each () or (B,)."""
+    tensors = [[c if isinstance(c, Tensor) else like.new_tensor(c) for c in row] for row in matrix]
+    batch = max((c.shape[0] for row in tensors for c in row if c.dim()), default=1)
+    return torch.stack([torch.stack([c.expand(batch) for c in row]) for row in tensors])
+
+
+def retained(stages: list[Stage], index: int, memory: int) -> int:
+    """How many directions anything after stages[index] may read: `memory` across steps, or what a later stage names."""
+    counts = [memory]
+    points = len(stages[index].y)
+    for stage in stages[index + 1 :]:
+        longest = max(len(row.b) for row in (*stage.y, *(() if stage.x is None else (stage.x,))))
+        counts.append(longest - points)
+        points = len(stage.y)
+    return max(counts)

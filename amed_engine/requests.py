@@ -1,0 +1,153 @@
+"""From the arguments of `Sampler.run` to latents and labels, all of it checked before any network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.denoiser import Denoiser, classifier_free, conditioned
+from amed_engine.errors import ConfigError
+from amed_engine.models import Model
+from amed_engine.seeds import check_seeds, draw, draw_seeds
+
+
+@dataclass(frozen=True)
+class Request:
+    """Latents (B, C, H, W) of unit variance and labels (B, label_dim) on the device; seeds and classes as reported."""
+
+    latents: Tensor
+    labels: Tensor | None
+    seeds: list[int] | None
+    classes: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Request:
+        def cut(field: Any) -> Any:
+            return None if field is None else field[start:stop]
+
+        return Request(self.latents[start:stop], cut(self.labels), cut(self.seeds), cut(self.classes))
+
+
+def make_request(
+    model: Model,
+    batch: int | Sequence[int] | Tensor,
+    class_labels: int | Sequence[int] | Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Request:
+    """Check and complete what was asked; see `Sampler.run`. Raises ConfigError."""
+    if isinstance(batch, Tensor) and batch.is_floating_point():
+        latents, seeds, drawn = _check_latents(batch, model, dtype, device), None, None
+        if model.label_dim and class_labels is None:
+            # Latents have no seeds: the row numbers stand in for them.
+            _, drawn = draw(range(len(latents)), (), model.label_dim)
+    else:
+        seeds = _seeds(batch, generator)
+        noise, drawn = draw(seeds, _shape(model), model.label_dim)
+        latents = noise.to(device, dtype)
+    classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents))
+    labels = None if classes is None else vectors(classes, model.label_dim).to(device, dtype)
+    return Request(latents, labels, seeds, classes)
+
+
+def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
+    if isinstance(batch, int) and not isinstance(batch, bool):
+        return draw_seeds(batch, generator)
+    if isinstance(batch, Tensor) and batch.dim() == 1:
+        batch = batch.tolist()
+    if isinstance(batch, (str, bytes, bool)) or not isinstance(batch, (Sequence, range)):
+        raise ConfigError(
+            "batch must be a number of samples, a sequence of seeds or a float tensor of latents (B, C, H, W), "
+            f"got {_name(batch)}"
+        )
+    return check_seeds(batch)
+
+
+def _name(value: Any) -> str:
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{type(value).__name__} {value!r}"
+    )
+
+
+def _shape(model: Model) -> tuple[int, ...]:
+    if model.shape is None:
+        raise ConfigError(
+            "the model does not say what shape its samples have; pass shape=(C, H, W) to the Sampler, or latents to run"
+        )
+    return model.shape
+
+
+def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device) -> Tensor:
+    shape = model.shape
+    expected = "(B, C, H, W)" if shape is None else f"(B, {', '.join(map(str, shape))})"
+    if latents.dim() != (4 if shape is None else len(shape) + 1):
+        raise ConfigError(f"latents must have shape {expected}, got {tuple(latents.shape)}")
+    if shape is not None and tuple(latents.shape[1:]) != tuple(shape):
+        raise ConfigError(f"latents must have shape {expected} for this model, got {tuple(latents.shape)}")
+    if not len(latents):
+        raise ConfigError("latents hold no samples: the batch is empty; ask for at least one")
+    if latents.dtype != dtype:
+        raise ConfigError(
+            f"latents must be {dtype}, the sampler's dtype, got {latents.dtype}; convert them or pass dtype= to the Sampler"
+        )
+    if latents.device != device:
+        raise ConfigError(
+            f"latents are on {latents.device}, the sampler on {device}; move them, or pass device= to the Sampler"
+        )
+    finite = torch.isfinite(latents).flatten(1).all(1)
+    if not bool(finite.all()):
+        raise ConfigError(f"latents hold NaN or infinite values in rows {(~finite).nonzero().flatten().tolist()}")
+    return latents
+
+
+def _check_labels(labels: Any, label_dim: int, batch: int) -> Tensor:
+    if not label_dim:
+        raise ConfigError("class_labels were given, but the model is unconditional (label_dim 0); leave them out")
+    if isinstance(labels, int) and not isinstance(labels, bool):
+        labels = [labels] * batch
+    try:
+        labels = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"class_labels must be class numbers or vectors, got {labels!r}") from error
+    if labels.is_floating_point():
+        return _checkvectors(labels, label_dim, batch)
+    if labels.dtype == torch.bool or tuple(labels.shape) != (batch,):
+        if tuple(labels.shape) == (batch, label_dim):
+            return _checkvectors(labels.float(), label_dim, batch)
+        raise ConfigError(
+            f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}"
+        )
+    if bool(((labels < 0) | (labels >= label_dim)).any()):
+        bad = labels[(labels < 0) | (labels >= label_dim)][0].item()
+        raise ConfigError(f"class_labels must be in 0 .. {label_dim - 1}, got {bad}")
+    return labels.to(torch.int64)
+
+
+def _checkvectors(labels: Tensor, label_dim: int, batch: int) -> Tensor:
+    if tuple(labels.shape) != (batch, label_dim):
+        raise ConfigError(f"class_labels as vectors must have shape ({batch}, {label_dim}), got {tuple(labels.shape)}")
+    if not bool(torch.isfinite(labels).all()):
+        raise ConfigError("class_labels hold NaN or infinite values")
+    return labels
+
+
+def vectors(classes: Tensor, label_dim: int) -> Tensor:
+    """Class numbers as one-hot rows; vectors as they are."""
+    return classes if classes.is_floating_point() else torch.nn.functional.one_hot(classes, label_dim)
+
+
+def bind_labels(model: Model, labels: Tensor | None, guidance_scale: float | None) -> Denoiser:
+    """The model's denoiser with its conditions and guidance bound: (x, sigma) -> Denoised."""
+    if labels is None:
+        return model.denoise
+    if guidance_scale is None or guidance_scale == 1:
+        return conditioned(model.denoise, labels)
+    return classifier_free(model.denoise, labels, guidance_scale)

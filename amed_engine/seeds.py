@@ -1,0 +1,72 @@
+"""From seeds to noise and labels: one generator per seed, so that a sample never depends on its batch.
+
+Generators live on the CPU whatever the sampling device, so a seed gives the same noise everywhere; noise is drawn first,
+then the label. The global generators are not touched.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amed_engine.errors import ConfigError
+
+LIMIT = 1 << 32
+
+
+def check_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds as a list; each an integer in 0 .. 2^32 - 1 (beyond, torch's CPU generator repeats itself)."""
+    checked = []
+    for seed in seeds:
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise ConfigError(f"seeds must be integers, got {seed!r} of type {type(seed).__name__}")
+        if not 0 <= int(seed) < LIMIT:
+            raise ConfigError(
+                f"seed {seed} is outside 0 .. 2^32 - 1, where torch's generator would repeat another seed's noise"
+            )
+        checked.append(int(seed))
+    if not checked:
+        raise ConfigError("got no seeds: the batch is empty; ask for at least one sample")
+    return checked
+
+
+def parse_seeds(text: str) -> list[int]:
+    """EDM's notation: "0-63", "1,5,9" or "0-3,8". Raises ConfigError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise ConfigError(
+                f"cannot read seeds {text!r}: {part!r} is neither a number nor a range; write e.g. 0-63 or 1,5,9"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(f"cannot read seeds {text!r}: the range {part.strip()!r} runs backwards")
+        if last - first >= 10_000_000:
+            raise ConfigError(f"cannot read seeds {text!r}: {part.strip()!r} names more than 10,000,000 seeds")
+        seeds.extend(range(first, last + 1))
+    return check_seeds(seeds)
+
+
+def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """`count` seeds from a generator, or from the operating system where there is none."""
+    if count < 1:
+        raise ConfigError(f"batch must be at least 1 sample, got {count}")
+    if generator is None:
+        return [secrets.randbits(32) for _ in range(count)]
+    return torch.randint(LIMIT, (count,), generator=generator, device=generator.device).tolist()
+
+
+def draw(seeds: Sequence[int], shape: tuple[int, ...], label_dim: int) -> tuple[Tensor, Tensor | None]:
+    """Unit normal noise (B, *shape) float32 and, for a conditional model, labels (B,) int64, on the CPU."""
+    noise, labels = torch.empty(len(seeds), *shape), torch.zeros(len(seeds), dtype=torch.int64)
+    for row, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(shape, generator=generator, out=noise[row])
+        if label_dim:
+            labels[row] = torch.randint(label_dim, (), generator=generator)
+    return noise, labels if label_dim else None

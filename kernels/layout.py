@@ -1,0 +1,171 @@
+"""Argument checks and memory layout, shared by every implementation; raises before anything is launched."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import MidpointWeights, accumulation_dtype
+
+MAX_SOURCES = 16
+MAX_OUTPUTS = 8
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_list(name: str, tensors: Sequence[Tensor], limit: int) -> None:
+    """The tensors are 1 .. limit, alike in shape and device, floating and no wider than the first's accumulation."""
+    if not 1 <= len(tensors) <= limit:
+        raise ValueError(f"{name} must be 1 to {limit} tensors, got {len(tensors)}; fold or split the update")
+    first = tensors[0]
+    shape, device = first.shape, first.device
+    if len(shape) < 1:
+        raise ValueError(f"{name}[0] must have a batch dimension, got a 0-dimensional tensor; reshape it to (B, ...)")
+    widest = accumulation_dtype(first.dtype)
+    for k, tensor in enumerate(tensors):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}[{k}] must have shape {tuple(shape)} like {name}[0], got {tuple(tensor.shape)}")
+        dtype = tensor.dtype
+        if dtype not in _FLOATING:
+            raise ValueError(f"{name}[{k}] must be float16, bfloat16, float32 or float64, got {dtype}; convert it")
+        if dtype == torch.float64 and widest != torch.float64:
+            raise ValueError(f"{name}[{k}] is float64 but {name}[0] is {first.dtype}; convert one of them")
+        if tensor.device != device:
+            raise ValueError(f"{name}[{k}] must be on {device} like {name}[0], got {tensor.device}; move it")
+
+
+def check_combine(sources: Sequence[Tensor], coeffs: Tensor) -> None:
+    """Refuse arguments that `combine` does not define."""
+    check_list("sources", sources, MAX_SOURCES)
+    first = sources[0]
+    shape, count, batch = coeffs.shape, len(sources), first.shape[0]
+    if len(shape) != 3 or shape[1] != count or (shape[2] != 1 and shape[2] != batch):
+        raise ValueError(f"coeffs must have shape (M, {count}, {batch}) or (M, {count}, 1), got {tuple(shape)}")
+    if not 1 <= shape[0] <= MAX_OUTPUTS:
+        raise ValueError(f"coeffs must give 1 to {MAX_OUTPUTS} outputs, got {shape[0]}; split the call")
+    if coeffs.dtype != accumulation_dtype(first.dtype):
+        wanted = accumulation_dtype(first.dtype)
+        raise ValueError(f"coeffs must be {wanted} for {first.dtype} sources[0], got {coeffs.dtype}; convert it")
+    if coeffs.device != first.device:
+        raise ValueError(f"coeffs must be on {first.device} like sources, got {coeffs.device}; move it")
+
+
+def check_dots(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Refuse arguments that `combine_coeff_grad` does not define."""
+    check_list("grads", grads, MAX_OUTPUTS)
+    check_list("sources", sources, MAX_SOURCES)
+    check_list("[grads[0], sources[0]]", [grads[0], sources[0]], 2)
+
+
+def check_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    """Refuse outputs that do not fit, or that share memory with an input in any way but element for element."""
+    first = sources[0]
+    if len(out) != coeffs.shape[0]:
+        raise ValueError(f"out must be {coeffs.shape[0]} tensors, one per row of coeffs, got {len(out)}")
+    for m, target in enumerate(out):
+        if target.shape != first.shape or target.dtype != first.dtype or target.device != first.device:
+            raise ValueError(
+                f"out[{m}] must be {tuple(first.shape)} {first.dtype} on {first.device} like sources[0], "
+                f"got {tuple(target.shape)} {target.dtype} on {target.device}"
+            )
+        if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
+            raise ValueError(f"out[{m}] is expanded: several of its elements share memory; pass a tensor of its own")
+        if any(_overlap(target, source) and not _same_view(target, source) for source in sources):
+            raise ValueError(f"out[{m}] overlaps a source in part; pass the same view or separate memory")
+        if _overlap(target, coeffs) or any(_overlap(target, other) for other in out[:m]):
+            raise ValueError(f"out[{m}] overlaps coeffs or another output; pass separate memory")
+
+
+def check_midpoint(
+    features: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    weights: MidpointWeights,
+    scale_dir: float,
+    scale_time: float,
+) -> None:
+    """Refuse arguments that `midpoint` does not define."""
+    batch = sigma.shape[0] if features is None and sigma.dim() else None if features is None else features.shape[0]
+    for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
+        if level.dim() != 1 or level.shape[0] not in (1, batch):
+            raise ValueError(f"{name} must have shape ({batch},) or (1,), got {tuple(level.shape)}")
+        if level.dtype not in (torch.float32, torch.float64) or level.dtype != sigma.dtype:
+            raise ValueError(f"{name} must be float32 or float64 and like sigma, got {level.dtype}; convert it")
+    if features is not None and (features.dim() not in (3, 4) or features.dtype not in _FLOATING):
+        raise ValueError(f"features must be floating (B, C, h, w) or (B, h, w), got {features.dtype} {features.shape}")
+    _check_weights(
+        weights,
+        sigma,
+        None if features is None else features[0, 0].numel() if features.dim() == 4 else features[0].numel(),
+    )
+    for name, width in (("scale_dir", scale_dir), ("scale_time", scale_time)):
+        present = getattr(weights, f"fc_{name}_weight") is not None
+        if present != (width != 0):
+            raise ValueError(f"{name}={width} but its head is {'there' if present else 'absent'}; 0 means no head")
+
+
+def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) -> None:
+    """Shapes agree with each other and with the features; dtype and device are those of sigma."""
+    channels, hidden = weights.map_layer0_weight.shape[0], weights.enc_layer0_weight.shape[0]
+    encoded = weights.enc_layer1_weight.shape[0]
+    pixels = weights.enc_layer0_weight.shape[1] if pixels is None else pixels
+    inputs = encoded + 2 * channels
+    shapes = [(channels, channels), (channels,), (hidden, pixels), (hidden,), (encoded, hidden), (encoded,)]
+    shapes += [(1, inputs), (1,)] * 3
+    for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
+        if tensor is None and name.startswith("fc_scale"):
+            continue
+        if tensor is None or tensor.shape != shape:
+            got = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} must have shape {shape}, got {got}; does the predictor fit this bottleneck?")
+        if tensor.dtype != sigma.dtype or tensor.device != sigma.device:
+            raise ValueError(
+                f"{name} must be {sigma.dtype} on {sigma.device} like sigma, got {tensor.dtype} on {tensor.device}"
+            )
+    if channels % 2 or channels < 4:
+        raise ValueError(f"the noise embedding must have an even number of channels from 4 on, got {channels}")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges meet (interleaved views count, though no element may be shared)."""
+    (a_from, a_to), (b_from, b_to) = _span(a), _span(b)
+    return a_from < b_to and b_from < a_to
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+# ---- memory order inside a sample ----
+
+
+def sample_format(tensor: Tensor) -> torch.memory_format:
+    """The order of elements inside a sample that kernels use for a call whose first source is `tensor`."""
+    if tensor.dim() == 4 and not _dense(tensor, torch.contiguous_format) and _dense(tensor, torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def in_format(tensor: Tensor, order: torch.memory_format) -> Tensor:
+    """The tensor if each of its samples is dense in that order (batch stride free), otherwise a copy that is."""
+    return tensor if _dense(tensor, order) else tensor.contiguous(memory_format=order)
+
+
+def _dense(tensor: Tensor, order: torch.memory_format) -> bool:
+    if tensor.is_contiguous(memory_format=order):
+        return True
+    shape, strides = tensor.shape, tensor.stride()
+    positions = (1, 3, 2) if order == torch.channels_last else range(len(shape) - 1, 0, -1)
+    expected = 1
+    for k in positions:
+        if shape[k] != 1 and strides[k] != expected:
+            return False
+        expected *= shape[k]
+    return True

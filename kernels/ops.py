@@ -1,0 +1,235 @@
+"""Operators `torch.ops.amed.*`: schemas, fakes, autograd and one implementation per device.
+
+    combine             Tensor[] sources, Tensor coeffs (M, J, B) -> Tensor[]
+    combine_out         the same into given tensors
+    combine_coeff_grad  the per-sample dot products of its backward
+    midpoint            the AMED predictor and the coefficients of its step, one kernel
+
+Which implementation runs: the C++ extension on the CPU and Triton on CUDA where they are there, plain torch
+elsewhere; `backends()` says which, `use("reference")` forces plain torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .layout import MAX_OUTPUTS, check_combine, check_dots, check_midpoint, check_out
+from .reference import MidpointStep, MidpointWeights
+
+_library = torch.library.Library("amed", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("combine(Tensor[] sources, Tensor coeffs) -> Tensor[]", tags=_tags)
+_library.define("combine_out(Tensor[] sources, Tensor coeffs, Tensor(a!)[] out) -> ()", tags=_tags)
+_library.define("combine_coeff_grad(Tensor[] grads, Tensor[] sources) -> Tensor", tags=_tags)
+_library.define(
+    "midpoint(Tensor? features, Tensor sigma, Tensor sigma_next, Tensor?[] weights, float scale_dir, float scale_time)"
+    " -> Tensor",
+    tags=_tags,
+)
+
+# A module global, not a ContextVar: torch.compile can read and guard on this one.
+_forced: str | None = None
+_NAMES = ("reference", "native", "triton")
+
+
+# ---- what callers use ----
+
+
+def combine(sources: Sequence[Tensor], coeffs: Tensor, *, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """outputs[m][b] = Σ_j coeffs[m, j, b] · sources[j][b]: every linear update of a step in one pass over memory.
+
+    sources: 1 to 16 tensors (B, ...) of one shape; the first sets the dtype of the outputs, the others may be
+    narrower. coeffs: (M, J, B) or (M, J, 1), M <= 8, float32 (float64 with a float64 first source). Accumulates
+    in the dtype of coeffs. A coefficient of 0 still reads its source (0 · nan = nan): drop such columns.
+    out: M tensors to write; each may be a source itself (the same view), never overlap one in part.
+    Differentiable in sources and coeffs unless out is given. Raises ValueError before any launch.
+    """
+    if out is not None:
+        return _combine_into(list(sources), coeffs, list(out))
+    if _forced == "reference":
+        check_combine(sources, coeffs)
+        return reference.combine(sources, coeffs)
+    return torch.ops.amed.combine.default(sources, coeffs)
+
+
+def _combine_into(sources: list[Tensor], coeffs: Tensor, out: list[Tensor]) -> list[Tensor]:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*sources, coeffs, *out)):
+        raise ValueError("combine(out=...) has no gradient; leave out= away or call it under torch.no_grad()")
+    torch.ops.amed.combine_out.default(sources, coeffs, out)
+    return out
+
+
+def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    """result[m, j, b] = Σ_i grads[m][b, i] · sources[j][b, i], (M, J, B) in float32 (float64 for float64 grads)."""
+    return torch.ops.amed.combine_coeff_grad.default(grads, sources)
+
+
+def midpoint(
+    features: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    weights: MidpointWeights,
+    scale_dir: float = 0.0,
+    scale_time: float = 0.0,
+) -> MidpointStep:
+    """The AMED predictor and the coefficients of its solver; arguments and formulas in `reference.midpoint`.
+
+    The fused implementations have no gradient: where one is asked for, this is the plain definition.
+    """
+    arguments = (features, sigma, sigma_next, weights, scale_dir, scale_time)
+    tensors = (features, sigma, sigma_next, *weights)
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if wanted or _forced == "reference":
+        check_midpoint(*arguments)
+        return reference.midpoint(*arguments)
+    return reference.split_step(torch.ops.amed.midpoint.default(*arguments))
+
+
+def decompositions() -> dict:
+    """{operator: plain torch definition}, for `ExportedProgram.run_decompositions`."""
+    return {
+        torch.ops.amed.combine.default: reference.combine,
+        torch.ops.amed.combine_coeff_grad.default: reference.combine_coeff_grad,
+        torch.ops.amed.midpoint.default: _midpoint_definition,
+    }
+
+
+def backends() -> dict[str, str]:
+    """The implementation active on each device: "native", "triton" or "reference" (plain torch)."""
+    return {"cpu": _active("cpu"), "cuda": _active("cuda")}
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one implementation, for the whole process: "reference", "native" (C++ on the CPU) or "triton".
+
+    "reference" is plain torch operators, in traces and exports too.
+    """
+    global _forced
+    if name not in _NAMES:
+        raise ValueError(f"implementation must be one of {', '.join(_NAMES)}, got {name!r}")
+    if name == "native" and not native.available():
+        raise ValueError(f"the C++ extension is not there: {native.why_not()}; reinstall with a compiler")
+    if name == "triton" and find_spec("triton") is None:
+        raise ValueError("triton is not installed; pip install triton")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+# ---- implementations ----
+
+
+def _active(device: str) -> str:
+    if _forced is not None:
+        return _forced
+    if device == "cpu" and native.available():
+        return "native"
+    return "triton" if device == "cuda" and find_spec("triton") is not None else "reference"
+
+
+def _implementation(device: torch.device) -> ModuleType:
+    """The module whose combine_into, combine_coeff_grad and midpoint_table run on that device."""
+    name = _active(device.type)
+    if name == "native":
+        return native
+    # Not imported above: triton costs a second and is needed on a GPU only.
+    return import_module(".launch", __package__) if name == "triton" else reference
+
+
+def _combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
+    check_combine(sources, coeffs)
+    outputs = [torch.empty_like(sources[0]) for _ in range(coeffs.shape[0])]
+    _implementation(coeffs.device).combine_into(sources, coeffs, outputs)
+    return outputs
+
+
+def _combine_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    check_combine(sources, coeffs)
+    check_out(sources, coeffs, out)
+    _implementation(coeffs.device).combine_into(sources, coeffs, out)
+
+
+def _coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    check_dots(grads, sources)
+    return _implementation(grads[0].device).combine_coeff_grad(grads, sources)
+
+
+def _midpoint_definition(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
+    arguments = (features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
+    check_midpoint(*arguments)
+    return reference.midpoint_table(*arguments)
+
+
+def _midpoint(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
+    arguments = (features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
+    check_midpoint(*arguments)
+    return _implementation(sigma.device).midpoint_table(*arguments)
+
+
+_library.impl("combine", _combine, "CompositeExplicitAutograd")
+_library.impl("combine_out", _combine_out, "CompositeExplicitAutograd")
+_library.impl("combine_coeff_grad", _coeff_grad, "CompositeExplicitAutograd")
+_library.impl("midpoint", _midpoint, "CompositeExplicitAutograd")
+
+
+# ---- shapes without data, for compile and export ----
+
+
+@torch.library.register_fake("amed::combine", lib=_library)
+def _combine_fake(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
+    check_combine(sources, coeffs)
+    return [torch.empty_like(sources[0]) for _ in range(coeffs.shape[0])]
+
+
+@torch.library.register_fake("amed::combine_out", lib=_library)
+def _combine_out_fake(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    check_combine(sources, coeffs)
+
+
+@torch.library.register_fake("amed::combine_coeff_grad", lib=_library)
+def _coeff_grad_fake(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    dtype = reference.accumulation_dtype(grads[0].dtype)
+    return grads[0].new_empty((len(grads), len(sources), grads[0].shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("amed::midpoint", lib=_library)
+def _midpoint_fake(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
+    check_midpoint(features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
+    return sigma.new_empty((10, sigma.shape[0] if features is None else features.shape[0]))
+
+
+# ---- gradients ----
+
+
+def _save(ctx, inputs, output) -> None:
+    sources, coeffs = inputs
+    ctx.save_for_backward(coeffs, *sources)
+
+
+def _combine_backward(ctx, grads):
+    """d sources = combine with the transposed coefficients, d coeffs = per-sample dot products."""
+    coeffs, *sources = ctx.saved_tensors
+    wanted, coeffs_wanted = ctx.needs_input_grad
+    grad_sources: list[Tensor | None] = [None] * len(sources)
+    needed = [j for j, flag in enumerate(wanted) if flag]
+    transposed = coeffs.transpose(0, 1)
+    for start in range(0, len(needed), MAX_OUTPUTS):
+        rows = needed[start : start + MAX_OUTPUTS]
+        for j, grad in zip(rows, combine(grads, transposed[rows]), strict=True):
+            grad_sources[j] = grad.to(sources[j].dtype)
+    if not coeffs_wanted:
+        return grad_sources, None
+    grad_coeffs = combine_coeff_grad(grads, sources)
+    return grad_sources, grad_coeffs.sum(2, keepdim=True) if coeffs.shape[2] == 1 else grad_coeffs
+
+
+torch.library.register_autograd("amed::combine", _combine_backward, setup_context=_save, lib=_library)

@@ -63,7 +63,7 @@ def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -
     """
 
     def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-        rows = repeat_to(labels, len(x))
+        rows = repeat_to(labels, x.shape[0])
         both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(rows), rows]))
         x0, features = as_denoised(both)
         unconditional, conditional = x0.chunk(2)
@@ -75,12 +75,12 @@ def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -
 
 def conditioned(network: Callable[..., Any], labels: Tensor) -> Denoiser:
     """The network (x, sigma, labels) with its labels (B, K) bound."""
-    return lambda x, sigma: as_denoised(network(x, sigma, repeat_to(labels, len(x))))
+    return lambda x, sigma: as_denoised(network(x, sigma, repeat_to(labels, x.shape[0])))
 
 
 def repeat_to(labels: Tensor, batch: int) -> Tensor:
     """Labels repeated for parallel evaluation points, whose batch is a multiple of the samples'."""
-    return labels if len(labels) == batch else labels.repeat(batch // len(labels), 1)
+    return labels if labels.shape[0] == batch else labels.repeat(batch // labels.shape[0], 1)
 
 
 def thresholded(denoiser: Denoiser) -> Denoiser:

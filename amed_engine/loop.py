@@ -202,7 +202,7 @@ class Trajectory:
         """From sigmas[i] to sigmas[i + 1], yielding after each update. Intervals are to be run in order."""
         denoiser = self.network if i else self.first
         evaluated = evaluate(denoiser, state.y, (self.program.sigmas[i],))
-        updates = self._updates(i, evaluated[0].features, len(state.x))
+        updates = self._updates(i, evaluated[0].features, state.x.shape[0])
         for s, update in enumerate(updates):
             if s:
                 evaluated = evaluate(self.network, state.y, updates[s - 1].sigma_net)
@@ -237,8 +237,9 @@ def iterate(program: Program, denoiser: Denoiser, x: Tensor) -> Iterator[Progres
 def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
     """The denoiser at each point, several points in one batched call; sigma: () or (B,) per point."""
     assert sigma is not None
-    batch, dtype = len(y[0]), y[0].dtype
-    x = torch.cat(y) if len(y) > 1 else y[0]
+    # shape[0], not len(): a symbolic batch survives export.
+    batch, dtype = y[0].shape[0], y[0].dtype
+    x = y[0] if len(y) == 1 else torch.cat(y)
     sigmas = torch.cat([level.expand(batch) for level in sigma])
     x0, features = as_denoised(denoiser(x, sigmas))
     if torch.promote_types(x0.dtype, dtype) != dtype:
@@ -271,13 +272,18 @@ def sample(
     """
     if not x.is_floating_point():
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
-    program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero).on(x.device, x.dtype)
+    program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero)
+    return integrate(program.on(x.device, x.dtype), denoiser, x, trajectory=trajectory)
+
+
+def integrate(program: Program, denoiser: Denoiser, x: Tensor, *, trajectory: bool = False) -> Tensor:
+    """`sample` for a program that is already built and on x's device: what is captured and exported."""
     states = [x]
     for progress in iterate(program, denoiser, x):
-        if progress.first and progress.interval and solver.corrects:
+        if progress.first and progress.interval and program.solver.corrects:
             states[-1] = progress.state.x
         if progress.last:
             states.append(progress.state.y[0])
-    if denoise_to_zero:
+    if program.denoise_to_zero:
         states.append(evaluate(denoiser, (states[-1],), (program.sigmas[-1],))[0].x0)
     return torch.stack(states) if trajectory else states[-1]

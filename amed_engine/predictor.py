@@ -85,11 +85,11 @@ class AMEDPredictor(nn.Module):
         weight = self.enc_layer0.weight
         u, v = self._embed(sigma), self._embed(sigma_next)
         if features is None:
-            mean = weight.new_zeros(max(len(u), len(v)), weight.shape[1])
+            mean = weight.new_zeros(1, weight.shape[1])
         else:
             mean = self._mean(features).to(weight.dtype)
         code = self.enc_layer1(silu(self.enc_layer0(mean)))
-        batch = max(len(code), len(u), len(v))
+        (batch,) = torch.broadcast_shapes(code.shape[:1], u.shape[:1], v.shape[:1])
         return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
 
     def _mean(self, features: Tensor) -> Tensor:
@@ -109,5 +109,5 @@ class AMEDPredictor(nn.Module):
 
     def _scale(self, head: nn.Linear | None, width: float, z: Tensor) -> Tensor:
         if head is None:
-            return z.new_ones(len(z))
+            return z.new_ones(z.shape[0])
         return 1 + width * (2 * head(z).squeeze(1).sigmoid() - 1)

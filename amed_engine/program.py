@@ -164,9 +164,9 @@ def _is_constant(c: Tensor) -> bool:
 
 def _stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:
     """(M, J, 1 or B) from nested coefficients, each () or (B,)."""
-    tensors = [[c if isinstance(c, Tensor) else like.new_tensor(c) for c in row] for row in matrix]
-    batch = max((c.shape[0] for row in tensors for c in row if c.dim()), default=1)
-    return torch.stack([torch.stack([c.expand(batch) for c in row]) for row in tensors])
+    flat = [c if isinstance(c, Tensor) else like.new_tensor(c) for row in matrix for c in row]
+    flat = torch.broadcast_tensors(*(c.reshape(-1) for c in flat))
+    return torch.stack(flat).unflatten(0, (len(matrix), -1))
 
 
 def retained(stages: list[Stage], index: int, memory: int) -> int:

@@ -6,9 +6,11 @@ then the label. The global generators are not touched.
 
 from __future__ import annotations
 
+import operator
 import re
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +22,31 @@ LIMIT = 1 << 32
 
 def check_seeds(seeds: Sequence[int]) -> list[int]:
     """Seeds as a list; each an integer in 0 .. 2^32 - 1 (beyond, torch's CPU generator repeats itself)."""
-    checked = []
-    for seed in seeds:
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise ConfigError(f"seeds must be integers, got {seed!r} of type {type(seed).__name__}")
-        if not 0 <= int(seed) < LIMIT:
+    checked = [_integer(seed) for seed in seeds]
+    for seed in checked:
+        if not 0 <= seed < LIMIT:
             raise ConfigError(
                 f"seed {seed} is outside 0 .. 2^32 - 1, where torch's generator would repeat another seed's noise"
             )
-        checked.append(int(seed))
     if not checked:
         raise ConfigError("got no seeds: the batch is empty; ask for at least one sample")
     return checked
+
+
+def _integer(seed: Any) -> int:
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)
+    except TypeError:
+        pass
+    raise ConfigError(f"seeds must be integers, got {seed!r} of type {type(seed).__name__}")
 
 
 def parse_seeds(text: str) -> list[int]:
     """EDM's notation: "0-63", "1,5,9" or "0-3,8". Raises ConfigError."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
         if not match:
             raise ConfigError(
                 f"cannot read seeds {text!r}: {part!r} is neither a number nor a range; write e.g. 0-63 or 1,5,9"
@@ -56,6 +64,8 @@ def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
     """`count` seeds from a generator, or from the operating system where there is none."""
     if count < 1:
         raise ConfigError(f"batch must be at least 1 sample, got {count}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(f"generator must be a torch.Generator, got {type(generator).__name__}; for seeds pass a list")
     if generator is None:
         return [secrets.randbits(32) for _ in range(count)]
     return torch.randint(LIMIT, (count,), generator=generator, device=generator.device).tolist()

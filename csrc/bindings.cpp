@@ -73,11 +73,11 @@ void combine_coeff_grad(const std::vector<Address>& grad, const std::vector<std:
 
 const void* pointer(Address address) { return reinterpret_cast<const void*>(address); }
 
-// parameters: frequencies, then MidpointWeights in its order, 0 where a head is absent.
+// parameters: MidpointWeights in its order, 0 where a head is absent.
 // sizes: noise channels, hidden, encoded, pixels. features: address, batch stride, channel stride, dtype, channels.
 void midpoint(std::int64_t batch, const std::array<std::int64_t, 5>& features, const std::array<Address, 2>& sigma,
               const std::array<std::int64_t, 2>& sigma_stride, const std::array<int, 4>& sizes,
-              const std::array<Address, 13>& parameters, const std::array<double, 2>& width, Address result, bool wide,
+              const std::vector<double>& frequencies, const std::array<Address, 12>& parameters, const std::array<double, 2>& width, Address result, bool wide,
               int threads) {
     amed::MidpointArgs args = {};
     args.batch = batch;
@@ -93,12 +93,14 @@ void midpoint(std::int64_t batch, const std::array<std::int64_t, 5>& features, c
     args.sigma_next = pointer(sigma[1]);
     args.sigma_stride = sigma_stride[0];
     args.sigma_next_stride = sigma_stride[1];
-    const void** target[] = {&args.frequencies, &args.map_weight,  &args.map_bias,   &args.enc0_weight,
+    if (frequencies.size() * 2 != static_cast<std::size_t>(sizes[0])) throw std::invalid_argument("one frequency per pair");
+    args.frequencies = frequencies.data();
+    const void** target[] = {&args.map_weight,  &args.map_bias,    &args.enc0_weight,
                              &args.enc0_bias,   &args.enc1_weight, &args.enc1_bias};
-    for (std::size_t k = 0; k < 7; ++k) *target[k] = pointer(parameters[k]);
+    for (std::size_t k = 0; k < 6; ++k) *target[k] = pointer(parameters[k]);
     for (std::size_t k = 0; k < 3; ++k) {
-        args.head_weight[k] = pointer(parameters[7 + 2 * k]);
-        args.head_bias[k] = pointer(parameters[8 + 2 * k]);
+        args.head_weight[k] = pointer(parameters[6 + 2 * k]);
+        args.head_bias[k] = pointer(parameters[7 + 2 * k]);
     }
     args.width[1] = width[0];
     args.width[2] = width[1];

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .layout import in_format, sample_format
-from .reference import MidpointWeights, accumulation_dtype, frequencies
+from .reference import MidpointWeights, accumulation_dtype, frequency_values
 
 try:
     # After torch, so that OpenMP calls bind to torch's threads instead of a second pool.
@@ -83,7 +83,6 @@ def midpoint_table(
     """`reference.midpoint_table` on the CPU, without gradients."""
     batch = sigma.shape[0] if features is None else features.shape[0]
     kept = [None if tensor is None else tensor.contiguous() for tensor in weights]
-    table = frequencies(weights.map_layer0_weight.shape[1], sigma.device).to(sigma.dtype)
     hidden, pixels = weights.enc_layer0_weight.shape
     result = torch.empty(10, batch, dtype=sigma.dtype)
     maps, view = _feature_view(features)
@@ -93,7 +92,8 @@ def midpoint_table(
         (sigma.data_ptr(), sigma_next.data_ptr()),
         tuple(level.stride(0) if level.shape[0] > 1 else 0 for level in (sigma, sigma_next)),
         (weights.map_layer0_weight.shape[0], hidden, weights.enc_layer1_weight.shape[0], pixels),
-        (table.data_ptr(), *(0 if tensor is None else tensor.data_ptr() for tensor in kept)),
+        frequency_values(weights.map_layer0_weight.shape[0]),
+        [0 if tensor is None else tensor.data_ptr() for tensor in kept],
         (scale_dir, scale_time),
         result.data_ptr(),
         sigma.dtype == torch.float64,

@@ -142,7 +142,7 @@ def _implementation(device: torch.device) -> ModuleType:
     if name == "native":
         return native
     # Not imported above: triton costs a second and is needed on a GPU only.
-    return import_module(".launch", __package__) if name == "triton" else reference
+    return import_module(".triton_backend", __package__) if name == "triton" else reference
 
 
 def _combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ All functions are differentiable by autograd, traceable and exportable (no data-
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,12 @@ def frequencies(channels: int, device: torch.device) -> Tensor:
     half = channels // 2
     k = torch.arange(half, dtype=torch.float32, device=device)
     return (1 / 10000) ** (k / (half - 1))
+
+
+@lru_cache
+def frequency_values(channels: int) -> tuple[float, ...]:
+    """`frequencies` as numbers, for compiled implementations."""
+    return tuple(frequencies(channels, torch.device("cpu")).tolist())
 
 
 def noise_embedding(sigma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -13,14 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # One direction, top to bottom. A package is one unit: inside it any order will do.
 ENGINE = (
     "kernels",
-    *("errors", "schedule", "program", "rules", "solver", "plan", "seeds"),  # arithmetic on noise levels, and data
+    *("errors", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
+    *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "sampler", "graph", "export", "distillation"),
+    *("models", "requests", "planning", "sampler", "graph", "export", "distillation"),
     "__init__",  # the public names
-    *("integrations", "metrics", "cli", "__main__"),
+    *("integrations", "metrics", "images", "compare", "figure", "console", "cli", "__main__"),
 )
-KERNELS = ("reference", "layout", "native", "combine", "midpoint", "ops", "__init__")
+KERNELS = (
+    *("reference", "layout", "native"),
+    *("combine", "midpoint", "triton_combine", "triton_midpoint", "triton_backend"),
+    *("ops", "__init__"),
+)
 
 PACKAGES = {"amed_engine": (ROOT / "amed_engine", ENGINE), "amed_engine.kernels": (ROOT / "kernels", KERNELS)}
 

@@ -63,14 +63,14 @@ class Conv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel: int,
-        init: Init = Init(),
+        init: Init | None = None,
         resample: Resample | None = None,
         resample_filter: tuple[float, ...] = (1, 1),
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.resample = in_channels, out_channels, resample
         self.padding, self.filter_padding = kernel // 2, (len(resample_filter) - 1) // 2
-        area = kernel * kernel
+        area, init = kernel * kernel, init or Init()
         fans = (in_channels * area, out_channels * area)
         shape = (out_channels, in_channels, kernel, kernel)
         self.weight = nn.Parameter(init.draw(shape, *fans) * init.weight) if kernel else None
@@ -105,7 +105,9 @@ class ConvThenDown(Conv2d):
         super().__init__(in_channels, out_channels, kernel, init, "down", resample_filter)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None and self.bias is not None and self.resample_filter is not None
+        assert self.weight is not None
+        assert self.bias is not None
+        assert self.resample_filter is not None
         taps = self.resample_filter.to(x.dtype).expand(self.out_channels, 1, -1, -1)
         x = F.conv2d(x, self.weight.to(x.dtype), padding=self.padding + self.filter_padding)
         return F.conv2d(x, taps, self.bias.to(x.dtype), stride=2, groups=self.out_channels)
@@ -125,8 +127,8 @@ class GroupNorm(nn.Module):
         self.groups, self.eps = min(32, channels // 4), eps
         if not self.groups or channels % self.groups:
             raise ConfigError(
-                f"{channels} channels cannot be normalised in {self.groups} groups; choose model_channels and channel_mult "
-                "so that every sum of two levels' channels is at least 4, and a multiple of 32 above 128"
+                f"{channels} channels cannot be normalised in {self.groups} equal groups; choose model_channels a multiple "
+                "of 4, or of 32 for more than 64"
             )
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -140,11 +142,11 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool = False):
         super().__init__()
-        self.half, self.endpoint = channels // 2, endpoint
+        self.count, self.endpoint = channels // 2, endpoint
 
     def forward(self, t: Tensor) -> Tensor:
         # Computed here, not kept as a buffer: a module built on the meta device has nothing to restore it from.
-        exponent = torch.arange(self.half, dtype=torch.float32, device=t.device) / (self.half - self.endpoint)
+        exponent = torch.arange(self.count, dtype=torch.float32, device=t.device) / (self.count - self.endpoint)
         return cos_sin(t, torch.pow(1 / 10000, exponent).to(t.dtype))
 
 

@@ -82,8 +82,8 @@ class EDMPrecond(nn.Module):
         augment_labels: Tensor | None = None,
         force_fp32: bool = False,
     ) -> Denoised:
-        """x (B, C, R, R); sigma () or (B,); class_labels integers (B,), one-hot or float (B, label_dim), or None for the
-        unconditional (zero) label; augment_labels (B, augment_dim) or None.
+        """x (B, C, R, R); sigma () or (B,); class_labels integers (B,), a one-hot or float matrix (B, label_dim), or None
+        for the unconditional (zero) label; augment_labels (B, augment_dim) or None.
 
         Returns the denoised image (B, C, R, R) and the output of the last encoder block (B, C', h, w), both float32
         (float64). A label outside 0 .. label_dim - 1 acts as None: nothing here waits for the device.

@@ -152,9 +152,8 @@ class SongUNet(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x (B, in_channels, R, R); noise_labels (B,) or (1,); class_labels: see `one_hot`; augment_labels (B, augment_dim).
-
-        Returns F (B, out_channels, R, R) and the output of the last encoder block (B, C, h, w), in x's dtype.
+        """x (B, in_channels, R, R); noise_labels (B,) or (1,); class_labels as `one_hot` takes them; augment_labels
+        (B, augment_dim). Returns F (B, out_channels, R, R) and the output of the last encoder block (B, C, h, w).
         """
         emb = self._embed(noise_labels, class_labels, augment_labels)
         skips = self._encode(x, emb)

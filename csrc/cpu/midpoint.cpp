@@ -37,7 +37,7 @@ void embed(const MidpointArgs& args, T sigma, T* out) {
     const int half = args.noise_channels / 2;
     std::vector<T> angles(static_cast<std::size_t>(args.noise_channels));
     for (int k = 0; k < half; ++k) {
-        const T angle = sigma * as<T>(args.frequencies)[k];
+        const T angle = sigma * static_cast<T>(args.frequencies[k]);
         angles[static_cast<std::size_t>(k)] = std::sin(angle);
         angles[static_cast<std::size_t>(k + half)] = std::cos(angle);
     }

@@ -20,7 +20,7 @@ struct MidpointArgs {
     const void* sigma_next;  // likewise
     std::int64_t sigma_stride;
     std::int64_t sigma_next_stride;
-    const void* frequencies;  // (E / 2)
+    const double* frequencies;  // (E / 2)
     const void* map_weight;   // (E, E)
     const void* map_bias;     // (E)
     const void* enc0_weight;  // (H, P)

@@ -1,0 +1,302 @@
+"""The command line: `amed sample | compare | info | distill`.
+
+Only click is imported at start-up; everything that needs torch is imported by the command that runs. Exit codes: 0, 1 for
+a failure, 2 for bad usage, 130 for Ctrl-C. An error is one line on stderr; `amed --debug ...` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+import amed_engine
+from amed_engine.console import App, run
+from amed_engine.errors import AmedError
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(run(app, args))
+
+
+@click.group("amed", cls=App, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(amed_engine.__version__, prog_name="amed")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def app(debug: bool) -> None:
+    """Samples from a diffusion model in about five network evaluations."""
+
+
+# ---- options that commands share ----
+
+Decorator = Callable[[Callable], Callable]
+
+
+def _options(*decorators: Decorator) -> Decorator:
+    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
+
+
+def _parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
+    """name=value, the value read as a number, true or false, or else as text."""
+    options = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not (name and value):
+            raise click.BadParameter(f"{pair!r} is not name=value; write e.g. max_order=3", context, option)
+        try:
+            options[name] = json.loads(value.lower())
+        except ValueError:
+            options[name] = value
+    return options
+
+
+_pairs: dict[str, Any] = {"multiple": True, "callback": _parse_pairs, "metavar": "NAME=VALUE"}
+_where = _options(
+    click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path."),
+    click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
+)
+_grid = _options(
+    click.option("--schedule", help="time_uniform, polynomial or logsnr.", show_default="time_uniform"),
+    click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
+)
+_plan = _options(
+    click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **_pairs),
+    _grid,
+    click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
+)
+_drawing = _options(
+    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
+    click.option("--guidance", type=float, help="Strength of classifier-free guidance.", show_default="none"),
+    click.option(
+        "--predictor",
+        "--predictor_path",
+        "predictor",
+        help="Path of a predictor, or none to sample without.",
+        show_default="the bundled one",
+    ),
+    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Of the sampling state."
+    ),
+)
+
+
+# ---- commands ----
+
+
+@app.command()
+@_where
+@click.option("--seeds", default="0-63", help="One sample each, e.g. 0-63 or 1,5,9.")
+@click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
+@click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
+@_plan
+@_drawing
+@click.option("--out", type=click.Path(dir_okay=False), help="Write all samples as one PNG.")
+@click.option("--outdir", type=click.Path(file_okay=False), help="Write a PNG per seed, 000042.png, to a folder.")
+@click.option("--subdirs", is_flag=True, help="With --outdir: a folder per thousand seeds.")
+def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) -> None:
+    """Draw samples and save them as PNG."""
+    if not (out or outdir):
+        raise click.UsageError("nowhere to write; pass --out FILE.png or --outdir FOLDER")
+    if subdirs and not outdir:
+        raise click.UsageError("--subdirs needs --outdir")
+    from amed_engine import images
+    from amed_engine.seeds import parse_seeds
+
+    numbers = parse_seeds(seeds)
+    sampler = _make_sampler(**asked)
+    images.check_pictures(sampler.model.shape)
+    _check_writable(out, outdir and images.seed_path(outdir, 0, False))
+    results, pictures = [], []
+    with _image_bar(len(numbers)) as bar:
+        for start in range(0, len(numbers), batch):
+            chosen = numbers[start : start + batch]
+            result = sampler.run(chosen, class_labels, guidance, callback=lambda s: bar.update(len(s.x) / s.steps))
+            done = list(images.to_uint8(result.images))
+            if outdir:
+                images.save_each(outdir, done, chosen, subdirs)
+            if out:
+                pictures.extend(done)
+            results.append((result.plan, result.backend, result.seconds))
+    if out:
+        images.save_grid(out, pictures)
+    plan, backend, _ = results[-1]
+    seconds = sum(seconds for _, _, seconds in results)
+    click.echo(plan.describe())
+    click.echo(f"{len(numbers)} images, NFE {plan.nfe}, {seconds:.2f} s, {len(numbers) / seconds:.1f} images/s")
+    click.echo(f"backend {backend} on {sampler.device}")
+    click.echo(f"wrote {' and '.join(filter(None, (out, outdir)))}")
+
+
+@app.command()
+@_where
+@click.option("--seeds", default="0-7", help="Columns of the picture.")
+@click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
+@_grid
+@_drawing
+@click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
+@click.option("--curve-samples", type=int, default=24, help="The same for the curves; 0 for no curves.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
+def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
+    """All solvers on the same seeds at equal NFE: errors to a fine reference solution."""
+    from amed_engine import compare as work
+    from amed_engine import figure
+    from amed_engine.checkpoints import atomic_write
+    from amed_engine.seeds import parse_seeds
+
+    numbers = parse_seeds(seeds)
+    if out:
+        figure.import_matplotlib()
+    _check_writable(out, None if json_file == "-" else json_file)
+    comparison = work.compare(
+        model,
+        nfe,
+        numbers,
+        samples=samples,
+        curve_samples=curve_samples,
+        predictor=predictor,
+        setting=work.Setting(**_typed(shared)),
+        progress=sys.stderr.isatty(),
+    )
+    if out:
+        atomic_write(out, figure.plot(comparison))
+    text = json.dumps(comparison.to_json(), indent=2)
+    if json_file and json_file != "-":
+        atomic_write(json_file, f"{text}\n".encode())
+    click.echo(text if json_file == "-" else comparison.table())
+
+
+@app.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(as_json: bool) -> None:
+    """Versions, devices, active kernels and bundled models."""
+    facts = _facts()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for section, entries in facts.items():
+        click.echo(section)
+        for name, value in entries.items():
+            click.echo(f"  {name:<12} {value if isinstance(value, str) else ', '.join(map(str, value))}")
+
+
+@app.command()
+@_where
+@click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
+@click.option("--solver", default="amed", help="amed, or a solver to refine: euler, dpm, ipndm, deis, dpmpp, unipc.")
+@_plan
+@click.option("--guidance", "guidance_scale", type=float, help="Train for this guidance.", show_default="none")
+@click.option("--scale-dir", type=float, default=0.01, help="Half-width of the direction's scale, 0 for none.")
+@click.option("--scale-time", type=float, default=0.0, help="Half-width of the time's scale, 0 for none.")
+@click.option("--teacher", default="heun", help="Solver of the teacher.")
+@click.option("--teacher-option", "teacher_options", help="Option of the teacher.", **_pairs)
+@click.option("--teacher-intermediate", type=int, default=1, help="Its extra noise levels per interval.")
+@click.option("--kimg", "total_kimg", type=float, default=10.0, help="Thousands of trajectories to train on.")
+@click.option("--batch", type=int, default=128, help="Trajectories at once.")
+@click.option("--lr", type=float, default=5e-3, help="Learning rate of Adam.")
+@click.option("--seed", type=int, default=0, help="Of weights, latents and labels.")
+@click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
+def distill(model, device, out, **options) -> None:
+    """Train an AMED predictor for a model and save it."""
+    from amed_engine.models import resolve
+
+    resolved = resolve(model)
+    if resolved.module is not None:
+        resolved.module.to(_device(device))
+    _check_writable(out)
+    rounds: list[Any] = []
+    predictor = amed_engine.distill(resolved.network, **options, progress=sys.stderr.isatty(), on_round=rounds.append)
+    amed_engine.save_predictor(predictor, out)
+    click.echo(predictor.plan.describe() if predictor.plan else "")
+    click.echo(f"final loss per interval: {' '.join(f'{loss:.4g}' for loss in rounds[-1].losses)}")
+    click.echo(f"wrote {out}")
+
+
+# ---- what they need ----
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _typed(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options with device and dtype as the engine takes them, and its names."""
+    import torch
+
+    typed = {**asked, "device": _device(asked["device"]), "dtype": getattr(torch, asked["dtype"])}
+    if "guidance" in typed:
+        typed["guidance_scale"] = typed.pop("guidance")
+    return typed
+
+
+def _make_sampler(model: str, predictor: str | None, **asked: Any) -> amed_engine.Sampler:
+    from amed_engine.plan import best_training_free
+
+    if predictor == "none":
+        predictor = None
+        # A solver by name keeps the bundled predictor away.
+        if not (asked["solver"] or asked["solver_options"]):
+            best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
+            asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
+    return amed_engine.Sampler(model, predictor, **_typed(asked))
+
+
+def _check_writable(*paths: str | Path | None) -> None:
+    """Before the work rather than after it: make the folders and try to write to them."""
+    for path in filter(None, paths):
+        folder = Path(path).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
+
+
+def _image_bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    # Steps count as fractions of an image. disable=None: only where stderr is a terminal.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(total=total, desc="sample", unit="image", bar_format=form, disable=None)
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    import os
+    from importlib import metadata
+
+    import torch
+
+    from amed_engine import kernels, zoo
+    from amed_engine.kernels import native
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    gpus = range(torch.cuda.device_count())
+    return {
+        "versions": {
+            "amed_engine": amed_engine.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "triton", "numpy")},
+        },
+        "devices": {
+            "cpu": f"{torch.get_num_threads()} threads of {os.cpu_count()}",
+            **{f"cuda:{gpu}": torch.cuda.get_device_name(gpu) for gpu in gpus},
+        },
+        "kernels": {**kernels.backends(), "extension": native.why_not() or "active"},
+        "predictors": {name: zoo.predictor_nfes(name) for name in zoo.names()},
+    }

@@ -1,0 +1,86 @@
+"""How a click program ends: exit codes, and errors, warnings and log lines as one line each on stderr.
+
+Exit codes: 0; 1 for a failure; 2 for bad usage, a ConfigError included; 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from amed_engine.errors import AmedError, ConfigError
+
+
+def run(app: App, args: Sequence[str] | None = None) -> int:
+    """The exit code of a program with these arguments, or the process's; what went wrong is printed."""
+    name = app.name
+    try:
+        with _messages(name):
+            return app.main(args, prog_name=name, standalone_mode=False) or 0
+    except click.Abort:
+        message, code = "interrupted", 130
+    except click.ClickException as error:
+        message, code = " ".join(error.format_message().split()), error.exit_code
+        if isinstance(error, click.UsageError) and error.ctx:
+            message += f" (see {error.ctx.command_path} --help)"
+    click.echo(f"{name}: error: {message}", err=True)
+    return code
+
+
+class App(click.Group):
+    """A group of commands with a flag `debug`, whose exceptions become exit codes and a line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            raise (Misuse if isinstance(error, ConfigError) else Failure)(_explain(error, ctx)) from error
+
+
+class Failure(click.ClickException):
+    exit_code = 1
+
+
+class Misuse(click.ClickException):
+    exit_code = 2
+
+
+def _explain(error: Exception, ctx: click.Context) -> str:
+    if isinstance(error, AmedError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first} ({ctx.info_name} --debug shows where)"
+
+
+@contextlib.contextmanager
+def _messages(name: str | None) -> Iterator[None]:
+    """Warnings, those in the engine's log too, once each however many batches repeat them."""
+    seen: set[str] = set()
+
+    def show(message: object, *_: object) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            click.echo(f"{name}: warning: {message}", err=True)
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: show(record.getMessage())
+    logger = logging.getLogger("amed_engine")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)

@@ -1,0 +1,109 @@
+"""Triton kernels of `combine` and `combine_coeff_grad`, and their launchers.
+
+load -> accumulation dtype -> explicit fma -> store: bfloat16 arithmetic is wrong in Triton's interpreter, and whether a
+product and a sum are fused by themselves depends on Triton's version. No autotuning: its timing would break a capture.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import in_format, sample_format
+from .reference import accumulation_dtype
+
+BLOCK = 1024
+NUM_WARPS = 4
+TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def combine_kernel(sources, source_strides, outputs, output_strides, coeffs, stride_m, stride_j, stride_b, size,
+                   BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """One program: BLOCK elements of one sample, every source read once and every output written once."""
+    blocks = tl.cdiv(size, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    offsets = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < size
+    coeffs += sample * stride_b
+    totals = ()
+    for _ in tl.static_range(len(outputs)):
+        totals = totals + (tl.zeros((BLOCK,), ACC),)  # noqa: RUF005
+    for j in tl.static_range(len(sources)):
+        values = tl.load(sources[j] + sample * source_strides[j] + offsets, mask=inside, other=0.0).to(ACC)
+        updated = ()
+        for m in tl.static_range(len(outputs)):
+            coeff = tl.load(coeffs + m * stride_m + j * stride_j)
+            updated = updated + (tl.fma(values, coeff, totals[m]),)  # noqa: RUF005
+        totals = updated
+    # Stored last, since an output may be a source.
+    for m in tl.static_range(len(outputs)):
+        target = outputs[m] + sample * output_strides[m] + offsets
+        tl.store(target, totals[m].to(outputs[m].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot_kernel(left, left_stride, right, right_stride, result, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """One program: the dot product of one sample, summed in a fixed order."""
+    sample = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), ACC)
+    for first in range(0, size, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        inside = offsets < size
+        a = tl.load(left + sample * left_stride + offsets, mask=inside, other=0.0).to(ACC)
+        b = tl.load(right + sample * right_stride + offsets, mask=inside, other=0.0).to(ACC)
+        total = tl.fma(a, b, total)
+    tl.store(result + sample, tl.sum(total, axis=0))
+
+
+def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    """`reference.combine` into given outputs; arguments are checked by the caller."""
+    first = sources[0]
+    if first.numel() == 0:
+        return
+    order = sample_format(first)
+    sources = [in_format(source, order) for source in sources]
+    targets = [target if in_format(target, order) is target else torch.empty_like(first) for target in out]
+    size = first.numel() // first.shape[0]
+    stride_m, stride_j, stride_b = coeffs.stride()
+    with torch.cuda.device_of(first):
+        combine_kernel[(first.shape[0] * triton.cdiv(size, BLOCK),)](
+            tuple(sources),
+            tuple(source.stride(0) for source in sources),
+            tuple(targets),
+            tuple(target.stride(0) for target in targets),
+            coeffs,
+            stride_m,
+            stride_j,
+            stride_b if coeffs.shape[2] > 1 else 0,
+            size,
+            BLOCK=BLOCK,
+            ACC=TL_DTYPES[coeffs.dtype],
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    for target, given in zip(targets, out, strict=True):
+        if target is not given:
+            given.copy_(target)
+
+
+def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    """`reference.combine_coeff_grad`: one launch per pair, since it runs in training only."""
+    first = grads[0]
+    order = sample_format(first)
+    dtype = accumulation_dtype(first.dtype)
+    result = torch.zeros(len(grads), len(sources), first.shape[0], dtype=dtype, device=first.device)
+    if first.numel() == 0:
+        return result
+    size = first.numel() // first.shape[0]
+    sources = [in_format(source, order) for source in sources]
+    with torch.cuda.device_of(first):
+        for m, grad in enumerate(in_format(grad, order) for grad in grads):
+            for j, source in enumerate(sources):
+                dot_kernel[(first.shape[0],)](
+                    grad, grad.stride(0), source, source.stride(0), result[m, j], size,
+                    BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+    return result

@@ -1,0 +1,95 @@
+"""What several test files share: small models with known answers, and what to skip where."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from amed_engine.networks import EDMPrecond
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDENS = ROOT.parent / "shared" / "goldens"
+
+# The same examples every time, and no clock: a loaded machine is not a failure.
+settings.register_profile("amed", derandomize=True, deadline=None)
+settings.load_profile("amed")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    """The tests' tensors are tiny: more threads cost time, and a fixed number keeps sums in one order everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def goldens_dir() -> Path:
+    """Numbers recorded from the published implementation, beside the checkout."""
+    if not GOLDENS.is_dir():
+        pytest.skip(f"recorded numbers are not at {GOLDENS}")
+    return GOLDENS
+
+
+def make_tiny(label_dim: int = 0, seed: int = 0) -> EDMPrecond:
+    """A U-Net for (1, 8, 8) with random weights, its last convolution included, and a bottleneck of 8 x 4 x 4."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = EDMPrecond(
+            img_resolution=8,
+            img_channels=1,
+            label_dim=label_dim,
+            sigma_min=0.002,
+            sigma_max=80.0,
+            model_type="SongUNet",
+            model_channels=8,
+            channel_mult=[1, 1],
+            channel_mult_emb=2,
+            num_blocks=1,
+            attn_resolutions=[],
+        )
+        # As published, the last layer of every branch starts near zero: the network would ignore noise and labels.
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.abs().max() < 1e-3:
+                torch.nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model() -> EDMPrecond:
+    """Unconditional."""
+    return make_tiny()
+
+
+@pytest.fixture
+def tiny_conditional() -> EDMPrecond:
+    """Ten classes."""
+    return make_tiny(label_dim=10)
+
+
+def gaussian(sd: float = 0.5, mean: float = 0.25) -> Callable[[Tensor, Tensor], Tensor]:
+    """The exact denoiser of data from N(mean, sd²) in every pixel: D = (x sd² + mean sigma²) / (sd² + sigma²)."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        variance = sigma.reshape(-1, *[1] * (x.dim() - 1)) ** 2
+        return (x * sd**2 + mean * variance) / (sd**2 + variance)
+
+    return denoise
+
+
+@pytest.fixture
+def gaussian_denoiser() -> Callable[[Tensor, Tensor], Tensor]:
+    """Of N(0.25, 0.5²), where the probability-flow ODE has the solution x - mean ∝ sqrt(sd² + sigma²)."""
+    return gaussian()

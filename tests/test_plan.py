@@ -1,0 +1,251 @@
+"""Plans: what they cost, and that JSON gives them back and nothing else."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from amed_engine import Plan, make_plan, make_solver
+from amed_engine.errors import ConfigError
+from amed_engine.plan import best_training_free, clamp_range
+
+orders = st.integers(1, 3)
+OPTIONS = {
+    "euler": st.just({}),
+    "heun": st.just({}),
+    "dpm": st.fixed_dictionaries({}, optional={"r": st.floats(0.01, 1)}),
+    "ipndm": st.fixed_dictionaries({}, optional={"max_order": st.integers(1, 4)}),
+    "deis": st.fixed_dictionaries({}, optional={"max_order": orders, "deis_mode": st.sampled_from(["tab", "rhoab"])}),
+    "dpmpp": st.fixed_dictionaries({}, optional={"max_order": orders, "predict_x0": st.booleans()}),
+    "unipc": st.fixed_dictionaries({}, optional={"max_order": orders, "variant": st.sampled_from(["bh1", "bh2"])}),
+    "amed": st.fixed_dictionaries({}, optional={"points": st.integers(1, 4)}),
+}
+solvers = st.sampled_from(sorted(OPTIONS)).flatmap(lambda name: st.tuples(st.just(name), OPTIONS[name]))
+numbers = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
+
+
+@st.composite
+def plans(draw) -> Plan:
+    name, options = draw(solvers)
+    sigmas = sorted(draw(st.lists(numbers, min_size=2, max_size=8, unique=True)), reverse=True)
+    return Plan(
+        solver=name,
+        sigmas=tuple(sigmas),
+        schedule=draw(st.sampled_from(["custom", "polynomial", "logsnr", "time_uniform"])),
+        rho=draw(st.none() | numbers),
+        options=tuple(sorted(options.items())),
+        afs=draw(st.booleans()),
+        denoise_to_zero=draw(st.booleans()),
+        midpoint=draw(st.booleans()) or name == "amed",
+        guidance_scale=draw(st.none() | st.floats(0, 20)),
+        model=draw(st.none() | st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)),
+    )
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+ENTRIES = sorted(Plan("euler", (2.0, 1.0)).to_json())
+
+
+# ---- JSON
+
+
+@given(plans())
+def test_json_gives_the_plan_back(plan):
+    text = json.dumps(plan.to_json(), allow_nan=False)
+    again = Plan.from_json(json.loads(text))
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert again.nfe == plan.nfe
+    assert json.dumps(again.to_json()) == text
+
+
+def check_refused_or_sound(data) -> None:
+    """Either a ConfigError, or a plan that can be asked what it costs and written again."""
+    try:
+        plan = Plan.from_json(data)
+    except ConfigError:
+        return
+    assert isinstance(plan.nfe, int)
+    assert all(a > b > 0 for a, b in zip(plan.sigmas, plan.sigmas[1:], strict=False))
+    hash(plan)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@given(anything)
+def test_json_of_anything_is_no_plan(data):
+    with pytest.raises(ConfigError, match=r"a plan must be a JSON object|unknown entries|plan lacks"):
+        Plan.from_json(data)
+
+
+@given(plans(), st.sampled_from(ENTRIES), anything)
+@example(Plan("euler", (2.0, 1.0)), "sigmas", [10**400, 1])
+@example(Plan("dpm", (2.0, 1.0)), "options", {"r": "half"})
+@example(Plan("dpm", (2.0, 1.0)), "options", {"r": None})
+@example(Plan("dpmpp", (2.0, 1.0)), "options", {"thresholding": [1]})
+@example(Plan("euler", (2.0, 1.0)), "rho", 10**400)
+@example(Plan("euler", (2.0, 1.0)), "guidance_scale", float("nan"))
+def test_one_wrong_entry_is_refused_as_a_config_error(plan, name, value):
+    check_refused_or_sound({**plan.to_json(), name: value})
+
+
+@given(plans(), st.dictionaries(st.text(max_size=6), anything, min_size=1, max_size=3))
+def test_unknown_solver_options_are_refused(plan, options):
+    assume(not set(options) & set(getattr(type(plan.make_solver()), "__dataclass_fields__", {})))
+    with pytest.raises(ConfigError, match="has no option"):
+        Plan.from_json({**plan.to_json(), "options": options})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "plan has unknown entries colour; expected afs, denoise_to_zero, guidance_scale"),
+        ({"solver": None}, "plan entry 'solver' has type NoneType, expected str"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; valid names: euler, heun, dpm"),
+        ({"sigmas": 3}, "plan entry 'sigmas' has type int, expected list"),
+        ({"sigmas": [2, "1"]}, "plan entry 'sigmas' must be a list of numbers"),
+        ({"sigmas": [2, True]}, "plan entry 'sigmas' must be a list of numbers"),
+        ({"sigmas": [1, 2]}, "sigmas must decrease"),
+        ({"sigmas": []}, "sigmas must be a vector of at least 2 noise levels"),
+        ({"sigmas": [float("inf"), 1]}, "sigmas must be finite"),
+        ({"afs": 1}, "plan entry 'afs' has type int, expected bool"),
+        ({"midpoint": "yes"}, "plan entry 'midpoint' has type str, expected bool"),
+        ({"rho": True}, "plan entry 'rho' has type bool"),
+        ({"guidance_scale": "2"}, "plan entry 'guidance_scale' has type str"),
+        ({"options": [["r", 1]]}, "plan entry 'options' has type list, expected dict"),
+        ({"options": {"max_order": 9}}, "ipndm: max_order must be an integer from 1 to 4, got 9"),
+        ({"options": {"max_order": "2"}}, "ipndm: max_order must be an integer from 1 to 4, got '2'"),
+        ({"solver": "dpmpp", "options": {"predict_x0": "no"}}, "dpmpp: predict_x0 must be"),
+        ({"solver": "dpm", "options": {"r": "half"}}, "dpm: r must be in"),
+        ({"solver": "unipc", "options": {"variant": "bh3"}}, "unipc: variant must be one of bh1, bh2; got 'bh3'"),
+        ({"model": 5}, "plan entry 'model' has type int"),
+    ],
+    ids=repr,
+)
+def test_from_json_names_the_bad_entry(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Plan.from_json({"solver": "ipndm", "sigmas": [80, 1, 0.002], **changes})
+
+
+@pytest.mark.parametrize("missing", ["solver", "sigmas"])
+def test_from_json_names_what_is_missing(missing):
+    data = Plan("euler", (2.0, 1.0)).to_json()
+    data.pop(missing)
+    with pytest.raises(ConfigError, match=f"plan lacks {missing}"):
+        Plan.from_json(data)
+
+
+# ---- cost
+
+# Evaluations of 3 intervals, with a predictor's midpoint in each or without.
+ALONE = {"euler": 3, "heun": 6, "dpm": 6, "ipndm": 3, "deis": 3, "dpmpp": 3, "unipc": 3}
+WITH_MIDPOINT = {"euler": 6, "dpm": 6, "ipndm": 6, "deis": 6, "dpmpp": 6, "unipc": 6, "amed": 6}
+
+
+@pytest.mark.parametrize(
+    ("solver", "midpoint", "cost"),
+    [(name, False, n) for name, n in ALONE.items()] + [(name, True, n) for name, n in WITH_MIDPOINT.items()],
+)
+@pytest.mark.parametrize("afs", [False, True], ids=["", "afs"])
+@pytest.mark.parametrize("to_zero", [False, True], ids=["", "to_zero"])
+def test_nfe_of_three_intervals(solver, midpoint, cost, afs, to_zero):
+    plan = Plan(solver, (80.0, 8.0, 1.0, 0.1), afs=afs, midpoint=midpoint, denoise_to_zero=to_zero)
+    assert plan.intervals == 3
+    assert plan.nfe == cost - afs + to_zero
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 8])
+def test_parallel_points_cost_one_evaluation_each(points):
+    plan = Plan("amed", (80.0, 1.0, 0.1), options=(("points", points),), midpoint=True)
+    assert plan.nfe == 2 * (1 + points)
+
+
+@given(solvers, st.integers(1, 13), st.sampled_from([None, True, False]), st.booleans())
+def test_make_plan_spends_exactly_the_nfe_or_says_why_not(solver, nfe, afs, midpoint):
+    name, options = solver
+    made = make_solver(name, **options)
+    midpoint = made.midpoint == "required" or (midpoint and made.midpoint != "none")
+    try:
+        plan = make_plan(nfe, solver=name, options=options, afs=afs, midpoint=midpoint)
+    except ConfigError as error:
+        assert "not a whole number of intervals" in str(error)
+        cost = made.evaluations(midpoint)
+        assert all((nfe + used) % cost for used in ([0, 1] if afs is None else [int(afs)]))
+        return
+    assert plan.nfe == nfe
+    assert plan.midpoint == midpoint
+    assert afs is None or plan.afs == afs
+    assert plan.sigmas[0] == pytest.approx(80)
+    assert plan.sigmas[-1] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("euler", 5), ("ipndm", 4), ("heun", 5), ("amed", 5), ("dpm", 3)])
+def test_the_analytic_first_step_is_taken_where_the_nfe_allows(solver, nfe):
+    assert make_plan(nfe, solver=solver).afs
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("heun", 4), ("amed", 6)])
+def test_and_left_where_it_does_not(solver, nfe):
+    assert not make_plan(nfe, solver=solver).afs
+
+
+def test_the_message_lists_only_possible_nfes_and_all_of_them():
+    options = {"points": 2}  # 3 evaluations per interval: 2, 3, 5, 6 ... with or without the analytic first step
+    with pytest.raises(ConfigError, match=r"possible are ([\d, ]+)") as caught:
+        make_plan(4, solver="amed", options=options)
+    listed = [int(n) for n in str(caught.value).split("possible are ")[1].split(", ...")[0].split(", ")]
+    for n in range(1, max(listed) + 1):
+        if n in listed:
+            assert make_plan(n, solver="amed", options=options).nfe == n
+        else:
+            with pytest.raises(ConfigError):
+                make_plan(n, solver="amed", options=options)
+
+
+def test_given_levels_decide_the_nfe():
+    levels = torch.tensor([80.0, 10, 1, 0.1])
+    assert make_plan(None, solver="euler", schedule=levels).nfe == 3
+    assert make_plan(3, solver="euler", schedule=levels).afs is False
+    assert make_plan(2, solver="euler", schedule=levels).afs is True
+    assert make_plan(None, solver="amed", schedule=levels, afs=True).nfe == 5
+    with pytest.raises(ConfigError, match="4 noise levels cost 3 evaluations with euler, but nfe=5 was asked"):
+        make_plan(5, solver="euler", schedule=levels)
+
+
+@pytest.mark.parametrize("nfe", [0, -1, True, 5.0, "5", float("nan")], ids=repr)
+def test_an_nfe_that_is_no_count_is_refused(nfe):
+    with pytest.raises(ConfigError, match="nfe must be a positive integer, got"):
+        make_plan(nfe, solver="euler")
+
+
+@pytest.mark.parametrize("nfe", [0, True, 5.0, "5"], ids=repr)
+def test_also_by_the_default_solver(nfe):
+    with pytest.raises(ConfigError, match="nfe must be a positive integer, got"):
+        best_training_free(nfe)
+
+
+def test_a_plan_does_not_change():
+    plan = make_plan(5, solver="ipndm", options={"max_order": 2})
+    with pytest.raises(AttributeError):
+        plan.afs = False
+    plan.to_json()["sigmas"].append(0.0)
+    plan.levels[0] = 1
+    assert plan == make_plan(5, solver="ipndm", options={"max_order": 2})
+
+
+def test_a_models_range_is_cut_to_the_published_one():
+    assert clamp_range(0, float("inf")) == (0.002, 80)
+    assert clamp_range(0.1, 20) == (0.1, 20)
+    for bad in [(5, 2), (100, 200), (float("nan"), 80), (0.002, 0.001)]:
+        with pytest.raises(ConfigError, match="need sigma_min < sigma_max"):
+            clamp_range(*bad)
+
+
+def test_describe_is_one_line_with_what_matters():
+    text = make_plan(5, solver="ipndm", options={"max_order": 2}, midpoint=True).describe()
+    assert text == "ipndm max_order=2 + predictor, time_uniform, 3 intervals, AFS, NFE 5"

@@ -59,9 +59,10 @@ class BuildOptional(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["amed_engine", "amed_engine.*"]), "amed_engine.kernels"],
-    package_dir={"amed_engine.kernels": "kernels"},
-    package_data={"amed_engine.kernels": ["amed_cuda.so", "csrc/*"]},
+    packages=[*find_packages(include=["amed_engine", "amed_engine.*"]), "amed_engine.kernels", "amed_engine.csrc"],
+    package_dir={"amed_engine.kernels": "kernels", "amed_engine.csrc": "csrc"},
+    # Headers for programs that link against the kernels, CUDA sources for CuPy to compile at run time.
+    package_data={"amed_engine.csrc": ["include/amed/*.h", "cuda/*.cu", "cuda/*.cuh"]},
     ext_modules=[native],
     cmdclass={"build_ext": BuildOptional},
 )

@@ -212,8 +212,9 @@ def distill(model, device, out, **options) -> None:
     if resolved.module is not None:
         resolved.module.to(_device(device))
     _check_writable(out)
+    given = {name: value for name, value in options.items() if value is not None}
     rounds: list[Any] = []
-    predictor = amed_engine.distill(resolved.network, **options, progress=sys.stderr.isatty(), on_round=rounds.append)
+    predictor = amed_engine.distill(resolved.network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)
     amed_engine.save_predictor(predictor, out)
     click.echo(predictor.plan.describe() if predictor.plan else "")
     click.echo(f"final loss per interval: {' '.join(f'{loss:.4g}' for loss in rounds[-1].losses)}")

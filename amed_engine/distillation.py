@@ -205,8 +205,7 @@ def _interval_losses(program: Program, denoiser: Denoiser, targets: Tensor) -> I
     for i in range(program.intervals):
         if not multistep:
             state = State.start(targets[i])
-        for progress in run.interval(state, i):
-            state = progress.state
+        state = run.interval(state, i)[-1]
         yield (state.y[0] - targets[i + 1]).square().sum() / len(state.x)
         state = state.detach()
         run.walk.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def plot(comparison: Comparison) -> bytes:
     panels = 2 if comparison.curves else 1
     axes = figure.subplots(1, panels, squeeze=False, width_ratios=widths[:panels])[0]
     figure.suptitle(
-        f"{comparison.model}, {comparison.nfe} network evaluations: distance to the exact solution "
+        f"{Path(comparison.model).name}, {comparison.nfe} network evaluations: distance to the exact solution "
         f"(RMSE over {comparison.samples} samples)"
     )
     _draw_rows(axes[0], rows, comparison.seeds)
@@ -56,10 +57,10 @@ def plot(comparison: Comparison) -> bytes:
 def _draw_rows(axes: Any, rows: list[Row], seeds: list[int]) -> None:
     pictures = np.concatenate([to_uint8(row.images) for row in rows])
     sheet = grid(pictures, columns=len(seeds))
-    axes.imshow(sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet, interpolation="nearest")
-    down, across = (sheet.shape[0] + 2) / len(rows), (sheet.shape[1] + 2) / len(seeds)
-    axes.set_xticks([across * (i + 0.5) - 1.5 for i in range(len(seeds))], seeds)
-    axes.set_yticks([down * (i + 0.5) - 1.5 for i in range(len(rows))], [row.name for row in rows])
+    axes.imshow(sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)
+    down, across = sheet.shape[0] / len(rows), sheet.shape[1] / len(seeds)
+    axes.set_xticks([across * (i + 0.5) for i in range(len(seeds))], seeds)
+    axes.set_yticks([down * (i + 0.5) for i in range(len(rows))], [row.name for row in rows])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("seed")

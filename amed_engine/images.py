@@ -43,27 +43,38 @@ def magnification(height: int, width: int) -> int:
     return 1 if size > 32 else max(4, LEGIBLE // size)
 
 
-def grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """One picture (H', W', C) of all (B, H, W, C), row by row, small ones enlarged without smoothing, on white.
+def grid(pictures: np.ndarray, columns: int | None = None, gap: int = 4) -> np.ndarray:
+    """One picture (H', W', C) of all (B, H, W, C), row by row, small ones enlarged smoothly, on grey.
 
-    columns: as many as make it square unless given. gap: pixels between neighbours.
+    columns: as many as make it square unless given. gap: pixels between neighbours, and round the edge.
     """
     count, height, width, channels = pictures.shape
     columns = columns or math.ceil(math.sqrt(count))
     factor = magnification(height, width)
-    pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
     down, across = height * factor + gap, width * factor + gap
-    sheet = np.full((math.ceil(count / columns) * down - gap, columns * across - gap, channels), 255, np.uint8)
+    sheet = np.full((math.ceil(count / columns) * down + gap, columns * across + gap, channels), 128, np.uint8)
     for index, picture in enumerate(pictures):
-        top, left = index // columns * down, index % columns * across
-        sheet[top : top + down - gap, left : left + across - gap] = picture
+        top, left = index // columns * down + gap, index % columns * across + gap
+        sheet[top : top + down - gap, left : left + across - gap] = _enlarged(picture, factor)
     return sheet
+
+
+def _enlarged(picture: np.ndarray, factor: int) -> np.ndarray:
+    if factor == 1:
+        return picture
+    height, width, channels = picture.shape
+    size = (width * factor, height * factor)
+    return np.asarray(_image(picture).resize(size, Image.Resampling.BICUBIC)).reshape(size[1], size[0], channels)
+
+
+def _image(picture: np.ndarray) -> Image.Image:
+    return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
 
 
 def png(picture: np.ndarray) -> bytes:
     """(H, W, 1 or 3) bytes as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(buffer, format="PNG")
+    _image(picture).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

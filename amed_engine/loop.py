@@ -5,7 +5,7 @@ Nothing here looks at a tensor's values; control flow depends on the program alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,15 +39,6 @@ class State(NamedTuple):
         x = self.x.detach()
         y = (x,) if len(self.y) == 1 and self.y[0] is self.x else tuple(point.detach() for point in self.y)
         return State(x, y, tuple(d.detach() for d in self.directions))
-
-
-class Progress(NamedTuple):
-    """What `iterate` yields after each update."""
-
-    interval: int
-    state: State
-    first: bool  # after the first evaluation of the interval
-    last: bool  # the interval is complete: state.y[0] is the state at its end
 
 
 @dataclass(frozen=True)
@@ -198,16 +189,21 @@ class Trajectory:
         self.first = wrap(analytic_first_step) if program.afs else self.network
         self.walk = Walk(program, program.sigmas)
 
-    def interval(self, state: State, i: int) -> Iterator[Progress]:
-        """From sigmas[i] to sigmas[i + 1], yielding after each update. Intervals are to be run in order."""
+    def interval(self, state: State, i: int) -> list[State]:
+        """The states after each evaluation from sigmas[i] to sigmas[i + 1]; the last is the one at its end.
+
+        Intervals are to be run in order: past noise levels are carried along.
+        """
         denoiser = self.network if i else self.first
         evaluated = evaluate(denoiser, state.y, (self.program.sigmas[i],))
         updates = self._updates(i, evaluated[0].features, state.x.shape[0])
+        states = []
         for s, update in enumerate(updates):
             if s:
                 evaluated = evaluate(self.network, state.y, updates[s - 1].sigma_net)
             state = advance(state, tuple(d.x0 for d in evaluated), update)
-            yield Progress(i, state, s == 0, s == len(updates) - 1)
+            states.append(state)
+        return states
 
     def _updates(self, i: int, features: Tensor | None, batch: int) -> tuple[Update, ...]:
         program, predictor = self.program, self.program.predictor
@@ -222,16 +218,6 @@ class Trajectory:
 
 def _like(field: Tensor | float, sigma: Tensor) -> Tensor | float:
     return field.to(sigma.dtype) if isinstance(field, Tensor) else field
-
-
-def iterate(program: Program, denoiser: Denoiser, x: Tensor) -> Iterator[Progress]:
-    """Run a program that is already on x's device, yielding after each update."""
-    run = Trajectory(program, denoiser)
-    state = State.start(x)
-    for i in range(program.intervals):
-        for progress in run.interval(state, i):
-            yield progress
-            state = progress.state
 
 
 def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
@@ -273,17 +259,28 @@ def sample(
     if not x.is_floating_point():
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
     program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero)
-    return integrate(program.on(x.device, x.dtype), denoiser, x, trajectory=trajectory)
+    states = integrate(program.on(x.device, x.dtype), denoiser, x)
+    return torch.stack(states) if trajectory else states[-1]
 
 
-def integrate(program: Program, denoiser: Denoiser, x: Tensor, *, trajectory: bool = False) -> Tensor:
-    """`sample` for a program that is already built and on x's device: what is captured and exported."""
-    states = [x]
-    for progress in iterate(program, denoiser, x):
-        if progress.first and progress.interval and program.solver.corrects:
-            states[-1] = progress.state.x
-        if progress.last:
-            states.append(progress.state.y[0])
+def integrate(
+    program: Program, denoiser: Denoiser, x: Tensor, observe: Callable[[int, Tensor], None] | None = None
+) -> list[Tensor]:
+    """`sample` for a program that is already built and on x's device: what is captured and exported.
+
+    Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
+    predictor-corrector there is its prediction.
+    """
+    states, state = [x], State.start(x)
+    run = Trajectory(program, denoiser)
+    for i in range(program.intervals):
+        path = run.interval(state, i)
+        state = path[-1]
+        if i and program.solver.corrects:
+            states[-1] = path[0].x
+        states.append(state.y[0])
+        if observe is not None:
+            observe(i, state.y[0])
     if program.denoise_to_zero:
         states.append(evaluate(denoiser, (states[-1],), (program.sigmas[-1],))[0].x0)
-    return torch.stack(states) if trajectory else states[-1]
+    return states

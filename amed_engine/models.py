@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Model:
         """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
         parameter = next(self.module.parameters(), None) if self.module else None
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-        denoised = as_denoised(self.network(x.to(dtype), sigma.to(dtype), *labels))
+        denoised = as_denoised(self.network(*(tensor.to(dtype) for tensor in (x, sigma, *labels))))
         if denoised.x0.shape != x.shape:
             raise ConfigError(
                 f"the model returned shape {tuple(denoised.x0.shape)} for an input of {tuple(x.shape)}; a denoiser "
@@ -71,16 +72,25 @@ def resolve(
         raise ConfigError(
             f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
         )
-    if isinstance(network, nn.Module) and not isinstance(model, torch.export.ExportedProgram):
-        network.eval()
+    if isinstance(network, nn.Module):
+        with contextlib.suppress(NotImplementedError):  # exported programs have no modes
+            network.eval()
+    if label_dim is not None and label_dim < 0:
+        raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(
         network=network,
-        shape=tuple(shape) if shape is not None else _image_shape(network),
+        shape=_check_shape(shape) if shape is not None else _image_shape(network),
         label_dim=int(label_dim if label_dim is not None else getattr(network, "label_dim", 0) or 0),
         sigma_min=float(sigma_min if sigma_min is not None else getattr(network, "sigma_min", 0.002)),
         sigma_max=float(sigma_max if sigma_max is not None else getattr(network, "sigma_max", math.inf)),
         name=name,
     )
+
+
+def _check_shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {shape!r}")
+    return tuple(shape)
 
 
 def _image_shape(network: Any) -> tuple[int, ...] | None:
@@ -98,20 +108,17 @@ def _open(model: Any) -> Any:
     path = Path(model)
     if not path.exists():
         raise ConfigError(
-            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names())}"
+            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}"
         )
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
-    return _open_torchscript(path)
-
-
-def _open_torchscript(path: Path) -> nn.Module:
     try:
+        if path.suffix == ".pt2":
+            return torch.export.load(path).module()
         return torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # torch raises what its archive readers happen to raise
+        kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
-            f"{path} is no TorchScript file ({str(error).splitlines()[0]}); known forms: TorchScript (.pt), ExportedProgram "
-            "(.pt2), this package's .safetensors or directory"
+            f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
+            "ExportedProgram (.pt2), this package's .safetensors or directory"
         ) from error

@@ -84,10 +84,7 @@ class AMEDPredictor(nn.Module):
     def _encode(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         weight = self.enc_layer0.weight
         u, v = self._embed(sigma), self._embed(sigma_next)
-        if features is None:
-            mean = weight.new_zeros(1, weight.shape[1])
-        else:
-            mean = self._mean(features).to(weight.dtype)
+        mean = weight.new_zeros(1, weight.shape[1]) if features is None else self._mean(features).to(weight.dtype)
         code = self.enc_layer1(silu(self.enc_layer0(mean)))
         (batch,) = torch.broadcast_shapes(code.shape[:1], u.shape[:1], v.shape[:1])
         return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)

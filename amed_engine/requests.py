@@ -14,6 +14,8 @@ from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.seeds import check_seeds, draw, draw_seeds
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -110,17 +112,15 @@ def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: to
 def _check_labels(labels: Any, label_dim: int, batch: int) -> Tensor:
     if not label_dim:
         raise ConfigError("class_labels were given, but the model is unconditional (label_dim 0); leave them out")
-    if isinstance(labels, int) and not isinstance(labels, bool):
-        labels = [labels] * batch
     try:
         labels = torch.as_tensor(labels).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"class_labels must be class numbers or vectors, got {labels!r}") from error
-    if labels.is_floating_point():
-        return _checkvectors(labels, label_dim, batch)
-    if labels.dtype == torch.bool or tuple(labels.shape) != (batch,):
-        if tuple(labels.shape) == (batch, label_dim):
-            return _checkvectors(labels.float(), label_dim, batch)
+    if labels.is_floating_point() or tuple(labels.shape) == (batch, label_dim):
+        return _check_vectors(labels, label_dim, batch)
+    if labels.dtype in INTEGERS and labels.dim() == 0:
+        labels = labels.expand(batch)
+    if labels.dtype not in INTEGERS or tuple(labels.shape) != (batch,):
         raise ConfigError(
             f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got {labels.dtype} "
             f"of shape {tuple(labels.shape)}"
@@ -131,12 +131,14 @@ def _check_labels(labels: Any, label_dim: int, batch: int) -> Tensor:
     return labels.to(torch.int64)
 
 
-def _checkvectors(labels: Tensor, label_dim: int, batch: int) -> Tensor:
-    if tuple(labels.shape) != (batch, label_dim):
-        raise ConfigError(f"class_labels as vectors must have shape ({batch}, {label_dim}), got {tuple(labels.shape)}")
+def _check_vectors(labels: Tensor, label_dim: int, batch: int) -> Tensor:
+    if tuple(labels.shape) != (batch, label_dim) or labels.is_complex():
+        raise ConfigError(
+            f"class_labels as vectors must have shape ({batch}, {label_dim}), got {labels.dtype} {tuple(labels.shape)}"
+        )
     if not bool(torch.isfinite(labels).all()):
         raise ConfigError("class_labels hold NaN or infinite values")
-    return labels
+    return labels if labels.is_floating_point() else labels.float()
 
 
 def vectors(classes: Tensor, label_dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from amed_engine import zoo
 from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.loop import Program, iterate
+from amed_engine.loop import Program, integrate
 from amed_engine.models import Model, resolve
 from amed_engine.plan import Plan, clamp_range
 from amed_engine.planning import Wishes, check_model, choose_plan
@@ -153,7 +154,8 @@ class Sampler:
 
     def _build(self, plan: Plan, predictor: AMEDPredictor | None) -> Program:
         if predictor is not None:
-            predictor = predictor.to(self.device, self.dtype).eval()
+            # A copy: the caller's predictor keeps its device, precision and mode.
+            predictor = copy.deepcopy(predictor).to(self.device, self.dtype).eval()
         program = Program.build(
             plan.make_solver(), plan.levels, predictor, afs=plan.afs, denoise_to_zero=plan.denoise_to_zero
         )
@@ -214,11 +216,7 @@ class Sampler:
     ) -> Tensor:
         denoiser = bind_labels(self.model, request.labels, scale)
         x = request.latents * program.sigmas[0]
-        states = [x]
-        for progress in iterate(program, denoiser, x):
-            if progress.last:
-                states.append(progress.state.y[0])
-                observe(progress.interval, states[-1])
+        states = integrate(program, denoiser, x, observe)
         if not bool(torch.isfinite(states[-1]).all()):
             raise _non_finite(states, request)
         return states[-1]

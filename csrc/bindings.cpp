@@ -7,12 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "amed/combine.h"
-#include "amed/midpoint.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "amed/cpu.h"
 
 namespace py = pybind11;
 

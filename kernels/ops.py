@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import cuda, native, reference
 from .layout import MAX_OUTPUTS, check_combine, check_dots, check_midpoint, check_out
 from .reference import MidpointStep, MidpointWeights
 
@@ -35,7 +35,7 @@ _library.define(
 
 # A module global, not a ContextVar: torch.compile can read and guard on this one.
 _forced: str | None = None
-_NAMES = ("reference", "native", "triton")
+_NAMES = ("reference", "native", "triton", "cuda")
 
 
 # ---- what callers use ----
@@ -107,17 +107,15 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one implementation, for the whole process: "reference", "native" (C++ on the CPU) or "triton".
+    """Force one implementation, for the whole process: "reference", "native" (C++ on the CPU), "triton" or "cuda" (C++).
 
     "reference" is plain torch operators, in traces and exports too.
     """
     global _forced
     if name not in _NAMES:
         raise ValueError(f"implementation must be one of {', '.join(_NAMES)}, got {name!r}")
-    if name == "native" and not native.available():
-        raise ValueError(f"the C++ extension is not there: {native.why_not()}; reinstall with a compiler")
-    if name == "triton" and find_spec("triton") is None:
-        raise ValueError("triton is not installed; pip install triton")
+    if reason := _why_not(name):
+        raise ValueError(f"implementation {name!r} cannot be used: {reason}")
     before, _forced = _forced, name
     try:
         yield
@@ -128,19 +126,27 @@ def use(name: str) -> Iterator[None]:
 # ---- implementations ----
 
 
+def _why_not(name: str) -> str:
+    """Why an implementation cannot be used; empty where it can."""
+    if name == "native":
+        return native.why_not()
+    if name == "cuda":
+        return cuda.why_not()
+    return "triton is not installed" if name == "triton" and find_spec("triton") is None else ""
+
+
 def _active(device: str) -> str:
     if _forced is not None:
         return _forced
-    if device == "cpu" and native.available():
-        return "native"
-    return "triton" if device == "cuda" and find_spec("triton") is not None else "reference"
+    name = {"cpu": "native", "cuda": "triton"}.get(device, "reference")
+    return "reference" if _why_not(name) else name
 
 
 def _implementation(device: torch.device) -> ModuleType:
     """The module whose combine_into, combine_coeff_grad and midpoint_table run on that device."""
     name = _active(device.type)
-    if name == "native":
-        return native
+    if name in ("native", "cuda"):
+        return native if name == "native" else cuda
     # Not imported above: triton costs a second and is needed on a GPU only.
     return import_module(".triton_backend", __package__) if name == "triton" else reference
 

@@ -19,11 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from amed_engine.errors import FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError
 
 CONFIG_KEY = "amed_config"
 MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def atomic_write(path: str | os.PathLike, data: bytes) -> None:
@@ -59,8 +60,16 @@ def _umask() -> int:
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
-    """Save tensors and their configuration to a .safetensors file or a directory, atomically."""
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    """Save tensors and their configuration to a .safetensors file or a directory, each file atomically.
+
+    Raises ConfigError for a configuration that JSON cannot hold, and OSError.
+    """
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the configuration is not JSON: {error}; notes must be text, finite numbers or lists"
+        ) from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, metadata={CONFIG_KEY: text})
     path = Path(path)
@@ -84,17 +93,32 @@ def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, d
         raise FileFormatError(
             f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
         ) from error
-    text = (
-        (path / "config.json").read_text()
-        if path.is_dir() and (path / "config.json").is_file()
-        else metadata.get(CONFIG_KEY)
-    )
+    beside = path / "config.json"
+    text = _read_text(beside) if beside.is_file() else metadata.get(CONFIG_KEY)
     if text is None:
         raise FileFormatError(f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata)")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise FileFormatError(f"{file}: tensor {name!r} holds NaN or infinite values")
+        _check_values(file, name, tensor)
     return parse_config(text, file), tensors
+
+
+def _read_text(file: Path) -> str:
+    size = file.stat().st_size
+    if size > MAX_HEADER:
+        raise FileFormatError(f"{file} has {size} bytes, more than the {MAX_HEADER} a configuration may have")
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{file}: configuration is not UTF-8 text: {error}") from error
+
+
+def _check_values(file: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        return
+    if tensor.dtype not in FLOATS:
+        raise FileFormatError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected one of {FLOATS}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise FileFormatError(f"{file}: tensor {name!r} holds NaN or infinite values")
 
 
 def parse_config(text: str, file: Path) -> dict:

@@ -78,7 +78,8 @@ def _restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tenso
     # First without memory: a configuration may claim any size, the file's tensors have theirs.
     with torch.device("meta"):
         check_tensors(_build(make, arguments, path), tensors, path)
-    module = _build(make, arguments, path)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
+        module = _build(make, arguments, path)
     module.load_state_dict(dict(tensors), strict=True)
     return module
 
@@ -109,7 +110,7 @@ def _build(make: Callable[..., M], arguments: Any, path: str | os.PathLike) -> M
         raise FileFormatError(f"{path}: its configuration names no constructor arguments")
     try:
         return make(**arguments)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # whatever a constructor makes of arguments that a file claims, the file is at fault
         raise FileFormatError(f"{path}: its configuration does not build: {error}") from error
 
 

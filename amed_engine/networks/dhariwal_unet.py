@@ -19,6 +19,7 @@ from amed_engine.networks.layers import (
     UNetBlock,
     drop_labels,
     one_hot,
+    width,
 )
 
 INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
@@ -92,7 +93,7 @@ class DhariwalUNet(nn.Module):
         return enc
 
     def _build_decoder(self, levels: list[tuple[int, int]]) -> nn.ModuleDict:
-        skips = [block.out_channels for block in self.enc.values()]
+        skips = [width(layer) for layer in self.enc.values()]
         dec, cout = nn.ModuleDict(), levels[-1][1]
         for level, (res, channels) in reversed(list(enumerate(levels))):
             at = f"{res}x{res}"
@@ -102,7 +103,7 @@ class DhariwalUNet(nn.Module):
             else:
                 dec[f"{at}_up"] = UNetBlock(cout, cout, self.style, "up")
             for i in range(self.num_blocks + 1):
-                block = UNetBlock(cout + int(skips.pop()), channels, self.style, heads=self._heads(res, channels))
+                block = UNetBlock(cout + skips.pop(), channels, self.style, heads=self._heads(res, channels))
                 dec[f"{at}_block{i}"] = block
                 cout = channels
         return dec

@@ -238,6 +238,17 @@ class UNetBlock(nn.Module):
         return x if self.style.skip_scale == 1 else x * self.style.skip_scale
 
 
+def width(layer: nn.Module) -> int:
+    """Number of channels that a block or a convolution puts out."""
+    assert isinstance(layer, UNetBlock | Conv2d)
+    return layer.out_channels
+
+
+def is_tracing() -> bool:
+    """Under jit.trace sizes are tensors: comparing them would be frozen into the graph with a warning."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def one_hot(class_labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor:
     """Class labels as a matrix (B or 1, label_dim) in the dtype and on the device of `like`.
 
@@ -248,8 +259,7 @@ def one_hot(class_labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor
         return like.new_zeros(1, label_dim)
     if class_labels.ndim == 1 and not class_labels.is_floating_point():
         class_labels = class_labels[:, None] == torch.arange(label_dim, device=class_labels.device)
-    # Under jit.trace sizes are tensors, and a comparison would be frozen into the graph with a warning.
-    elif not torch.jit.is_tracing() and tuple(class_labels.shape[1:]) != (label_dim,):
+    elif not is_tracing() and tuple(class_labels.shape[1:]) != (label_dim,):
         raise ValueError(
             f"class_labels must be integers (B,) or a matrix (B, {label_dim}), got {class_labels.dtype} of shape "
             f"{tuple(class_labels.shape)}"

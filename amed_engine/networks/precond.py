@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amed_engine.denoiser import Denoised
 from amed_engine.errors import ConfigError
 from amed_engine.networks.dhariwal_unet import DhariwalUNet
+from amed_engine.networks.layers import is_tracing, width
 from amed_engine.networks.song_unet import SongUNet
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -72,7 +73,7 @@ class EDMPrecond(nn.Module):
         """(C, h, w) of the features that `forward` returns."""
         name, block = list(self.model.enc.items())[-1]
         size = int(name.split("x")[0])
-        return int(block.out_channels), size, size
+        return width(block), size, size
 
     def forward(
         self,
@@ -109,8 +110,7 @@ class EDMPrecond(nn.Module):
         return torch.float32, torch.float16 if self.use_fp16 and x.is_cuda else stored
 
     def _check_image(self, x: Tensor) -> None:
-        # Under jit.trace sizes are tensors, and a comparison would be frozen into the graph with a warning.
-        if torch.jit.is_tracing():
+        if is_tracing():
             return
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:

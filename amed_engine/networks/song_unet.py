@@ -22,6 +22,7 @@ from amed_engine.networks.layers import (
     UNetBlock,
     drop_labels,
     one_hot,
+    width,
 )
 
 CHOICES = {
@@ -95,8 +96,8 @@ class SongUNet(nn.Module):
         self.map_layer0 = Linear(channels, self.style.emb_channels, INIT)
         self.map_layer1 = Linear(self.style.emb_channels, self.style.emb_channels, INIT)
 
-    def _build_encoder(self, levels: list[tuple[int, int]], in_channels: int, width: int) -> nn.ModuleDict:
-        enc, aux_channels, cout = nn.ModuleDict(), in_channels, width
+    def _build_encoder(self, levels: list[tuple[int, int]], in_channels: int, cout: int) -> nn.ModuleDict:
+        enc, aux_channels = nn.ModuleDict(), in_channels
         for level, (res, channels) in enumerate(levels):
             at = f"{res}x{res}"
             if level == 0:
@@ -120,7 +121,7 @@ class SongUNet(nn.Module):
         return {}
 
     def _build_decoder(self, levels: list[tuple[int, int]], out_channels: int) -> nn.ModuleDict:
-        skips = [block.out_channels for name, block in self.enc.items() if "aux" not in name]
+        skips = [width(layer) for name, layer in self.enc.items() if "aux" not in name]
         dec, cout = nn.ModuleDict(), levels[-1][1]
         for level, (res, channels) in reversed(list(enumerate(levels))):
             at = f"{res}x{res}"
@@ -131,7 +132,7 @@ class SongUNet(nn.Module):
                 dec[f"{at}_up"] = UNetBlock(cout, cout, self.style, "up")
             for i in range(self.num_blocks + 1):
                 heads = int(i == self.num_blocks and res in self.attn_resolutions)
-                dec[f"{at}_block{i}"] = UNetBlock(cout + int(skips.pop()), channels, self.style, heads=heads)
+                dec[f"{at}_block{i}"] = UNetBlock(cout + skips.pop(), channels, self.style, heads=heads)
                 cout = channels
             if level == 0 or self.decoder_type == "skip":
                 dec.update(self._aux_decoder(at, cout, out_channels, lowest=level == len(levels) - 1))

@@ -11,22 +11,19 @@ Needs scikit-learn. Deterministic for a given seed, number of steps, thread coun
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 import platform
-import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.checkpoints import save_model
 from amed_engine.networks import EDMPrecond
 
 NETWORK: dict[str, Any] = {
@@ -69,9 +66,9 @@ class Digits:
 def load_digits(device: torch.device) -> Digits:
     from sklearn import datasets
 
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32) / 8 - 1
-    return Digits(images[:, None].to(device), torch.tensor(digits.target).to(device))
+    pixels, labels = datasets.load_digits(return_X_y=True)  # 0 .. 16
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    return Digits(images.to(device), torch.tensor(labels).to(device))
 
 
 def posterior_mean(noisy: Tensor, sigma: Tensor, labels: Tensor, data: Digits) -> Tensor:
@@ -114,7 +111,8 @@ def learning_rate(progress: float, step: int, recipe: Recipe) -> float:
 def update_average(average: EDMPrecond, net: EDMPrecond, step: int, power: float) -> None:
     """Power-function average (Karras et al. 2024, arXiv:2312.02696): its length grows with the run, its start is forgotten."""
     keep = (1 - 1 / (step + 1)) ** (power + 1)
-    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
+    for mean, parameter in zip(average.parameters(), net.parameters(), strict=True):
+        mean.lerp_(parameter, 1 - keep)
 
 
 @torch.no_grad()
@@ -128,34 +126,60 @@ def denoising_loss(net: EDMPrecond, data: Digits, recipe: Recipe, batches: int =
     return torch.stack(losses).mean().item()
 
 
-def train(recipe: Recipe, out: Path, device: torch.device, network: dict[str, Any] = NETWORK) -> EDMPrecond:
+@dataclass
+class Run:
+    """Where a training run is."""
+
+    recipe: Recipe
+    start: float = field(default_factory=time.monotonic)
+    written: float = field(default_factory=time.monotonic)
+    step: int = 0
+    loss: float = 1.0  # running mean of the last hundred steps or so
+
+    @property
+    def minutes(self) -> float:
+        return (time.monotonic() - self.start) / 60
+
+    @property
+    def progress(self) -> float:
+        """0 .. 1, by steps or by time, whichever is further."""
+        return max(self.step / self.recipe.steps, self.minutes / self.recipe.minutes)
+
+    def advance(self, loss: float) -> None:
+        self.step += 1
+        self.loss += 0.01 * (loss - self.loss)
+
+    def save_is_due(self, every: float = 120.0) -> bool:
+        due = time.monotonic() - self.written > every
+        self.written = time.monotonic() if due else self.written
+        return due
+
+    def report(self) -> dict[str, Any]:
+        return {"steps": self.step, "minutes": round(self.minutes, 1), "loss_to_posterior_mean": round(self.loss, 5)}
+
+
+def train(recipe: Recipe, out: Path, device: torch.device, network: dict[str, Any]) -> EDMPrecond:
     """Train, write the averaged weights to `out` every two minutes and at the end, and return the averaged network."""
     torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
     data = load_digits(device)
-    net = EDMPrecond(**network, sigma_data=round(data.images.std().item(), 4))
-    net = net.to(device, memory_format=torch.channels_last).train()
+    net = EDMPrecond(**network, sigma_data=round(data.images.std().item(), 4)).to(device).train()
+    # A quarter faster on a CPU; torch's signature of `to` has no such argument.
+    net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(recipe.seed)
-    start = written = time.monotonic()
-    running, step, progress = 1.0, 0, 0.0
+    run = Run(recipe)
     with tqdm(total=recipe.steps, mininterval=2, unit="step") as bar:
-        while progress < 1:
-            optimizer.param_groups[0]["lr"] = learning_rate(progress, step, recipe)
-            running += 0.01 * (train_step(net, optimizer, data, recipe, generator) - running)
-            step += 1
-            update_average(average, net, step, recipe.ema_power)
-            now = time.monotonic()
-            progress = max(step / recipe.steps, (now - start) / 60 / recipe.minutes)
-            if now - written > 120 or progress >= 1:
-                written = now
-                write_model(average, out, recipe, {"steps": step, "minutes": round((now - start) / 60, 1)})
+        while run.progress < 1:
+            optimizer.param_groups[0]["lr"] = learning_rate(run.progress, run.step, recipe)
+            run.advance(train_step(net, optimizer, data, recipe, generator))
+            update_average(average, net, run.step, recipe.ema_power)
+            if run.save_is_due():
+                write_model(average, out, recipe, run.report())
+            bar.set_postfix(loss=f"{run.loss:.4f}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-    seconds = time.monotonic() - start
-    report = {"steps": step, "minutes": round(seconds / 60, 1), "loss_to_posterior_mean": round(running, 5)}
-    report["loss_to_image"] = round(denoising_loss(average, data, recipe), 5)
-    write_model(average, out, recipe, report)
+    final = {"loss_to_image": round(denoising_loss(average, data, recipe), 5)}
+    write_model(average, out, recipe, run.report() | final)
     return average
 
 
@@ -172,26 +196,10 @@ def train_step(
 
 
 def write_model(net: EDMPrecond, out: Path, recipe: Recipe, report: dict[str, Any]) -> None:
-    """model.safetensors (published parameter names) and config.json (constructor arguments, how it was trained)."""
-    settings = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "minutes")}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    training = {"data": "scikit-learn digits, 1797 images scaled to [-1, 1]", **report, **settings, **versions}
-    config = json.dumps({"class": "EDMPrecond", "config": net.config, "training": training}, indent=2, allow_nan=False)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in net.state_dict().items()}
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "model.safetensors", save(tensors))
-    write_file(out / "config.json", config.encode() + b"\n")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write to a temporary file and rename: a reader sees the old file or the new one, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(temporary, 0o666 & ~umask)
-    os.replace(temporary, path)
+    """model.safetensors and config.json, with the recipe and what came of it under "training"."""
+    settings = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "minutes")}
+    data = "scikit-learn digits: 1797 images of 8x8 pixels, scaled to [-1, 1]"
+    save_model(net, out, training={"data": data, **report, **settings, "python": platform.python_version()})
 
 
 @click.command()
@@ -206,7 +214,7 @@ def main(out: Path, steps: int, minutes: float, batch: int, seed: int, device: s
     """Train the bundled `digits` model and write model.safetensors and config.json."""
     torch.set_num_threads(threads)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    train(Recipe(steps=steps, minutes=minutes, batch=batch, seed=seed), out, chosen)
+    train(Recipe(steps=steps, minutes=minutes, batch=batch, seed=seed), out, chosen, NETWORK)
 
 
 if __name__ == "__main__":

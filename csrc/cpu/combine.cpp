@@ -1,8 +1,7 @@
-#include "amed/combine.h"
-
 #include <algorithm>
 #include <type_traits>
 
+#include "amed/cpu.h"
 #include "parallel.h"
 #include "vector.h"
 

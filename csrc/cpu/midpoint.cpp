@@ -1,8 +1,8 @@
-#include "amed/midpoint.h"
-
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "amed/cpu.h"
 #include "parallel.h"
 #include "vector.h"
 

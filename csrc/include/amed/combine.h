@@ -29,11 +29,4 @@ struct DotArgs {
     void* result;
 };
 
-namespace cpu {
-
-// `threads` is an upper bound: small problems use fewer. The result does not depend on it, bit for bit.
-void combine(const CombineArgs& args, int threads);
-void combine_coeff_grad(const DotArgs& args, int threads);
-
-}  // namespace cpu
 }  // namespace amed

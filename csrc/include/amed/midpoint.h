@@ -33,9 +33,4 @@ struct MidpointArgs {
     void* result;                // (10, batch): r, scale_dir, scale_time, sigma, sigma_net, C1 (2), C2 (3)
 };
 
-namespace cpu {
-
-void midpoint(const MidpointArgs& args, int threads);
-
-}  // namespace cpu
 }  // namespace amed

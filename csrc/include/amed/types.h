@@ -1,7 +1,15 @@
 // Plain data shared by every entry point: no framework, no allocation, no ownership.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // compiled at run time: no host headers
+namespace std {
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+}  // namespace std
+#else
 #include <cstdint>
+#endif
 
 namespace amed {
 

@@ -1,0 +1,350 @@
+"""Whole-loop CUDA graphs: the five evaluations and everything between them replayed by one launch.
+
+One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside the pool, so graphs
+may share its memory: they never run at once and never read each other's results. All warm-ups come before the first
+capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
+workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.errors import AmedError, ConfigError
+
+WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six
+WARMUPS_TORCHSCRIPT = 6
+
+Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
+
+
+class StaleGraphError(AmedError, RuntimeError):
+    """Weights were re-assigned or moved after capture; replaying would read memory that is no longer theirs."""
+
+
+class Family(NamedTuple):
+    """What must be equal for graphs to belong together; only the batch size differs inside a family."""
+
+    guidance_scale: float | None
+    labels: tuple[torch.dtype, tuple[int, ...]] | None  # dtype and shape of one row
+    latents: tuple[torch.dtype, tuple[int, ...]]
+    flags: tuple[Any, ...]  # see `numerics`
+
+
+@dataclass
+class Stats:
+    """What ran how often since the cache was made."""
+
+    captures: int = 0
+    replays: int = 0
+    eager_runs: int = 0
+
+
+class Bucket(NamedTuple):
+    """One line of a warm-up report."""
+
+    batch: int
+    seconds: float
+    reserved_bytes: int
+    bitwise: bool  # the first replay equals the eager result to the last bit
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """What capturing cost: a line per batch size, none where nothing is captured."""
+
+    backend: str
+    buckets: tuple[Bucket, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return sum(bucket.seconds for bucket in self.buckets)
+
+
+class Recording(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Device(Protocol):
+    """What capture needs of CUDA; the tests have a double of it that needs none."""
+
+    def capturing(self) -> bool:
+        """Whether the caller is recording a graph of its own."""
+        ...
+
+    def side_stream(self, work: Callable[[], Any]) -> Any:
+        """Run work on the capture stream, ordered after and before the caller's stream; its result."""
+        ...
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+        """Capture work; the graph and its output, which lies in the pool."""
+        ...
+
+    def begin_use(self) -> None:
+        """Order the caller's stream after the last use of the static buffers."""
+        ...
+
+    def end_use(self) -> None: ...
+
+    def reserved_bytes(self) -> int: ...
+
+    def forget(self) -> None:
+        """After every graph was reset: a new pool, workspaces released."""
+        ...
+
+
+class CudaDevice:
+    """`Device` on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream(device)
+            self.pool = torch.cuda.graph_pool_handle()
+            self.used = torch.cuda.Event()
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def side_stream(self, work: Callable[[], Any]) -> Any:
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                result = work()
+            current.wait_stream(self.stream)
+        return result
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), _no_garbage_collection():
+            self.stream.synchronize()
+            # thread_local: another thread's allocation must not invalidate this capture.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                output = work()
+        return graph, output
+
+    def begin_use(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.used)
+
+    def end_use(self) -> None:
+        self.used.record(torch.cuda.current_stream(self.device))
+
+    def reserved_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.device)
+
+    def forget(self) -> None:
+        torch.cuda.synchronize(self.device)
+        # A cuBLAS workspace first allocated inside a capture lives in that graph's pool.
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear is not None:
+            clear()
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collecting a dead CUDA object during a capture would invalidate it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def numerics(module: nn.Module | None) -> tuple[Any, ...]:
+    """The global switches and modes that change which kernels a capture records."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        module.training if module is not None else None,
+    )
+
+
+class Weights:
+    """Where a module's parameters and buffers were when a graph was captured.
+
+    In-place changes keep the address and are seen by replays; anything else is stale.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        modules = [] if module is None else list(module.modules())
+        tables = [table for m in modules for table in (m._parameters, m._buffers)]
+        self.places = [(t, name, v.data_ptr()) for t in tables for name, v in t.items() if v is not None]
+
+    def check(self) -> None:
+        for table, name, address in self.places:
+            value = table.get(name)
+            if value is None or value.data_ptr() != address:
+                raise StaleGraphError(
+                    f"weight {name!r} was re-assigned or moved after its graph was captured; call sampler.clear_graphs() and "
+                    "warmup() again, or change weights in place"
+                )
+
+
+@dataclass
+class Graph:
+    """One captured batch size: static inputs, the recording, its output."""
+
+    recording: Recording
+    latents: Tensor
+    labels: Tensor | None
+    output: Tensor
+
+    def load(self, latents: Tensor, labels: Tensor | None) -> None:
+        """Copy a batch in; rows beyond it keep what they had, their results are not read."""
+        self.latents[: latents.shape[0]].copy_(latents)
+        if self.labels is not None and labels is not None:
+            self.labels[: latents.shape[0]].copy_(labels)
+
+
+@dataclass
+class GraphCache:
+    """Graphs of one Sampler by family and batch size."""
+
+    device: Device
+    batch_sizes: Sequence[int]
+    module: nn.Module | None
+    warmups: int = WARMUPS
+    max_graphs: int = 16
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self):
+        sizes = sorted(set(self.batch_sizes), reverse=True)
+        if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise ConfigError(f"batch_sizes must be positive integers, got {tuple(self.batch_sizes)!r}")
+        self.batch_sizes = sizes
+        self._graphs: dict[Family, dict[int, Graph]] = {}
+        self._weights: dict[Family, Weights] = {}
+        self._lock = threading.RLock()
+
+    def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
+        """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
+        with self._lock:
+            if not self.device.capturing() and self._captured(family, loop, latents, labels):
+                return self._replay_all(family, latents, labels), "graph"
+            self.stats.eager_runs += 1
+        return loop(latents, labels), "eager"
+
+    def warmup(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
+        """Capture every batch size of a family now, from one example row each of latents and labels."""
+        with self._lock:
+            if family in self._graphs:
+                return WarmupReport("graph")
+            if sum(map(len, self._graphs.values())) + len(self.batch_sizes) > self.max_graphs:
+                return WarmupReport("eager")
+            return WarmupReport("graph", self._capture_all(family, loop, latents, labels))
+
+    def clear(self) -> None:
+        """Drop every graph and the memory they share."""
+        with self._lock:
+            for graphs in self._graphs.values():
+                for graph in graphs.values():
+                    graph.recording.reset()
+            self._graphs.clear()
+            self._weights.clear()
+            self.device.forget()
+
+    def _captured(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> bool:
+        """Whether the family has graphs, made now if need be and allowed."""
+        if family not in self._graphs:
+            self.warmup(family, loop, latents, labels)
+        return family in self._graphs
+
+    def _replay_all(self, family: Family, latents: Tensor, labels: Tensor | None) -> Tensor:
+        graphs = self._graphs[family]
+        self._weights[family].check()
+        self.device.begin_use()
+        images = [self._replay(graphs, *part) for part in self._parts(latents, labels)]
+        self.device.end_use()
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _parts(self, latents: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        largest = self.batch_sizes[0]
+        rows = latents.split(largest)
+        return list(zip(rows, [None] * len(rows) if labels is None else labels.split(largest), strict=True))
+
+    def _replay(self, graphs: dict[int, Graph], latents: Tensor, labels: Tensor | None) -> Tensor:
+        count = latents.shape[0]
+        graph = graphs[min(size for size in graphs if size >= count)]
+        graph.load(latents, labels)
+        graph.recording.replay()
+        self.stats.replays += 1
+        # A copy: the next replay writes over the graph's own output.
+        return graph.output[:count].clone()
+
+    def _capture_all(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
+        inputs = {
+            size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
+        }
+        graphs: dict[int, Graph] = {}
+        try:
+            expected = {size: self._warm_up(loop, *inputs[size]) for size in self.batch_sizes}
+            report = tuple(self._capture(loop, size, inputs[size], expected[size], graphs) for size in self.batch_sizes)
+        except BaseException:
+            # Half a family is worse than none, and its memory is wanted back.
+            for graph in graphs.values():
+                graph.recording.reset()
+            if not self._graphs:
+                self.device.forget()
+            raise
+        self._graphs[family], self._weights[family] = graphs, Weights(self.module)
+        return report
+
+    def _warm_up(self, loop: Loop, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more."""
+        for _ in range(self.warmups - 1):
+            self.device.side_stream(lambda: loop(latents, labels))
+        return self.device.side_stream(lambda: loop(latents, labels))
+
+    def _capture(
+        self, loop: Loop, size: int, inputs: tuple[Tensor, Tensor | None], expected: Tensor, graphs: dict[int, Graph]
+    ) -> Bucket:
+        started, before = time.perf_counter(), self.device.reserved_bytes()
+        recording, output = self.device.record(lambda: loop(*inputs))
+        self.stats.captures += 1
+        graphs[size] = Graph(recording, *inputs, output)
+        recording.replay()
+        bitwise = torch.equal(output, expected)
+        # An empty or stale graph is far off; kernels that add in any order are not.
+        if not bitwise and not torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise AmedError(
+                f"the captured graph for batch {size} does not reproduce the eager result; use backend='eager'"
+            )
+        return Bucket(size, time.perf_counter() - started, self.device.reserved_bytes() - before, bitwise)
+
+
+def _rows(example: Tensor, count: int) -> Tensor:
+    """A static buffer of `count` rows holding the example's, repeated."""
+    repeats = -(-count // example.shape[0])
+    return example.repeat(repeats, *[1] * (example.dim() - 1))[:count].clone()
+
+
+def family_of(guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None) -> Family:
+    """The family of a batch under the present global switches."""
+    described = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
+    return Family(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))

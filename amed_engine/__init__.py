@@ -20,8 +20,9 @@ _HOME = {
     "NonFiniteError": "errors",
     "Plan": "plan",
     "Sampler": "sampler",
-    "SampleResult": "sampler",
-    "StepInfo": "sampler",
+    "StaleGraphError": "graph",
+    "SampleResult": "results",
+    "StepInfo": "results",
     "distill": "distillation",
     "load": "zoo",
     "load_predictor": "checkpoints",
@@ -43,6 +44,7 @@ __all__ = [
     "Plan",
     "SampleResult",
     "Sampler",
+    "StaleGraphError",
     "StepInfo",
     "__version__",
     "distill",
@@ -60,11 +62,13 @@ if TYPE_CHECKING:
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
+    from amed_engine.graph import StaleGraphError
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor
     from amed_engine.program import Midpoint
-    from amed_engine.sampler import Sampler, SampleResult, StepInfo
+    from amed_engine.results import SampleResult, StepInfo
+    from amed_engine.sampler import Sampler
     from amed_engine.schedule import make_schedule
     from amed_engine.solvers import make_solver
     from amed_engine.zoo import load

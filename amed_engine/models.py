@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Model:
     sigma_min: float
     sigma_max: float
     name: str | None = None  # in the zoo
+    autocast: torch.dtype | None = None  # of the network's arithmetic
+    memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def module(self) -> nn.Module | None:
@@ -122,3 +124,23 @@ def _open(model: Any) -> Any:
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
             "ExportedProgram (.pt2), this package's .safetensors or directory"
         ) from error
+
+
+def tune(
+    model: Model,
+    *,
+    compile: str | None,
+    memory_format: torch.memory_format | None,
+    autocast: torch.dtype | None,
+) -> Model:
+    """The model with its network compiled, in another memory format or under autocast; see `Sampler`."""
+    if compile in ("reduce-overhead", "max-autotune"):
+        raise ConfigError(
+            f"compile={compile!r} captures graphs of its own inside ours; use 'default' or 'max-autotune-no-cudagraphs'"
+        )
+    if autocast not in (None, torch.float16, torch.bfloat16):
+        raise ConfigError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast}")
+    if memory_format is not None and model.module is not None:
+        model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    network = model.network if compile is None else torch.compile(model.network, mode=compile)
+    return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)

@@ -6,53 +6,29 @@ import copy
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from amed_engine import zoo
 from amed_engine.checkpoints import load_predictor
-from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.loop import Program, integrate
-from amed_engine.models import Model, resolve
+from amed_engine.engine import Engine
+from amed_engine.errors import ConfigError
+from amed_engine.graph import Stats, WarmupReport
+from amed_engine.loop import Program
+from amed_engine.models import Model, resolve, tune
 from amed_engine.plan import Plan, clamp_range
 from amed_engine.planning import Wishes, check_model, choose_plan
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.requests import Request, bind_labels, make_request
+from amed_engine.requests import make_request
+from amed_engine.results import SampleResult, StepInfo, make_observer
 
 logger = logging.getLogger("amed_engine")
 
-
-class StepInfo(NamedTuple):
-    """What a callback gets after each interval: step 1 .. steps, and the state x at noise level sigma."""
-
-    step: int
-    steps: int
-    sigma: float
-    x: Tensor
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """Images (B, C, H, W) in the sampler's dtype and how they came about.
-
-    seeds: one per image, None for latents the caller gave. labels: class indices or the given vectors, None for an
-    unconditional model. nfe: network evaluations per image. backend: what ran. chunks: 1, or more where memory was short.
-    """
-
-    images: Tensor
-    nfe: int
-    seeds: list[int] | None
-    labels: Tensor | None
-    backend: str
-    plan: Plan
-    chunks: int
-    seconds: float
+_HOW_TO_TRAIN = "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one"
+_NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
 
 
 class Sampler:
@@ -68,9 +44,14 @@ class Sampler:
     sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell.
     device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
     verify: compare the model with the fingerprint in the predictor's plan.
+    backend: "auto" captures the whole loop as a CUDA graph on a GPU and runs eagerly elsewhere; "graph" insists, "eager"
+        never captures. batch_sizes: what is captured; other batches are padded or split.
+    compile: a mode of torch.compile ("default", "max-autotune-no-cudagraphs") for the network. memory_format: e.g.
+        torch.channels_last. autocast: dtype of the network's arithmetic. check_finite: one look at the result, which waits
+        for the device.
     Raises ConfigError for anything that cannot work, before sampling.
 
-    A Sampler keeps no state between runs and may be shared by threads.
+    Runs keep no state but captured graphs; a Sampler may be shared by threads.
     """
 
     def __init__(
@@ -91,6 +72,12 @@ class Sampler:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         verify: bool = True,
+        backend: str = "auto",
+        batch_sizes: Sequence[int] = (1, 8, 64),
+        compile: str | None = None,
+        memory_format: torch.memory_format | None = None,
+        autocast: torch.dtype | None = None,
+        check_finite: bool = True,
     ):
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype}")
@@ -106,16 +93,13 @@ class Sampler:
         self.plan = choose_plan(wishes, predictor)
         if predictor is not None and verify:
             check_model(self.model, self.plan)
+        self._program = self._build(self.plan, predictor)
         # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
-        self._fallback = wishes if bundled and predictor is not None else None
-        self._programs = {self.plan.guidance_scale: self._build(self.plan, predictor)}
+        self._fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
         if predictor is None and wishes.open:
-            logger.warning(
-                "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one",
-                self.plan.nfe,
-                self.plan.describe(),
-                self.plan.nfe,
-            )
+            logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
+        tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
+        self._engine = Engine(tuned, self.device, backend, batch_sizes, check_finite)
 
     @property
     def nfe(self) -> int:
@@ -139,18 +123,38 @@ class Sampler:
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
             each label from its sample's seed (for latents, from the row number).
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
-        callback: called with a StepInfo after each interval. progress: a bar on stderr. out: a tensor that receives the images.
-        Raises ConfigError, or NonFiniteError naming step and seeds.
+        callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
+        out: a tensor that receives the images.
+        Raises ConfigError, NonFiniteError naming step and seeds, or StaleGraphError.
         """
         started = time.perf_counter()
+        program, plan = self._choose(guidance_scale)
         request = make_request(self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device)
         _check_out(out, request.latents)
-        program, plan = self._program(guidance_scale, request)
-        images, chunks = self._run_chunks(program, plan, request, guidance_scale, _observer(callback, progress, plan))
-        if out is not None:
-            images = out.copy_(images)
+        drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
+        images = drawn.images if out is None else out.copy_(drawn.images)
         seconds = time.perf_counter() - started
-        return SampleResult(images, plan.nfe, request.seeds, request.classes, "eager", plan, chunks, seconds)
+        return SampleResult(
+            images, plan.nfe, request.seeds, request.classes, drawn.backend, plan, drawn.chunks, seconds
+        )
+
+    def warmup(self, guidance_scale: float | None = None) -> WarmupReport:
+        """Capture the graphs of every batch size now instead of in the first run; seconds and bytes of each.
+
+        Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
+        """
+        program, _ = self._choose(guidance_scale)
+        example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
+        return self._engine.warmup(program, example, guidance_scale)
+
+    def clear_graphs(self) -> None:
+        """Drop all captured graphs and their memory; the next run captures anew."""
+        if self._engine.cache is not None:
+            self._engine.cache.clear()
+
+    def stats(self) -> Stats:
+        """Captures, replays and eager runs of this Sampler so far."""
+        return self._engine.stats
 
     def _build(self, plan: Plan, predictor: AMEDPredictor | None) -> Program:
         if predictor is not None:
@@ -161,65 +165,19 @@ class Sampler:
         )
         return program.on(self.device, self.dtype)
 
-    def _program(self, guidance_scale: float | None, request: Request) -> tuple[Program, Plan]:
+    def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
+        """The program for this guidance: a predictor is only right for the one it was trained with."""
         if guidance_scale is not None and not self.model.label_dim:
             raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
-        program = self._programs.get(guidance_scale)
-        if program is not None:
-            return program, self.plan
-        program = self._programs[self.plan.guidance_scale]
-        if program.predictor is None:
-            return program, self.plan
+        if self._program.predictor is None or guidance_scale == self.plan.guidance_scale:
+            return self._program, self.plan
         if self._fallback is None:
             raise ConfigError(
                 f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "
                 f"value, or train one with amed_engine.distill(model, guidance_scale={guidance_scale})"
             )
-        plan = self._fallback.plan(midpoint=False)
-        logger.warning(
-            "the bundled predictor is not for guidance_scale=%s: sampling with %s", guidance_scale, plan.describe()
-        )
-        return self._build(plan, None), plan
-
-    def _run_chunks(
-        self,
-        program: Program,
-        plan: Plan,
-        request: Request,
-        scale: float | None,
-        observe: Callable[[int, Tensor], None],
-    ) -> tuple[Tensor, int]:
-        """The whole batch, or pieces of half the size each time memory runs out."""
-        total = size = len(request.latents)
-        images: list[Tensor] = []
-        start = 0
-        while start < total:
-            try:
-                images.append(self._draw(program, request.rows(start, start + size), scale, observe))
-                start += size
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or size == 1:
-                    raise
-                if size == total:
-                    warnings.warn(
-                        f"out of memory for a batch of {total}: sampling in smaller chunks",
-                        RuntimeWarning,
-                        stacklevel=3,
-                    )
-                size = (size + 1) // 2
-                _free_memory(self.device)
-        return (images[0] if len(images) == 1 else torch.cat(images)), len(images)
-
-    @torch.no_grad()
-    def _draw(
-        self, program: Program, request: Request, scale: float | None, observe: Callable[[int, Tensor], None]
-    ) -> Tensor:
-        denoiser = bind_labels(self.model, request.labels, scale)
-        x = request.latents * program.sigmas[0]
-        states = integrate(program, denoiser, x, observe)
-        if not bool(torch.isfinite(states[-1]).all()):
-            raise _non_finite(states, request)
-        return states[-1]
+        logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback.describe())
+        return self._build(self._fallback, None), self._fallback
 
 
 def _place(model: Model, device: torch.device | str | None) -> torch.device:
@@ -242,43 +200,3 @@ def _check_out(out: Tensor | None, latents: Tensor) -> None:
     got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
     if got != expected:
         raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
-
-
-def _observer(callback: Callable[[StepInfo], None] | None, progress: bool, plan: Plan) -> Callable[[int, Tensor], None]:
-    bar = tqdm(total=plan.intervals, desc="sampling", unit="step", leave=False) if progress else None
-
-    def observe(interval: int, x: Tensor) -> None:
-        if callback is not None:
-            callback(StepInfo(interval + 1, plan.intervals, plan.sigmas[interval + 1], x))
-        if bar is not None:
-            # A chunk that was tried again starts over.
-            bar.n = interval + 1
-            bar.refresh()
-            if interval + 1 == plan.intervals:
-                bar.close()
-
-    return observe
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _free_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _non_finite(states: list[Tensor], request: Request) -> NonFiniteError:
-    """Find the first interval and the samples, from the states that the loop has made anyway."""
-    broken = [~torch.isfinite(state).flatten(1).all(1) for state in states]
-    step = next(i for i, rows in enumerate(broken) if bool(rows.any()))
-    rows = broken[-1].nonzero().flatten().tolist()
-    named = rows if request.seeds is None else [request.seeds[row] for row in rows]
-    what = "rows" if request.seeds is None else "seeds"
-    return NonFiniteError(
-        f"samples became NaN or infinite in step {step} of {len(states) - 1}, {what} {named}; check the model's output at that "
-        "noise level, and its precision (bfloat16 or float32 instead of float16)",
-        step,
-        named,
-    )

@@ -7,7 +7,6 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from .layout import MAX_OUTPUTS, MAX_SOURCES, in_format, sample_format
 from .reference import MidpointWeights, accumulation_dtype, frequency_values
 
 _LIBRARY = Path(__file__).with_name("amed_cuda.so")
+_SOURCES = Path(__file__).parents[1] / "csrc"  # beside kernels/, in a checkout and in an installation
 _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _THREADS, _VEC = 256, 8  # kThreads and kVec of csrc/cuda
 
@@ -221,6 +221,6 @@ def _kernel(source: str, name: str) -> Any:
     """A kernel compiled at run time from the sources that the package carries."""
     import cupy
 
-    root = Path(str(files("amed_engine.csrc")))
-    options = ("-std=c++17", f"-I{root / 'include'}", f"-I{root / 'cuda'}")
-    return cupy.RawModule(code=(root / "cuda" / f"{source}.cu").read_text(), options=options).get_function(name)
+    options = ("-std=c++17", f"-I{_SOURCES / 'include'}", f"-I{_SOURCES / 'cuda'}")
+    code = (_SOURCES / "cuda" / f"{source}.cu").read_text()
+    return cupy.RawModule(code=code, options=options).get_function(name)

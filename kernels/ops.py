@@ -11,6 +11,7 @@ elsewhere; `backends()` says which, `use("reference")` forces plain torch.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -136,8 +137,11 @@ def _why_not(name: str) -> str:
 
 
 def _active(device: str) -> str:
-    if _forced is not None:
-        return _forced
+    return _default(device) if _forced is None else _forced
+
+
+@lru_cache
+def _default(device: str) -> str:
     name = {"cpu": "native", "cuda": "triton"}.get(device, "reference")
     return "reference" if _why_not(name) else name
 

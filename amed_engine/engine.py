@@ -1,0 +1,149 @@
+"""Runs programs on requests: by graph where one may be, eagerly otherwise, in smaller pieces where memory is short."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amed_engine.errors import ConfigError
+from amed_engine.graph import (
+    WARMUPS,
+    WARMUPS_TORCHSCRIPT,
+    CudaDevice,
+    GraphCache,
+    Loop,
+    Stats,
+    WarmupReport,
+    family_of,
+)
+from amed_engine.loop import Program, integrate
+from amed_engine.models import Model
+from amed_engine.requests import Request, bind_labels
+from amed_engine.results import Observer, non_finite
+
+logger = logging.getLogger("amed_engine")
+
+BACKENDS = ("auto", "graph", "eager")
+
+
+class Images(NamedTuple):
+    """Samples, what ran ("graph", "eager", or "graph+eager" for different pieces), and in how many pieces."""
+
+    images: Tensor
+    backend: str
+    chunks: int
+
+
+class Engine:
+    """A model on a device with its graphs. backend: "auto" captures on a GPU, "graph" insists on it, "eager" never does."""
+
+    def __init__(
+        self, model: Model, device: torch.device, backend: str, batch_sizes: Sequence[int], check_finite: bool
+    ):
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        if backend == "graph" and device.type != "cuda":
+            raise ConfigError(f"backend='graph' needs a CUDA device, got {device}; use backend='auto' or 'eager'")
+        self.model, self.backend, self.check_finite = model, backend, check_finite
+        self._eager_runs = 0
+        self.cache: GraphCache | None = None
+        if device.type == "cuda" and backend != "eager":
+            scripted = isinstance(model.module, torch.jit.ScriptModule)
+            warmups = WARMUPS_TORCHSCRIPT if scripted else WARMUPS
+            self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, warmups)
+
+    @property
+    def stats(self) -> Stats:
+        """Captures, replays and eager runs so far."""
+        cached = self.cache.stats if self.cache else Stats()
+        return Stats(cached.captures, cached.replays, cached.eager_runs + self._eager_runs)
+
+    @torch.no_grad()
+    def warmup(self, program: Program, example: Request, scale: float | None) -> WarmupReport:
+        """Capture every batch size for requests like the example."""
+        if self.cache is None:
+            return WarmupReport("eager")
+        family = family_of(scale, example.latents, example.labels, self.model.module)
+        return self.cache.warmup(family, self._loop(program, scale), example.latents, example.labels)
+
+    def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Images:
+        """The whole batch, or pieces of half the size each time memory runs out."""
+        total = size = len(request.latents)
+        pieces: list[Tensor] = []
+        ran: set[str] = set()
+        start = 0
+        while start < total:
+            try:
+                images, how = self._draw(program, request.rows(start, start + size), scale, observe)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or size == 1:
+                    raise
+                if size == total:
+                    warnings.warn(_short_of_memory(total), RuntimeWarning, stacklevel=4)
+                size = (size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            pieces.append(images)
+            ran.add(how)
+            start += size
+        return Images(
+            pieces[0] if len(pieces) == 1 else torch.cat(pieces), "+".join(sorted(ran, reverse=True)), len(pieces)
+        )
+
+    @torch.no_grad()
+    def _draw(
+        self, program: Program, request: Request, scale: float | None, observe: Observer | None
+    ) -> tuple[Tensor, str]:
+        images, how = None, "eager"
+        # Intervals can only be observed one by one.
+        if self.cache is not None and observe is None:
+            images, how = self._by_graph(self.cache, program, request, scale)
+        if images is None or (self.check_finite and how == "graph" and not _finite(images)):
+            # Also after a broken replay: the eager states tell the step.
+            self._eager_runs += 1
+            states = integrate(
+                program, bind_labels(self.model, request.labels, scale), _start(program, request), observe
+            )
+            if self.check_finite and not _finite(states[-1]):
+                raise non_finite(states, request)
+            images, how = states[-1], "eager"
+        return images, how
+
+    def _by_graph(
+        self, cache: GraphCache, program: Program, request: Request, scale: float | None
+    ) -> tuple[Tensor | None, str]:
+        family = family_of(scale, request.latents, request.labels, self.model.module)
+        try:
+            return cache.run(family, self._loop(program, scale), request.latents, request.labels)
+        except torch.OutOfMemoryError:
+            if self.backend == "graph":
+                raise
+            logger.warning("out of memory while capturing: this batch runs eagerly; pass fewer or smaller batch_sizes")
+            return None, "eager"
+
+    def _loop(self, program: Program, scale: float | None) -> Loop:
+        def loop(latents: Tensor, labels: Tensor | None) -> Tensor:
+            return integrate(program, bind_labels(self.model, labels, scale), latents * program.sigmas[0])[-1]
+
+        return loop
+
+
+def _start(program: Program, request: Request) -> Tensor:
+    return request.latents * program.sigmas[0]
+
+
+def _finite(images: Tensor) -> bool:
+    return bool(torch.isfinite(images).all())
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _short_of_memory(batch: int) -> str:
+    return f"out of memory for a batch of {batch}: sampling in smaller chunks"

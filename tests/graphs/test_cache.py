@@ -1,0 +1,312 @@
+"""The graph cache against a double of CUDA's capture: which graphs are made, when, and what a batch gets from them."""
+
+import threading
+
+import pytest
+import torch
+from amed_engine import AmedError, ConfigError, NonFiniteError, Sampler, StaleGraphError
+from amed_engine.graph import GraphCache, family_of
+from torch import nn
+
+SIZES = (2, 8, 4)
+
+
+class Recording:
+    """Recomputes into the same memory, as a replayed graph does."""
+
+    def __init__(self, work, output):
+        self.work, self.output, self.alive = work, output, True
+
+    def replay(self):
+        assert self.alive, "replayed after reset"
+        with torch.no_grad():
+            self.output.copy_(self.work())
+
+    def reset(self):
+        self.alive = False
+
+
+class Double:
+    """`amed_engine.graph.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
+
+    def __init__(self):
+        self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
+
+    def capturing(self):
+        return self.outer
+
+    def side_stream(self, work):
+        result = work()
+        self.log.append(("warm", len(result)))
+        return result
+
+    def record(self, work):
+        if self.fail_at == len(self.recordings):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        output = torch.full_like(work(), float("nan"))
+        recording = Recording((lambda: torch.zeros_like(output)) if self.broken else work, output)
+        self.recordings.append(recording)
+        self.log.append(("record", len(output)))
+        return recording, output
+
+    def begin_use(self):
+        self.log.append(("begin", None))
+
+    def end_use(self):
+        self.log.append(("end", None))
+
+    def reserved_bytes(self):
+        return 100 * len(self.recordings)
+
+    def forget(self):
+        self.log.append(("forget", None))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, latents, labels):
+        shift = 0 if labels is None else labels.sum(1).view(-1, 1)
+        return self.weight.detach() * latents + shift
+
+
+@pytest.fixture
+def cache():
+    return GraphCache(Double(), SIZES, Scale())
+
+
+def draw(cache, batch, labels=None, guidance=None):
+    latents = torch.randn(batch, 3)
+    family = family_of(guidance, latents, labels, cache.module)
+    images, ran = cache.run(family, cache.module, latents, labels)
+    torch.testing.assert_close(images, cache.module(latents, labels), rtol=0, atol=0)
+    return ran
+
+
+def test_any_batch_is_right_whether_padded_or_split(cache):
+    for batch in range(1, 8 + 8):
+        assert draw(cache, batch) == "graph"
+        assert draw(cache, batch, torch.rand(batch, 5)) == "graph"
+    assert cache.stats.captures == 2 * len(SIZES)
+    assert cache.stats.eager_runs == 0
+
+
+def test_all_warm_ups_come_before_the_first_capture_and_the_largest_is_captured_first(cache):
+    draw(cache, 3)
+    warm = [size for what, size in cache.device.log if what == "warm"]
+    recorded = [size for what, size in cache.device.log if what == "record"]
+    assert recorded == [8, 4, 2]
+    assert warm == [8] * 3 + [4] * 3 + [2] * 3
+    assert [what for what, _ in cache.device.log[:9]] == ["warm"] * 9
+
+
+def test_warm_up_reports_each_batch_size_and_a_run_captures_nothing_more(cache):
+    example = torch.randn(1, 3)
+    report = cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None)
+    assert [bucket.batch for bucket in report.buckets] == [8, 4, 2]
+    assert all(bucket.bitwise and bucket.reserved_bytes == 100 and bucket.seconds >= 0 for bucket in report.buckets)
+    draw(cache, 5)
+    assert cache.stats.captures == 3
+    assert cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None).buckets == ()
+
+
+def test_static_buffers_are_only_used_between_begin_and_end(cache):
+    draw(cache, 3)
+    cache.device.log.clear()
+    draw(cache, 11)
+    assert [what for what, _ in cache.device.log] == ["begin", "end"]
+
+
+def test_a_result_is_not_changed_by_later_runs(cache):
+    latents = [torch.randn(4, 3) for _ in range(10)]
+    family = family_of(None, latents[0], None, cache.module)
+    results = [cache.run(family, cache.module, x, None)[0] for x in latents]
+    for x, images in zip(latents, results, strict=True):
+        torch.testing.assert_close(images, 2 * x, rtol=0, atol=0)
+
+
+def test_weights_changed_in_place_are_seen(cache):
+    draw(cache, 2)
+    with torch.no_grad():
+        cache.module.weight.fill_(5.0)
+    assert draw(cache, 2) == "graph"
+
+
+@pytest.mark.parametrize("change", ["assign", "move", "delete"])
+def test_weights_that_left_their_place_raise_instead_of_replaying(cache, change):
+    draw(cache, 2)
+    if change == "assign":
+        cache.module.weight = nn.Parameter(torch.tensor(3.0))
+    elif change == "move":
+        cache.module.weight.data = torch.tensor(2.0)
+    else:
+        old, cache.module._parameters["weight"] = cache.module.weight, None
+    with pytest.raises(StaleGraphError, match="'weight' was re-assigned or moved"):
+        cache.run(family_of(None, torch.ones(2, 3), None, cache.module), cache.module, torch.ones(2, 3), None)
+    if change == "delete":
+        cache.module._parameters["weight"] = old
+    cache.clear()
+    assert draw(cache, 2) == "graph"
+
+
+def test_above_the_cap_a_batch_runs_eagerly_and_is_counted():
+    cache = GraphCache(Double(), SIZES, Scale(), max_graphs=5)
+    assert draw(cache, 2) == "graph"
+    assert draw(cache, 2, guidance=2.0) == "eager"
+    assert (cache.stats.captures, cache.stats.eager_runs) == (3, 1)
+    assert draw(cache, 2) == "graph"
+
+
+def test_inside_another_capture_nothing_is_captured(cache):
+    cache.device.outer = True
+    assert draw(cache, 2) == "eager"
+    assert cache.device.recordings == []
+
+
+def test_what_changes_the_kernels_changes_the_family(cache):
+    latents = torch.randn(2, 3)
+    plain = family_of(None, latents, None, cache.module)
+    others = [
+        family_of(2.0, latents, None, cache.module),
+        family_of(None, latents, torch.rand(2, 5), cache.module),
+        family_of(None, latents.double(), None, cache.module),
+        family_of(None, latents[:, :2], None, cache.module),
+    ]
+    with torch.no_grad():
+        others.append(family_of(None, latents, None, cache.module))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
+    others.append(family_of(None, latents, None, cache.module))
+    torch.set_float32_matmul_precision(before)
+    cache.module.eval()
+    others.append(family_of(None, latents, None, cache.module))
+    assert len({plain, *others}) == len(others) + 1
+
+
+def test_a_capture_that_fails_half_way_leaves_nothing_behind(cache):
+    cache.device.fail_at = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(cache, 2)
+    assert cache.device.log[-1] == ("forget", None)
+    assert not cache.device.recordings[0].alive
+    cache.device.fail_at = None
+    assert draw(cache, 2) == "graph"
+
+
+def test_a_graph_that_does_not_reproduce_the_eager_result_is_refused(cache):
+    cache.device.broken = True
+    with pytest.raises(AmedError, match="does not reproduce the eager result"):
+        draw(cache, 2)
+
+
+def test_clear_resets_every_graph_and_the_next_run_captures_again(cache):
+    draw(cache, 2)
+    cache.clear()
+    assert not any(recording.alive for recording in cache.device.recordings)
+    assert draw(cache, 2) == "graph"
+    assert cache.stats.captures == 6
+
+
+def test_threads_get_what_one_thread_gets(cache):
+    inputs = [torch.randn(1 + i % 11, 3) for i in range(200)]
+    family, failures = family_of(None, inputs[0], None, cache.module), []
+
+    def work(part):
+        for x in part:
+            images, _ = cache.run(family, cache.module, x, None)
+            if not torch.equal(images, 2 * x):
+                failures.append(x.shape)
+
+    threads = [threading.Thread(target=work, args=(inputs[k::8],)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert cache.stats.captures == 3
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (-1, 4), (2.5,), (True,)])
+def test_batch_sizes_must_be_positive_integers(sizes):
+    with pytest.raises(ConfigError, match="batch_sizes must be positive integers"):
+        GraphCache(Double(), sizes, None)
+
+
+@pytest.fixture
+def sampler(tiny_conditional):
+    """A Sampler whose engine captures through the double."""
+    sampler = Sampler(tiny_conditional, solver="ipndm", nfe=3, backend="eager")
+    sampler._engine.cache = GraphCache(Double(), (1, 4), tiny_conditional)
+    return sampler
+
+
+def test_a_sampler_says_that_a_graph_ran_and_gives_the_eager_images(sampler, tiny_conditional):
+    eager = Sampler(tiny_conditional, solver="ipndm", nfe=3)
+    for guidance in (None, 2.0):
+        result = sampler.run(range(6), guidance_scale=guidance)
+        assert result.backend == "graph"
+        torch.testing.assert_close(result.images, eager.run(range(6), guidance_scale=guidance).images)
+    assert sampler.stats().captures == 4
+
+
+def test_a_sampler_with_a_callback_runs_eagerly_and_says_so(sampler):
+    seen = []
+    assert sampler.run([1], callback=seen.append).backend == "eager"
+    assert len(seen) == sampler.plan.intervals
+    assert sampler.stats().eager_runs == 1
+
+
+def test_warm_up_of_a_sampler_makes_its_first_run_capture_nothing(sampler):
+    assert [bucket.batch for bucket in sampler.warmup().buckets] == [4, 1]
+    sampler.run(4)
+    assert sampler.stats().captures == 2
+    sampler.clear_graphs()
+    sampler.run(4)
+    assert sampler.stats().captures == 4
+
+
+def test_a_nan_out_of_a_graph_is_named_like_any_other(sampler, tiny_conditional):
+    sampler.run([1, 2])
+    with torch.no_grad():
+        next(tiny_conditional.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteError) as caught:
+        sampler.run([7, 9])
+    assert caught.value.seeds == [7, 9]
+
+
+def test_running_out_of_memory_while_capturing_runs_the_batch_eagerly(sampler, caplog):
+    sampler._engine.cache.device.fail_at = 0
+    assert sampler.run([1, 2]).backend == "eager"
+    assert "out of memory while capturing" in caplog.text
+
+
+def test_backends_are_what_they_say(tiny_model):
+    with pytest.raises(ConfigError, match="backend='graph' needs a CUDA device"):
+        Sampler(tiny_model, solver="euler", nfe=3, backend="graph")
+    with pytest.raises(ConfigError, match="backend must be one of auto, graph, eager"):
+        Sampler(tiny_model, solver="euler", nfe=3, backend="turbo")
+    sampler = Sampler(tiny_model, solver="euler", nfe=3)
+    assert sampler.run(2).backend == "eager"
+    assert sampler.warmup().backend == "eager"
+    assert sampler.stats().eager_runs == 1
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compile_modes_that_capture_themselves_are_refused(tiny_model, mode):
+    with pytest.raises(ConfigError, match="captures graphs of its own"):
+        Sampler(tiny_model, solver="euler", nfe=3, compile=mode)
+
+
+def test_autocast_and_memory_format_change_the_network_not_the_state(tiny_model):
+    latents = torch.randn(2, 1, 8, 8)
+    plain = Sampler(tiny_model, solver="euler", nfe=3).run(latents).images
+    last = Sampler(tiny_model, solver="euler", nfe=3, memory_format=torch.channels_last).run(latents).images
+    torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-4)
+    half = Sampler(tiny_model, solver="euler", nfe=3, autocast=torch.bfloat16).run(latents).images
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, plain)
+    torch.testing.assert_close(half, plain, rtol=0.1, atol=0.1)
+    with pytest.raises(ConfigError, match="autocast must be"):
+        Sampler(tiny_model, solver="euler", nfe=3, autocast=torch.float64)

@@ -1,0 +1,182 @@
+"""The comparison of solvers, on Gaussian data whose ODE has a closed solution."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import amed_engine
+from amed_engine import compare, figure
+from amed_engine.compare import CURVE_NFES, TRAINING_FREE, Setting
+from amed_engine.errors import ConfigError
+from amed_engine.networks import EDMPrecond
+from amed_engine.seeds import draw
+
+SCALE = 0.5  # standard deviation of the data
+
+
+class Gaussian:
+    """The exact denoiser of pixels drawn from N(0, SCALE²)."""
+
+    img_channels, img_resolution, sigma_min, sigma_max = 1, 4, 0.002, 80.0
+
+    def __init__(self):
+        self.evaluations = 0
+
+    def __call__(self, x, sigma):
+        self.evaluations += len(x)
+        return x * (SCALE**2 / (SCALE**2 + sigma**2)).view(-1, 1, 1, 1)
+
+    @staticmethod
+    def solution(seeds):
+        """x(sigma_min) = x(sigma_max) · sqrt((s² + sigma_min²) / (s² + sigma_max²))"""
+        noise, _ = draw(seeds, (1, 4, 4), 0)
+        return noise.double() * 80 * math.sqrt((SCALE**2 + 0.002**2) / (SCALE**2 + 80**2))
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    return compare.compare(Gaussian(), 5, [3, 1], samples=16, curve_samples=16)
+
+
+def test_the_reference_is_the_exact_solution(gaussian):
+    error = (gaussian.reference.images.double() - Gaussian.solution([3, 1])).abs().max().item()
+    assert error < 2e-3
+    assert error < 0.1 * gaussian.rows[0].rmse
+    assert "NFE 80" in gaussian.reference.plan
+
+
+def test_rows_are_all_solvers_at_equal_cost_best_first(gaussian):
+    assert {row.name for row in gaussian.rows} == set(TRAINING_FREE)
+    assert all(row.plan.endswith("NFE 5") for row in gaussian.rows)
+    errors = [row.rmse for row in gaussian.rows]
+    assert errors == sorted(errors)
+    assert all(row.images.shape == (2, 1, 4, 4) for row in gaussian.rows)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "unipc-3"])
+def test_rmse_is_the_distance_to_the_exact_solution(gaussian, name):
+    seeds = [3, 1, 0, 2, *range(4, 16)]  # those shown, then the smallest other numbers
+    solver, options = TRAINING_FREE[name]
+    sampler = amed_engine.Sampler(Gaussian(), solver=solver, solver_options=options, nfe=5)
+    expected = (sampler.run(seeds).images.double() - Gaussian.solution(seeds)).square().mean().sqrt().item()
+    row = next(row for row in gaussian.rows if row.name == name)
+    assert row.rmse == pytest.approx(expected, rel=0.02)
+    assert torch.equal(row.images, sampler.run(seeds).images[:2])
+
+
+def test_curves_cover_all_solvers_and_agree_with_the_rows(gaussian):
+    assert gaussian.curves.keys() == set(TRAINING_FREE)
+    assert all(list(points) == list(CURVE_NFES) for points in gaussian.curves.values())
+    assert all(points[10] < points[3] for points in gaussian.curves.values())
+    for row in gaussian.rows:
+        assert gaussian.curves[row.name][5] == pytest.approx(row.rmse, rel=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_errors_do_not_depend_on_the_batch_size(gaussian, batch):
+    again = compare.compare(Gaussian(), 5, [3, 1], samples=16, curve_samples=0, setting=Setting(batch=batch))
+    assert again.curves == {}
+    assert {row.name: row.rmse for row in again.rows} == pytest.approx({r.name: r.rmse for r in gaussian.rows}, rel=1e-4)
+
+
+def test_the_cost_is_what_it_says():
+    """Samples times NFE of each solver, and 80 for the reference; nothing is drawn twice."""
+    model = Gaussian()
+    compare.compare(model, 4, [0], samples=5, curve_samples=2)
+    curves = 2 * (sum(CURVE_NFES) - 4)
+    assert model.evaluations == 5 * 80 + len(TRAINING_FREE) * (5 * 4 + curves)
+
+
+def test_json_holds_the_numbers_and_the_table_the_order(gaussian):
+    data = gaussian.to_json()
+    assert data["rows"][0] == {"name": gaussian.rows[0].name, "plan": gaussian.rows[0].plan, "rmse": gaussian.rows[0].rmse}
+    assert (data["nfe"], data["seeds"], data["samples"], data["curve_samples"]) == (5, [3, 1], 16, 16)
+    assert data["curves"]["euler"][7] == gaussian.curves["euler"][7]
+    lines = gaussian.table().splitlines()
+    assert lines[0].split() == ["solver", "RMSE", "plan"]
+    assert [line.split("  ")[0].strip() for line in lines[1:]] == [row.name for row in gaussian.rows]
+
+
+def test_the_picture_has_a_row_per_solver_and_a_second_panel(gaussian):
+    pytest.importorskip("matplotlib")
+    both = Image.open(io.BytesIO(figure.plot(gaussian)))
+    without = compare.compare(Gaussian(), 5, [0, 1], samples=2, curve_samples=0)
+    alone = Image.open(io.BytesIO(figure.plot(without)))
+    assert both.format == alone.format == "PNG"
+    assert both.width > 1.5 * alone.width
+    assert both.height == alone.height
+    assert len(np.unique(np.asarray(both.convert("L")))) > 50
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return EDMPrecond(
+        8, 1, label_dim=4, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]
+    )
+
+
+@pytest.fixture(scope="module")
+def predictor(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("predictor") / "nfe3.safetensors"
+    trained = amed_engine.distill(network, nfe=3, total_kimg=0.016, batch=8, progress=False)
+    amed_engine.save_predictor(trained, path)
+    return str(path)
+
+
+def test_a_given_predictor_takes_part_at_its_own_nfe(network, predictor):
+    result = compare.compare(network, 3, [0], samples=2, curve_samples=1, predictor=predictor)
+    row = next(row for row in result.rows if row.name == "amed")
+    assert row.plan == "amed + predictor, time_uniform, 2 intervals, AFS, NFE 3"
+    assert list(result.curves["amed"]) == [3]
+    drawn = amed_engine.Sampler(network, predictor).run([0, 1]).images
+    torch.testing.assert_close(row.images, drawn[:1])
+
+
+def test_a_schedule_binds_the_training_free_solvers_only(network, predictor):
+    setting = Setting(schedule="polynomial", rho=5)
+    result = compare.compare(network, 3, [0], samples=1, curve_samples=0, predictor=predictor, setting=setting)
+    plans = {row.name: row.plan for row in result.rows}
+    assert "polynomial rho=5" in plans["euler"]
+    assert "time_uniform" in plans["amed"]
+
+
+def test_guidance_and_class_reach_every_solver(network):
+    setting = Setting(class_labels=2, guidance_scale=3.0)
+    result = compare.compare(network, 3, [0], samples=1, curve_samples=0, setting=setting)
+    expected = amed_engine.Sampler(network, solver="euler", nfe=3).run([0], class_labels=2, guidance_scale=3.0).images
+    row = next(row for row in result.rows if row.name == "euler")
+    assert torch.equal(row.images, expected)
+
+
+def test_a_predictor_for_another_nfe_is_refused(network, predictor):
+    with pytest.raises(ConfigError, match="trained for nfe=3, got nfe=5"):
+        compare.compare(network, 5, [0], samples=1, predictor=predictor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": range(33)}, "at most 32, got 33"),
+        ({"seeds": []}, "got no seeds"),
+        ({"samples": 0}, "at least 1, .* got 0"),
+        ({"curve_samples": -1}, "got .* -1"),
+        ({"setting": Setting(batch=0)}, "at least 1"),
+        ({"nfe": 0}, "nfe must be a positive integer, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        compare.compare(Gaussian(), **{"seeds": [0], "samples": 1, "curve_samples": 0, **arguments})
+
+
+def test_the_bundled_predictors_beat_every_solver_of_their_cost_that_learns_nothing_from_data():
+    """On the bundled model, with few samples: the learned steps are better than Euler's and Heun's."""
+    result = compare.compare("digits", 5, [0], samples=8, curve_samples=4)
+    errors = {row.name: row.rmse for row in result.rows}
+    assert errors["amed"] < min(errors["euler"], errors["heun"], errors["dpm-2"])
+    assert list(result.curves["amed"]) == [3, 5, 7, 9]

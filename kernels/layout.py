@@ -84,19 +84,20 @@ def check_midpoint(
     scale_time: float,
 ) -> None:
     """Refuse arguments that `midpoint` does not define."""
-    batch = sigma.shape[0] if features is None and sigma.dim() else None if features is None else features.shape[0]
+    batch, pixels = sigma.numel(), None
+    if features is not None:
+        if features.dim() not in (3, 4) or features.dtype not in _FLOATING:
+            got = f"{features.dtype} {tuple(features.shape)}"
+            raise ValueError(f"features must be floating (B, C, h, w) or (B, h, w), got {got}")
+        if features.device != sigma.device:
+            raise ValueError(f"features must be on {sigma.device} like sigma, got {features.device}; move them")
+        batch, pixels = features.shape[0], features.shape[-2] * features.shape[-1]
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
         if level.dim() != 1 or level.shape[0] not in (1, batch):
-            raise ValueError(f"{name} must have shape ({batch},) or (1,), got {tuple(level.shape)}")
+            raise ValueError(f"{name} must have shape ({batch},) or (1,), got {tuple(level.shape)}; expand or reshape it")
         if level.dtype not in (torch.float32, torch.float64) or level.dtype != sigma.dtype:
             raise ValueError(f"{name} must be float32 or float64 and like sigma, got {level.dtype}; convert it")
-    if features is not None and (features.dim() not in (3, 4) or features.dtype not in _FLOATING):
-        raise ValueError(f"features must be floating (B, C, h, w) or (B, h, w), got {features.dtype} {features.shape}")
-    _check_weights(
-        weights,
-        sigma,
-        None if features is None else features[0, 0].numel() if features.dim() == 4 else features[0].numel(),
-    )
+    _check_weights(weights, sigma, pixels)
     for name, width in (("scale_dir", scale_dir), ("scale_time", scale_time)):
         present = getattr(weights, f"fc_{name}_weight") is not None
         if present != (width != 0):
@@ -112,7 +113,8 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
     shapes = [(channels, channels), (channels,), (hidden, pixels), (hidden,), (encoded, hidden), (encoded,)]
     shapes += [(1, inputs), (1,)] * 3
     for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
-        if tensor is None and name.startswith("fc_scale"):
+        partner = getattr(weights, name.replace("bias", "weight"))
+        if tensor is None and partner is None and name.startswith("fc_scale"):
             continue
         if tensor is None or tensor.shape != shape:
             got = None if tensor is None else tuple(tensor.shape)

@@ -27,10 +27,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    """The tests' tensors are tiny: more threads cost time, and a fixed number keeps sums in one order everywhere."""
+def _one_thread():
+    """The tests' tensors are tiny: more threads only wait for each other, and one keeps sums in one order everywhere."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

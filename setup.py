@@ -52,7 +52,15 @@ class BuildOptional(build_ext):
         root = Path("kernels") if self.inplace else Path(self.build_lib, "amed_engine", "kernels")
         root.mkdir(parents=True, exist_ok=True)
         architectures = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90)]
-        options = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", "-Icsrc/include", *architectures]
+        options = [
+            "-std=c++17",
+            "-O3",
+            "-shared",
+            "-Xcompiler=-fPIC",
+            "-cudart=static",
+            "-Icsrc/include",
+            *architectures,
+        ]
         command = [nvcc, *options, "-o", str(root / "amed_cuda.so"), *sorted(glob("csrc/cuda/*.cu"))]
         if subprocess.run(command).returncode:
             print("warning: amed_cuda.so was not built, Triton runs instead", file=sys.stderr)

@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(run(app, args))
 
 
-@click.group("amed", cls=App, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group("amed", cls=App, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(amed_engine.__version__, prog_name="amed")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def app(debug: bool) -> None:
@@ -118,7 +118,8 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     with _image_bar(len(numbers)) as bar:
         for start in range(0, len(numbers), batch):
             chosen = numbers[start : start + batch]
-            result = sampler.run(chosen, class_labels, guidance, callback=lambda s: bar.update(len(s.x) / s.steps))
+            result = sampler.run(chosen, class_labels, guidance, callback=bar.step if stepwise else None)
+            bar.update(0 if stepwise else len(chosen))
             done = list(images.to_uint8(result.images))
             if outdir:
                 images.save_each(outdir, done, chosen, subdirs)

@@ -24,7 +24,12 @@ from amed_engine.models import Model, resolve
 from amed_engine.sampler import Sampler
 from amed_engine.seeds import check_seeds
 
-REFERENCE: dict[str, Any] = {"solver": "heun", "schedule": "polynomial", "rho": 7.0, "nfe": 80}  # 41 noise levels
+# Of the solvers here the one that comes nearest in 80 evaluations: an RMSE of 1e-4 on the bundled model, against 3e-3 of
+# Heun's method on the same noise levels (both to Heun's with 640).
+REFERENCE: dict[str, Any] = {
+    **{"solver": "deis", "solver_options": {"max_order": 4}},
+    **{"schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False},
+}
 CURVE_NFES = range(3, 11)
 MAX_COLUMNS = 32
 

@@ -60,8 +60,8 @@ def _explain(error: Exception, ctx: click.Context) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first} ({ctx.info_name} --debug shows where)"
+    first = "".join(f": {line}" for line in str(error).splitlines()[:1])
+    return f"{type(error).__name__}{first} ({ctx.info_name} --debug shows where)"
 
 
 @contextlib.contextmanager

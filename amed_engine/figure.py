@@ -67,8 +67,9 @@ def _draw_rows(axes: Any, rows: list[Row], seeds: list[int]) -> None:
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(_style(row.name)[0])
     for i, row in enumerate(rows):
-        text = f"{row.rmse:.4f}" if i else "RMSE"
-        axes.text(1.02, 1 - (i + 0.5) / len(rows), text, transform=axes.transAxes, va="center")
+        # The reference has no error: its place is the column's head.
+        text, weight = (f"{row.rmse:.4f}", "normal") if i else ("RMSE", "bold")
+        axes.text(1.02, 1 - (i + 0.5) / len(rows), text, transform=axes.transAxes, va="center", weight=weight)
 
 
 def _draw_curves(axes: Any, comparison: Comparison) -> None:

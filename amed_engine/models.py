@@ -37,14 +37,19 @@ class Model:
         return self.network if isinstance(self.network, nn.Module) else None
 
     @property
+    def _parameter(self) -> nn.Parameter | None:
+        # "is not None": some modules have a length, and a compiled one raises when it is asked whether it is true.
+        return next(self.module.parameters(), None) if self.module is not None else None
+
+    @property
     def device(self) -> torch.device:
         """Where its parameters are; the CPU for a callable without any."""
-        parameter = next(self.module.parameters(), None) if self.module else None
+        parameter = self._parameter
         return torch.device("cpu") if parameter is None else parameter.device
 
     def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
         """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
-        parameter = next(self.module.parameters(), None) if self.module else None
+        parameter = self._parameter
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
         denoised = as_denoised(self.network(*(tensor.to(dtype) for tensor in (x, sigma, *labels))))
         if denoised.x0.shape != x.shape:

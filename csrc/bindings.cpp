@@ -23,16 +23,20 @@ struct ViewList {
 
 int fill(const ViewList& list, int limit, amed::View* views) {
     const std::size_t count = list.address.size();
-    if (count < 1 || count > static_cast<std::size_t>(limit) || list.batch_stride.size() != count || list.dtype.size() != count)
-        throw std::invalid_argument("expected 1 to " + std::to_string(limit) + " tensors, got " + std::to_string(count));
+    if (count < 1 || count > static_cast<std::size_t>(limit) || list.batch_stride.size() != count ||
+        list.dtype.size() != count)
+        throw std::invalid_argument("expected 1 to " + std::to_string(limit) + " tensors, got " +
+                                    std::to_string(count));
     for (std::size_t k = 0; k < count; ++k) {
         if (list.dtype[k] < 0 || list.dtype[k] > 3) throw std::invalid_argument("unknown dtype code");
-        views[k] = {reinterpret_cast<void*>(list.address[k]), list.batch_stride[k], static_cast<amed::DType>(list.dtype[k])};
+        views[k] = {reinterpret_cast<void*>(list.address[k]), list.batch_stride[k],
+                    static_cast<amed::DType>(list.dtype[k])};
     }
     return static_cast<int>(count);
 }
 
-amed::CombineArgs operands(const ViewList& source, const ViewList& output, std::int64_t batch, std::int64_t size, bool wide) {
+amed::CombineArgs operands(const ViewList& source, const ViewList& output, std::int64_t batch, std::int64_t size,
+                           bool wide) {
     amed::CombineArgs args = {};
     args.sources = fill(source, amed::kMaxSources, args.source);
     args.outputs = fill(output, amed::kMaxOutputs, args.output);
@@ -45,7 +49,8 @@ amed::CombineArgs operands(const ViewList& source, const ViewList& output, std::
 void combine(const std::vector<Address>& source, const std::vector<std::int64_t>& source_stride,
              const std::vector<int>& source_dtype, const std::vector<Address>& output,
              const std::vector<std::int64_t>& output_stride, const std::vector<int>& output_dtype, Address coeffs,
-             const std::array<std::int64_t, 3>& coeff_stride, std::int64_t batch, std::int64_t size, bool wide, int threads) {
+             const std::array<std::int64_t, 3>& coeff_stride, std::int64_t batch, std::int64_t size, bool wide,
+             int threads) {
     amed::CombineArgs args =
         operands({source, source_stride, source_dtype}, {output, output_stride, output_dtype}, batch, size, wide);
     args.coeffs = reinterpret_cast<const void*>(coeffs);
@@ -56,8 +61,8 @@ void combine(const std::vector<Address>& source, const std::vector<std::int64_t>
 
 void combine_coeff_grad(const std::vector<Address>& grad, const std::vector<std::int64_t>& grad_stride,
                         const std::vector<int>& grad_dtype, const std::vector<Address>& source,
-                        const std::vector<std::int64_t>& source_stride, const std::vector<int>& source_dtype, Address result,
-                        std::int64_t batch, std::int64_t size, bool wide, int threads) {
+                        const std::vector<std::int64_t>& source_stride, const std::vector<int>& source_dtype,
+                        Address result, std::int64_t batch, std::int64_t size, bool wide, int threads) {
     const amed::DotArgs args = {
         operands({source, source_stride, source_dtype}, {grad, grad_stride, grad_dtype}, batch, size, wide),
         reinterpret_cast<void*>(result)};
@@ -65,15 +70,14 @@ void combine_coeff_grad(const std::vector<Address>& grad, const std::vector<std:
     amed::cpu::combine_coeff_grad(args, threads);
 }
 
-
 const void* pointer(Address address) { return reinterpret_cast<const void*>(address); }
 
 // parameters: MidpointWeights in its order, 0 where a head is absent.
 // sizes: noise channels, hidden, encoded, pixels. features: address, batch stride, channel stride, dtype, channels.
 void midpoint(std::int64_t batch, const std::array<std::int64_t, 5>& features, const std::array<Address, 2>& sigma,
               const std::array<std::int64_t, 2>& sigma_stride, const std::array<int, 4>& sizes,
-              const std::vector<double>& frequencies, const std::array<Address, 12>& parameters, const std::array<double, 2>& width, Address result, bool wide,
-              int threads) {
+              const std::vector<double>& frequencies, const std::array<Address, 12>& parameters,
+              const std::array<double, 2>& width, Address result, bool wide, int threads) {
     amed::MidpointArgs args = {};
     args.batch = batch;
     args.features = {reinterpret_cast<void*>(features[0]), features[1], static_cast<amed::DType>(features[3])};
@@ -88,10 +92,11 @@ void midpoint(std::int64_t batch, const std::array<std::int64_t, 5>& features, c
     args.sigma_next = pointer(sigma[1]);
     args.sigma_stride = sigma_stride[0];
     args.sigma_next_stride = sigma_stride[1];
-    if (frequencies.size() * 2 != static_cast<std::size_t>(sizes[0])) throw std::invalid_argument("one frequency per pair");
+    if (frequencies.size() * 2 != static_cast<std::size_t>(sizes[0]))
+        throw std::invalid_argument("one frequency per pair");
     args.frequencies = frequencies.data();
-    const void** target[] = {&args.map_weight,  &args.map_bias,    &args.enc0_weight,
-                             &args.enc0_bias,   &args.enc1_weight, &args.enc1_bias};
+    const void** target[] = {&args.map_weight, &args.map_bias,    &args.enc0_weight,
+                             &args.enc0_bias,  &args.enc1_weight, &args.enc1_bias};
     for (std::size_t k = 0; k < 6; ++k) *target[k] = pointer(parameters[k]);
     for (std::size_t k = 0; k < 3; ++k) {
         args.head_weight[k] = pointer(parameters[6 + 2 * k]);

@@ -64,7 +64,10 @@ class MidpointArgs(Structure):
         ("sigma_stride", c_int64),
         ("sigma_next_stride", c_int64),
         ("frequencies", POINTER(c_double)),
-        *((name, c_void_p) for name in ("map_weight", "map_bias", "enc0_weight", "enc0_bias", "enc1_weight", "enc1_bias")),
+        *(
+            (name, c_void_p)
+            for name in ("map_weight", "map_bias", "enc0_weight", "enc0_bias", "enc1_weight", "enc1_bias")
+        ),
         ("head_weight", c_void_p * 3),
         ("head_bias", c_void_p * 3),
         ("width", c_double * 3),
@@ -178,7 +181,9 @@ def _launch(name: str, args: Structure, device: torch.device) -> None:
             return
         code = getattr(_library(), f"amed_cuda_{name}")(byref(args), c_void_p(stream))
     if code:
-        raise RuntimeError(f"launching {name} of {_LIBRARY.name} failed with cudaError {code}; was it built for this GPU?")
+        raise RuntimeError(
+            f"launching {name} of {_LIBRARY.name} failed with cudaError {code}; was it built for this GPU?"
+        )
 
 
 @lru_cache

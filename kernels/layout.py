@@ -57,7 +57,7 @@ def check_dots(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def check_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
-    """Refuse outputs that do not fit, or that share memory with an input in any way but element for element."""
+    """Refuse outputs that do not fit."""
     first = sources[0]
     if len(out) != coeffs.shape[0]:
         raise ValueError(f"out must be {coeffs.shape[0]} tensors, one per row of coeffs, got {len(out)}")
@@ -67,12 +67,21 @@ def check_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) 
                 f"out[{m}] must be {tuple(first.shape)} {first.dtype} on {first.device} like sources[0], "
                 f"got {tuple(target.shape)} {target.dtype} on {target.device}"
             )
-        if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
+
+
+def check_memory(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    """Refuse outputs that share memory with an input in any way but element for element."""
+    taken = [_span(coeffs)]
+    read = [(_span(source), source) for source in sources]
+    for m, target in enumerate(out):
+        if not target.is_contiguous() and 0 in target.stride():
             raise ValueError(f"out[{m}] is expanded: several of its elements share memory; pass a tensor of its own")
-        if any(_overlap(target, source) and not _same_view(target, source) for source in sources):
+        span = _span(target)
+        if any(_meet(span, other) and not _same_view(target, source) for other, source in read):
             raise ValueError(f"out[{m}] overlaps a source in part; pass the same view or separate memory")
-        if _overlap(target, coeffs) or any(_overlap(target, other) for other in out[:m]):
+        if any(_meet(span, other) for other in taken):
             raise ValueError(f"out[{m}] overlaps coeffs or another output; pass separate memory")
+        taken.append(span)
 
 
 def check_midpoint(
@@ -94,7 +103,9 @@ def check_midpoint(
         batch, pixels = features.shape[0], features.shape[-2] * features.shape[-1]
     for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
         if level.dim() != 1 or level.shape[0] not in (1, batch):
-            raise ValueError(f"{name} must have shape ({batch},) or (1,), got {tuple(level.shape)}; expand or reshape it")
+            raise ValueError(
+                f"{name} must have shape ({batch},) or (1,), got {tuple(level.shape)}; expand or reshape it"
+            )
         if level.dtype not in (torch.float32, torch.float64) or level.dtype != sigma.dtype:
             raise ValueError(f"{name} must be float32 or float64 and like sigma, got {level.dtype}; convert it")
     _check_weights(weights, sigma, pixels)
@@ -127,18 +138,17 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
         raise ValueError(f"the noise embedding must have an even number of channels from 4 on, got {channels}")
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges meet (interleaved views count, though no element may be shared)."""
-    (a_from, a_to), (b_from, b_to) = _span(a), _span(b)
-    return a_from < b_to and b_from < a_to
-
-
 def _span(tensor: Tensor) -> tuple[int, int]:
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
+    """Addresses from the first element to behind the last."""
+    start, count = tensor.data_ptr(), tensor.numel()
+    if not tensor.is_contiguous():
+        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + count * tensor.element_size()
+
+
+def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether the address ranges meet (those of interleaved views do, though they share no element)."""
+    return a[0] < b[1] and b[0] < a[1]
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
@@ -161,7 +171,7 @@ def in_format(tensor: Tensor, order: torch.memory_format) -> Tensor:
 
 
 def _dense(tensor: Tensor, order: torch.memory_format) -> bool:
-    if tensor.is_contiguous(memory_format=order):
+    if tensor.is_contiguous() if order is torch.contiguous_format else tensor.is_contiguous(memory_format=order):
         return True
     shape, strides = tensor.shape, tensor.stride()
     positions = (1, 3, 2) if order == torch.channels_last else range(len(shape) - 1, 0, -1)

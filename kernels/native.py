@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .reference import MidpointWeights, accumulation_dtype, frequency_values
 
 try:
     # After torch, so that OpenMP calls bind to torch's threads instead of a second pool.
-    _extension = import_module("amed_engine._native")
+    _extension: Any = import_module("amed_engine._native")
     _reason = ""
 except ImportError as error:
     _extension, _reason = None, str(error)
@@ -121,5 +122,5 @@ def _feature_view(features: Tensor | None) -> tuple[Tensor | None, tuple[int, in
     if features is None:
         return None, (0, 0, 0, 0, 0)
     maps = in_format(features if features.dim() == 4 else features.unsqueeze(1), torch.contiguous_format)
-    view = (maps.data_ptr(), maps.stride(0), maps[0].numel() // maps.shape[1], _CODES[maps.dtype], maps.shape[1])
+    view = (maps.data_ptr(), maps.stride(0), maps.shape[2] * maps.shape[3], _CODES[maps.dtype], maps.shape[1])
     return maps, view

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, native, reference
-from .layout import MAX_OUTPUTS, check_combine, check_dots, check_midpoint, check_out
+from .layout import MAX_OUTPUTS, check_combine, check_dots, check_memory, check_midpoint, check_out
 from .reference import MidpointStep, MidpointWeights
 
 _library = torch.library.Library("amed", "DEF")
@@ -54,7 +54,9 @@ def combine(sources: Sequence[Tensor], coeffs: Tensor, *, out: Sequence[Tensor] 
     if out is not None:
         return _combine_into(list(sources), coeffs, list(out))
     if _forced == "reference":
-        check_combine(sources, coeffs)
+        # Tracing warns about every comparison.
+        if not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            check_combine(sources, coeffs)
         return reference.combine(sources, coeffs)
     return torch.ops.amed.combine.default(sources, coeffs)
 
@@ -165,6 +167,7 @@ def _combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
 def _combine_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
     check_combine(sources, coeffs)
     check_out(sources, coeffs, out)
+    check_memory(sources, coeffs, out)
     _implementation(coeffs.device).combine_into(sources, coeffs, out)
 
 
@@ -203,10 +206,12 @@ def _combine_fake(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
 @torch.library.register_fake("amed::combine_out", lib=_library)
 def _combine_out_fake(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
     check_combine(sources, coeffs)
+    check_out(sources, coeffs, out)
 
 
 @torch.library.register_fake("amed::combine_coeff_grad", lib=_library)
 def _coeff_grad_fake(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    check_dots(grads, sources)
     dtype = reference.accumulation_dtype(grads[0].dtype)
     return grads[0].new_empty((len(grads), len(sources), grads[0].shape[0]), dtype=dtype)
 
@@ -222,6 +227,7 @@ def _midpoint_fake(features, sigma, sigma_next, weights, scale_dir, scale_time) 
 
 def _save(ctx, inputs, output) -> None:
     sources, coeffs = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(coeffs, *sources)
 
 
@@ -229,17 +235,44 @@ def _combine_backward(ctx, grads):
     """d sources = combine with the transposed coefficients, d coeffs = per-sample dot products."""
     coeffs, *sources = ctx.saved_tensors
     wanted, coeffs_wanted = ctx.needs_input_grad
-    grad_sources: list[Tensor | None] = [None] * len(sources)
-    needed = [j for j, flag in enumerate(wanted) if flag]
-    transposed = coeffs.transpose(0, 1)
-    for start in range(0, len(needed), MAX_OUTPUTS):
-        rows = needed[start : start + MAX_OUTPUTS]
-        for j, grad in zip(rows, combine(grads, transposed[rows]), strict=True):
-            grad_sources[j] = grad.to(sources[j].dtype)
+    used = [m for m, grad in enumerate(grads) if grad is not None]
+    present = [grads[m] for m in used]
+    if not present:
+        return [None] * len(sources), None
+    grad_sources = _transposed(present, coeffs[used], sources, wanted)
     if not coeffs_wanted:
         return grad_sources, None
-    grad_coeffs = combine_coeff_grad(grads, sources)
+    dots = combine_coeff_grad(present, sources)
+    grad_coeffs = coeffs.new_zeros((coeffs.shape[0], *dots.shape[1:])).index_copy(0, torch.tensor(used), dots)
     return grad_sources, grad_coeffs.sum(2, keepdim=True) if coeffs.shape[2] == 1 else grad_coeffs
 
 
+def _transposed(grads, coeffs, sources, wanted) -> list[Tensor | None]:
+    """Σ_m coeffs[m, j] · grads[m] for each source j that wants a gradient, in the dtype of the source."""
+    result: list[Tensor | None] = [None] * len(sources)
+    needed = [j for j, flag in enumerate(wanted) if flag]
+    for start in range(0, len(needed), MAX_OUTPUTS):
+        rows = needed[start : start + MAX_OUTPUTS]
+        for j, grad in zip(rows, combine(grads, coeffs.transpose(0, 1)[rows]), strict=True):
+            result[j] = grad.to(sources[j].dtype)
+    return result
+
+
+def _save_dots(ctx, inputs, output) -> None:
+    grads, sources = inputs
+    ctx.count = len(grads)
+    ctx.save_for_backward(*grads, *sources)
+
+
+def _dots_backward(ctx, grad):
+    """The dot product is linear in either list: each gradient is a combination of the other list."""
+    grads, sources = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    grads_wanted, sources_wanted = ctx.needs_input_grad
+    return (
+        _transposed(sources, grad.transpose(0, 1), grads, grads_wanted),
+        _transposed(grads, grad, sources, sources_wanted),
+    )
+
+
 torch.library.register_autograd("amed::combine", _combine_backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("amed::combine_coeff_grad", _dots_backward, setup_context=_save_dots, lib=_library)

@@ -4,6 +4,9 @@ load -> accumulation dtype -> explicit fma -> store: bfloat16 arithmetic is wron
 product and a sum are fused by themselves depends on Triton's version. No autotuning: its timing would break a capture.
 """
 
+# Triton compiles the kernels from their source; for a type checker they are not Python.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from collections.abc import Sequence
 
 import torch

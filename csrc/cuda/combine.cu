@@ -60,11 +60,11 @@ __device__ inline void dot_body(const DotArgs& args) {
 }  // namespace amed::gpu
 
 // Plain names, which NVRTC does not mangle. Outputs beyond the last instance with exactly M use the next larger one.
-#define AMED_COMBINE(TYPE, M)                                                                                     \
+#define AMED_COMBINE(TYPE, M)                                                                                   \
     extern "C" __global__ void __launch_bounds__(256) amed_combine_##TYPE##_##M(const amed::CombineArgs args) { \
         amed::gpu::combine_body<TYPE, M>(args);                                                                 \
     }
-#define AMED_DOT(TYPE)                                                                                    \
+#define AMED_DOT(TYPE)                                                                            \
     extern "C" __global__ void __launch_bounds__(256) amed_dot_##TYPE(const amed::DotArgs args) { \
         amed::gpu::dot_body<TYPE>(args);                                                          \
     }

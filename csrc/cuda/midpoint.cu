@@ -16,7 +16,8 @@ __device__ inline float sine(float angle, int quadrant) {
     const float sine =
         fmaf(x * square, -1.0f / 6 + square * (1.0f / 120 + square * (-1.0f / 5040 + square * (1.0f / 362880))), x);
     const float cosine = fmaf(
-        square, -0.5f + square * (1.0f / 24 + square * (-1.0f / 720 + square * (1.0f / 40320 - square / 3628800.0f))), 1.0f);
+        square, -0.5f + square * (1.0f / 24 + square * (-1.0f / 720 + square * (1.0f / 40320 - square / 3628800.0f))),
+        1.0f);
     quadrant += static_cast<int>(turns);
     const float value = quadrant % 2 == 0 ? sine : cosine;
     return (quadrant & 2) == 0 ? value : -value;
@@ -81,7 +82,8 @@ __device__ inline void average(const MidpointArgs& args, std::int64_t sample, T*
 }
 
 template <typename T>
-__device__ inline void write_step(const MidpointArgs& args, std::int64_t sample, T sigma, T sigma_next, const T* heads) {
+__device__ inline void write_step(const MidpointArgs& args, std::int64_t sample, T sigma, T sigma_next,
+                                  const T* heads) {
     const T r = sigmoid(heads[0]);
     T scales[2];
     for (int k = 0; k < 2; ++k) {
@@ -120,7 +122,8 @@ __device__ inline void midpoint_body(const MidpointArgs& args, const double* fre
     linear<true>(args.map_weight, args.map_bias, waves, noise, z + args.encoded, noise);
     linear<true>(args.map_weight, args.map_bias, waves + noise, noise, z + args.encoded + noise, noise);
     for (int k = 0; k < 3; ++k)
-        if (args.head_weight[k] != nullptr) linear<false>(args.head_weight[k], args.head_bias[k], z, inputs, heads + k, 1);
+        if (args.head_weight[k] != nullptr)
+            linear<false>(args.head_weight[k], args.head_bias[k], z, inputs, heads + k, 1);
     if (threadIdx.x == 0) write_step(args, sample, sigma, sigma_next, heads);
 }
 
@@ -131,8 +134,8 @@ struct Frequencies {
 
 }  // namespace amed::gpu
 
-#define AMED_MIDPOINT(TYPE)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(256)                                                         \
+#define AMED_MIDPOINT(TYPE)                                                                             \
+    extern "C" __global__ void __launch_bounds__(256)                                                   \
         amed_midpoint_##TYPE(const amed::MidpointArgs args, const amed::gpu::Frequencies frequencies) { \
         amed::gpu::midpoint_body<TYPE>(args, frequencies.values);                                       \
     }
@@ -154,8 +157,8 @@ int amed_cuda_midpoint(const amed::MidpointArgs* args, void* stream) {
     const int values = args->encoded + 4 * args->noise_channels + 3 + args->hidden + slices * args->pixels;
     const std::size_t bytes = static_cast<std::size_t>(values) * (args->wide ? sizeof(double) : sizeof(float));
     const auto kernel = args->wide ? amed_midpoint_double : amed_midpoint_float;
-    kernel<<<static_cast<unsigned int>(args->batch), amed::gpu::kMidpointThreads, bytes, static_cast<cudaStream_t>(stream)>>>(
-        *args, frequencies);
+    kernel<<<static_cast<unsigned int>(args->batch), amed::gpu::kMidpointThreads, bytes,
+             static_cast<cudaStream_t>(stream)>>>(*args, frequencies);
     return cudaGetLastError();
 }
 

@@ -24,7 +24,9 @@ __device__ inline unsigned short float_to_half(float value) {
     return result;
 }
 
-__device__ inline float bfloat_to_float(unsigned short value) { return __uint_as_float(static_cast<unsigned int>(value) << 16); }
+__device__ inline float bfloat_to_float(unsigned short value) {
+    return __uint_as_float(static_cast<unsigned int>(value) << 16);
+}
 
 __device__ inline unsigned short float_to_bfloat(float value) {
     unsigned short result;

@@ -4,30 +4,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <random>
 #include <vector>
 
 #include "../cpu/half.h"
 #include "amed/cpu.h"
+#include "check.h"
 
 namespace {
 
-int failures = 0;
-
-#define CHECK(condition, ...)                                      \
-    do {                                                           \
-        if (!(condition)) {                                        \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                              \
-            std::printf("\n");                                     \
-            ++failures;                                            \
-        }                                                          \
-    } while (false)
-
-std::size_t width(amed::DType dtype) {
-    return dtype == amed::DType::f64 ? 8 : dtype == amed::DType::f32 ? 4 : 2;
-}
+std::size_t width(amed::DType dtype) { return dtype == amed::DType::f64 ? 8 : dtype == amed::DType::f32 ? 4 : 2; }
 
 // Samples of one tensor with a gap between them, kept both as stored bytes and as the exact values stored.
 struct Samples {
@@ -36,7 +22,10 @@ struct Samples {
     std::vector<unsigned char> bytes;
 
     Samples(amed::DType type, std::int64_t count, std::int64_t elements, std::int64_t gap)
-        : dtype(type), batch(count), size(elements), stride(elements + gap),
+        : dtype(type),
+          batch(count),
+          size(elements),
+          stride(elements + gap),
           bytes(static_cast<std::size_t>(count == 0 ? 0 : (count - 1) * stride + size) * width(type), 0xff) {}
 
     amed::View view() { return {bytes.data(), stride, dtype}; }
@@ -54,7 +43,8 @@ struct Samples {
             case amed::DType::f32: std::memcpy(&f, at(b, i), 4); return static_cast<double>(f);
             default: std::memcpy(&h, at(b, i), 2);
         }
-        return static_cast<double>(dtype == amed::DType::f16 ? amed::cpu::half_to_float(h) : amed::cpu::bfloat_to_float(h));
+        return static_cast<double>(dtype == amed::DType::f16 ? amed::cpu::half_to_float(h)
+                                                             : amed::cpu::bfloat_to_float(h));
     }
 
     void set(std::int64_t b, std::int64_t i, double value) {
@@ -85,7 +75,8 @@ struct Problem {
     std::vector<float> coeffs32;
 
     double coeff(int m, int j, std::int64_t b) const {
-        const auto k = static_cast<std::size_t>(m * args.coeff_stride[0] + j * args.coeff_stride[1] + b * args.coeff_stride[2]);
+        const auto k =
+            static_cast<std::size_t>(m * args.coeff_stride[0] + j * args.coeff_stride[1] + b * args.coeff_stride[2]);
         return args.wide ? coeffs64[k] : static_cast<double>(coeffs32[k]);
     }
 };
@@ -144,8 +135,8 @@ void check_combine(Problem& p) {
 void test_combine() {
     using D = amed::DType;
     std::mt19937 random(1);
-    const std::vector<std::vector<D>> dtypes = {{D::f32},        {D::f64},          {D::f16},         {D::bf16},
-                                                {D::f32, D::bf16}, {D::f64, D::f16, D::f32}, {D::bf16, D::f32}};
+    const std::vector<std::vector<D>> dtypes = {
+        {D::f32}, {D::f64}, {D::f16}, {D::bf16}, {D::f32, D::bf16}, {D::f64, D::f16, D::f32}, {D::bf16, D::f32}};
     for (const auto& types : dtypes)
         for (const int sources : {1, 2, 3, 5, 16})
             for (const int outputs : {1, 2, 8})
@@ -218,45 +209,6 @@ void test_dots() {
     }
 }
 
-// Every half is the float that its bits define, and rounding goes to the nearest, ties to even.
-void test_half() {
-    using amed::cpu::float_to_half;
-    using amed::cpu::half_to_float;
-    for (unsigned int k = 0; k < 0x10000u; ++k) {
-        const auto bits = static_cast<std::uint16_t>(k);
-        const int exponent = static_cast<int>(k >> 10 & 31u), mantissa = static_cast<int>(k & 1023u);
-        const double sign = k >> 15 ? -1.0 : 1.0;
-        const float got = half_to_float(bits);
-        if (exponent == 31) {
-            CHECK(mantissa ? std::isnan(got) : std::isinf(got), "half %04x", k);
-            continue;
-        }
-        const double expected = sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
-        CHECK(static_cast<double>(got) == expected, "half %04x: got %g, expected %g", k, static_cast<double>(got), expected);
-        CHECK(float_to_half(got) == bits, "half %04x does not return", k);
-        if (exponent < 30 && k < 0x8000u) {
-            const float next = half_to_float(static_cast<std::uint16_t>(k + 1));
-            const float middle = got + (next - got) / 2;
-            CHECK(float_to_half(middle) == bits + (k & 1u), "tie above %04x", k);
-            CHECK(float_to_half(std::nextafter(middle, next)) == bits + 1, "just above the tie above %04x", k);
-        }
-    }
-    CHECK(float_to_half(65520.0f) == 0x7c00 && float_to_half(65519.0f) == 0x7bff, "overflow");
-    CHECK(float_to_half(1e-9f) == 0 && float_to_half(-1e-9f) == 0x8000, "underflow");
-    CHECK(std::isnan(half_to_float(float_to_half(std::numeric_limits<float>::quiet_NaN()))), "nan");
-    CHECK(std::isinf(half_to_float(float_to_half(std::numeric_limits<float>::infinity()))), "infinity");
-}
-
-void test_bfloat() {
-    using amed::cpu::bfloat_to_float;
-    using amed::cpu::float_to_bfloat;
-    CHECK(float_to_bfloat(1.0f) == 0x3f80 && bfloat_to_float(0x3f80) == 1.0f, "one");
-    CHECK(float_to_bfloat(1.00390625f) == 0x3f80, "a tie goes to the even neighbour below");
-    CHECK(float_to_bfloat(1.01171875f) == 0x3f82, "a tie goes to the even neighbour above");
-    CHECK(float_to_bfloat(3.4e38f) == 0x7f80, "overflow");
-    CHECK(std::isnan(bfloat_to_float(float_to_bfloat(std::numeric_limits<float>::signaling_NaN()))), "nan");
-}
-
 // Against the formulas, with every weight chosen so that they can be followed by hand.
 void test_midpoint() {
     const int pixels = 5, channels = 3, noise = 4, hidden = 2, encoded = 1, inputs = encoded + 2 * noise;
@@ -302,13 +254,17 @@ void test_midpoint() {
                 z += wave * sigmoid(wave);
         const double r = sigmoid(0.1 * z - 0.2), time = 2 * 0.2 * r + 0.8;
         const double mid = std::pow(sigma_next, r) * std::pow(sigma[b], 1 - r), slope = (sigma_next - sigma[b]) / mid;
-        const double expected[] = {r, 1.0, time, mid, time * mid, mid / sigma[b], 1 - mid / sigma[b], 1.0, slope, -slope};
+        const double expected[] = {r,   1.0,   time,  mid, time * mid, mid / sigma[b], 1 - mid / sigma[b],
+                                   1.0, slope, -slope};
         for (std::size_t k = 0; k < 10; ++k)
-            CHECK(std::abs(result[2 * k + b] - expected[k]) < 1e-12, "row %zu: got %g, expected %g", k, result[2 * k + b], expected[k]);
+            CHECK(std::abs(result[2 * k + b] - expected[k]) < 1e-12, "row %zu: got %g, expected %g", k,
+                  result[2 * k + b], expected[k]);
     }
 }
 
 }  // namespace
+
+int failures = 0;
 
 int main() {
     test_half();

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from amed_engine import kernels
 from amed_engine.kernels import combine, combine_coeff_grad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,7 +21,9 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_shape_in_float32(device, batch, make_case, assert_matches):
-    for k, (channels, size) in enumerate(itertools.product(CHANNELS, SIZES)):
+    pairs = list(enumerate(itertools.product(CHANNELS, SIZES)))
+    # The slow part is the answer in float64; plain torch is the definition and gets every fourth shape.
+    for k, (channels, size) in pairs[:: 4 if kernels.backends()["cpu"] == "reference" else 1]:
         rows, count = [(1, 2), (1, 3), (2, 4)][k % 3]
         case = make_case((batch, channels, size, size), (F32,), rows, count, k, device, shared=k % 2 == 0)
         assert_matches(combine(case.sources, case.coeffs), case)
@@ -32,7 +35,7 @@ def test_every_dtype_and_layout(device, dtypes, layouts, make_case, assert_match
     """Shapes are drawn so that all of them meet some dtype and layout; what lies between the samples is NaN."""
     pairs = list(itertools.product(CHANNELS, SIZES))
     start = DTYPES.index(dtypes) * len(LAYOUTS) + LAYOUTS.index(layouts)
-    for step in range(2):
+    for step in range(1 if INTERPRETED else 2):
         channels, size = pairs[(start * 2 + step) % len(pairs)]
         case = make_case((3, channels, size, size), dtypes, 2, 3, start, device, layouts)
         outputs = combine(case.sources, case.coeffs)
@@ -135,7 +138,7 @@ def test_coeff_grad_is_the_per_sample_dot_product(device, dtypes, layout, make_c
 
 def test_a_coefficient_off_by_a_thousandth_is_noticed(device, make_case, assert_matches):
     """The comparison has teeth: the same call with one coefficient moved by 1e-3 fails it."""
-    for dtype in (F32, F64, F16):
+    for dtype in (F32,) if INTERPRETED else (F32, F64, F16):
         for m, j in itertools.product(range(2), range(3)):
             case = make_case((3, 3, 8, 8), (dtype,), 2, 3, 9, device)
             wrong = case.coeffs.clone()

@@ -8,8 +8,8 @@ namespace amed {
 // output[m][b, i] = sum over j of coeffs[m, j, b] * source[j][b, i]
 //
 // All samples share one dense inner order of `size` elements. Accumulation is double where `wide` is true, otherwise
-// float; outputs are the dtype of source[0]. An output may be the very view of a source; any other overlap is undefined.
-// coeffs are double where `wide`, otherwise float; strides in elements, 0 where shared.
+// float; outputs are the dtype of source[0]. An output may be the very view of a source; any other overlap is
+// undefined. coeffs are double where `wide`, otherwise float; strides in elements, 0 where shared.
 struct CombineArgs {
     int sources;
     int outputs;

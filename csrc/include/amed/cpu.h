@@ -1,4 +1,5 @@
-// The operations on the CPU. `threads` is an upper bound: small problems use fewer. No result depends on it, bit for bit.
+// The operations on the CPU. `threads` is an upper bound: small problems use fewer. No result depends on it, bit for
+// bit.
 #pragma once
 
 #include "amed/combine.h"

@@ -1,0 +1,59 @@
+"""pytest-benchmark as runner and reporter of measurements that are taken together and shown one by one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # harness and contestants; pytest's importlib mode adds nothing itself
+
+from harness import Playback, environment  # noqa: E402
+
+PLAYBACK = Playback()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also what takes minutes: CIFAR-10 on a CPU, compiled loops")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=PLAYBACK))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    machine_info["amed_engine"] = environment(device)
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """A case is measured once, all its contestants in turns, when the first of them is asked for."""
+    kept = {}
+
+    def get(key, run):
+        if key not in kept:
+            kept.clear()  # cases come one after the other; networks need not stay
+            kept[key] = run()
+        return kept[key]
+
+    return get
+
+
+@pytest.fixture
+def report(benchmark):
+    """Hand one contestant's times to pytest-benchmark, or skip with the reason why there are none."""
+
+    def tell(group, rows, contestant):
+        row = rows.get(contestant, rows.get("all", {"skipped": "does not take part in this case"}))
+        if "skipped" in row:
+            pytest.skip(row["skipped"])
+        seconds = row.pop("wall_seconds")
+        benchmark.group, benchmark.extra_info = group, row
+        benchmark.name = contestant
+        benchmark.pedantic(lambda: None, rounds=PLAYBACK.load(seconds), iterations=1)
+
+    return tell

@@ -1,0 +1,203 @@
+"""One call that shows what the engine does on a GPU: gpu tests, kernels, whole samples; one JSON and a table.
+
+    python benchmarks/gpu_report.py --out DIR [--minutes 8.5] [--suites tests,kernels,samples] [--full]
+
+Needs no network. What did not fit into the time is named in the JSON. --dry-run tries the plumbing on a CPU with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bench_kernels
+import bench_sampler
+import torch
+from harness import ROOT, environment
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = ("tests", "kernels", "samples")
+SHARE = {"tests": 0.35, "kernels": 0.5, "samples": 1.0}  # of the time left when its turn comes
+
+
+class Report:
+    """What was found so far, written after every case: a run that is cut off leaves what it had."""
+
+    def __init__(self, folders: list[Path], device: torch.device, suffix: str = ""):
+        found = environment(device)
+        gpu = re.sub(r"[^a-z0-9]+", "-", (found["gpu"] or "cpu").lower()).strip("-").removeprefix("nvidia-")
+        name = f"gpu-{gpu}-{found['commit'][:8]}{suffix}.json"
+        self.files = [folder / name for folder in folders]
+        self.data: dict[str, Any] = {"environment": found, "left_out": [], "tests": None, "kernels": {}, "samples": {}}
+
+    def write(self) -> None:
+        for file in self.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self.data, indent=1, default=str) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        print("gpu_report: torch sees no CUDA device; run this on a GPU machine, or with --dry-run", file=sys.stderr)
+        return 2
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
+    folders = [options.out] if options.dry_run else [RESULTS, options.out]
+    report = Report([folder for folder in folders if folder], device, options.suffix)
+    end = time.monotonic() + 60 * options.minutes
+    for suite in SUITES:
+        if suite in options.suites.split(","):
+            allowed = (end - time.monotonic()) * SHARE[suite]
+            _run_suite(suite, report, device, time.monotonic() + allowed, options)
+    report.write()
+    print(table(report.data))
+    print("\n".join(f"wrote {file}" for file in report.files))
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="a second folder for the JSON")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
+    parser.add_argument("--suites", default=",".join(SUITES), help="which of tests, kernels, samples")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this, e.g. cifar10-64")
+    parser.add_argument(
+        "--full", action="store_true", help="also the loop compiled as a whole (minutes of compilation)"
+    )
+    parser.add_argument("--suffix", default="", help="added to the name of the JSON")
+    parser.add_argument("--dry-run", "--cpu", action="store_true", dest="dry_run", help="on a CPU, with tiny sizes")
+    return parser.parse_args(arguments)
+
+
+def _run_suite(suite: str, report: Report, device: torch.device, end: float, options: argparse.Namespace) -> None:
+    if suite == "tests":
+        report.data["tests"] = _gpu_tests(max(end - time.monotonic(), 1), options.dry_run)
+        report.write()
+        return
+    for name, run in _cases(suite, device, options):
+        left = end - time.monotonic()
+        if options.cases not in name or left < (0 if options.dry_run else 5):
+            why = "not asked for" if options.cases not in name else "no time left"
+            report.data["left_out"].append({"suite": suite, "case": name, "reason": why})
+            continue
+        report.data[suite][name] = _guarded(run, left)
+        report.write()
+        print(f"{name}: done, {end - time.monotonic():.0f} s left", flush=True)
+
+
+def _cases(suite: str, device: torch.device, options: argparse.Namespace):
+    """(name, run(time_left)) in order of importance."""
+    tiny = options.dry_run
+    settings: dict[str, Any] = {"rounds": 5, "budget": 1.0} if tiny else {"rounds": 15, "budget": 10.0}
+    if suite == "kernels":
+        for case in bench_kernels.cases(device, tiny=tiny):
+            run = lambda left, case=case: bench_kernels.run(  # noqa: E731
+                case, device, compiled=not tiny, time_left=left, **settings
+            )
+            yield bench_kernels.label(case), run
+        return
+    for case in [("tiny", 2)] if tiny else bench_sampler.cases(device):
+        run = lambda left, case=case: bench_sampler.run(  # noqa: E731
+            case, device, full=options.full, time_left=left, **settings
+        )
+        yield f"{case[0]}-{case[1]}", run
+
+
+def _guarded(run, left: float) -> dict[str, Any]:
+    """A case that breaks, for lack of memory perhaps, is reported and does not stop the others."""
+    try:
+        return run(left)
+    except Exception as error:
+        return {"all": {"skipped": f"failed: {type(error).__name__}: {str(error)[:300]}"}}
+    finally:
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
+    """pytest's verdict on the tests marked gpu, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    command += ["--collect-only"] if dry_run else []
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+        output, code = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as stopped:
+        output, code = _text(stopped.stdout) + "\nstopped: out of time", None
+    lines = output.strip().splitlines()
+    notable = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  "))]
+    return {
+        "returncode": code,
+        "seconds": time.monotonic() - started,
+        "summary": lines[-1] if lines else "",
+        "notable": notable[:200],
+        "tail": lines[-60:] if code else [],
+    }
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+# ---- the table
+
+
+def table(data: dict[str, Any]) -> str:
+    """Markdown for the README: where, tests, samples, kernels, and what is missing."""
+    found = data["environment"]
+    parts = [
+        f"{found['gpu'] or found['cpu']}, driver {found['driver']}, torch {found['torch']}, triton {found['triton']}, "
+        f"commit {found['commit'][:8]}{' with changes' if found['dirty'] else ''}"
+    ]
+    if data["tests"]:
+        parts.append(f"gpu tests: {data['tests']['summary']}")
+    if data["samples"]:
+        parts.append(_samples(data["samples"]))
+    if data["kernels"]:
+        parts.append(_kernels(data["kernels"]))
+    if data["left_out"]:
+        parts.append("Left out: " + "; ".join(f"{item['case']} ({item['reason']})" for item in data["left_out"]))
+    return "\n\n".join(parts)
+
+
+def _samples(cases: dict[str, dict[str, dict]]) -> str:
+    lines = [
+        "| samples | | ms wall | ms events | images/s | ms outside denoiser | overhead |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, rows in cases.items():
+        for name, row in rows.items():
+            lines.append(f"| {case} | {name} | {_sample_cells(row)} |")
+    return "\n".join(lines)
+
+
+def _sample_cells(row: dict) -> str:
+    if "skipped" in row:
+        return f"{row['skipped'][:90]} | | | |"
+    events = row["event_ms"]["median"] if row["event_ms"] else None
+    numbers = (row["wall_ms"]["median"], events, row.get("images/s"), row.get("outside_ms"), row.get("overhead"))
+    return " | ".join("" if number is None else f"{number:.4g}" for number in numbers)
+
+
+def _kernels(cases: dict[str, dict[str, dict]]) -> str:
+    lines = ["| kernels | | µs | GB/s | of a copy |", "|---|---|---|---|---|"]
+    for case, rows in cases.items():
+        for name, row in rows.items():
+            if "skipped" in row:
+                cells = f"{row['skipped'][:90]} | | "
+            else:
+                share = f"{row['of_copy']:.0%}" if "of_copy" in row else ""
+                cells = f"{row['seconds'] * 1e6:.4g} | {row['GB/s']:.4g} | {share}"
+            lines.append(f"| {case} | {name} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""csrc/ compiles strictly: C++ under the sanitizers, CUDA for two architectures, and at run time through NVRTC."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from amed_engine.kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}"]
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def run(command, **options):
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return result.stdout + result.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize("clones", [True, False], ids=["dispatched", "portable"])
+def test_unit_tests_under_the_sanitizers(tmp_path, clones):
+    """Also without the clones for newer processors, so that the code every processor can run is tested."""
+    program = tmp_path / "test_kernels"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-fopenmp"]
+    sources = [*CSRC.glob("tests/*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    run([COMPILER, *STRICT, *sanitizers, *([] if clones else ["-DAMED_NO_CLONES"]), *sources, "-o", program])
+    assert run([program], timeout=300).strip().endswith("ok")
+
+
+@needs_compiler
+def test_bindings_compile_without_a_warning(tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    from sysconfig import get_paths
+
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), get_paths()["include"])]
+    run([COMPILER, *STRICT, *includes, "-O0", "-fsyntax-only", CSRC / "bindings.cpp"])
+
+
+@needs_compiler
+def test_python_mirrors_the_structures(tmp_path):
+    """Sizes and last offsets of the structures that `cuda.py` fills."""
+    fields = [
+        ("CombineArgs", "wide"),
+        ("DotArgs", "result"),
+        ("MidpointArgs", "frequencies"),
+        ("MidpointArgs", "result"),
+    ]
+    prints = "".join(f'std::printf("%zu %zu\\n", sizeof({s}), offsetof({s}, {f}));' for s, f in fields)
+    main = f"int main() {{ using namespace amed; {prints} }}"
+    (tmp_path / "sizes.cpp").write_text(f'#include <cstddef>\n#include <cstdio>\n#include "amed/cuda.h"\n{main}')
+    run([COMPILER, *STRICT, "-Wno-invalid-offsetof", tmp_path / "sizes.cpp", "-o", tmp_path / "sizes"])
+    lines = run([tmp_path / "sizes"]).split("\n")
+    for line, (structure, field) in zip(lines, fields, strict=False):
+        mirror = getattr(cuda, structure)
+        assert line == f"{ctypes.sizeof(mirror)} {getattr(mirror, field).offset}", (structure, field)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name", ["combine", "midpoint"])
+def test_cuda_compiles_without_spills(tmp_path, name, architecture):
+    cubin = tmp_path / f"{name}.cubin"
+    options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
+    log = run(["nvcc", *options, f"-I{CSRC / 'include'}", "-o", cubin, CSRC / "cuda" / f"{name}.cu"])
+    kernels = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    assert len(kernels) == {"combine": 10, "midpoint": 2}[name]
+    assert re.findall(r"(\d+) bytes spill", log)
+    assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    for kernel, registers in kernels:
+        # 256 threads a block: 128 registers leave two blocks on a processor, 64 leave four.
+        limit = 64 if kernel in ("amed_combine_float_1", "amed_combine_float_2", "amed_midpoint_float") else 255
+        assert int(registers) <= limit, (kernel, registers)
+    if name == "combine" and find_spec("triton"):
+        sass = run([Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump", "-sass", cubin])
+        bodies = dict(re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", sass, re.DOTALL))
+        for body in bodies.values():
+            assert "LDG.E.128" in body, "aligned rows are read 16 bytes at a time"
+
+
+@needs_nvcc
+def test_cuda_links_into_one_library(tmp_path):
+    """The library that setup.py builds: three entry points, no dependency on a CUDA runtime."""
+    library = tmp_path / "amed_cuda.so"
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-Xcompiler=-fPIC",
+        "-cudart=static",
+        "-arch=sm_90",
+        f"-I{CSRC / 'include'}",
+    ]
+    run(["nvcc", *options, "-o", library, *CSRC.glob("cuda/*.cu")])
+    loaded = ctypes.CDLL(str(library))
+    for name in ("combine", "combine_coeff_grad", "midpoint"):
+        assert hasattr(loaded, f"amed_cuda_{name}")
+    empty = cuda.CombineArgs(sources=1, outputs=1, batch=0, size=8)
+    assert loaded.amed_cuda_combine(ctypes.byref(empty), None) == 0, "an empty batch launches nothing"
+
+
+def nvrtc():
+    """NVRTC of an installed CUDA package or toolkit; skips where there is none."""
+    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
+        spec = find_spec(package) if find_spec("nvidia") else None
+        for root in spec.submodule_search_locations or [] if spec else []:
+            for path in Path(root).glob("lib/libnvrtc.so.*"):
+                return ctypes.CDLL(str(path))
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    pytest.skip("no NVRTC library")
+
+
+@pytest.mark.parametrize("name", ["combine", "midpoint"])
+def test_cuda_compiles_at_run_time(name):
+    """As CuPy's RawModule does it: one source, our two include folders, no host header."""
+    library, program = nvrtc(), ctypes.c_void_p()
+    source = (CSRC / "cuda" / f"{name}.cu").read_bytes()
+    flags = ["-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", "-arch=sm_90"]
+    options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None) == 0
+    code = library.nvrtcCompileProgram(program, len(flags), options)
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert code == 0, log.value.decode()
+
+
+@pytest.mark.gpu
+def test_cupy_runs_what_it_compiled(monkeypatch, tmp_path):
+    """The path of users without nvcc: no library, CuPy compiles the sources."""
+    pytest.importorskip("cupy")
+    monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "absent.so")
+    x, y = (torch.randn(3, 3, 9, 8, device="cuda") for _ in range(2))
+    coeffs = torch.randn(2, 2, 3, device="cuda")
+    out = [torch.full_like(x, float("nan")) for _ in range(2)]
+    cuda.combine_into([x, y], coeffs, out)
+    truth = torch.einsum("mjb,jbchw->mbchw", coeffs.double(), torch.stack([x, y]).double())
+    torch.testing.assert_close(torch.stack(out).double(), truth, rtol=1.3e-6, atol=1e-5)

@@ -67,10 +67,10 @@ class BuildOptional(build_ext):
 
 
 setup(
+    # csrc/ goes along: headers for programs that link against the kernels, CUDA for CuPy to compile at run time.
     packages=[*find_packages(include=["amed_engine", "amed_engine.*"]), "amed_engine.kernels", "amed_engine.csrc"],
     package_dir={"amed_engine.kernels": "kernels", "amed_engine.csrc": "csrc"},
-    # Headers for programs that link against the kernels, CUDA sources for CuPy to compile at run time.
-    package_data={"amed_engine.csrc": ["include/amed/*.h", "cuda/*.cu", "cuda/*.cuh"]},
+    include_package_data=False,  # what is installed stands in pyproject.toml; MANIFEST.in is the source distribution
     ext_modules=[native],
     cmdclass={"build_ext": BuildOptional},
 )

@@ -7,10 +7,9 @@ a failure, 2 for bad usage, 130 for Ctrl-C. An error is one line on stderr; `ame
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,12 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(run(app, args))
 
 
-@click.group("amed", cls=App, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    "amed",
+    cls=App,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(amed_engine.__version__, prog_name="amed")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def app(debug: bool) -> None:
@@ -114,25 +118,19 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     sampler = _make_sampler(**asked)
     images.check_pictures(sampler.model.shape)
     _check_writable(out, outdir and images.seed_path(outdir, 0, False))
-    results, pictures = [], []
-    with _image_bar(len(numbers)) as bar:
-        for start in range(0, len(numbers), batch):
-            chosen = numbers[start : start + batch]
-            result = sampler.run(chosen, class_labels, guidance, callback=bar.step if stepwise else None)
-            bar.update(0 if stepwise else len(chosen))
-            done = list(images.to_uint8(result.images))
-            if outdir:
-                images.save_each(outdir, done, chosen, subdirs)
-            if out:
-                pictures.extend(done)
-            results.append((result.plan, result.backend, result.seconds))
+    pictures, seconds = [], 0.0
+    for result in _drawn(sampler, numbers, batch, class_labels, guidance):
+        seconds += result.seconds
+        done = list(images.to_uint8(result.images))
+        if outdir:
+            images.save_each(outdir, done, result.seeds or (), subdirs)
+        if out:
+            pictures.extend(done)
     if out:
         images.save_grid(out, pictures)
-    plan, backend, _ = results[-1]
-    seconds = sum(seconds for _, _, seconds in results)
-    click.echo(plan.describe())
-    click.echo(f"{len(numbers)} images, NFE {plan.nfe}, {seconds:.2f} s, {len(numbers) / seconds:.1f} images/s")
-    click.echo(f"backend {backend} on {sampler.device}")
+    click.echo(result.plan.describe())
+    click.echo(f"{len(numbers)} images, NFE {result.nfe}, {seconds:.2f} s, {len(numbers) / seconds:.1f} images/s")
+    click.echo(f"backend {result.backend} on {sampler.device}")
     click.echo(f"wrote {' and '.join(filter(None, (out, outdir)))}")
 
 
@@ -143,7 +141,7 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
 @_grid
 @_drawing
 @click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
-@click.option("--curve-samples", type=int, default=24, help="The same for the curves; 0 for no curves.")
+@click.option("--curve-samples", type=int, default=16, help="The same for the curves; 0 for no curves.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
 def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
@@ -179,7 +177,9 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info(as_json: bool) -> None:
     """Versions, devices, active kernels and bundled models."""
-    facts = _facts()
+    from amed_engine.environment import facts as gather
+
+    facts = gather()
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -207,11 +207,10 @@ def info(as_json: bool) -> None:
 @click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
 def distill(model, device, out, **options) -> None:
     """Train an AMED predictor for a model and save it."""
-    from amed_engine.models import resolve
+    from amed_engine.models import place, resolve
 
     resolved = resolve(model)
-    if resolved.module is not None:
-        resolved.module.to(_device(device))
+    place(resolved, _device(device))
     _check_writable(out)
     given = {name: value for name, value in options.items() if value is not None}
     rounds: list[Any] = []
@@ -265,40 +264,16 @@ def _check_writable(*paths: str | Path | None) -> None:
             raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
 
 
-def _image_bar(total: int) -> Any:
+def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engine.SampleResult]:
+    """Results batch by batch, under a progress bar where stderr is a terminal."""
     from tqdm import tqdm
 
-    # Steps count as fractions of an image. disable=None: only where stderr is a terminal.
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=total, desc="sample", unit="image", bar_format=form, disable=None)
-
-
-def _facts() -> dict[str, dict[str, Any]]:
-    import os
-    from importlib import metadata
-
-    import torch
-
-    from amed_engine import kernels, zoo
-    from amed_engine.kernels import native
-
-    def version(package: str) -> str:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
-
-    gpus = range(torch.cuda.device_count())
-    return {
-        "versions": {
-            "amed_engine": amed_engine.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "triton", "numpy")},
-        },
-        "devices": {
-            "cpu": f"{torch.get_num_threads()} threads of {os.cpu_count()}",
-            **{f"cuda:{gpu}": torch.cuda.get_device_name(gpu) for gpu in gpus},
-        },
-        "kernels": {**kernels.backends(), "extension": native.why_not() or "active"},
-        "predictors": {name: zoo.predictor_nfes(name) for name in zoo.names()},
-    }
+    # Steps count as fractions of an image. Not on a GPU: a callback would keep it from replaying its captured loop.
+    stepwise = sampler.device.type == "cpu"
+    with tqdm(total=len(seeds), desc="sample", unit="image", bar_format=form, disable=None) as bar:
+        tick = (lambda step: bar.update(len(step.x) / step.steps)) if stepwise else None
+        for start in range(0, len(seeds), batch):
+            result = sampler.run(seeds[start : start + batch], class_labels, guidance, callback=tick)
+            bar.update(0 if stepwise else len(result.images))
+            yield result

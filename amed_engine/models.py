@@ -131,6 +131,21 @@ def _open(model: Any) -> Any:
         ) from error
 
 
+def place(model: Model, device: torch.device | str | None) -> torch.device:
+    """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError."""
+    if device is None:
+        return model.device
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
+    if model.module is not None:
+        model.module.to(device)
+    return device
+
+
 def tune(
     model: Model,
     *,

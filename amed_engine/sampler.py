@@ -18,7 +18,7 @@ from amed_engine.engine import Engine
 from amed_engine.errors import ConfigError
 from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
-from amed_engine.models import Model, resolve, tune
+from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
 from amed_engine.planning import Wishes, check_model, choose_plan
 from amed_engine.predictor import AMEDPredictor
@@ -82,7 +82,7 @@ class Sampler:
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype}")
         self.model = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-        self.dtype, self.device = dtype, _place(self.model, device)
+        self.dtype, self.device = dtype, place(self.model, device)
         sigma_low, sigma_high = clamp_range(self.model.sigma_min, self.model.sigma_max)
         wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
         if isinstance(predictor, (str, os.PathLike)):
@@ -178,20 +178,6 @@ class Sampler:
             )
         logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback.describe())
         return self._build(self._fallback, None), self._fallback
-
-
-def _place(model: Model, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return model.device
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
-    if model.module is not None:
-        model.module.to(device)
-    return device
 
 
 def _check_out(out: Tensor | None, latents: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # harness and contestants; pytest's importlib mode adds nothing itself
 
-from harness import Playback, environment  # noqa: E402
+from harness import Playback, environment
 
 PLAYBACK = Playback()
 

@@ -74,7 +74,7 @@ def check_memory(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
     taken = [_span(coeffs)]
     read = [(_span(source), source) for source in sources]
     for m, target in enumerate(out):
-        if not target.is_contiguous() and 0 in target.stride():
+        if any(size > 1 and stride == 0 for size, stride in zip(target.shape, target.stride(), strict=True)):
             raise ValueError(f"out[{m}] is expanded: several of its elements share memory; pass a tensor of its own")
         span = _span(target)
         if any(_meet(span, other) and not _same_view(target, source) for other, source in read):

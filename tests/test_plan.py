@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from amed_engine import Plan, make_plan, make_solver
@@ -77,6 +77,7 @@ def check_refused_or_sound(data) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+@settings(max_examples=50)
 @given(anything)
 def test_json_of_anything_is_no_plan(data):
     with pytest.raises(ConfigError, match=r"a plan must be a JSON object|unknown entries|plan lacks"):
@@ -94,6 +95,7 @@ def test_one_wrong_entry_is_refused_as_a_config_error(plan, name, value):
     check_refused_or_sound({**plan.to_json(), name: value})
 
 
+@settings(max_examples=50)
 @given(plans(), st.dictionaries(st.text(max_size=6), anything, min_size=1, max_size=3))
 def test_unknown_solver_options_are_refused(plan, options):
     assume(not set(options) & set(getattr(type(plan.make_solver()), "__dataclass_fields__", {})))

@@ -351,6 +351,20 @@ def test_guidance_is_the_published_formula(conditional, tiny_conditional, scale)
     assert not torch.allclose(result.images, conditional.run(z, class_labels=labels).images)
 
 
+def test_under_guidance_the_predictor_reads_the_features_with_the_label(tiny_conditional):
+    labels, predictor = torch.tensor([3, 8]), trained_for(tiny_conditional, guidance_scale=2.0)
+
+    def guided(x, sigma):
+        unconditional, (x0, features) = tiny_conditional(x, sigma).x0, tiny_conditional(x, sigma, labels)
+        return unconditional + 2.0 * (x0 - unconditional), features
+
+    plan, z = predictor.plan, latents(2)
+    with torch.no_grad():
+        x = z * plan.levels[0].float()
+        expected = sample(guided, x, plan.levels, plan.make_solver(), predictor, afs=plan.afs)
+    close(Sampler(tiny_conditional, predictor).run(z, class_labels=labels, guidance_scale=2.0).images, expected)
+
+
 def test_guidance_of_one_is_none(conditional):
     plain = conditional.run([1, 2], class_labels=3).images
     assert torch.equal(conditional.run([1, 2], class_labels=3, guidance_scale=1).images, plain)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from amed_engine import AMEDPredictor, make_schedule, make_solver, sample
 from safetensors.torch import load_file
 from torch import Tensor
+
+from amed_engine import AMEDPredictor, make_schedule, make_solver, sample
 
 DATA = Path(__file__).parents[1] / "data"
 OPTIONS = ("max_order", "predict_x0", "lower_order_final", "variant", "deis_mode")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from amed_engine import AMEDPredictor, Midpoint, make_schedule, make_solver, sample
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding, thresholded
 from amed_engine.loop import Program, integrate

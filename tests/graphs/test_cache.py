@@ -4,9 +4,10 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+
 from amed_engine import AmedError, ConfigError, NonFiniteError, Sampler, StaleGraphError
 from amed_engine.graph import GraphCache, family_of
-from torch import nn
 
 SIZES = (2, 8, 4)
 

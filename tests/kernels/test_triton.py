@@ -104,3 +104,44 @@ def test_midpoint_compiles_without_spills(architecture, size, heads):
     assert ".f64" not in ptx, "a number became float64"
     if aligned:
         assert sass.count("LDG.E.128") >= 16, "features and weights are read 16 bytes at a time"
+
+
+STAND_IN = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    class launcher_cls: pass
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+from amed_engine.kernels import MidpointWeights, triton_backend
+
+built, run = [], JITFunction.run
+def compile_only(self, *args, grid, warmup, **options):
+    built.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options).asm["ptx"]))
+JITFunction.run = compile_only
+
+x, d = torch.randn(3, 3, 64, 64), torch.randn(3, 3, 64, 64).bfloat16()
+triton_backend.combine_into([x, d, x], torch.randn(2, 3, 3), [torch.empty_like(x) for _ in range(2)])
+triton_backend.combine_coeff_grad([x], [d])
+shapes = [(8, 8), (8,), (128, 64), (128,), (4, 128), (4,), (1, 20), (1,), (1, 20), (1,)]
+weights = MidpointWeights(*(torch.ones(shape) for shape in shapes))
+triton_backend.midpoint_table(torch.randn(3, 256, 8, 8), torch.ones(3), torch.ones(1), weights, 0.01, 0.0)
+for name, ptx in built:
+    print(name, ptx.count("ld.global.v4"), ".f64" in ptx)
+"""
+
+
+def test_launchers_specialize_without_a_device():
+    """Through the real launch path up to the launch: pointers and strides in tuples count as aligned, loads are wide."""
+    run = subprocess.run([sys.executable, "-c", STAND_IN], capture_output=True, text=True, cwd="/")
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["combine_kernel", "dot_kernel", "midpoint_kernel"]
+    # Two float32 sources of two loads each and one bfloat16 source of one.
+    assert int(lines[0][1]) == 5
+    assert all(int(line[1]) > 0 and line[2] == "False" for line in lines)

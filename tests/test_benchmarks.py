@@ -1,0 +1,180 @@
+"""The measuring instrument: that it sees a known time, treats contestants alike and says where it ran."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+
+    yield harness
+    # The modules of benchmarks/ have everyday names; leave none behind.
+    for name in ("harness", "contestants", "bench_kernels", "bench_sampler", "gpu_report"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def gpu_report(harness):
+    import gpu_report
+
+    return gpu_report
+
+
+class CountingClock:
+    """A device whose every measurement takes one more tick; counts how often it was waited for."""
+
+    def __init__(self):
+        self.waits = 0
+
+    def time(self, work):
+        work()
+        self.waits += 1
+        return float(self.waits), float(self.waits) / 2, 0.0
+
+
+def test_a_sleep_of_a_millisecond_is_seen(harness):
+    work = {"sleep": (lambda: time.sleep(1e-3), 1), "ten sleeps": (lambda: time.sleep(1e-2), 10), "nothing": (int, 1)}
+    times = harness.measure(work, harness.HostClock(), rounds=15)
+    # A loaded machine only ever adds: the shortest of fifteen is the sleep.
+    assert min(times["sleep"].wall) >= 1e-3
+    assert min(times["ten sleeps"].wall) >= 1e-3
+    assert min(times["sleep"].wall) - min(times["nothing"].wall) > 0.9e-3
+    assert times["sleep"].summary()["wall_ms"]["min"] >= 1.0
+    assert times["sleep"].summary()["event_ms"] is None
+
+
+@pytest.mark.gpu
+def test_events_see_what_the_device_does_and_wall_time_covers_it(harness):
+    cycles = 10_000_000  # some milliseconds
+    times = harness.measure({"spin": (lambda: torch.cuda._sleep(cycles), 1)}, harness.CudaClock())
+    assert min(times["spin"].events) > 1e-3
+    for wall, events, submit in zip(times["spin"].wall, times["spin"].events, times["spin"].submit, strict=True):
+        assert submit < events <= wall
+
+
+@pytest.mark.gpu
+def test_a_measurement_waits_for_the_device_once(harness, monkeypatch):
+    waits, wait = [], torch.cuda.Event.synchronize
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append(event), wait(event)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        harness.measure({"work": (lambda: torch.cuda._sleep(1000), 1)}, harness.CudaClock(), rounds=5, warmups=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 7
+
+
+def test_contestants_take_turns_and_the_order_flips(harness):
+    order = []
+    work = {name: (lambda name=name: order.append(name), 1) for name in "abc"}
+    clock = CountingClock()
+    times = harness.measure(work, clock, rounds=6, warmups=2)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["abc", "abc", "abc", "cba", "abc", "cba", "abc", "cba"]
+    assert clock.waits == 3 * 8
+    # Warm-ups are not kept, and over an even number of rounds nobody runs later than another on average.
+    assert all(len(t.wall) == 6 for t in times.values())
+    assert sum(times["a"].wall) == sum(times["b"].wall) == sum(times["c"].wall)
+    assert times["a"].events == [wall / 2 for wall in times["a"].wall]
+
+
+def test_five_rounds_are_taken_however_short_the_budget(harness):
+    times = harness.measure({"a": (int, 1)}, CountingClock(), rounds=50, budget=0.0)
+    assert len(times["a"].wall) == 5
+
+
+@pytest.mark.parametrize(("rounds", "warmups"), [(4, 2), (5, 1)])
+def test_fewer_rounds_are_refused(harness, rounds, warmups):
+    with pytest.raises(ValueError, match="at least 5 rounds after 2 warm-ups"):
+        harness.measure({"a": (int, 1)}, CountingClock(), rounds=rounds, warmups=warmups)
+
+
+def test_the_spread_is_that_of_the_numbers(harness):
+    spread = harness.spread([k / 1000 for k in range(101)])  # 0, 1, ... 100 ms
+    assert spread == pytest.approx({"median": 50, "iqr": 50, "p50": 50, "p90": 90, "p99": 99, "min": 0})
+
+
+def test_a_wrong_or_broken_contestant_is_named_and_the_others_go_on(harness):
+    def gives(value):
+        return lambda: lambda: torch.full((3,), value)
+
+    def missing():
+        raise harness.Unavailable("not installed")
+
+    def broken():
+        raise RuntimeError("no kernel image")
+
+    listed = [
+        harness.Contestant("first", gives(1.0)),
+        harness.Contestant("close", gives(1.0005)),
+        harness.Contestant("wrong", gives(1.01)),
+        harness.Contestant("not a number", gives(float("nan"))),
+        harness.Contestant("another problem", gives(2.0), expected=lambda: torch.full((3,), 2.0)),
+        harness.Contestant("missing", missing),
+        harness.Contestant("broken", broken),
+        harness.Contestant("slow to set up", gives(1.0), seconds=1e6),
+    ]
+    rows = harness.compete(listed, torch.device("cpu"), rounds=5, time_left=100.0)
+    assert list(rows) == [contestant.name for contestant in listed]
+    assert [name for name, row in rows.items() if "seconds" in row] == ["first", "close", "another problem"]
+    assert rows["close"]["difference"] == pytest.approx(5e-4, rel=1e-3)
+    assert rows["missing"]["skipped"] == "not installed"
+    assert "no kernel image" in rows["broken"]["skipped"]
+    assert "the time is up" in rows["slow to set up"]["skipped"]
+    assert all("wrong result" in rows[name]["skipped"] for name in ("wrong", "not a number"))
+
+
+def test_times_played_back_to_a_runner_are_those_taken(harness):
+    player, taken = harness.Playback(), [0.25, 0.5, 0.125]
+    assert player.load(taken) == 3
+    told = []
+    for _ in taken:
+        start = player()
+        told.append(player() - start)
+    assert told == taken
+
+
+def test_a_report_says_where_what_and_what_is_missing(gpu_report, tmp_path, capsys):
+    arguments = ["--dry-run", "--out", str(tmp_path), "--suites", "samples", "--cases", "tiny"]
+    assert gpu_report.main(arguments) == 0
+    (file,) = tmp_path.glob("gpu-*.json")
+    data = json.loads(file.read_text())
+    for key in ("gpu", "driver", "torch", "triton", "cudnn", "python", "cpu", "threads", "commit", "dirty", "time"):
+        assert key in data["environment"]
+    assert data["environment"]["torch"] == torch.__version__
+    rows = data["samples"]["tiny-2"]
+    assert rows["engine fp32"]["difference"] <= rows["engine fp32"]["tolerance"]
+    assert {"wall_ms", "event_ms", "submit_ms", "images/s", "outside_ms", "overhead"} <= set(rows["engine fp32"])
+    printed = capsys.readouterr().out
+    assert "| tiny-2 | engine fp32 |" in printed
+    gpu_report.main([*arguments[:-1], "nothing of this name"])
+    assert json.loads(file.read_text())["left_out"] == [
+        {"suite": "samples", "case": "tiny-2", "reason": "not asked for"}
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
+def test_without_a_gpu_the_report_fails_in_one_line(gpu_report, capsys):
+    assert gpu_report.main([]) == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "gpu_report: torch sees no CUDA device; run this on a GPU machine, or with --dry-run"
+    ]
+
+
+def test_the_plain_loop_is_the_sampler_written_out(harness):
+    """The baseline computes what this engine computes: otherwise the comparison would mean nothing."""
+    import contestants
+
+    contest = contestants.Contest(contestants.WORKLOADS["tiny"], 3, torch.device("cpu"))
+    plain, engine = contest.published()(), contest.engine()()
+    assert harness.difference(engine, plain) < 1e-4
+    assert harness.difference(contest.loop(contestants.returned(contest.network, None))(), plain) == 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from contestants import NFE, WORKLOADS, Contest
+from contestants import NFE, Contest
 from harness import Unavailable, compete
+from workloads import WORKLOADS
 
 BATCHES = (1, 8, 64, 256)
 Case = tuple[str, int]  # workload, batch
@@ -79,7 +80,7 @@ def _parameters() -> Iterator[Any]:
                 yield pytest.param(device, case, name, id=f"{device.type}-{case[0]}-{case[1]}-{name}", marks=marks)
 
 
-@pytest.mark.parametrize(("device", "case", "contestant"), _parameters())
+@pytest.mark.parametrize(("device", "case", "contestant"), list(_parameters()))
 def test_sample(device, case, contestant, measured, report, request):
     full = request.config.getoption("--full")
     if device.type == "cpu" and not full and (case[0] == "cifar10" or contestant in COMPILED):

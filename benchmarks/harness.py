@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -228,7 +229,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("AMED_COMMIT", "unknown"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     status = _output("git", "-C", str(ROOT), "status", "--porcelain")

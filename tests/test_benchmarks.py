@@ -18,7 +18,7 @@ def harness(monkeypatch):
 
     yield harness
     # The modules of benchmarks/ have everyday names; leave none behind.
-    for name in ("harness", "contestants", "bench_kernels", "bench_sampler", "gpu_report"):
+    for name in ("harness", "workloads", "contestants", "bench_kernels", "bench_sampler", "gpu_report"):
         sys.modules.pop(name, None)
 
 
@@ -173,8 +173,9 @@ def test_without_a_gpu_the_report_fails_in_one_line(gpu_report, capsys):
 def test_the_plain_loop_is_the_sampler_written_out(harness):
     """The baseline computes what this engine computes: otherwise the comparison would mean nothing."""
     import contestants
+    import workloads
 
-    contest = contestants.Contest(contestants.WORKLOADS["tiny"], 3, torch.device("cpu"))
+    contest = contestants.Contest(workloads.WORKLOADS["tiny"], 3, torch.device("cpu"))
     plain, engine = contest.published()(), contest.engine()()
     assert harness.difference(engine, plain) < 1e-4
     assert harness.difference(contest.loop(contestants.returned(contest.network, None))(), plain) == 0

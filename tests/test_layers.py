@@ -23,7 +23,7 @@ ENGINE = (
 )
 KERNELS = (
     *("reference", "layout", "native"),
-    *("combine", "midpoint", "triton_combine", "triton_midpoint", "triton_backend"),
+    *("triton_combine", "triton_midpoint", "triton_backend", "cuda"),
     *("ops", "__init__"),
 )
 

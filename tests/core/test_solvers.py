@@ -1,5 +1,6 @@
 """Properties of the solvers: order, where and how often they evaluate, plugins, parallel points, gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -83,7 +84,7 @@ def test_measured_order_of_convergence(name, options, midpoint, order):
 
 
 SIGMAS = make_schedule("polynomial", 4, 0.1, 10.0, 7.0)
-MIDDLE = [(a * b).sqrt() for a, b in zip(SIGMAS[:-1], SIGMAS[1:], strict=True)]
+MIDDLE = [(a * b).sqrt() for a, b in itertools.pairwise(SIGMAS)]
 NODES = [s.item() for s in SIGMAS[:-1]]
 HEUN_NODES = [s for pair in zip(SIGMAS[:-1].tolist(), SIGMAS[1:].tolist(), strict=True) for s in pair]
 REFINED = [s.item() for pair in zip(SIGMAS[:-1], MIDDLE, strict=True) for s in pair]

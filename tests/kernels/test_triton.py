@@ -33,7 +33,7 @@ def test_every_property_holds_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 80
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 70
 
 
 def build(kernel, architecture, signature, constants, attributes):

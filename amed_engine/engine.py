@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from amed_engine.graph import (
     WARMUPS_TORCHSCRIPT,
     CudaDevice,
     GraphCache,
-    Loop,
     Stats,
     WarmupReport,
     family_of,
@@ -49,7 +49,7 @@ class Engine:
             raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         if backend == "graph" and device.type != "cuda":
             raise ConfigError(f"backend='graph' needs a CUDA device, got {device}; use backend='auto' or 'eager'")
-        self.model, self.backend, self.check_finite = model, backend, check_finite
+        self.model, self.device, self.backend, self.check_finite = model, device, backend, check_finite
         self._eager_runs = 0
         self.cache: GraphCache | None = None
         if device.type == "cuda" and backend != "eager":
@@ -63,13 +63,17 @@ class Engine:
         cached = self.cache.stats if self.cache else Stats()
         return Stats(cached.captures, cached.replays, cached.eager_runs + self._eager_runs)
 
+    def may_wait(self) -> bool:
+        """Whether tensors on the device may be looked at, which waits for them: not inside a caller's capture."""
+        return self.check_finite and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
     @torch.no_grad()
     def warmup(self, program: Program, example: Request, scale: float | None) -> WarmupReport:
         """Capture every batch size for requests like the example."""
         if self.cache is None:
             return WarmupReport("eager")
         family = family_of(scale, example.latents, example.labels, self.model.module)
-        return self.cache.warmup(family, self._loop(program, scale), example.latents, example.labels)
+        return self.cache.warmup(family, BoundLoop(self.model, program, scale), example.latents, example.labels)
 
     def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Images:
         """The whole batch, or pieces of half the size each time memory runs out."""
@@ -99,42 +103,44 @@ class Engine:
     def _draw(
         self, program: Program, request: Request, scale: float | None, observe: Observer | None
     ) -> tuple[Tensor, str]:
-        images, how = None, "eager"
         # Intervals can only be observed one by one.
-        if self.cache is not None and observe is None:
-            images, how = self._by_graph(self.cache, program, request, scale)
-        if images is None or (self.check_finite and how == "graph" and not _finite(images)):
-            # Also after a broken replay: the eager states tell the step.
-            self._eager_runs += 1
-            states = integrate(
-                program, bind_labels(self.model, request.labels, scale), _start(program, request), observe
-            )
-            if self.check_finite and not _finite(states[-1]):
-                raise non_finite(states, request)
-            images, how = states[-1], "eager"
-        return images, how
+        images, how = (None, "eager") if observe is not None else self._by_graph(program, request, scale)
+        if images is not None and (not self.check_finite or _finite(images)):
+            return images, how
+        # Also after a broken replay: the eager states tell the step.
+        self._eager_runs += 1
+        states = integrate(
+            program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
+        )
+        if self.check_finite and not _finite(states[-1]):
+            raise non_finite(states, request)
+        return states[-1], "eager"
 
-    def _by_graph(
-        self, cache: GraphCache, program: Program, request: Request, scale: float | None
-    ) -> tuple[Tensor | None, str]:
+    def _by_graph(self, program: Program, request: Request, scale: float | None) -> tuple[Tensor | None, str]:
+        """What the cache makes of the batch; None where there is no cache, or no memory for it."""
+        if self.cache is None:
+            return None, "eager"
         family = family_of(scale, request.latents, request.labels, self.model.module)
         try:
-            return cache.run(family, self._loop(program, scale), request.latents, request.labels)
+            return self.cache.run(family, BoundLoop(self.model, program, scale), request.latents, request.labels)
         except torch.OutOfMemoryError:
             if self.backend == "graph":
                 raise
             logger.warning("out of memory while capturing: this batch runs eagerly; pass fewer or smaller batch_sizes")
             return None, "eager"
 
-    def _loop(self, program: Program, scale: float | None) -> Loop:
-        def loop(latents: Tensor, labels: Tensor | None) -> Tensor:
-            return integrate(program, bind_labels(self.model, labels, scale), latents * program.sigmas[0])[-1]
 
-        return loop
+@dataclass(frozen=True)
+class BoundLoop:
+    """(latents, labels) -> images. Not a closure over the engine: a cycle through a CUDA graph would outlive it."""
 
+    model: Model
+    program: Program
+    scale: float | None
 
-def _start(program: Program, request: Request) -> Tensor:
-    return request.latents * program.sigmas[0]
+    def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        x = latents * self.program.sigmas[0]
+        return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
 
 
 def _finite(images: Tensor) -> bool:

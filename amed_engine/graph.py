@@ -27,6 +27,10 @@ WARMUPS_TORCHSCRIPT = 6
 Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
 
 
+# One capture in the process at a time, and no device-wide synchronization during it.
+_CAPTURE = threading.Lock()
+
+
 class StaleGraphError(AmedError, RuntimeError):
     """Weights were re-assigned or moved after capture; replaying would read memory that is no longer theirs."""
 
@@ -101,8 +105,8 @@ class Device(Protocol):
 
     def reserved_bytes(self) -> int: ...
 
-    def forget(self) -> None:
-        """After every graph was reset: a new pool, workspaces released."""
+    def drop(self, recordings: list[Recording]) -> None:
+        """Reset graphs that nobody will replay again, and release the pool they shared."""
         ...
 
 
@@ -129,12 +133,21 @@ class CudaDevice:
         return result
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), _no_garbage_collection():
-            self.stream.synchronize()
-            # thread_local: another thread's allocation must not invalidate this capture.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                output = work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), _CAPTURE, _no_garbage_collection():
+            try:
+                # thread_local: another thread's allocation must not invalidate this capture.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    output = work()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise AmedError(
+                    f"this model cannot be captured as a CUDA graph: {error}; use backend='eager'"
+                ) from error
+            finally:
+                # A capture that fails to end leaves its own stream current.
+                torch.cuda.set_stream(current)
         return graph, output
 
     def begin_use(self) -> None:
@@ -144,16 +157,16 @@ class CudaDevice:
         self.used.record(torch.cuda.current_stream(self.device))
 
     def reserved_bytes(self) -> int:
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self.device)
 
-    def forget(self) -> None:
-        torch.cuda.synchronize(self.device)
-        # A cuBLAS workspace first allocated inside a capture lives in that graph's pool.
-        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-        if clear is not None:
-            clear()
-        self.pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()
+    def drop(self, recordings: list[Recording]) -> None:
+        with _CAPTURE:
+            torch.cuda.synchronize(self.device)
+            for recording in recordings:
+                recording.reset()
+            self.pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -171,15 +184,21 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def numerics(module: nn.Module | None) -> tuple[Any, ...]:
     """The global switches and modes that change which kernels a capture records."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_autocast_dtype("cuda"),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
+        torch.backends.fp32_precision,  # type: ignore[attr-defined]
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.fp32_precision,  # type: ignore[attr-defined]
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         module.training if module is not None else None,
     )
@@ -198,12 +217,22 @@ class Weights:
 
     def check(self) -> None:
         for table, name, address in self.places:
-            value = table.get(name)
+            # Not .get(): TorchScript's tables have none.
+            value = table[name] if name in table else None  # noqa: SIM401
             if value is None or value.data_ptr() != address:
                 raise StaleGraphError(
                     f"weight {name!r} was re-assigned or moved after its graph was captured; call sampler.clear_graphs() and "
                     "warmup() again, or change weights in place"
                 )
+
+
+@dataclass
+class Captured:
+    """A family's graphs by batch size, and what they read: weights where they were, the loop with its constants."""
+
+    graphs: dict[int, Graph]
+    weights: Weights
+    loop: Loop
 
 
 @dataclass
@@ -238,49 +267,54 @@ class GraphCache:
         if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
             raise ConfigError(f"batch_sizes must be positive integers, got {tuple(self.batch_sizes)!r}")
         self.batch_sizes = sizes
-        self._graphs: dict[Family, dict[int, Graph]] = {}
-        self._weights: dict[Family, Weights] = {}
+        self._captured: dict[Family, Captured] = {}
+        self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()
 
     def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
         """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
         with self._lock:
-            if not self.device.capturing() and self._captured(family, loop, latents, labels):
-                return self._replay_all(family, latents, labels), "graph"
+            captured = None if self.device.capturing() else self._get(family, loop, latents, labels)
+            if captured is not None:
+                return self._replay_all(captured, latents, labels), "graph"
             self.stats.eager_runs += 1
         return loop(latents, labels), "eager"
 
     def warmup(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
-        """Capture every batch size of a family now, from one example row each of latents and labels."""
+        """Capture every batch size of a family now, from example rows of latents and labels.
+
+        Raises torch.OutOfMemoryError, after which the family runs eagerly until `clear`.
+        """
         with self._lock:
-            if family in self._graphs:
+            if family in self._captured:
                 return WarmupReport("graph")
-            if sum(map(len, self._graphs.values())) + len(self.batch_sizes) > self.max_graphs:
+            taken = sum(len(captured.graphs) for captured in self._captured.values())
+            if family in self._refused or taken + len(self.batch_sizes) > self.max_graphs:
                 return WarmupReport("eager")
             return WarmupReport("graph", self._capture_all(family, loop, latents, labels))
 
     def clear(self) -> None:
         """Drop every graph and the memory they share."""
         with self._lock:
-            for graphs in self._graphs.values():
-                for graph in graphs.values():
-                    graph.recording.reset()
-            self._graphs.clear()
-            self._weights.clear()
-            self.device.forget()
+            recordings = [g.recording for captured in self._captured.values() for g in captured.graphs.values()]
+            # First our own references, the static buffers among them.
+            self._captured.clear()
+            self._refused.clear()
+            self.device.drop(recordings)
 
-    def _captured(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> bool:
-        """Whether the family has graphs, made now if need be and allowed."""
-        if family not in self._graphs:
+    def _get(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> Captured | None:
+        """The family's graphs, made now if need be and allowed."""
+        if family not in self._captured:
             self.warmup(family, loop, latents, labels)
-        return family in self._graphs
+        return self._captured.get(family)
 
-    def _replay_all(self, family: Family, latents: Tensor, labels: Tensor | None) -> Tensor:
-        graphs = self._graphs[family]
-        self._weights[family].check()
+    def _replay_all(self, captured: Captured, latents: Tensor, labels: Tensor | None) -> Tensor:
+        captured.weights.check()
         self.device.begin_use()
-        images = [self._replay(graphs, *part) for part in self._parts(latents, labels)]
-        self.device.end_use()
+        try:
+            images = [self._replay(captured.graphs, *part) for part in self._parts(latents, labels)]
+        finally:
+            self.device.end_use()
         return images[0] if len(images) == 1 else torch.cat(images)
 
     def _parts(self, latents: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
@@ -302,18 +336,28 @@ class GraphCache:
             size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
         }
         graphs: dict[int, Graph] = {}
+        # A warm-up shares workspaces with replays that may still run on another stream.
+        self.device.begin_use()
         try:
             expected = {size: self._warm_up(loop, *inputs[size]) for size in self.batch_sizes}
             report = tuple(self._capture(loop, size, inputs[size], expected[size], graphs) for size in self.batch_sizes)
-        except BaseException:
-            # Half a family is worse than none, and its memory is wanted back.
-            for graph in graphs.values():
-                graph.recording.reset()
-            if not self._graphs:
-                self.device.forget()
+        except BaseException as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                self._refused.add(family)
+            self._abandon(graphs)
             raise
-        self._graphs[family], self._weights[family] = graphs, Weights(self.module)
+        self._captured[family] = Captured(graphs, Weights(self.module), loop)
         return report
+
+    def _abandon(self, graphs: dict[int, Graph]) -> None:
+        """Half a family is worse than none. Its memory comes back once no other family uses the pool."""
+        recordings = [graph.recording for graph in graphs.values()]
+        graphs.clear()
+        if self._captured:
+            for recording in recordings:
+                recording.reset()
+        else:
+            self.device.drop(recordings)
 
     def _warm_up(self, loop: Loop, latents: Tensor, labels: Tensor | None) -> Tensor:
         """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more."""
@@ -331,7 +375,8 @@ class GraphCache:
         recording.replay()
         bitwise = torch.equal(output, expected)
         # An empty or stale graph is far off; kernels that add in any order are not.
-        if not bitwise and not torch.allclose(output, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        atol = 1e-2 * float(expected.nan_to_num().abs().max())
+        if not bitwise and not torch.allclose(output, expected, rtol=1e-2, atol=atol, equal_nan=True):
             raise AmedError(
                 f"the captured graph for batch {size} does not reproduce the eager result; use backend='eager'"
             )

@@ -51,7 +51,11 @@ class Model:
         """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
         parameter = self._parameter
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
-        denoised = as_denoised(self.network(*(tensor.to(dtype) for tensor in (x, sigma, *labels))))
+        inputs = (x.contiguous(memory_format=self.memory_format), sigma, *labels)
+        # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
+        # after they changed.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            denoised = as_denoised(self.network(*(tensor.to(dtype) for tensor in inputs)))
         if denoised.x0.shape != x.shape:
             raise ConfigError(
                 f"the model returned shape {tuple(denoised.x0.shape)} for an input of {tuple(x.shape)}; a denoiser "
@@ -141,6 +145,11 @@ def place(model: Model, device: torch.device | str | None) -> torch.device:
         raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
+    try:
+        # As tensors there have it: with its index on a GPU, without one on the CPU.
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     if model.module is not None:
         model.module.to(device)
     return device

@@ -164,7 +164,8 @@ def _is_constant(c: Tensor) -> bool:
 
 def _stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:
     """(M, J, 1 or B) from nested coefficients, each () or (B,)."""
-    flat = [c if isinstance(c, Tensor) else like.new_tensor(c) for row in matrix for c in row]
+    # new_full, not new_tensor: a copy from the host cannot be captured.
+    flat = [c if isinstance(c, Tensor) else like.new_full((), c) for row in matrix for c in row]
     flat = torch.broadcast_tensors(*(c.reshape(-1) for c in flat))
     return torch.stack(flat).unflatten(0, (len(matrix), -1))
 

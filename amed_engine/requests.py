@@ -41,10 +41,14 @@ def make_request(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    look: bool = True,
 ) -> Request:
-    """Check and complete what was asked; see `Sampler.run`. Raises ConfigError."""
+    """Check and complete what was asked; see `Sampler.run`. Raises ConfigError.
+
+    look: read values that are on the device (NaN in latents, the range of labels), which waits for it.
+    """
     if isinstance(batch, Tensor) and batch.is_floating_point():
-        latents, seeds, drawn = _check_latents(batch, model, dtype, device), None, None
+        latents, seeds, drawn = _check_latents(batch, model, dtype, device, look), None, None
         if model.label_dim and class_labels is None:
             # Latents have no seeds: the row numbers stand in for them.
             _, drawn = draw(range(len(latents)), (), model.label_dim)
@@ -52,7 +56,7 @@ def make_request(
         seeds = _seeds(batch, generator)
         noise, drawn = draw(seeds, _shape(model), model.label_dim)
         latents = noise.to(device, dtype)
-    classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents))
+    classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents), look)
     labels = None if classes is None else vectors(classes, model.label_dim).to(device, dtype)
     return Request(latents, labels, seeds, classes)
 
@@ -86,7 +90,7 @@ def _shape(model: Model) -> tuple[int, ...]:
     return model.shape
 
 
-def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
     shape = model.shape
     expected = "(B, C, H, W)" if shape is None else f"(B, {', '.join(map(str, shape))})"
     if latents.dim() != (4 if shape is None else len(shape) + 1):
@@ -103,21 +107,21 @@ def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: to
         raise ConfigError(
             f"latents are on {latents.device}, the sampler on {device}; move them, or pass device= to the Sampler"
         )
-    finite = torch.isfinite(latents).flatten(1).all(1)
-    if not bool(finite.all()):
+    if look and not bool((finite := torch.isfinite(latents).flatten(1).all(1)).all()):
         raise ConfigError(f"latents hold NaN or infinite values in rows {(~finite).nonzero().flatten().tolist()}")
     return latents
 
 
-def _check_labels(labels: Any, label_dim: int, batch: int) -> Tensor:
+def _check_labels(labels: Any, label_dim: int, batch: int, look: bool) -> Tensor:
     if not label_dim:
         raise ConfigError("class_labels were given, but the model is unconditional (label_dim 0); leave them out")
     try:
-        labels = torch.as_tensor(labels).detach().cpu()
+        labels = torch.as_tensor(labels).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"class_labels must be class numbers or vectors, got {labels!r}") from error
+    look = look or labels.device.type == "cpu"
     if labels.is_floating_point() or tuple(labels.shape) == (batch, label_dim):
-        return _check_vectors(labels, label_dim, batch)
+        return _check_vectors(labels, label_dim, batch, look)
     if labels.dtype in INTEGERS and labels.dim() == 0:
         labels = labels.expand(batch)
     if labels.dtype not in INTEGERS or tuple(labels.shape) != (batch,):
@@ -125,18 +129,18 @@ def _check_labels(labels: Any, label_dim: int, batch: int) -> Tensor:
             f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got {labels.dtype} "
             f"of shape {tuple(labels.shape)}"
         )
-    if bool(((labels < 0) | (labels >= label_dim)).any()):
+    if look and bool(((labels < 0) | (labels >= label_dim)).any()):
         bad = labels[(labels < 0) | (labels >= label_dim)][0].item()
         raise ConfigError(f"class_labels must be in 0 .. {label_dim - 1}, got {bad}")
     return labels.to(torch.int64)
 
 
-def _check_vectors(labels: Tensor, label_dim: int, batch: int) -> Tensor:
+def _check_vectors(labels: Tensor, label_dim: int, batch: int, look: bool) -> Tensor:
     if tuple(labels.shape) != (batch, label_dim) or labels.is_complex():
         raise ConfigError(
             f"class_labels as vectors must have shape ({batch}, {label_dim}), got {labels.dtype} {tuple(labels.shape)}"
         )
-    if not bool(torch.isfinite(labels).all()):
+    if look and not bool(torch.isfinite(labels).all()):
         raise ConfigError("class_labels hold NaN or infinite values")
     return labels if labels.is_floating_point() else labels.float()
 

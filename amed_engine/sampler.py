@@ -95,7 +95,8 @@ class Sampler:
             check_model(self.model, self.plan)
         self._program = self._build(self.plan, predictor)
         # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
-        self._fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
+        fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
+        self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
         if predictor is None and wishes.open:
             logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
@@ -129,7 +130,10 @@ class Sampler:
         """
         started = time.perf_counter()
         program, plan = self._choose(guidance_scale)
-        request = make_request(self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device)
+        look = self._engine.may_wait()
+        request = make_request(
+            self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
+        )
         _check_out(out, request.latents)
         drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
@@ -176,8 +180,8 @@ class Sampler:
                 f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "
                 f"value, or train one with amed_engine.distill(model, guidance_scale={guidance_scale})"
             )
-        logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback.describe())
-        return self._build(self._fallback, None), self._fallback
+        logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
+        return self._fallback
 
 
 def _check_out(out: Tensor | None, latents: Tensor) -> None:

@@ -198,6 +198,9 @@ def train_step(
 def write_model(net: EDMPrecond, out: Path, recipe: Recipe, report: dict[str, Any]) -> None:
     """model.safetensors and config.json, with the recipe and what came of it under "training"."""
     settings = {name: value for name, value in asdict(recipe).items() if name not in ("steps", "minutes")}
+    settings["steps_planned"] = recipe.steps
+    if math.isfinite(recipe.minutes):
+        settings["minutes_limit"] = recipe.minutes  # the learning rate then followed the clock
     data = "scikit-learn digits: 1797 images of 8x8 pixels, scaled to [-1, 1]"
     save_model(net, out, training={"data": data, **report, **settings, "python": platform.python_version()})
 

@@ -20,7 +20,9 @@ class Mixture:
     """Posterior mean of a mixture of isotropic Gaussians, with a stand-in bottleneck: the denoiser of the goldens."""
 
     def __init__(self, tensors: dict[str, Tensor], dtype: torch.dtype):
-        self.means, self.stds, self.weights, self.tap = (tensors[k].to(dtype) for k in ("means", "stds", "weights", "tap"))
+        self.means, self.stds, self.weights, self.tap = (
+            tensors[k].to(dtype) for k in ("means", "stds", "weights", "tap")
+        )
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         flat, means = x.flatten(1), self.means.flatten(1)

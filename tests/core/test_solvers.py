@@ -149,7 +149,9 @@ def test_one_parallel_point_is_amed():
     mids = [Midpoint(torch.tensor(r), torch.tensor(1.01), torch.tensor(0.95)) for r in (0.3, 0.5, 0.7)]
     twice = [Midpoint(m.r.expand(2), (m.scale_dir / 2).expand(2), m.scale_time.expand(2)) for m in mids]
     once = sample(curved, x, SIGMAS, make_solver("amed"), mids)
-    torch.testing.assert_close(sample(curved, x, SIGMAS, make_solver("amed", points=2), twice), once, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        sample(curved, x, SIGMAS, make_solver("amed", points=2), twice), once, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["euler", "ipndm", "deis", "dpmpp", "unipc"])

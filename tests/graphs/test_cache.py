@@ -1,6 +1,8 @@
 """The graph cache against a double of CUDA's capture: which graphs are made, when, and what a batch gets from them."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -59,8 +61,10 @@ class Double:
     def reserved_bytes(self):
         return 100 * len(self.recordings)
 
-    def forget(self):
-        self.log.append(("forget", None))
+    def drop(self, recordings):
+        for recording in recordings:
+            recording.reset()
+        self.log.append(("drop", None))
 
 
 class Scale(nn.Module):
@@ -186,13 +190,44 @@ def test_what_changes_the_kernels_changes_the_family(cache):
     assert len({plain, *others}) == len(others) + 1
 
 
+def test_the_loop_and_its_constants_live_as_long_as_its_graphs(cache):
+    class Loop:
+        def __call__(self, latents, labels):
+            return latents + 1
+
+    loop, latents = Loop(), torch.randn(2, 3)
+    cache.run(family_of(None, latents, None, None), loop, latents, None)
+    alive = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert alive() is not None
+
+
+def test_a_replay_that_fails_still_frees_the_static_buffers(cache):
+    draw(cache, 2)
+    cache.device.recordings[-1].alive = False
+    with pytest.raises(AssertionError, match="replayed after reset"):
+        draw(cache, 2)
+    assert cache.device.log[-1] == ("end", None)
+
+
+def test_traced_modules_can_be_checked_for_stale_weights(cache):
+    cache.module = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
+    latents = torch.randn(2, 3)
+    for _ in range(2):
+        cache.run(family_of(None, latents, None, cache.module), lambda x, labels: 2 * x, latents, None)
+    assert cache.stats.captures == 3
+
+
 def test_a_capture_that_fails_half_way_leaves_nothing_behind(cache):
     cache.device.fail_at = 1
     with pytest.raises(torch.OutOfMemoryError):
         draw(cache, 2)
-    assert cache.device.log[-1] == ("forget", None)
+    assert cache.device.log[-1] == ("drop", None)
     assert not cache.device.recordings[0].alive
     cache.device.fail_at = None
+    assert draw(cache, 2) == "eager"  # not tried again, batch after batch
+    cache.clear()
     assert draw(cache, 2) == "graph"
 
 

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
+from amed_engine.errors import ConfigError
 from amed_engine.rules import first_step_direction
 
 
@@ -22,6 +24,9 @@ class Denoised(NamedTuple):
     features: Tensor | None = None
 
 
+# Named, so that an exported network that returns it can be saved to a file.
+_register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denoised")
+
 Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
 
 
@@ -31,7 +36,7 @@ def as_denoised(output: Any) -> Denoised:
         return Denoised(output)
     if isinstance(output, (tuple, list)) and 1 <= len(output) <= 2 and isinstance(output[0], Tensor):
         return Denoised(*output)
-    raise TypeError(
+    raise ConfigError(
         f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}; wrap the model in a function "
         "(x, sigma) -> (D, features)"
     )

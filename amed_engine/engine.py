@@ -29,6 +29,8 @@ from amed_engine.results import Observer, non_finite
 logger = logging.getLogger("amed_engine")
 
 BACKENDS = ("auto", "graph", "eager")
+# TorchScript reports its failures as plain RuntimeErrors, and so does the CPU's allocator.
+SHORTAGES = ("CUDA out of memory", "DefaultCPUAllocator")
 
 
 class Images(NamedTuple):
@@ -88,7 +90,7 @@ class Engine:
                 if not _is_out_of_memory(error) or size == 1:
                     raise
                 if size == total:
-                    warnings.warn(_short_of_memory(total), RuntimeWarning, stacklevel=4)
+                    warnings.warn(_short_of_memory(total), RuntimeWarning, stacklevel=3)
                 size = (size + 1) // 2
                 torch.cuda.empty_cache()
                 continue
@@ -148,7 +150,7 @@ def _finite(images: Tensor) -> bool:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SHORTAGES)
 
 
 def _short_of_memory(batch: int) -> str:

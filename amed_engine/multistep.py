@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amed_engine import rules
 from amed_engine.program import Midpoint, Row, Stage
-from amed_engine.solver import Past, Solver, UseOfMidpoint, in_range, one_of
+from amed_engine.solver import Past, Solver, UseOfMidpoint, in_range, is_bool, one_of
 
 
 class _Multistep(Solver):
@@ -109,6 +109,12 @@ class DPMpp(_Rule):
 
     def __post_init__(self):
         in_range("dpmpp", "max_order", self.max_order, 1, 3)
+        is_bool(
+            "dpmpp",
+            predict_x0=self.predict_x0,
+            lower_order_final=self.lower_order_final,
+            thresholding=self.thresholding,
+        )
 
     @property
     def memory(self) -> int:
@@ -153,6 +159,12 @@ class UniPC(_Multistep):
 
     def __post_init__(self):
         in_range("unipc", "max_order", self.max_order, 1, 3)
+        is_bool(
+            "unipc",
+            predict_x0=self.predict_x0,
+            lower_order_final=self.lower_order_final,
+            thresholding=self.thresholding,
+        )
         one_of("unipc", "variant", self.variant, ("bh1", "bh2"))
 
     @property

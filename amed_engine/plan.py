@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.schedule import check_sigmas, make_schedule
+from amed_engine.schedule import SCHEDULES, check_sigmas, make_schedule
 from amed_engine.solver import Solver
 from amed_engine.solvers import count_evaluations, make_solver
 
@@ -74,7 +74,10 @@ class Plan:
         if unknown := sorted(set(map(str, data)) - names):
             raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(names))}")
         _check_types(data)
-        sigmas = check_sigmas(torch.tensor([float(s) for s in data["sigmas"]], dtype=torch.float64))
+        try:
+            sigmas = check_sigmas(torch.tensor([float(s) for s in data["sigmas"]], dtype=torch.float64))
+        except OverflowError as error:
+            raise ConfigError(f"plan entry 'sigmas' holds a number beyond float64: {error}") from error
         options = tuple(sorted(data.get("options", {}).items()))
         plan = cls(**{**data, "sigmas": tuple(sigmas.tolist()), "options": options})
         plan.make_solver()
@@ -103,6 +106,9 @@ def _check_types(data: Mapping) -> None:
             raise ConfigError(
                 f"plan entry {name!r} has type {type(value).__name__}, expected {_TYPES[name][0].__name__}"
             )
+    for name in ("rho", "guidance_scale"):
+        if data.get(name) is not None and not -1e9 < data[name] < 1e9:
+            raise ConfigError(f"plan entry {name!r} must be a finite number, got {str(data[name])[:40]}")
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in data["sigmas"]):
         raise ConfigError("plan entry 'sigmas' must be a list of numbers")
 
@@ -129,6 +135,12 @@ def make_plan(
     """
     made = make_solver(solver, **dict(options or {}))
     midpoint = midpoint or made.midpoint == "required"
+    if not isinstance(schedule, (str, Tensor)):
+        raise ConfigError(
+            f"schedule must be a name ({', '.join(SCHEDULES)}) or a tensor of noise levels, got {type(schedule).__name__}"
+        )
+    if afs is not None and not isinstance(afs, bool):
+        raise ConfigError(f"afs must be True, False or None, got {afs!r}")
     draft = Plan(
         solver, (), options=tuple(sorted((options or {}).items())), midpoint=midpoint, guidance_scale=guidance_scale
     )
@@ -156,21 +168,28 @@ def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, afs: bool | None,
 
 
 def _intervals(nfe: int, per_interval: int, afs: bool | None, solver: str) -> tuple[bool, int]:
-    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
-        raise ConfigError(f"nfe must be a positive integer, got {nfe!r}")
+    _check_nfe(nfe)
     for choice in (True, False) if afs is None else (afs,):
         intervals, rest = divmod(nfe + int(choice), per_interval)
         if rest == 0 and intervals:
             return choice, intervals
-    possible = [n for n in range(1, 11) if (n + int(bool(afs))) % per_interval == 0]
+    free = (0, 1) if afs is None else (int(afs),)
+    # One interval's evaluations at least: fewer, plus a free one, would be no interval at all.
+    possible = [n for n in range(1, 11) if any((n + f) % per_interval == 0 for f in free)]
     raise ConfigError(
         f"{solver} spends {per_interval} evaluations per interval{', the first one free' if afs else ''}: nfe={nfe} is "
         f"not a whole number of intervals; possible are {', '.join(map(str, possible))}, ..."
     )
 
 
+def _check_nfe(nfe: Any) -> None:
+    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+        raise ConfigError(f"nfe must be a positive integer, got {nfe!r}")
+
+
 def best_training_free(nfe: int, **options: Any) -> Plan:
     """The training-free plan that came nearest to the exact solution at this NFE; see `amed compare`."""
+    _check_nfe(nfe)
     order = 2 if nfe <= 6 else 3
     return make_plan(nfe, solver="ipndm", options={"max_order": order}, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan import Plan, best_training_free, make_plan
 from amed_engine.predictor import AMEDPredictor
+from amed_engine.schedule import check_sigmas
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Wishes:
 def choose_plan(wishes: Wishes, predictor: AMEDPredictor | None) -> Plan:
     if predictor is None or predictor.plan is None:
         return wishes.plan(midpoint=predictor is not None)
+    if not predictor.plan.midpoint:
+        raise ConfigError(
+            f"the predictor's plan says midpoint=False ({predictor.plan.describe()}): a plan for a predictor refines every "
+            "interval; make it with make_plan(..., midpoint=True)"
+        )
     _check_against(wishes, predictor.plan)
     return predictor.plan
 
@@ -80,8 +87,15 @@ def _check_against(wishes: Wishes, plan: Plan) -> None:
         )
 
 
+def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None) -> None:
+    """A range of noise levels that was asked for must be the one the predictor was trained on."""
+    for name, asked, own in (("sigma_min", sigma_min, plan.sigmas[-1]), ("sigma_max", sigma_max, plan.sigmas[0])):
+        if asked is not None and not math.isclose(asked, own, rel_tol=1e-6):
+            raise ConfigError(f"this predictor was trained for {name}={own:g}, got {name}={asked:g}; leave {name} out")
+
+
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
-    given = given.detach().to("cpu", torch.float64)
+    given = check_sigmas(given)
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
 
 

@@ -43,7 +43,7 @@ class AMEDPredictor(nn.Module):
         for name, scale in (("scale_dir", scale_dir), ("scale_time", scale_time)):
             if not 0 <= scale < 1:
                 raise ConfigError(f"AMEDPredictor: {name} must be in [0, 1), got {scale!r}")
-        if len(bottleneck) != 2 or min(bottleneck) < 1:
+        if not isinstance(bottleneck, (tuple, list)) or len(bottleneck) != 2 or min(bottleneck) < 1:
             raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {bottleneck!r}")
         if embedding_dim < 4 or embedding_dim % 2:
             raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")

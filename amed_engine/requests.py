@@ -25,12 +25,13 @@ class Request:
     labels: Tensor | None
     seeds: list[int] | None
     classes: Tensor | None
+    first_row: int = 0  # in the whole batch, where this is a piece of it
 
     def rows(self, start: int, stop: int) -> Request:
         def cut(field: Any) -> Any:
             return None if field is None else field[start:stop]
 
-        return Request(self.latents[start:stop], cut(self.labels), cut(self.seeds), cut(self.classes))
+        return Request(self.latents[start:stop], cut(self.labels), cut(self.seeds), cut(self.classes), start)
 
 
 def make_request(

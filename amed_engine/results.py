@@ -69,7 +69,7 @@ def non_finite(states: list[Tensor], request: Request) -> NonFiniteError:
     broken = [~torch.isfinite(state).flatten(1).all(1) for state in states]
     step = next(i for i, rows in enumerate(broken) if bool(rows.any()))
     rows = broken[-1].nonzero().flatten().tolist()
-    named = rows if request.seeds is None else [request.seeds[row] for row in rows]
+    named = [request.first_row + row for row in rows] if request.seeds is None else [request.seeds[row] for row in rows]
     what = "rows" if request.seeds is None else "seeds"
     return NonFiniteError(
         f"samples became NaN or infinite in step {step} of {len(states) - 1}, {what} {named}; check the model's output at that "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
-from amed_engine.planning import Wishes, check_model, choose_plan
+from amed_engine.planning import Wishes, check_model, check_range, choose_plan
 from amed_engine.predictor import AMEDPredictor
 from amed_engine.requests import make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
@@ -87,10 +88,14 @@ class Sampler:
         wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
         if isinstance(predictor, (str, os.PathLike)):
             predictor = load_predictor(predictor)
-        bundled = predictor is None and wishes.open
+        if predictor is not None and not isinstance(predictor, AMEDPredictor):
+            raise ConfigError(f"predictor must be an AMEDPredictor or a path, got {type(predictor).__name__}")
+        bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
         if bundled and self.model.name:
             predictor = zoo.bundled_predictor(self.model.name, nfe or 5)
         self.plan = choose_plan(wishes, predictor)
+        if predictor is not None and predictor.plan is not None:
+            check_range(self.plan, sigma_min, sigma_max)
         if predictor is not None and verify:
             check_model(self.model, self.plan)
         self._program = self._build(self.plan, predictor)
@@ -171,9 +176,12 @@ class Sampler:
 
     def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
         """The program for this guidance: a predictor is only right for the one it was trained with."""
+        if guidance_scale is not None and not _is_number(guidance_scale):
+            raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
         if guidance_scale is not None and not self.model.label_dim:
             raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
-        if self._program.predictor is None or guidance_scale == self.plan.guidance_scale:
+        # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
+        if self._program.predictor is None or (guidance_scale or 1) == (self.plan.guidance_scale or 1):
             return self._program, self.plan
         if self._fallback is None:
             raise ConfigError(
@@ -187,6 +195,12 @@ class Sampler:
 def _check_out(out: Tensor | None, latents: Tensor) -> None:
     if out is None:
         return
+    if not isinstance(out, Tensor):
+        raise ConfigError(f"out must be a tensor to write the images to, got {type(out).__name__}")
     got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
     if got != expected:
         raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -146,8 +146,8 @@ def make_schedule(
         raise ConfigError(
             f"need 0 < sigma_min < sigma_max, both finite; got sigma_min={sigma_min}, sigma_max={sigma_max}"
         )
-    if rho is not None and not 0 < rho < math.inf:
-        raise ConfigError(f"rho must be a positive number or None, got {rho}")
+    if rho is not None and not (isinstance(rho, (int, float)) and 0 < rho < math.inf):
+        raise ConfigError(f"rho must be a positive number or None, got {rho!r}")
     options = {} if rho is None or name == "logsnr" else {"rho": float(rho)}
     if name == "discrete":
         if alphas_cumprod is None:

@@ -36,7 +36,7 @@ class DPM2(Solver):
     midpoint: ClassVar[UseOfMidpoint] = "optional"
 
     def __post_init__(self):
-        if not 0 < self.r <= 1:
+        if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
             raise ConfigError(f"dpm: r must be in (0, 1], got {self.r!r}")
 
     def step(

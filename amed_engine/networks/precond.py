@@ -51,6 +51,9 @@ class EDMPrecond(nn.Module):
     ):
         super().__init__()
         _check_options(model_type, network_options)
+        for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("sigma_data", sigma_data)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.model_type = use_fp16, model_type
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data

@@ -15,7 +15,14 @@ CHANNELS = [1, 3] if INTERPRETED else [1, 3, 4]
 SIZES = [5, 8] if INTERPRETED else [5, 8, 31, 32, 64]
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 DTYPES = [(F32,), (F32, BF16), (F16,), (BF16,), (F64, F32), (BF16, F32), (F32, F16, F32), (F64,)]
-LAYOUTS = [("contiguous",), ("channels_last",), ("sliced",), ("offset",), ("contiguous", "channels_last", "cropped")]
+LAYOUTS = [
+    ("contiguous",),
+    ("channels_last",),
+    ("batch_last",),
+    ("sliced",),
+    ("offset",),
+    ("contiguous", "channels_last", "cropped", "batch_last"),
+]
 NAN = float("nan")
 
 
@@ -60,7 +67,7 @@ def test_any_rank_and_empty_tensors(device, shape, make_case):
     torch.testing.assert_close(out, 0.5 * sources[0] - 2 * sources[1])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "cropped", "offset"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "batch_last", "sliced", "cropped", "offset"])
 def test_outputs_are_written_in_full_whatever_they_held(device, layout, make_case, assert_matches):
     case = make_case((3, 3, 9, 8), (F32, BF16), 2, 3, 1, device)
     targets = make_case((3, 3, 9, 8), (F32,), 1, 2, 2, device, (layout,)).sources

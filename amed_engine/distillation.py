@@ -79,10 +79,10 @@ def distill(
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     plan = _student_plan(resolved, nfe, solver, solver_options, schedule, rho, afs, guidance_scale)
     teach = Teacher.of(plan, teacher, teacher_options, teacher_intermediate)
-    if batch < 1 or not total_kimg > 0 or not lr > 0:
-        raise ConfigError(f"batch, total_kimg and lr must be positive, got {batch}, {total_kimg}, {lr}")
+    if not isinstance(batch, int) or batch < 1 or not total_kimg > 0 or not lr > 0:
+        raise ConfigError(f"batch, total_kimg and lr must be positive, batch whole, got {batch}, {total_kimg}, {lr}")
     generator = torch.Generator().manual_seed(seed)
-    with _frozen(resolved.module):
+    with _frozen(resolved.module), torch.enable_grad():
         data = Batches(resolved, plan, batch, generator)
         predictor = _new_predictor(data, scale_dir, scale_time, seed)
         rounds = math.ceil(total_kimg * 1000 / batch)
@@ -99,6 +99,8 @@ def _student_plan(model: Model, nfe, solver, options, schedule, rho, afs, guidan
         )
     if guidance_scale is not None and not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+    if dict(options or {}).get("points", 1) != 1:
+        raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {dict(options or {})} want more points")
     low, high = clamp_range(model.sigma_min, model.sigma_max)
     plan = make_plan(
         nfe,
@@ -123,8 +125,8 @@ class Teacher(NamedTuple):
 
     @classmethod
     def of(cls, student: Plan, solver: str, options: Mapping[str, Any] | None, intermediate: int) -> Teacher:
-        if intermediate < 0:
-            raise ConfigError(f"teacher_intermediate must not be negative, got {intermediate}")
+        if not isinstance(intermediate, int) or intermediate < 0:
+            raise ConfigError(f"teacher_intermediate must be an integer that is not negative, got {intermediate}")
         stride = intermediate + 1
         count = student.intervals * stride + 1
         levels = make_schedule(student.schedule, count, student.sigmas[-1], student.sigmas[0], student.rho)
@@ -166,9 +168,13 @@ def _new_predictor(data: Batches, scale_dir: float, scale_time: float, seed: int
     denoiser, x = data.draw(1)
     with torch.no_grad():
         features = denoiser(x, torch.full((1,), data.plan.sigmas[0], device=x.device)).features  # type: ignore[union-attr]
+    if features is not None and features.dim() != 4:
+        raise ConfigError(
+            f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
+        )
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
         return AMEDPredictor(scale_dir, scale_time, bottleneck=size).to(x.device)
 
 

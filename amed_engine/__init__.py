@@ -20,7 +20,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "Plan": "plan",
     "Sampler": "sampler",
-    "StaleGraphError": "graph",
+    "StaleGraphError": "capture",
     "SampleResult": "results",
     "StepInfo": "results",
     "distill": "distillation",
@@ -58,11 +58,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import load_predictor, save_predictor
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
-    from amed_engine.graph import StaleGraphError
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amed_engine.capture import CudaDevice
 from amed_engine.errors import ConfigError
 from amed_engine.graph import (
     WARMUPS,
     WARMUPS_TORCHSCRIPT,
-    CudaDevice,
     GraphCache,
     Stats,
     WarmupReport,

@@ -8,31 +8,22 @@ workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drop
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from amed_engine.capture import Device, Recording, Weights, numerics
 from amed_engine.errors import AmedError, ConfigError
 
 WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six
 WARMUPS_TORCHSCRIPT = 6
 
 Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
-
-
-# One capture in the process at a time, and no device-wide synchronization during it.
-_CAPTURE = threading.Lock()
-
-
-class StaleGraphError(AmedError, RuntimeError):
-    """Weights were re-assigned or moved after capture; replaying would read memory that is no longer theirs."""
 
 
 class Family(NamedTuple):
@@ -72,158 +63,6 @@ class WarmupReport:
     @property
     def seconds(self) -> float:
         return sum(bucket.seconds for bucket in self.buckets)
-
-
-class Recording(Protocol):
-    """A captured graph."""
-
-    def replay(self) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-class Device(Protocol):
-    """What capture needs of CUDA; the tests have a double of it that needs none."""
-
-    def capturing(self) -> bool:
-        """Whether the caller is recording a graph of its own."""
-        ...
-
-    def side_stream(self, work: Callable[[], Any]) -> Any:
-        """Run work on the capture stream, ordered after and before the caller's stream; its result."""
-        ...
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
-        """Capture work; the graph and its output, which lies in the pool."""
-        ...
-
-    def begin_use(self) -> None:
-        """Order the caller's stream after the last use of the static buffers."""
-        ...
-
-    def end_use(self) -> None: ...
-
-    def reserved_bytes(self) -> int: ...
-
-    def drop(self, recordings: list[Recording]) -> None:
-        """Reset graphs that nobody will replay again, and release the pool they shared."""
-        ...
-
-
-class CudaDevice:
-    """`Device` on a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream(device)
-            self.pool = torch.cuda.graph_pool_handle()
-            self.used = torch.cuda.Event()
-
-    def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
-
-    def side_stream(self, work: Callable[[], Any]) -> Any:
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream()
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
-                result = work()
-            current.wait_stream(self.stream)
-        return result
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        with torch.cuda.device(self.device), _CAPTURE, _no_garbage_collection():
-            try:
-                # thread_local: another thread's allocation must not invalidate this capture.
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                    output = work()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise AmedError(
-                    f"this model cannot be captured as a CUDA graph: {error}; use backend='eager'"
-                ) from error
-            finally:
-                # A capture that fails to end leaves its own stream current.
-                torch.cuda.set_stream(current)
-        return graph, output
-
-    def begin_use(self) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self.used)
-
-    def end_use(self) -> None:
-        self.used.record(torch.cuda.current_stream(self.device))
-
-    def reserved_bytes(self) -> int:
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self.device)
-
-    def drop(self, recordings: list[Recording]) -> None:
-        with _CAPTURE:
-            torch.cuda.synchronize(self.device)
-            for recording in recordings:
-                recording.reset()
-            self.pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collecting a dead CUDA object during a capture would invalidate it."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def numerics(module: nn.Module | None) -> tuple[Any, ...]:
-    """The global switches and modes that change which kernels a capture records."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.backends.fp32_precision,  # type: ignore[attr-defined]
-        matmul.fp32_precision,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        cudnn.fp32_precision,  # type: ignore[attr-defined]
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
-        module.training if module is not None else None,
-    )
-
-
-class Weights:
-    """Where a module's parameters and buffers were when a graph was captured.
-
-    In-place changes keep the address and are seen by replays; anything else is stale.
-    """
-
-    def __init__(self, module: nn.Module | None):
-        modules = [] if module is None else list(module.modules())
-        tables = [table for m in modules for table in (m._parameters, m._buffers)]
-        self.places = [(t, name, v.data_ptr()) for t in tables for name, v in t.items() if v is not None]
-
-    def check(self) -> None:
-        for table, name, address in self.places:
-            # Not .get(): TorchScript's tables have none.
-            value = table[name] if name in table else None  # noqa: SIM401
-            if value is None or value.data_ptr() != address:
-                raise StaleGraphError(
-                    f"weight {name!r} was re-assigned or moved after its graph was captured; call sampler.clear_graphs() and "
-                    "warmup() again, or change weights in place"
-                )
 
 
 @dataclass

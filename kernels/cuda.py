@@ -98,7 +98,9 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
         return
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out]
+    targets = [
+        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
+    ]
     args = _operands(sources, targets, coeffs.dtype == torch.float64)
     args.coeffs = coeffs.data_ptr()
     args.coeff_stride[:] = [*coeffs.stride()[:2], coeffs.stride(2) if coeffs.shape[2] > 1 else 0]

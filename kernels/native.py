@@ -35,7 +35,9 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
     first = sources[0]
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out]
+    targets = [
+        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
+    ]
     batch = first.shape[0]
     _extension.combine(
         *_views(sources),

@@ -68,7 +68,9 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
         return
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out]
+    targets = [
+        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
+    ]
     size = first.numel() // first.shape[0]
     stride_m, stride_j, stride_b = coeffs.stride()
     with torch.cuda.device_of(first):

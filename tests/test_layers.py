@@ -17,7 +17,7 @@ ENGINE = (
     *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "graph", "engine", "sampler", "export", "distillation"),
+    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
     "__init__",  # the public names
     *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),
 )

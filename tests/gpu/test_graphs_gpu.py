@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, Midpoint, Sampler, StaleGraphError, make_schedule, make_solver
+from amed_engine.capture import CudaDevice
 from amed_engine.denoiser import as_denoised
-from amed_engine.graph import CudaDevice, GraphCache, family_of
+from amed_engine.graph import GraphCache, family_of
 from amed_engine.loop import Program, integrate
 from amed_engine.networks import EDMPrecond
 

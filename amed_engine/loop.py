@@ -15,7 +15,7 @@ from torch import Tensor
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.program import Layout, Midpoint, Row, Stage, Update, fold, levels, retained
+from amed_engine.program import Layout, Midpoint, Row, Stage, Update, fold, is_zero, levels, retained
 from amed_engine.schedule import check_sigmas
 from amed_engine.solver import Solver
 from amed_engine.solvers import count_evaluations
@@ -124,8 +124,7 @@ class Walk:
     def updates(self, i: int, midpoint: Midpoint | None) -> tuple[Update, ...]:
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
         stages = self.solver.step(self.past, sigma, sigma_next, midpoint, i, self.intervals)
-        if midpoint is None or not (isinstance(midpoint.r, Tensor) and midpoint.r.dim()):
-            stages = [_trimmed(stage) for stage in stages]
+        stages = [_trimmed(stage) for stage in stages]
         evaluated = sigma
         folded = []
         for s, stage in enumerate(stages):
@@ -151,17 +150,13 @@ def _trimmed(stage: Stage) -> Stage:
 
     def trim(row: Row) -> Row:
         b = list(row.b)
-        while len(b) > 1 and not _needs_grad(b[-1]) and float(b[-1]) == 0:
+        while len(b) > 1 and is_zero(b[-1]):
             b.pop()
         return Row(row.a, tuple(b))
 
     y = tuple(trim(row) for row in stage.y)
     x = None if stage.x is None else y[0] if stage.x is stage.y[0] else trim(stage.x)
     return stage._replace(y=y, x=x)
-
-
-def _needs_grad(c: Tensor | float) -> bool:
-    return isinstance(c, Tensor) and (c.requires_grad or c.device.type != "cpu")
 
 
 def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State:

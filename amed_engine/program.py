@@ -139,7 +139,7 @@ def fold(stage: Stage, layout: Layout, keep: int) -> Update:
     x_is_y = stage.x is stage.y[0]
     moved = () if stage.x is None or x_is_y else (stage.x,)
     matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in (*moved, *stage.y)]
-    columns = tuple(j for j in range(layout.size) if any(not _is_zero(row[j]) for row in matrix))
+    columns = tuple(j for j in range(layout.size) if any(not is_zero(row[j]) for row in matrix))
     sigma = None if stage.sigma is None else levels(stage.sigma)
     return Update(
         coeffs=_stack([[row[j] for j in columns] for row in matrix], like=layout.sigma[0]),
@@ -153,13 +153,13 @@ def fold(stage: Stage, layout: Layout, keep: int) -> Update:
     )
 
 
-def _is_zero(c: Coefficient) -> bool:
-    # Only host scalars are looked at: reading a device tensor would synchronize, and a learned zero is not structural.
-    return c.dim() == 0 and _is_constant(c) and bool(c == 0) if isinstance(c, Tensor) else c == 0
-
-
-def _is_constant(c: Tensor) -> bool:
-    return c.device.type == "cpu" and not c.requires_grad and not torch.compiler.is_compiling()
+def is_zero(c: Coefficient) -> bool:
+    """Whether a coefficient is zero whatever a predictor says. Only host constants are looked at: reading a device tensor
+    would synchronize, and a learned zero is not structural."""
+    if not isinstance(c, Tensor):
+        return c == 0
+    constant = c.dim() == 0 and c.device.type == "cpu" and not c.requires_grad and not torch.compiler.is_compiling()
+    return constant and bool(c == 0)
 
 
 def _stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:

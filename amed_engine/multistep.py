@@ -95,8 +95,8 @@ class DEIS(_Rule):
 
 
 @dataclass(frozen=True)
-class DPMpp(_Rule):
-    """DPM-Solver++ of order max_order (1 to 3). arXiv:2211.01095.
+class _Exponential(_Multistep):
+    """What DPM-Solver++ and UniPC share: steps in log sigma, in data or noise prediction.
 
     predict_x0: data prediction (thresholded dynamically unless thresholding=False), else noise prediction.
     lower_order_final: the last sub-steps use orders 2, 1.
@@ -108,76 +108,57 @@ class DPMpp(_Rule):
     thresholding: bool = True
 
     def __post_init__(self):
-        in_range("dpmpp", "max_order", self.max_order, 1, 3)
-        is_bool(
-            "dpmpp",
-            predict_x0=self.predict_x0,
-            lower_order_final=self.lower_order_final,
-            thresholding=self.thresholding,
-        )
+        name = type(self).__name__.lower()
+        in_range(name, "max_order", self.max_order, 1, 3)
+        for option in ("predict_x0", "lower_order_final", "thresholding"):
+            is_bool(name, option, getattr(self, option))
+
+    @property
+    def data_prediction(self) -> bool:
+        return self.predict_x0
+
+    @property
+    def thresholds(self) -> bool:
+        return self.thresholding and self.predict_x0
+
+    def order(self, k: int, n: int) -> int:
+        """Of sub-step k of n: what history allows at the start, and lower at the end if asked."""
+        if k + 1 < self.max_order:
+            return k + 1
+        return min(self.max_order, n - k) if self.lower_order_final else self.max_order
+
+
+@dataclass(frozen=True)
+class DPMpp(_Exponential, _Rule):
+    """DPM-Solver++ of order max_order (1 to 3). arXiv:2211.01095."""
 
     @property
     def memory(self) -> int:
         return self.max_order - 1
 
-    @property
-    def data_prediction(self) -> bool:
-        return self.predict_x0
-
-    @property
-    def thresholds(self) -> bool:
-        return self.thresholding and self.predict_x0
-
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
-        order = _ramped_order(self.max_order, self.lower_order_final, k, n)
         rule = rules.dpmpp_data if self.predict_x0 else rules.dpmpp_noise
-        return rule(sigmas[:order], sigma_next)
-
-
-def _ramped_order(max_order: int, lower_order_final: bool, k: int, n: int) -> int:
-    """The order of sub-step k of n: what history allows at the start, and lower at the end if asked."""
-    if k + 1 < max_order:
-        return k + 1
-    return min(max_order, n - k) if lower_order_final else max_order
+        return rule(sigmas[: self.order(k, n)], sigma_next)
 
 
 @dataclass(frozen=True)
-class UniPC(_Multistep):
+class UniPC(_Exponential):
     """UniPC of order max_order (1 to 3), predictor-corrector at one evaluation per step. arXiv:2302.04867.
 
-    variant: bh1 or bh2. predict_x0, lower_order_final, thresholding as DPM-Solver++. The anchor trails one evaluation:
-    a step first corrects the state at sigma from the old anchor, then predicts. The last step is not corrected.
-    Under a midpoint, scale_dir scales the predictor of the second half.
+    variant: bh1 or bh2. The anchor trails one evaluation: a step first corrects the state at sigma from the old anchor,
+    then predicts. The last step is not corrected. Under a midpoint, scale_dir scales the predictor of the second half.
     """
 
-    max_order: int = 3
-    predict_x0: bool = True
-    lower_order_final: bool = True
     variant: str = "bh2"
-    thresholding: bool = True
     corrects: ClassVar[bool] = True
 
     def __post_init__(self):
-        in_range("unipc", "max_order", self.max_order, 1, 3)
-        is_bool(
-            "unipc",
-            predict_x0=self.predict_x0,
-            lower_order_final=self.lower_order_final,
-            thresholding=self.thresholding,
-        )
+        super().__post_init__()
         one_of("unipc", "variant", self.variant, ("bh1", "bh2"))
 
     @property
     def memory(self) -> int:
         return self.max_order
-
-    @property
-    def data_prediction(self) -> bool:
-        return self.predict_x0
-
-    @property
-    def thresholds(self) -> bool:
-        return self.thresholding and self.predict_x0
 
     def substep(
         self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float
@@ -189,5 +170,4 @@ class UniPC(_Multistep):
         return corrected, predicted.after(corrected)
 
     def _interval(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> rules.UniPC:
-        order = _ramped_order(self.max_order, self.lower_order_final, k, n)
-        return rules.UniPC(sigmas[:order], sigma_next, data=self.predict_x0, variant=self.variant)
+        return rules.UniPC(sigmas[: self.order(k, n)], sigma_next, data=self.predict_x0, variant=self.variant)

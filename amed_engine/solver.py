@@ -60,10 +60,9 @@ def in_range(solver: str, name: str, value: int, low: int, high: int) -> None:
         raise ConfigError(f"{solver}: {name} must be an integer from {low} to {high}, got {value!r}")
 
 
-def is_bool(solver: str, **values: bool) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{solver}: {name} must be True or False, got {value!r}")
+def is_bool(solver: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{solver}: {name} must be True or False, got {value!r}")
 
 
 def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:

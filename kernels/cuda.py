@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import MAX_OUTPUTS, MAX_SOURCES, in_format, sample_format
+from .layout import MAX_OUTPUTS, MAX_SOURCES, hand_over, in_format, sample_format, targets_in
 from .reference import MidpointWeights, accumulation_dtype, frequency_values
 
 _LIBRARY = Path(__file__).with_name("amed_cuda.so")
@@ -98,16 +98,12 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
         return
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [
-        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
-    ]
+    targets = targets_in(order, out)
     args = _operands(sources, targets, coeffs.dtype == torch.float64)
     args.coeffs = coeffs.data_ptr()
     args.coeff_stride[:] = [*coeffs.stride()[:2], coeffs.stride(2) if coeffs.shape[2] > 1 else 0]
     _launch("combine", args, first.device)
-    for target, given in zip(targets, out, strict=True):
-        if target is not given:
-            given.copy_(target)
+    hand_over(targets, out)
 
 
 def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:

@@ -170,6 +170,18 @@ def in_format(tensor: Tensor, order: torch.memory_format) -> Tensor:
     return tensor if _dense(tensor, order) else tensor.contiguous(memory_format=order)
 
 
+def targets_in(order: torch.memory_format, out: Sequence[Tensor]) -> list[Tensor]:
+    """What a kernel may write to in that order: the given outputs, new memory for those of another order."""
+    return [t if in_format(t, order) is t else torch.empty_like(t, memory_format=order) for t in out]
+
+
+def hand_over(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """Copy what was written to new memory into the outputs it stands for."""
+    for target, given in zip(targets, out, strict=True):
+        if target is not given:
+            given.copy_(target)
+
+
 def _dense(tensor: Tensor, order: torch.memory_format) -> bool:
     if tensor.is_contiguous() if order is torch.contiguous_format else tensor.is_contiguous(memory_format=order):
         return True

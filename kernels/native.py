@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import in_format, sample_format
+from .layout import hand_over, in_format, sample_format, targets_in
 from .reference import MidpointWeights, accumulation_dtype, frequency_values
 
 try:
@@ -35,9 +35,7 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
     first = sources[0]
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [
-        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
-    ]
+    targets = targets_in(order, out)
     batch = first.shape[0]
     _extension.combine(
         *_views(sources),
@@ -49,9 +47,7 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
         coeffs.dtype == torch.float64,
         torch.get_num_threads(),
     )
-    for target, given in zip(targets, out, strict=True):
-        if target is not given:
-            given.copy_(target)
+    hand_over(targets, out)
 
 
 def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import in_format, sample_format
+from .layout import hand_over, in_format, sample_format, targets_in
 from .reference import accumulation_dtype
 
 BLOCK = 1024
@@ -68,9 +68,7 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
         return
     order = sample_format(first)
     sources = [in_format(source, order) for source in sources]
-    targets = [
-        target if in_format(target, order) is target else torch.empty_like(first, memory_format=order) for target in out
-    ]
+    targets = targets_in(order, out)
     size = first.numel() // first.shape[0]
     stride_m, stride_j, stride_b = coeffs.stride()
     with torch.cuda.device_of(first):
@@ -89,9 +87,7 @@ def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
-    for target, given in zip(targets, out, strict=True):
-        if target is not given:
-            given.copy_(target)
+    hand_over(targets, out)
 
 
 def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 _HOME = {
     "AMEDPredictor": "predictor",
     "AmedError": "errors",
+    "CoefficientPredictor": "coefficients",
     "ConfigError": "errors",
+    "ConstantPredictor": "coefficients",
     "Denoised": "denoiser",
     "FileFormatError": "errors",
     "Midpoint": "program",
@@ -36,7 +38,9 @@ _HOME = {
 __all__ = [
     "AMEDPredictor",
     "AmedError",
+    "CoefficientPredictor",
     "ConfigError",
+    "ConstantPredictor",
     "Denoised",
     "FileFormatError",
     "Midpoint",
@@ -60,6 +64,7 @@ __all__ = [
 if TYPE_CHECKING:
     from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import load_predictor, save_predictor
+    from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError

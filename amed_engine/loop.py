@@ -15,12 +15,13 @@ from torch import Tensor
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.program import Layout, Midpoint, Row, Stage, Update, fold, is_zero, levels, retained
+from amed_engine.program import Choice, Layout, Row, Stage, Update, fold, is_zero, levels, map_choice, retained
 from amed_engine.schedule import check_sigmas
 from amed_engine.solver import Solver
 from amed_engine.solvers import count_evaluations
 
-Predictor = Callable[[Tensor | None, Tensor, Tensor], Midpoint] | Sequence[Midpoint]
+Choose = Callable[[Tensor | None, Tensor, Tensor], Choice]
+Predictor = Choose | Sequence[Choice] | Sequence[Choose]
 
 
 class State(NamedTuple):
@@ -45,7 +46,8 @@ class State(NamedTuple):
 class Program:
     """Everything that is fixed before an image is seen: solver, noise levels, and the updates where nothing is learned.
 
-    A predictor that is a sequence of Midpoints (one per interval, numbers) is folded into the updates too.
+    A predictor is a function (features, sigma, sigma_next) -> Midpoint (or Row, for the solver "nonstationary"), or a
+    sequence of functions or of their answers, one per interval. Answers that are numbers are folded into the updates too.
     """
 
     solver: Solver
@@ -95,22 +97,28 @@ class Program:
             )
         if isinstance(self.predictor, Sequence) and len(self.predictor) != self.intervals:
             raise ConfigError(
-                f"got {len(self.predictor)} midpoints for {self.intervals} intervals; pass one per interval"
+                f"got a predictor of {len(self.predictor)} intervals for {self.intervals} intervals; pass one entry per interval"
             )
 
     def _is_static(self) -> bool:
         if not isinstance(self.predictor, Sequence):
             return self.predictor is None
-        return not any(isinstance(field, Tensor) and field.requires_grad for mid in self.predictor for field in mid)
+        return not any(callable(choice) or _is_learning(choice) for choice in self.predictor)
 
     def _fold_all(self) -> tuple[tuple[Update, ...], ...]:
         walk = Walk(self, self.sigmas)
-        host = [None] * self.intervals if self.predictor is None else [_on_host(mid) for mid in self.predictor]  # type: ignore[union-attr]
-        return tuple(walk.updates(i, mid) for i, mid in enumerate(host))
+        host = [None] * self.intervals if self.predictor is None else [_on_host(choice) for choice in self.predictor]  # type: ignore[union-attr, arg-type]
+        return tuple(walk.updates(i, choice) for i, choice in enumerate(host))
 
 
-def _on_host(midpoint: Midpoint) -> Midpoint:
-    return Midpoint(*(torch.as_tensor(field).detach().to("cpu", torch.float64) for field in midpoint))
+def _is_learning(choice: Choice) -> bool:
+    coefficients: list = []
+    map_choice(lambda c: coefficients.append(c) or c, choice)
+    return any(isinstance(c, Tensor) and c.requires_grad for c in coefficients)
+
+
+def _on_host(choice: Choice) -> Choice:
+    return map_choice(lambda c: torch.as_tensor(c).detach().to("cpu", torch.float64), choice)
 
 
 class Walk:
@@ -121,9 +129,15 @@ class Walk:
         self.past: tuple[Tensor, ...] = ()
         self.directions, self.y_is_x = 0, True
 
-    def updates(self, i: int, midpoint: Midpoint | None) -> tuple[Update, ...]:
+    def updates(self, i: int, choice: Choice | None) -> tuple[Update, ...]:
+        if choice is not None and not isinstance(choice, self.solver.choice):
+            name = type(self.solver).__name__
+            raise ConfigError(
+                f"solver {name} needs a {self.solver.choice.__name__} for every interval, got {type(choice).__name__}; "
+                "this predictor is for another solver"
+            )
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
-        stages = self.solver.step(self.past, sigma, sigma_next, midpoint, i, self.intervals)
+        stages = self.solver.step(self.past, sigma, sigma_next, choice, i, self.intervals)
         stages = [_trimmed(stage) for stage in stages]
         evaluated = sigma
         folded = []
@@ -204,15 +218,12 @@ class Trajectory:
         program, predictor = self.program, self.program.predictor
         if program.updates is not None:
             return program.updates[i]
-        if isinstance(predictor, Sequence):
-            return self.walk.updates(i, predictor[i])
-        sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
-        midpoint = predictor(features, sigma, sigma_next)  # type: ignore[misc]
-        return self.walk.updates(i, Midpoint(*(_like(field, sigma) for field in midpoint)))
-
-
-def _like(field: Tensor | float, sigma: Tensor) -> Tensor | float:
-    return field.to(sigma.dtype) if isinstance(field, Tensor) else field
+        choice = predictor[i] if isinstance(predictor, Sequence) else predictor
+        if callable(choice):
+            sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
+            choice = choice(features, sigma, sigma_next)
+        dtype = program.sigmas.dtype
+        return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))
 
 
 def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
@@ -245,9 +256,9 @@ def sample(
     """Integrate the probability-flow ODE from sigmas[0] to sigmas[-1].
 
     denoiser: (x, sigma: (B,)) -> D or (D, features). x: (B, ...), already scaled by sigmas[0]; the loop computes in its
-    dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or one
-    Midpoint per interval. afs: the first evaluation is replaced by its analytic estimate. denoise_to_zero: one more
-    evaluation at sigmas[-1], whose D is the result. Differentiable in x, the denoiser's and the predictor's parameters.
+    dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or a
+    sequence of those or of Midpoints, one per interval (Rows for "nonstationary"). afs: the first evaluation is replaced
+    by its analytic estimate. denoise_to_zero: one more evaluation at sigmas[-1], whose D is the result. Differentiable in x, the denoiser's and the predictor's parameters.
     Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
     Raises ConfigError.
     """

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import fingerprint
+from amed_engine.checkpoints import Predictor, fingerprint
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan import Plan, best_training_free, make_plan
-from amed_engine.predictor import AMEDPredictor
 from amed_engine.schedule import check_sigmas
 
 
@@ -54,7 +53,7 @@ class Wishes:
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
 
 
-def choose_plan(wishes: Wishes, predictor: AMEDPredictor | None) -> Plan:
+def choose_plan(wishes: Wishes, predictor: Predictor | None) -> Plan:
     if predictor is None or predictor.plan is None:
         return wishes.plan(midpoint=predictor is not None)
     if not predictor.plan.midpoint:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from amed_engine.coefficients import ConstantPredictor
+from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
+from amed_engine.loop import sample
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint
 
@@ -73,6 +76,32 @@ class AMEDPredictor(nn.Module):
             "bottleneck_dim": self.bottleneck_dim,
             "embedding_dim": self.embedding_dim,
         }
+
+    def choices(self) -> AMEDPredictor:
+        """What the loop asks, interval by interval: the predictor itself."""
+        return self
+
+    def freeze(self, denoiser: Denoiser, latents: Tensor) -> ConstantPredictor:
+        """Its answers averaged over latents (B, C, H, W) of unit variance: constants, for models without a bottleneck at hand.
+
+        denoiser: (x, sigma) -> (D, features), the one it was trained for with its conditions bound. Raises ConfigError where
+        the predictor does not know its plan.
+        """
+        if self.plan is None:
+            raise ConfigError("freeze needs to know solver and noise levels; set predictor.plan, or load it from a file")
+        heard: list[Midpoint] = []
+
+        def listening(features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
+            heard.append(self(features, sigma, sigma_next))
+            return heard[-1]
+
+        plan = self.plan
+        with torch.no_grad():
+            x = latents * plan.sigmas[0]
+            sample(denoiser, x, plan.levels, plan.make_solver(), listening, afs=plan.afs)
+        frozen = ConstantPredictor.of([Midpoint(*(torch.as_tensor(f).double().mean() for f in mid)) for mid in heard])
+        frozen.plan = plan
+        return frozen
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
         z = self._encode(features, sigma, sigma_next)

@@ -11,6 +11,7 @@ so that one pass over the tensors applies it. Coefficients are float64 tensors o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,16 @@ class Midpoint(NamedTuple):
     r: Tensor | float
     scale_dir: Tensor | float = 1.0
     scale_time: Tensor | float = 1.0
+
+
+Choice = Midpoint | Row  # what a predictor says of one interval
+
+
+def map_choice(function: Callable[[Coefficient], Coefficient], choice: Choice) -> Choice:
+    """The choice with the function applied to each of its coefficients."""
+    if isinstance(choice, Row):
+        return Row(function(choice.a), tuple(function(b) for b in choice.b))
+    return Midpoint(*(function(field) for field in choice))
 
 
 class Update(NamedTuple):

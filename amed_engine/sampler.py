@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
-from amed_engine.checkpoints import load_predictor
+from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.engine import Engine
 from amed_engine.errors import ConfigError
 from amed_engine.graph import Stats, WarmupReport
@@ -22,7 +22,6 @@ from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
 from amed_engine.planning import Wishes, check_model, check_range, choose_plan
-from amed_engine.predictor import AMEDPredictor
 from amed_engine.requests import make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
 
@@ -37,7 +36,7 @@ class Sampler:
 
     model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
         (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
-    predictor: an AMEDPredictor, or a path to one. Its plan decides solver, schedule and NFE; arguments that contradict
+    predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver, schedule and NFE; arguments that contradict
         it raise. Without one, a zoo model brings its own for this NFE; otherwise a training-free solver runs.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
         predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
@@ -58,7 +57,7 @@ class Sampler:
     def __init__(
         self,
         model: Any,
-        predictor: AMEDPredictor | str | os.PathLike | None = None,
+        predictor: Predictor | str | os.PathLike | None = None,
         *,
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
@@ -88,8 +87,8 @@ class Sampler:
         wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
         if isinstance(predictor, (str, os.PathLike)):
             predictor = load_predictor(predictor)
-        if predictor is not None and not isinstance(predictor, AMEDPredictor):
-            raise ConfigError(f"predictor must be an AMEDPredictor or a path, got {type(predictor).__name__}")
+        if predictor is not None and not isinstance(predictor, Predictor):
+            raise ConfigError(f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}")
         bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
         if bundled and self.model.name:
             predictor = zoo.bundled_predictor(self.model.name, nfe or 5)
@@ -165,12 +164,11 @@ class Sampler:
         """Captures, replays and eager runs of this Sampler so far."""
         return self._engine.stats
 
-    def _build(self, plan: Plan, predictor: AMEDPredictor | None) -> Program:
-        if predictor is not None:
-            # A copy: the caller's predictor keeps its device, precision and mode.
-            predictor = copy.deepcopy(predictor).to(self.device, self.dtype).eval()
+    def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
+        # A copy: the caller's predictor keeps its device, precision and mode.
+        learned = None if predictor is None else copy.deepcopy(predictor).to(self.device, self.dtype).eval().choices()
         program = Program.build(
-            plan.make_solver(), plan.levels, predictor, afs=plan.afs, denoise_to_zero=plan.denoise_to_zero
+            plan.make_solver(), plan.levels, learned, afs=plan.afs, denoise_to_zero=plan.denoise_to_zero
         )
         return program.on(self.device, self.dtype)
 

@@ -2,7 +2,8 @@
 
     step(past, sigma, sigma_next, midpoint, i, n) -> list[Stage]
 
-past: noise levels of earlier evaluations, newest first; midpoint: a predictor's word, or None; i of n intervals.
+past: noise levels of earlier evaluations, newest first; midpoint: a predictor's word, or None (a `Midpoint`, except
+for the solver "nonstationary", whose predictor says a `Row`); i of n intervals.
 With a midpoint, a multistep rule runs on the grid refined by m = sigma_next^r · sigma^(1-r), its second half scaled by
 scale_dir: that is AMED-Plugin (Zhou et al. 2024, arXiv:2312.00094). It is a learned grid, so every rule has it.
 """
@@ -10,7 +11,7 @@ scale_dir: that is AMED-Plugin (Zhou et al. 2024, arXiv:2312.00094). It is a lea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ class Solver(ABC):
 
     # Whether it takes midpoints from a predictor.
     midpoint: ClassVar[UseOfMidpoint] = "none"
+    # What a predictor says of an interval.
+    choice: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
     corrects: ClassVar[bool] = False
 
@@ -50,7 +53,7 @@ class Solver(ABC):
 
     @abstractmethod
     def step(
-        self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Midpoint | None, i: int, n: int
+        self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int
     ) -> list[Stage]:
         """One stage per evaluation of interval i of n, from sigma to sigma_next."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from amed_engine.errors import ConfigError
 from amed_engine.multistep import DEIS, IPNDM, DPMpp, Euler, UniPC
+from amed_engine.nonstationary import Nonstationary
 from amed_engine.singlestep import AMED, DPM2, Heun
 from amed_engine.solver import Solver
 
@@ -19,6 +20,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "dpmpp": DPMpp,
     "unipc": UniPC,
     "amed": AMED,
+    "nonstationary": Nonstationary,
 }
 
 
@@ -26,7 +28,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     """The solver of that name with its options, those left out at their published defaults. Raises ConfigError.
 
     euler | heun | dpm(r) | ipndm(max_order) | deis(max_order, deis_mode) | dpmpp(max_order, predict_x0,
-    lower_order_final, thresholding) | unipc(the same, variant) | amed(points).
+    lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary.
     """
     if name not in SOLVERS:
         raise ConfigError(f"unknown solver {name!r}; valid names: {', '.join(SOLVERS)}")

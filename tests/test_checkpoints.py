@@ -307,8 +307,8 @@ def set_plan(**entries):
         (with_nan, r"tensor 'map_layer0\.bias' holds NaN or infinite values"),
         (with_infinity, r"tensor 'fc_scale_dir\.weight' holds NaN or infinite values"),
         (without_head, r"has unexpected tensor 'fc_scale_dir\.(bias|weight)' \(2 unexpected\)"),
-        (other_kind, r"p\.safetensors holds 'edm_precond', expected 'amed_predictor'"),
-        (no_kind, r"holds None, expected 'amed_predictor'"),
+        (other_kind, r"p\.safetensors holds 'edm_precond', expected a predictor: amed_predictor"),
+        (no_kind, r"holds None, expected a predictor: amed_predictor"),
         (set_argument(colour="red"), r"configuration does not build.*colour"),
         (set_argument(scale_dir=2.0), r"configuration does not build.*scale_dir must be in \[0, 1\), got 2\.0"),
         (set_argument(scale_dir="wide"), r"configuration does not build"),
@@ -367,7 +367,7 @@ def test_a_model_configuration_never_escapes_as_another_error(tmp_path, tiny_mod
 
 def test_a_model_is_no_predictor_and_the_other_way_round(tmp_path, file, tiny_model):
     save_model(tiny_model, tmp_path / "m.safetensors")
-    with pytest.raises(FileFormatError, match="holds 'edm_precond', expected 'amed_predictor'"):
+    with pytest.raises(FileFormatError, match="holds 'edm_precond', expected a predictor: amed_predictor"):
         load_predictor(tmp_path / "m.safetensors")
     with pytest.raises(FileFormatError, match="holds 'amed_predictor', expected 'edm_precond'"):
         load_model(file)

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE = (
     "kernels",
     *("errors", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
-    *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
-    *("denoiser", "predictor", "loop"),
+    *("solver", "singlestep", "multistep", "nonstationary", "solvers", "plan", "seeds"),
+    *("denoiser", "loop", "coefficients", "predictor"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
+    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "fitting", "learned", "distillation"),
     "__init__",  # the public names
     *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),
 )

@@ -1,9 +1,17 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
 from amed_engine.checkpoints.files import atomic_write, read, write
-from amed_engine.checkpoints.native import fingerprint, load_model, load_predictor, save_model, save_predictor
+from amed_engine.checkpoints.native import (
+    Predictor,
+    fingerprint,
+    load_model,
+    load_predictor,
+    save_model,
+    save_predictor,
+)
 
 __all__ = [
+    "Predictor",
     "atomic_write",
     "fingerprint",
     "load_model",

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.networks import EDMPrecond
 from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
 
 M = TypeVar("M", bound=nn.Module)
+Predictor = AMEDPredictor | ConstantPredictor | CoefficientPredictor
+KINDS: dict[str, Callable[..., Predictor]] = {
+    "amed_predictor": AMEDPredictor,
+    "constant_predictor": ConstantPredictor,
+    "coefficient_predictor": CoefficientPredictor,
+}
 
 
 def fingerprint(model: Any) -> str | None:
@@ -38,21 +45,20 @@ def fingerprint(model: Any) -> str | None:
     return digest.hexdigest()
 
 
-def save_predictor(predictor: AMEDPredictor, path: str | os.PathLike) -> None:
+def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
     """Save a predictor and the plan it was trained for, to one .safetensors file or a directory."""
     plan = None if predictor.plan is None else predictor.plan.to_json()
-    write(
-        path,
-        predictor.state_dict(),
-        {"kind": "amed_predictor", "predictor": predictor.config, "plan": plan, **_versions()},
-    )
+    kind = next(kind for kind, make in KINDS.items() if make is type(predictor))
+    write(path, predictor.state_dict(), {"kind": kind, "predictor": predictor.config, "plan": plan, **_versions()})
 
 
-def load_predictor(path: str | os.PathLike) -> AMEDPredictor:
+def load_predictor(path: str | os.PathLike) -> Predictor:
     """A predictor saved by `save_predictor`, its plan restored. Raises FileFormatError or ConfigError."""
     config, tensors = read(path, MAX_PREDICTOR)
-    _expect_kind(config, "amed_predictor", path)
-    predictor = _restore(AMEDPredictor, config.get("predictor"), tensors, path)
+    kind = config.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FileFormatError(f"{path} holds {kind!r}, expected a predictor: {', '.join(KINDS)}")
+    predictor = _restore(KINDS[kind], config.get("predictor"), tensors, path)
     if config.get("plan") is not None:
         try:
             predictor.plan = Plan.from_json(config["plan"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amed_engine.checkpoints import load_model, load_predictor
+from amed_engine.checkpoints import Predictor, load_model, load_predictor
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond
-from amed_engine.predictor import AMEDPredictor
 
 ROOT = Path(__file__).parent
 
@@ -29,7 +28,7 @@ def predictor_nfes(name: str) -> list[int]:
     return sorted(int(file.stem.removeprefix("nfe")) for file in (ROOT / name / "predictors").glob("nfe*.safetensors"))
 
 
-def bundled_predictor(name: str, nfe: int) -> AMEDPredictor | None:
+def bundled_predictor(name: str, nfe: int) -> Predictor | None:
     """The bundled predictor for a model at this NFE, None where there is none."""
     file = ROOT / name / "predictors" / f"nfe{nfe}.safetensors"
     return load_predictor(file) if file.is_file() else None

@@ -1,0 +1,153 @@
+"""Predictors that are fitted rather than trained: constants, EPD, non-stationary and adaptive coefficients.
+
+All are small enough for `fitting`: latents are solved once by an accurate teacher, and Gauss-Newton matches the final
+samples, end to end. A few hundred latents and some minutes on a CPU do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from amed_engine.checkpoints import fingerprint
+from amed_engine.coefficients import ConstantPredictor
+from amed_engine.errors import ConfigError
+from amed_engine.fitting import Candidate, Example, Fitted, adaptive, fit, loss_of, nonstationary
+from amed_engine.loop import Program, sample
+from amed_engine.models import Model
+from amed_engine.plan import Plan, clamp_range, make_plan
+from amed_engine.requests import bind_labels, vectors
+
+Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
+VARIANTS = get_args(Variant)
+# Of one evaluation per step the one that comes nearest to the exact solution; 24 leave an error of about 0.01 on digits.
+TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0}
+# Where a fit may start; the best on the first latents is taken.
+STARTS = (
+    *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),
+    *(("unipc", {"max_order": 3, "thresholding": False}, schedule) for schedule in ("time_uniform", "logsnr")),
+)
+FIRST = 64  # latents for the first iterations, when the coefficients are still far off
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent: latents in all and at once, Gauss-Newton iterations on few and on all latents."""
+
+    samples: int = 512
+    batch: int = 64
+    early: int = 6
+    late: int = 4
+    teacher_nfe: int = 24
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low in (("samples", 8), ("batch", 1), ("early", 0), ("late", 1), ("teacher_nfe", 4)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned: the variant, its evaluations, and for constants the solver they serve."""
+
+    variant: Variant
+    nfe: int = 5
+    solver: str = "amed"
+    solver_options: Mapping[str, Any] | None = None
+    schedule: str = "time_uniform"
+    rho: float | None = None
+    afs: bool | None = None
+    guidance_scale: float | None = None
+    points: int = 2  # of epd
+    codes: int = 32  # of adaptive: principal components read from the bottleneck
+    ridge: float = 0.05  # of adaptive: what draws the offsets to zero
+    learn_sigmas: bool | None = None  # None: where the solver's rows do not depend on them
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+
+
+def learn(model: Model, task: Task, effort: Effort | None = None, *, progress: bool = True) -> Fitted:
+    """Fit the task's predictor to a model; its plan is set. Raises ConfigError.
+
+    The global generators are untouched, and the denoiser is only ever evaluated.
+    """
+    effort = effort or Effort()
+    examples = draw_examples(model, task, effort)
+    with tqdm(total=effort.early + effort.late, desc=f"fit NFE {task.nfe}", unit="step", disable=not progress) as bar:
+
+        def report(_: int, loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+
+        candidate = _start(model, task, examples)
+        few = [*examples[: max(1, FIRST // effort.batch)]]
+        candidate = fit(candidate, few, iterations=effort.early, report=report)
+        candidate = fit(candidate, examples, iterations=effort.late, report=report)
+        if task.variant == "adaptive":
+            candidate = fit(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
+    return _finished(candidate, model, task)
+
+
+def _finished(candidate: Candidate, model: Model, task: Task) -> Fitted:
+    predictor = candidate.predictor
+    predictor.plan = replace(candidate.plan, model=fingerprint(model.module), guidance_scale=task.guidance_scale)
+    return predictor.eval()
+
+
+def draw_examples(model: Model, task: Task, effort: Effort) -> list[Example]:
+    """Latents with conditions, solved by the teacher, `batch` at a time."""
+    if model.shape is None:
+        raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+    if task.guidance_scale is not None and not model.label_dim:
+        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    teacher = make_plan(effort.teacher_nfe, afs=False, sigma_min=low, sigma_max=high, **TEACHER)
+    generator = torch.Generator().manual_seed(effort.seed)
+    examples = []
+    for start in range(0, effort.samples, effort.batch):
+        examples.append(_draw(model, task, teacher, min(effort.batch, effort.samples - start), generator))
+    return examples
+
+
+@torch.no_grad()
+def _draw(model: Model, task: Task, teacher: Plan, count: int, generator: torch.Generator) -> Example:
+    assert model.shape is not None
+    x = torch.randn((count, *model.shape), generator=generator).to(model.device) * teacher.sigmas[0]
+    labels: Tensor | None = None
+    if model.label_dim:
+        classes = torch.randint(model.label_dim, (count,), generator=generator)
+        labels = vectors(classes, model.label_dim).to(x)
+    denoiser = bind_labels(model, labels, task.guidance_scale)
+    return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
+
+
+def _start(model: Model, task: Task, examples: list[Example]) -> Candidate:
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
+    if task.variant in ("nonstationary", "adaptive"):
+        return _best_classical(task, examples, span)
+    options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
+    plan = make_plan(
+        task.nfe, solver=task.solver, options=options, schedule=task.schedule, rho=task.rho, midpoint=True, **span
+    )
+    return Candidate(plan, ConstantPredictor(plan.intervals, options.get("points", 1)), bool(task.learn_sigmas))
+
+
+def _best_classical(task: Task, examples: list[Example], span: dict[str, Any]) -> Candidate:
+    """The training-free program that does best on the first latents, as free coefficients."""
+    learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
+    candidates = []
+    for solver, options, schedule in STARTS:
+        plan = make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
+        program = Program.build(plan.make_solver(), plan.levels, afs=plan.afs)
+        candidates.append(replace(nonstationary(program, span["sigma_min"]), learn_sigmas=learn_sigmas))
+    return min(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))

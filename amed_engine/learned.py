@@ -88,7 +88,7 @@ def learn(model: Model, task: Task, effort: Effort | None = None, *, progress: b
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
 
-        candidate = _start(model, task, examples)
+        candidate = start_of(model, task, examples)
         few = [*examples[: max(1, FIRST // effort.batch)]]
         candidate = fit(candidate, few, iterations=effort.early, report=report)
         candidate = fit(candidate, examples, iterations=effort.late, report=report)
@@ -130,7 +130,8 @@ def _draw(model: Model, task: Task, teacher: Plan, count: int, generator: torch.
     return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
 
 
-def _start(model: Model, task: Task, examples: list[Example]) -> Candidate:
+def start_of(model: Model, task: Task, examples: list[Example]) -> Candidate:
+    """Where the fit of a task begins: constants of DPM-Solver-2, or the training-free solver that does best."""
     low, high = clamp_range(model.sigma_min, model.sigma_max)
     span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
     if task.variant in ("nonstationary", "adaptive"):

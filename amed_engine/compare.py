@@ -212,4 +212,4 @@ def _samplers(
 def _learned_name(sampler: Sampler) -> str:
     plan = sampler.plan
     order = "".join(f"-{value}" for name, value in plan.options if name == "max_order")
-    return "amed" if plan.solver == "amed" else f"{plan.solver}{order} + amed"
+    return plan.solver if plan.solver in ("amed", "nonstationary") else f"{plan.solver}{order} + amed"

@@ -23,6 +23,7 @@ _HOME = {
     "StaleGraphError": "capture",
     "SampleResult": "results",
     "StepInfo": "results",
+    "UnsafeFileError": "errors",
     "distill": "distillation",
     "load": "zoo",
     "load_predictor": "checkpoints",
@@ -46,6 +47,7 @@ __all__ = [
     "Sampler",
     "StaleGraphError",
     "StepInfo",
+    "UnsafeFileError",
     "__version__",
     "distill",
     "load",
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     from amed_engine.checkpoints import load_predictor, save_predictor
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
-    from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
+    from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor

@@ -1,10 +1,13 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
+from amed_engine.checkpoints.conversion import Converted, convert
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.native import fingerprint, load_model, load_predictor, save_model, save_predictor
 
 __all__ = [
+    "Converted",
     "atomic_write",
+    "convert",
     "fingerprint",
     "load_model",
     "load_predictor",

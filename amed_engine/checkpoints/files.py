@@ -98,7 +98,7 @@ def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, d
     if text is None:
         raise FileFormatError(f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata)")
     for name, tensor in tensors.items():
-        _check_values(file, name, tensor)
+        check_values(file, name, tensor)
     return parse_config(text, file), tensors
 
 
@@ -112,7 +112,7 @@ def _read_text(file: Path) -> str:
         raise FileFormatError(f"{file}: configuration is not UTF-8 text: {error}") from error
 
 
-def _check_values(file: Path, name: str, tensor: Tensor) -> None:
+def check_values(file: Path, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         return
     if tensor.dtype not in FLOATS:

@@ -75,8 +75,8 @@ def run(stream: io.BytesIO | mmap.mmap, policy: Policy, where: str) -> Any:
             if position > MAX_OPERATIONS or len(machine.stack) > MAX_STACK:
                 raise _Refused(f"more than {MAX_OPERATIONS} operations or {MAX_STACK} values on its stack")
             machine.step(operation.name, argument)
+        _check_depth(machine.top)
         (value,) = machine.stack
-        _check_depth(value)
         return value
     except _Refused as error:
         raise UnsafeFileError(f"{where} is refused: {error}; only plain data is read from a pickle") from error
@@ -107,6 +107,10 @@ class _Machine:
         elif name not in _IGNORED:
             raise _Refused(f"it has the operation {name}")
 
+    def protocol(self, version: int) -> None:
+        if version > 5:
+            raise _Refused(f"it is of protocol {version}")
+
     def to_mark(self) -> list:
         """Everything above the last mark, taken off with it."""
         at = len(self.stack) - 1
@@ -117,6 +121,12 @@ class _Machine:
         values = self.stack[at + 1 :]
         del self.stack[at:]
         return values
+
+    @property
+    def top(self) -> Any:
+        if self.stack[-1] is MARK:
+            raise _Refused("it takes a mark for a value")
+        return self.stack[-1]
 
     def take(self, count: int) -> list:
         values = self.stack[-count:]
@@ -129,7 +139,7 @@ class _Machine:
         index = len(self.memo) if index is None else int(index)
         if not 0 <= index <= len(self.memo):
             raise _Refused(f"it claims place {index} of a memo of {len(self.memo)}")
-        self.memo[index] = self.stack[-1]
+        self.memo[index] = self.top
 
     def get(self, index: int) -> None:
         if int(index) not in self.memo:
@@ -160,7 +170,7 @@ class _Machine:
         self.stack.append(Record(str(cls)) if maker is None else maker())
 
     def build(self) -> None:
-        (state,), target = self.take(1), self.stack[-1]
+        (state,), target = self.take(1), self.top
         if isinstance(target, Record) and target.state is None:
             target.state = state
         elif not (isinstance(target, dict) and not state):  # an EasyDict has its entries as items, and no state
@@ -239,11 +249,12 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_SET": set,
     "MARK": lambda: MARK,
 }
-_IGNORED = {"PROTO", "FRAME", "STOP"}
+_IGNORED = {"FRAME", "STOP"}
 _OPERATIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    "PROTO": _Machine.protocol,
     "POP": lambda m, _: m.stack.pop(),
     "POP_MARK": lambda m, _: m.to_mark(),
-    "DUP": lambda m, _: m.stack.append(m.stack[-1]),
+    "DUP": lambda m, _: m.stack.append(m.top),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.to_mark())),
     "TUPLE1": lambda m, _: m.stack.append(tuple(m.take(1))),
     "TUPLE2": lambda m, _: m.stack.append(tuple(m.take(2))),

@@ -69,14 +69,27 @@ def test_a_published_predictor_becomes_ours(tmp_path, publish, canary):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"sampler_stu": "ipndm", "max_order": 4, "schedule_type": "polynomial", "schedule_rho": 7}, {"solver": "ipndm", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0}),
-        ({"sampler_stu": "dpmpp", "max_order": 2, "predict_x0": False, "schedule_type": "logsnr"}, {"solver": "dpmpp", "options": {"max_order": 2, "predict_x0": False, "lower_order_final": True}, "schedule": "logsnr"}),
+        (
+            {"sampler_stu": "ipndm", "max_order": 4, "schedule_type": "polynomial", "schedule_rho": 7},
+            {"solver": "ipndm", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0},
+        ),
+        (
+            {"sampler_stu": "dpmpp", "max_order": 2, "predict_x0": False, "schedule_type": "logsnr"},
+            {
+                "solver": "dpmpp",
+                "options": {"max_order": 2, "predict_x0": False, "lower_order_final": True},
+                "schedule": "logsnr",
+            },
+        ),
         ({"sampler_stu": "euler", "afs": False, "num_steps": 3}, {"solver": "euler", "afs": False, "nfe": 4}),
-        ({"sampler_stu": "dpm", "num_steps": 6, "guidance_type": "cfg", "guidance_rate": 7.5}, {"solver": "dpm", "nfe": 9, "guidance_scale": 7.5}),
+        (
+            {"sampler_stu": "dpm", "num_steps": 6, "guidance_type": "cfg", "guidance_rate": 7.5},
+            {"solver": "dpm", "nfe": 9, "guidance_scale": 7.5},
+        ),
         ({"sampler_stu": "amed", "guidance_type": "uncond", "guidance_rate": 1.0}, {"solver": "amed"}),
     ],
     ids=["ipndm", "dpmpp", "euler", "guided", "unconditional"],
-)  # fmt: skip
+)
 def test_settings_become_the_plan(tmp_path, publish, settings, expected):
     file = publish.amed(make_predictor(), tmp_path / "p.pkl", {**SETTINGS, **settings})
     plan = load_predictor(convert(file).path).plan
@@ -102,8 +115,13 @@ def test_levels_recorded_in_training_come_first_where_they_differ(tmp_path, publ
 
 @pytest.mark.parametrize(
     ("student", "predict_x0", "switch", "widths"),
-    [("amed", True, False, (0.01, 0.0)), ("ipndm", True, True, (0.01, 0.2)), ("dpmpp", True, True, (0.05, 0.2)), ("dpmpp", False, False, (0.01, 0.0))],
-)  # fmt: skip
+    [
+        ("amed", True, False, (0.01, 0.0)),
+        ("ipndm", True, True, (0.01, 0.2)),
+        ("dpmpp", True, True, (0.05, 0.2)),
+        ("dpmpp", False, False, (0.01, 0.0)),
+    ],
+)
 def test_the_first_release_had_fixed_widths(tmp_path, publish, student, predict_x0, switch, widths):
     settings = {k: v for k, v in SETTINGS.items() if k != "scale_dir"}
     settings |= {"sampler_stu": student, "predict_x0": predict_x0, "scale_time": switch}
@@ -180,7 +198,18 @@ def test_every_architecture_is_read(tmp_path, publish, model_type):
         "channel_mult_noise": 2,
     }
     options = extra if model_type == "SongUNet" else {}
-    model = EDMPrecond(8, 3, 4, model_type=model_type, model_channels=32, channel_mult=[1, 2], num_blocks=1, augment_dim=9, attn_resolutions=[4], **options)  # fmt: skip
+    model = EDMPrecond(
+        8,
+        3,
+        4,
+        model_type=model_type,
+        model_channels=32,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        augment_dim=9,
+        attn_resolutions=[4],
+        **options,
+    )
     again = load_model(convert(publish.edm(model, tmp_path / "edm.pkl")).path)
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
@@ -247,7 +276,11 @@ def test_a_state_dict_tells_its_architecture(tmp_path, recorded, name, old_forma
 
 def unet_state(levels: int = 3, per_level: int = 2, updown: bool = False, channels: int = 8) -> dict:
     """Names of guided-diffusion's U-Net as far as the architecture is told by them."""
-    names = {"time_embed.0.weight": (4 * channels, channels), "input_blocks.0.0.weight": (channels, 3, 3, 3), "out.2.weight": (6, channels, 3, 3)}  # fmt: skip
+    names = {
+        "time_embed.0.weight": (4 * channels, channels),
+        "input_blocks.0.0.weight": (channels, 3, 3, 3),
+        "out.2.weight": (6, channels, 3, 3),
+    }
     block, out = 1, 0
     for level in range(levels):
         for _ in range(per_level):

@@ -24,7 +24,9 @@ _HOME = {
     "SampleResult": "results",
     "StepInfo": "results",
     "UnsafeFileError": "errors",
+    "convert": "checkpoints",
     "distill": "distillation",
+    "from_pretrained": "checkpoints",
     "load": "zoo",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
@@ -32,6 +34,7 @@ _HOME = {
     "make_solver": "solvers",
     "sample": "loop",
     "save_predictor": "checkpoints",
+    "save_pretrained": "checkpoints",
 }
 
 __all__ = [
@@ -49,7 +52,9 @@ __all__ = [
     "StepInfo",
     "UnsafeFileError",
     "__version__",
+    "convert",
     "distill",
+    "from_pretrained",
     "load",
     "load_predictor",
     "make_plan",
@@ -57,11 +62,12 @@ __all__ = [
     "make_solver",
     "sample",
     "save_predictor",
+    "save_pretrained",
 ]
 
 if TYPE_CHECKING:
     from amed_engine.capture import StaleGraphError
-    from amed_engine.checkpoints import load_predictor, save_predictor
+    from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError

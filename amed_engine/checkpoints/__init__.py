@@ -3,16 +3,19 @@
 from amed_engine.checkpoints.conversion import Converted, convert
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.native import fingerprint, load_model, load_predictor, save_model, save_predictor
+from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
     "Converted",
     "atomic_write",
     "convert",
     "fingerprint",
+    "from_pretrained",
     "load_model",
     "load_predictor",
     "read",
     "save_model",
     "save_predictor",
+    "save_pretrained",
     "write",
 ]

@@ -114,12 +114,13 @@ def _open(model: Any) -> Any:
         return model.module()
     if not isinstance(model, (str, os.PathLike)):
         return model
-    if isinstance(model, str) and model in zoo.names():
+    if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
         return zoo.load(model)
     path = Path(model)
     if not path.exists():
         raise ConfigError(
-            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}"
+            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}; "
+            f"published ones: {', '.join(zoo.published())}"
         )
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)

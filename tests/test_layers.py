@@ -18,6 +18,7 @@ ENGINE = (
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),
     *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
+    "reproduce",
     "__init__",  # the public names
     *(
         "integrations",

@@ -1,6 +1,6 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
-from amed_engine.checkpoints.conversion import Converted, convert
+from amed_engine.checkpoints.conversion import Converted, convert, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.native import fingerprint, load_model, load_predictor, save_model, save_predictor
 from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
@@ -13,6 +13,7 @@ __all__ = [
     "from_pretrained",
     "load_model",
     "load_predictor",
+    "load_published",
     "read",
     "save_model",
     "save_predictor",

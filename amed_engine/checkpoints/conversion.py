@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amed_engine.checkpoints import latent, openai_state
 from amed_engine.checkpoints.amed_pickle import to_predictor
 from amed_engine.checkpoints.files import check_values
-from amed_engine.checkpoints.native import restore, save_model, save_predictor, save_tensors
+from amed_engine.checkpoints.native import build_network, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.published import read_published
 from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
 from amed_engine.networks import EDMPrecond
 
+OPENAI = "openai_unet"
 MAX_LAYERS = 32  # of modules inside modules
 EDM_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 
@@ -34,6 +35,7 @@ class _Layout(NamedTuple):
     name: str
     fits: Callable[[Mapping[str, Any]], bool]
     convert: Callable[[Mapping[str, Any], Path, Path, Mapping[str, Any]], str]
+    load: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], nn.Module] | None = None  # None: it is no network
     suffix: str = ".safetensors"  # of what it becomes, "" for a directory
 
 
@@ -46,7 +48,22 @@ def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **set
     settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
-    path = Path(path)
+    layout, data = _open(Path(path))
+    path, target = Path(path), Path(out) if out is not None else Path(path).with_suffix(layout.suffix)
+    if target == path:
+        raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
+    return Converted(target, layout.convert(data, path, target, settings))
+
+
+def load_published(path: str | os.PathLike, **settings: Any) -> nn.Module:
+    """The network of a published checkpoint, as `convert` reads it, without writing anything."""
+    layout, data = _open(Path(path))
+    if layout.load is None:
+        raise FileFormatError(f"{path} holds no network but an {layout.name}")
+    return layout.load(data, Path(path), settings)
+
+
+def _open(path: Path) -> tuple[_Layout, dict]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist or is no file; pass a published checkpoint")
     data = _read(path)
@@ -55,10 +72,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **set
         raise FileFormatError(
             f"{path} has an unknown layout: {_keys(data)}; known are {'; '.join(layout.name for layout in LAYOUTS)}"
         )
-    target = Path(out) if out is not None else path.with_suffix(known[0].suffix)
-    if target == path:
-        raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
-    return Converted(target, known[0].convert(data, path, target, settings))
+    return known[0], data
 
 
 def _keys(data: Any) -> str:
@@ -127,6 +141,11 @@ def _edm(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, 
     return f"EDM network ({model.model_type}) for {size}, {model.label_dim or 'no'} classes"
 
 
+def _load_edm(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    _no_settings(settings)
+    return edm_network(data["ema"], path)
+
+
 def edm_network(record: Record, path: Path) -> EDMPrecond:
     """The network that a published EDM pickle describes: its recorded constructor arguments and its tensors."""
     state = record.state if isinstance(record.state, dict) else {}
@@ -137,18 +156,41 @@ def edm_network(record: Record, path: Path) -> EDMPrecond:
     return restore(EDMPrecond, arguments, _finite(module_tensors(record), path), path).eval()
 
 
-def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor arguments, tensors)"""
     tensors = _finite({name: value for name, value in data.items() if isinstance(value, Tensor)}, path)
-    config = openai_state.infer_config(tensors, path, settings)
-    save_tensors("openai_unet", config, tensors, out)
+    return openai_state.infer_config(tensors, path, settings), tensors
+
+
+def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    config, tensors = _openai_parts(data, path, settings)
+    save_tensors(OPENAI, config, tensors, out)
     return f"U-Net of guided-diffusion for {config['in_channels']}x{config['image_size']}x{config['image_size']}"
 
 
+def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    return build_network(OPENAI, *_openai_parts(data, path, settings), path)
+
+
+def _latent_parts(
+    data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict | None]:
+    """(tensors, settings of a U-Net without a condition; None for one with)"""
+    tensors = latent.unet_tensors(data["state_dict"], path)
+    plain = openai_state.is_unet(tensors) and not latent.has_context(tensors)
+    return _finite(tensors, path), {**latent.UNCONDITIONAL, **settings} if plain else None
+
+
 def _latent(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    tensors = _finite(latent.unet_tensors(data["state_dict"], path), path)
-    if openai_state.is_unet(tensors) and not latent.has_context(tensors):
-        return _openai(tensors, path, out, {**latent.UNCONDITIONAL, **settings})
-    return latent.convert(tensors, path, out, settings)
+    tensors, plain = _latent_parts(data, path, settings)
+    if plain is not None:
+        return _openai(tensors, path, out, plain)
+    return latent.save(latent.build(tensors, path, settings), out)
+
+
+def _load_latent(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    tensors, plain = _latent_parts(data, path, settings)
+    return latent.build(tensors, path, settings) if plain is None else _load_openai(tensors, path, plain)
 
 
 def _no_settings(settings: Mapping[str, Any]) -> None:
@@ -164,9 +206,14 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 LAYOUTS = (
     _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor),
-    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm),
+    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm),
     _Layout(
-        "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)", openai_state.is_unet, _openai
+        "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)",
+        openai_state.is_unet,
+        _openai,
+        _load_openai,
     ),
-    _Layout("latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, ""),
+    _Layout(
+        "latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, _load_latent, ""
+    ),
 )

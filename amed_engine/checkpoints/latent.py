@@ -47,24 +47,36 @@ def has_context(tensors: Mapping[str, Tensor]) -> bool:
     return any(".attn2." in name for name in tensors)
 
 
-def convert(tensors: dict[str, Tensor], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    """A directory that diffusers' UNet2DConditionModel loads. settings: its configuration where it is not SD 1.x's."""
-    if out.suffix == ".safetensors":
-        raise ConfigError(f"{out} must be a directory: diffusers keeps a model in one")
+def build(tensors: dict[str, Tensor], path: Path, settings: Mapping[str, Any]) -> Any:
+    """diffusers' UNet2DConditionModel of these tensors. settings: its configuration where it is not that of SD 1.x."""
     model_class = _diffusers()
     with tempfile.TemporaryDirectory() as folder:
         config = {"_class_name": "UNet2DConditionModel", **STABLE_DIFFUSION_1, **settings}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         state: dict[str, Any] = {PREFIX + name: value for name, value in tensors.items()}
         try:
-            unet = model_class.from_single_file(state, config=folder, local_files_only=True)
+            return model_class.from_single_file(state, config=folder, local_files_only=True)
         except Exception as error:  # diffusers raises what its converters happen to raise
             raise FileFormatError(
                 f"{path} does not fit diffusers' UNet2DConditionModel as configured: {str(error)[:300]}; pass what differs "
                 "from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
             ) from error
+
+
+def save(unet: Any, out: Path) -> str:
+    """Write a directory that diffusers' UNet2DConditionModel loads."""
+    if out.suffix == ".safetensors":
+        raise ConfigError(f"{out} must be a directory: diffusers keeps a model in one")
     unet.save_pretrained(out)
     return f"U-Net of Stable Diffusion, for diffusers' UNet2DConditionModel.from_pretrained({str(out)!r})"
+
+
+def load(folder: Path) -> Any:
+    """The network in a directory that `save` or diffusers wrote; safetensors only, nothing from the network."""
+    try:
+        return _diffusers().from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{folder} holds no U-Net of diffusers: {str(error)[:300]}") from error
 
 
 def _diffusers() -> Any:

@@ -82,10 +82,15 @@ def load_model(path: str | os.PathLike) -> Any:
     config, tensors = read(path)
     if config.get("kind") not in list(KINDS):  # a list: what the file says may be no key
         raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {' or '.join(map(repr, KINDS))}")
-    network = _network(config["kind"])
+    return build_network(config["kind"], config.get("model"), tensors, path)
+
+
+def build_network(kind: str, arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
+    """The network of a kind, of these constructor arguments and tensors, in evaluation mode."""
+    network = _network(kind)
     if network is None:
-        raise FileFormatError(f"{path} holds {config['kind']!r}, which this version of amed_engine has no network for")
-    return restore(network, config.get("model"), tensors, path).eval()
+        raise FileFormatError(f"{path} holds {kind!r}, which this version of amed_engine has no network for")
+    return restore(network, arguments, tensors, path).eval()
 
 
 def _network(kind: str) -> type[nn.Module] | None:

@@ -132,7 +132,7 @@ def _open(model: Any) -> Any:
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
-            "ExportedProgram (.pt2), this package's .safetensors or directory"
+            f"ExportedProgram (.pt2), this package's .safetensors or directory; a published one: `amed convert {path}` first"
         ) from error
 
 

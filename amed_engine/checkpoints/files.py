@@ -23,6 +23,7 @@ from amed_engine.errors import ConfigError, FileFormatError
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -149,6 +150,10 @@ def _check_size(file: Path, max_bytes: int | None) -> None:
     if not file.is_file():
         raise FileFormatError(
             f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    if file.suffix in PUBLISHED:
+        raise FileFormatError(
+            f"{file} is not in this package's format; if it is published, `amed convert {file}` makes it so"
         )
     size = file.stat().st_size
     if max_bytes is not None and size > max_bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError, FileFormatError
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
+HOW_TO_SET = "pass what differs from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
 # The unconditional networks on latents of 64 x 64 (faces, bedrooms): heads of 32 channels.
 UNCONDITIONAL = {"image_size": 64, "num_head_channels": 32}
 # Of Stable Diffusion 1.x, in the words of diffusers' UNet2DConditionModel.
@@ -49,18 +50,34 @@ def has_context(tensors: Mapping[str, Tensor]) -> bool:
 
 def build(tensors: dict[str, Tensor], path: Path, settings: Mapping[str, Any]) -> Any:
     """diffusers' UNet2DConditionModel of these tensors. settings: its configuration where it is not that of SD 1.x."""
-    model_class = _diffusers()
+    model_class, config = _diffusers(), {**STABLE_DIFFUSION_1, **settings}
+    _check(tensors, config, path)
     with tempfile.TemporaryDirectory() as folder:
-        config = {"_class_name": "UNet2DConditionModel", **STABLE_DIFFUSION_1, **settings}
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **config}))
         state: dict[str, Any] = {PREFIX + name: value for name, value in tensors.items()}
         try:
             return model_class.from_single_file(state, config=folder, local_files_only=True)
         except Exception as error:  # diffusers raises what its converters happen to raise
             raise FileFormatError(
-                f"{path} does not fit diffusers' UNet2DConditionModel as configured: {str(error)[:300]}; pass what differs "
-                "from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
+                f"{path} does not fit diffusers' UNet2DConditionModel as configured: {str(error)[:300]}; {HOW_TO_SET}"
             ) from error
+
+
+def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
+    """Before a network of the wrong size is built: its ends and its condition have the configured widths."""
+    first, last = tensors.get("input_blocks.0.0.weight"), tensors.get("out.2.weight")
+    keys = next((tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    if first is None or last is None or keys is None:
+        raise FileFormatError(f"{path}: its network is no U-Net of latent diffusion with a condition")
+    found = {
+        "in_channels": (config["in_channels"], first.shape[1]),
+        "out_channels": (config["out_channels"], last.shape[0]),
+        "block_out_channels": (config["block_out_channels"][0], first.shape[0]),
+        "cross_attention_dim": (config["cross_attention_dim"], keys.shape[1]),
+    }
+    for name, (configured, got) in found.items():
+        if configured != got:
+            raise FileFormatError(f"{path}: its {name} is {got}, configured is {configured}; {HOW_TO_SET}")
 
 
 def save(unet: Any, out: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import safetensors
@@ -19,7 +20,7 @@ from amed_engine import (
     make_plan,
     networks,
 )
-from amed_engine.checkpoints import convert, fingerprint, load_model, read
+from amed_engine.checkpoints import convert, fingerprint, latent, load_model, load_published, read
 from amed_engine.networks import EDMPrecond
 
 SETTINGS = {
@@ -425,3 +426,86 @@ def test_torch_archives_are_read_without_their_code(tmp_path):
     torch.save({"state_dict": torch.nn.Linear(1, 1)}, tmp_path / "x.ckpt")
     with pytest.raises(UnsafeFileError, match="Linear"):
         convert(tmp_path / "x.ckpt")
+
+
+# ---- latent diffusion with a condition, through diffusers
+
+
+def latent_name(name: str, layers: int) -> str:
+    """The name in a latent-diffusion checkpoint of what diffusers calls `name`, with `layers` blocks per level."""
+    parts = name.split(".")
+    outer = {
+        "time_embedding": "time_embed",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    if parts[0] in outer:
+        rest = [{"linear_1": "0", "linear_2": "2"}.get(part, part) for part in parts[1:]]
+        return ".".join([outer[parts[0]], *rest])
+    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+    inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    if parts[0] == "mid_block":
+        place = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}[".".join(parts[1:3])]
+        rest = parts[3:] if parts[1] == "attentions" else [inner[parts[3]], *parts[4:]]
+        return ".".join(["middle_block", place, *rest])
+    level, kind, j = int(parts[1]), parts[2], int(parts[3])
+    down = parts[0] == "down_blocks"
+    block = level * (layers + 1) + j + (1 if down else 0)
+    if kind == "downsamplers":
+        return f"input_blocks.{(level + 1) * (layers + 1)}.0.op.{parts[5]}"
+    if kind == "upsamplers":
+        return f"output_blocks.{level * (layers + 1) + layers}.{1 + (level > 0)}.conv.{parts[5]}"
+    rest = ["0", inner[parts[4]], *parts[5:]] if kind == "resnets" else ["1", *parts[4:]]
+    return ".".join(["input_blocks" if down else "output_blocks", str(block), *rest])
+
+
+SMALL = {
+    **{"sample_size": 8, "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 16},
+    **{"attention_head_dim": 4, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]},
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+
+@pytest.fixture
+def conditional(tmp_path):
+    """A small U-Net of diffusers with random weights, and a latent-diffusion checkpoint of it."""
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **SMALL).eval()
+    state = {f"model.diffusion_model.{latent_name(k, 1)}": v for k, v in unet.state_dict().items()}
+    torch.save({"state_dict": {**state, "cond_stage_model.x": torch.zeros(2)}, "global_step": 7}, tmp_path / "v1.ckpt")
+    return unet, tmp_path / "v1.ckpt"
+
+
+def test_a_latent_checkpoint_answers_as_the_network_it_was_made_from(conditional):
+    unet, file = conditional
+    done = convert(file, **SMALL)
+    assert sorted(p.suffix for p in done.path.iterdir()) == [".json", ".safetensors"]
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([7, 900]), torch.randn(2, 3, 16)
+    for again in (latent.load(done.path), load_published(file, **SMALL)):
+        with torch.no_grad():
+            assert torch.equal(again(*inputs).sample, unet(*inputs).sample)
+
+
+def test_a_latent_checkpoint_of_another_size_says_what_to_pass(conditional, tmp_path):
+    with pytest.raises(FileFormatError, match="--set cross_attention_dim"):
+        convert(conditional[1])
+    with pytest.raises(ConfigError, match="must be a directory"):
+        convert(conditional[1], tmp_path / "x.safetensors", **SMALL)
+    with pytest.raises(FileFormatError, match="no U-Net of diffusers"):
+        latent.load(tmp_path)
+
+
+def test_without_diffusers_the_extra_is_named(conditional, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'amed-engine\[diffusers\]'"):
+        convert(conditional[1], **SMALL)
+
+
+def test_a_published_file_is_not_taken_for_ours(tmp_path, publish, tiny_model):
+    file = publish.amed(make_predictor(), tmp_path / "p.pkl", SETTINGS)
+    with pytest.raises(FileFormatError, match=r"amed convert .*p\.pkl"):
+        load_predictor(file)
+    file = publish.edm(tiny_model, tmp_path / "edm.pkl")
+    with pytest.raises(ConfigError, match=r"amed convert .*edm\.pkl"):
+        Sampler(str(file))

@@ -21,11 +21,14 @@ _HOME = {
     "Midpoint": "program",
     "NonFiniteError": "errors",
     "Plan": "plan",
+    "SampleResult": "results",
     "Sampler": "sampler",
     "StaleGraphError": "capture",
-    "SampleResult": "results",
     "StepInfo": "results",
+    "UnsafeFileError": "errors",
+    "convert": "checkpoints",
     "distill": "distillation",
+    "from_pretrained": "checkpoints",
     "load": "zoo",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
@@ -33,6 +36,7 @@ _HOME = {
     "make_solver": "solvers",
     "sample": "loop",
     "save_predictor": "checkpoints",
+    "save_pretrained": "checkpoints",
 }
 
 __all__ = [
@@ -50,8 +54,11 @@ __all__ = [
     "Sampler",
     "StaleGraphError",
     "StepInfo",
+    "UnsafeFileError",
     "__version__",
+    "convert",
     "distill",
+    "from_pretrained",
     "load",
     "load_predictor",
     "make_plan",
@@ -59,15 +66,16 @@ __all__ = [
     "make_solver",
     "sample",
     "save_predictor",
+    "save_pretrained",
 ]
 
 if TYPE_CHECKING:
     from amed_engine.capture import StaleGraphError
-    from amed_engine.checkpoints import load_predictor, save_predictor
+    from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
     from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
-    from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
+    from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor

@@ -17,6 +17,8 @@ from typing import Any
 import click
 
 import amed_engine
+from amed_engine.commands.convert import convert
+from amed_engine.commands.reproduce import reproduce
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
 
@@ -277,3 +279,7 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
             result = sampler.run(seeds[start : start + batch], class_labels, guidance, callback=tick)
             bar.update(0 if stepwise else len(result.images))
             yield result
+
+
+app.add_command(convert)
+app.add_command(reproduce)

@@ -61,7 +61,9 @@ class ConstantPredictor(nn.Module):
 
     def choices(self) -> list[Midpoint]:
         """One Midpoint per interval, each field () or (points,)."""
-        fields = [p.detach() if self.points > 1 else p.detach()[:, 0] for p in (self.r, self.scale_dir, self.scale_time)]
+        fields = [
+            p.detach() if self.points > 1 else p.detach()[:, 0] for p in (self.r, self.scale_dir, self.scale_time)
+        ]
         return [Midpoint(*values) for values in zip(*fields, strict=True)]
 
 
@@ -87,7 +89,9 @@ class CoefficientPredictor(nn.Module):
         super().__init__()
         _check_intervals("CoefficientPredictor", intervals)
         if not all(isinstance(n, int) and 0 <= n <= 4096 for n in (codes, inputs)) or (codes > 0) > (inputs > 0):
-            raise ConfigError(f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {codes}, {inputs}")
+            raise ConfigError(
+                f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {codes}, {inputs}"
+            )
         self.plan: Plan | None = None
         self.intervals, self.sigma_max, self.afs = intervals, float(sigma_max), bool(afs)
         self.codes, self.inputs = codes, inputs

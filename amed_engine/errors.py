@@ -13,6 +13,10 @@ class FileFormatError(AmedError, ValueError):
     """A file that is truncated, of another format, or holds something its format forbids."""
 
 
+class UnsafeFileError(FileFormatError):
+    """A pickle that holds something else than plain data of a known kind, or that is damaged. Nothing of it was run."""
+
+
 class NonFiniteError(AmedError, FloatingPointError):
     """A sample became NaN or infinite. `step` is the interval, `seeds` (or positions) name the samples."""
 

@@ -13,7 +13,7 @@ needs no gradient: exported, compiled and closed ones serve as well. Levenberg 1
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -51,9 +51,12 @@ class Candidate:
     learn_sigmas: bool = True
 
     @property
-    def in_order(self) -> bool:
-        """Whether the noise levels decrease, and by enough for a finite difference."""
-        return all(high >= CLOSEST * low for high, low in zip(self.plan.sigmas, self.plan.sigmas[1:], strict=False))
+    def collisions(self) -> set[int]:
+        """Which of theta are noise levels that do not keep their distance to a neighbour."""
+        sigmas, first = self.plan.sigmas, len(self._numbers()) - 1
+        close = [k for k in range(1, len(sigmas)) if not sigmas[k - 1] >= CLOSEST * sigmas[k]]
+        inner = range(1, len(sigmas) - 1) if self.learn_sigmas else ()
+        return {first + k for pair in close for k in (pair - 1, pair) if k in inner}
 
     @property
     def free(self) -> list[tuple[int, int]]:
@@ -116,7 +119,9 @@ class Candidate:
         """What the loop runs, on the device and in the precision of a state."""
         predictor = copy.deepcopy(self.predictor).to(like.device)
         plan = self.plan
-        return Program.build(plan.make_solver(), plan.levels, predictor.choices(), afs=plan.afs).on(like.device, like.dtype)
+        return Program.build(plan.make_solver(), plan.levels, predictor.choices(), afs=plan.afs).on(
+            like.device, like.dtype
+        )
 
 
 class Run(NamedTuple):
@@ -209,13 +214,20 @@ class Normal:
         self.gradient = gradient if self.gradient is None else self.gradient + gradient
         self.loss += residual.square().sum().item()
 
-    def step(self, damping: float, prior: Tensor, offset: Tensor) -> Tensor:
-        """-(A + damping diag(A) + prior)^-1 (g + prior·offset): Marquardt's step, with a quadratic prior about zero."""
-        assert self.matrix is not None and self.gradient is not None
+    def step(self, damping: float, prior: Tensor, offset: Tensor, fixed: Collection[int] = ()) -> Tensor:
+        """-(A + damping diag(A) + prior)^-1 (g + prior·offset): Marquardt's step, with a quadratic prior about zero.
+
+        fixed: numbers that stay as they are.
+        """
+        assert self.matrix is not None
+        assert self.gradient is not None
         diagonal = self.matrix.diagonal()
-        floor = 1e-12 * diagonal.max()
-        system = self.matrix + torch.diag(damping * diagonal + prior + floor)
-        return -torch.linalg.solve(system, self.gradient + prior * offset)
+        system = self.matrix + torch.diag(damping * diagonal + prior + 1e-12 * diagonal.max())
+        right = self.gradient + prior * offset
+        free = torch.tensor([p for p in range(len(right)) if p not in fixed], device=right.device)
+        step = torch.zeros_like(right)
+        step[free] = -torch.linalg.solve(system[free][:, free], right[free])
+        return step
 
 
 @torch.no_grad()
@@ -261,13 +273,25 @@ def _descend(
     heads, prior = _prior(candidate, normal, ridge)
     cost = loss + (prior * heads.square()).sum().item()
     while damping < 1e6:
-        step = normal.step(damping, prior, heads)
-        trial = _stepped(candidate, step)
-        trial_loss = loss_of(trial, examples) if trial.in_order else float("inf")
+        trial, step = _in_order_step(candidate, normal, damping, prior, heads)
+        trial_loss = loss_of(trial, examples)
         if trial_loss + (prior * (heads + step).square()).sum().item() < cost:
             return trial, trial_loss, max(damping / 10, 1e-7)
         damping *= 10
     return candidate, loss, damping
+
+
+def _in_order_step(
+    candidate: Candidate, normal: Normal, damping: float, prior: Tensor, heads: Tensor
+) -> tuple[Candidate, Tensor]:
+    """A step that keeps the noise levels in order: those that would meet their neighbours stay where they are."""
+    fixed: set[int] = set()
+    while True:
+        step = normal.step(damping, prior, heads, fixed)
+        trial = _stepped(candidate, step)
+        if not trial.collisions:
+            return trial, step
+        fixed |= trial.collisions
 
 
 def _prior(candidate: Candidate, normal: Normal, ridge: float) -> tuple[Tensor, Tensor]:

@@ -32,22 +32,24 @@ STARTS = (
     *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),
     *(("unipc", {"max_order": 3, "thresholding": False}, schedule) for schedule in ("time_uniform", "logsnr")),
 )
-FIRST = 64  # latents for the first iterations, when the coefficients are still far off
+FIRST = 128  # latents for the first iterations, when the coefficients are still far off
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is spent: latents in all and at once, Gauss-Newton iterations on few and on all latents."""
+    """How much is spent: latents in all and at once, how many starting points, and Gauss-Newton
+    iterations from each on the first latents and then from the best on all."""
 
     samples: int = 512
     batch: int = 64
+    starts: int = 2
     early: int = 6
     late: int = 4
     teacher_nfe: int = 24
     seed: int = 0
 
     def __post_init__(self):
-        for name, low in (("samples", 8), ("batch", 1), ("early", 0), ("late", 1), ("teacher_nfe", 4)):
+        for name, low in (("samples", 8), ("batch", 1), ("starts", 1), ("early", 0), ("late", 1), ("teacher_nfe", 4)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
@@ -82,15 +84,18 @@ def learn(model: Model, task: Task, effort: Effort | None = None, *, progress: b
     """
     effort = effort or Effort()
     examples = draw_examples(model, task, effort)
-    with tqdm(total=effort.early + effort.late, desc=f"fit NFE {task.nfe}", unit="step", disable=not progress) as bar:
+    with tqdm(
+        total=effort.starts * effort.early + effort.late, desc=f"fit NFE {task.nfe}", unit="step", disable=not progress
+    ) as bar:
 
         def report(_: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
 
-        candidate = start_of(model, task, examples)
-        few = [*examples[: max(1, FIRST // effort.batch)]]
-        candidate = fit(candidate, few, iterations=effort.early, report=report)
+        few = examples[: max(1, FIRST // effort.batch)]
+        starts = starts_of(model, task, examples)[: effort.starts]
+        tried = [fit(start, few, iterations=effort.early, report=report) for start in starts]
+        candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
         candidate = fit(candidate, examples, iterations=effort.late, report=report)
         if task.variant == "adaptive":
             candidate = fit(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
@@ -130,25 +135,25 @@ def _draw(model: Model, task: Task, teacher: Plan, count: int, generator: torch.
     return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
 
 
-def start_of(model: Model, task: Task, examples: list[Example]) -> Candidate:
-    """Where the fit of a task begins: constants of DPM-Solver-2, or the training-free solver that does best."""
+def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candidate]:
+    """Where the fit of a task may begin, best first: training-free solvers, or for constants DPM-Solver-2."""
     low, high = clamp_range(model.sigma_min, model.sigma_max)
     span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
     if task.variant in ("nonstationary", "adaptive"):
-        return _best_classical(task, examples, span)
+        return _classical(task, examples, span)
     options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
     plan = make_plan(
         task.nfe, solver=task.solver, options=options, schedule=task.schedule, rho=task.rho, midpoint=True, **span
     )
-    return Candidate(plan, ConstantPredictor(plan.intervals, options.get("points", 1)), bool(task.learn_sigmas))
+    return [Candidate(plan, ConstantPredictor(plan.intervals, options.get("points", 1)), bool(task.learn_sigmas))]
 
 
-def _best_classical(task: Task, examples: list[Example], span: dict[str, Any]) -> Candidate:
-    """The training-free program that does best on the first latents, as free coefficients."""
+def _classical(task: Task, examples: list[Example], span: dict[str, Any]) -> list[Candidate]:
+    """Training-free programs as free coefficients, the best on the first latents first."""
     learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
     candidates = []
     for solver, options, schedule in STARTS:
         plan = make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
         program = Program.build(plan.make_solver(), plan.levels, afs=plan.afs)
         candidates.append(replace(nonstationary(program, span["sigma_min"]), learn_sigmas=learn_sigmas))
-    return min(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))
+    return sorted(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))

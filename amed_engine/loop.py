@@ -97,7 +97,8 @@ class Program:
             )
         if isinstance(self.predictor, Sequence) and len(self.predictor) != self.intervals:
             raise ConfigError(
-                f"got a predictor of {len(self.predictor)} intervals for {self.intervals} intervals; pass one entry per interval"
+                f"got a predictor of {len(self.predictor)} intervals for {self.intervals} intervals; pass one entry per "
+                "interval"
             )
 
     def _is_static(self) -> bool:
@@ -258,7 +259,8 @@ def sample(
     denoiser: (x, sigma: (B,)) -> D or (D, features). x: (B, ...), already scaled by sigmas[0]; the loop computes in its
     dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or a
     sequence of those or of Midpoints, one per interval (Rows for "nonstationary"). afs: the first evaluation is replaced
-    by its analytic estimate. denoise_to_zero: one more evaluation at sigmas[-1], whose D is the result. Differentiable in x, the denoiser's and the predictor's parameters.
+    by its analytic estimate. denoise_to_zero: one more evaluation at sigmas[-1], whose D is the result.
+    Differentiable in x, the denoiser's and the predictor's parameters.
     Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
     Raises ConfigError.
     """

@@ -114,12 +114,13 @@ def _open(model: Any) -> Any:
         return model.module()
     if not isinstance(model, (str, os.PathLike)):
         return model
-    if isinstance(model, str) and model in zoo.names():
+    if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
         return zoo.load(model)
     path = Path(model)
     if not path.exists():
         raise ConfigError(
-            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}"
+            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}; "
+            f"published ones: {', '.join(zoo.published())}"
         )
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)
@@ -131,7 +132,7 @@ def _open(model: Any) -> Any:
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
-            "ExportedProgram (.pt2), this package's .safetensors or directory"
+            f"ExportedProgram (.pt2), this package's .safetensors or directory; a published one: `amed convert {path}` first"
         ) from error
 
 

@@ -33,7 +33,5 @@ class Nonstationary(Solver):
     def evaluations(self, with_midpoint: bool) -> int:
         return 1
 
-    def step(
-        self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Row, i: int, n: int
-    ) -> list[Stage]:
+    def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Row, i: int, n: int) -> list[Stage]:
         return [Stage((midpoint,), None)]

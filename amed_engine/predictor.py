@@ -88,7 +88,9 @@ class AMEDPredictor(nn.Module):
         the predictor does not know its plan.
         """
         if self.plan is None:
-            raise ConfigError("freeze needs to know solver and noise levels; set predictor.plan, or load it from a file")
+            raise ConfigError(
+                "freeze needs to know solver and noise levels; set predictor.plan, or load it from a file"
+            )
         heard: list[Midpoint] = []
 
         def listening(features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:

@@ -36,8 +36,8 @@ class Sampler:
 
     model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
         (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
-    predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver, schedule and NFE; arguments that contradict
-        it raise. Without one, a zoo model brings its own for this NFE; otherwise a training-free solver runs.
+    predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
+        schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE; otherwise a training-free solver runs.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
         predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
     afs: analytic first step; None uses it wherever the NFE allows.
@@ -88,7 +88,9 @@ class Sampler:
         if isinstance(predictor, (str, os.PathLike)):
             predictor = load_predictor(predictor)
         if predictor is not None and not isinstance(predictor, Predictor):
-            raise ConfigError(f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}")
+            raise ConfigError(
+                f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}"
+            )
         bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
         if bundled and self.model.name:
             predictor = zoo.bundled_predictor(self.model.name, nfe or 5)

@@ -52,9 +52,7 @@ class Solver(ABC):
         return 2
 
     @abstractmethod
-    def step(
-        self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int
-    ) -> list[Stage]:
+    def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:
         """One stage per evaluation of interval i of n, from sigma to sigma_next."""
 
 

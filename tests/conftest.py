@@ -1,5 +1,6 @@
 """What several test files share: small models with known answers, and what to skip where."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Nothing the package does, or its tests, needs another machine."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        host = address[0] if self.family in (socket.AF_INET, socket.AF_INET6) else "localhost"
+        if host not in ("localhost", "127.0.0.1", "::1"):
+            raise AssertionError(f"the network was asked for: {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(scope="session")

@@ -553,7 +553,9 @@ def test_the_loop_refuses_what_it_cannot_run(gaussian_denoiser):
         sample(gaussian_denoiser, x, sigmas, make_solver("amed"))
     with pytest.raises(ConfigError, match="takes no predictor"):
         sample(gaussian_denoiser, x, sigmas, make_solver("heun"), AMEDPredictor())
-    with pytest.raises(ConfigError, match="got a predictor of 1 intervals for 2 intervals; pass one entry per interval"):
+    with pytest.raises(
+        ConfigError, match="got a predictor of 1 intervals for 2 intervals; pass one entry per interval"
+    ):
         sample(gaussian_denoiser, x, sigmas, make_solver("amed"), [Midpoint(torch.tensor(0.5))])
 
 

@@ -22,7 +22,7 @@ from amed_engine.fitting import (
     nonstationary,
     unrolled,
 )
-from amed_engine.learned import Effort, Task, draw_examples, learn, start_of
+from amed_engine.learned import Effort, Task, draw_examples, learn, starts_of
 from amed_engine.loop import Program, integrate, sample
 from amed_engine.models import resolve
 from amed_engine.plan import Plan
@@ -170,6 +170,7 @@ def test_a_step_is_a_ridge_regression():
     stacked = torch.cat([columns.reshape(-1, 3), prior.sqrt().diag()])
     right = torch.cat([-residual.reshape(-1), -(prior.sqrt() * offset)])
     torch.testing.assert_close(step, torch.linalg.lstsq(stacked, right).solution, rtol=1e-6, atol=1e-9)
+    assert normal.step(0.0, prior, offset, fixed=[1])[1] == 0
     assert normal.loss == pytest.approx(residual.square().sum().item())
 
 
@@ -185,13 +186,13 @@ def test_each_variant_beats_its_start_and_is_saved_whole(variant, tmp_path):
     assert loaded.plan.nfe == 5
     fresh = draw_examples(model, task, replace(effort, samples=64, batch=64, seed=4))[0]
     drawn = Sampler(mixture, loaded, shape=SHAPE).run(fresh.x / 80).images
-    start = start_of(model, task, draw_examples(model, task, effort))
+    start = starts_of(model, task, draw_examples(model, task, effort))[0]
     assert (drawn - fresh.target).square().sum() < 0.5 * loss_of(start, [fresh])
 
 
 def test_the_global_generators_are_left_alone():
     before = torch.get_rng_state()
-    learn(resolve(mixture, shape=SHAPE), Task("constants"), Effort(8, 8, 0, 1, 8), progress=False)
+    learn(resolve(mixture, shape=SHAPE), Task("constants"), Effort(8, 8, 1, 0, 1, 8), progress=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -264,7 +265,10 @@ def test_a_predictor_of_another_number_of_intervals():
         ),
         (
             lambda: learn(
-                resolve(lambda x, s: mixture(x, s).x0, shape=SHAPE), Task("adaptive"), Effort(8, 8, 0, 1, 8), progress=False
+                resolve(lambda x, s: mixture(x, s).x0, shape=SHAPE),
+                Task("adaptive"),
+                Effort(8, 8, 1, 0, 1, 8),
+                progress=False,
             ),
             "returns no bottleneck features",
         ),
@@ -279,5 +283,5 @@ def test_noise_levels_stay_in_order():
     sigmas = nonstationary(program_of("euler"), 0.002)
     theta = sigmas.theta()
     theta[-1] = theta[-2] + math.log(1.001)
-    assert not sigmas.at(theta).in_order
-    assert sigmas.in_order
+    assert sigmas.at(theta).collisions == {len(theta) - 2, len(theta) - 1}
+    assert not sigmas.collisions

@@ -17,9 +17,22 @@ ENGINE = (
     *("solver", "singlestep", "multistep", "nonstationary", "solvers", "plan", "seeds"),
     *("denoiser", "loop", "coefficients", "predictor"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "fitting", "learned", "distillation"),
+    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export"),
+    *("fitting", "learned", "distillation"),
+    "reproduce",
     "__init__",  # the public names
-    *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),
+    *(
+        "integrations",
+        "metrics",
+        "images",
+        "compare",
+        "figure",
+        "environment",
+        "console",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 KERNELS = (
     *("reference", "layout", "native"),

@@ -1,5 +1,6 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
+from amed_engine.checkpoints.conversion import Converted, convert, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.native import (
     Predictor,
@@ -9,15 +10,21 @@ from amed_engine.checkpoints.native import (
     save_model,
     save_predictor,
 )
+from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
 
 __all__ = [
+    "Converted",
     "Predictor",
     "atomic_write",
+    "convert",
     "fingerprint",
+    "from_pretrained",
     "load_model",
     "load_predictor",
+    "load_published",
     "read",
     "save_model",
     "save_predictor",
+    "save_pretrained",
     "write",
 ]

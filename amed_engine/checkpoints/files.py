@@ -22,6 +22,8 @@ from torch import Tensor
 from amed_engine.errors import ConfigError, FileFormatError
 
 CONFIG_KEY = "amed_config"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,14 +78,14 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> 
     if path.suffix == ".safetensors":
         atomic_write(path, data)
         return
-    atomic_write(path / "model.safetensors", data)
-    atomic_write(path / "config.json", text.encode() + b"\n")
+    atomic_write(path / WEIGHTS_FILE, data)
+    atomic_write(path / CONFIG_FILE, text.encode() + b"\n")
 
 
 def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor]]:
     """(config, tensors) of a file or directory that `write` made. Raises FileFormatError, naming the file."""
     path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path / WEIGHTS_FILE if path.is_dir() else path
     _check_size(file, max_bytes)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -93,13 +95,21 @@ def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, d
         raise FileFormatError(
             f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
         ) from error
-    beside = path / "config.json"
+    beside = path / CONFIG_FILE
     text = _read_text(beside) if beside.is_file() else metadata.get(CONFIG_KEY)
     if text is None:
         raise FileFormatError(f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata)")
     for name, tensor in tensors.items():
-        _check_values(file, name, tensor)
+        check_values(file, name, tensor)
     return parse_config(text, file), tensors
+
+
+def read_config(folder: Path) -> dict:
+    """The configuration beside the weights of a directory, without the weights."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileFormatError(f"{folder} has no {CONFIG_FILE}")
+    return parse_config(_read_text(file), file)
 
 
 def _read_text(file: Path) -> str:
@@ -112,7 +122,7 @@ def _read_text(file: Path) -> str:
         raise FileFormatError(f"{file}: configuration is not UTF-8 text: {error}") from error
 
 
-def _check_values(file: Path, name: str, tensor: Tensor) -> None:
+def check_values(file: Path, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         return
     if tensor.dtype not in FLOATS:
@@ -140,6 +150,10 @@ def _check_size(file: Path, max_bytes: int | None) -> None:
     if not file.is_file():
         raise FileFormatError(
             f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    if file.suffix in PUBLISHED:
+        raise FileFormatError(
+            f"{file} is not in this package's format; if it is published, `amed convert {file}` makes it so"
         )
     size = file.stat().st_size
     if max_bytes is not None and size > max_bytes:

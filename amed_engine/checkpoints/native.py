@@ -11,20 +11,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from amed_engine import networks
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
-from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
 
 M = TypeVar("M", bound=nn.Module)
 Predictor = AMEDPredictor | ConstantPredictor | CoefficientPredictor
-KINDS: dict[str, Callable[..., Predictor]] = {
+PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "amed_predictor": AMEDPredictor,
     "constant_predictor": ConstantPredictor,
     "coefficient_predictor": CoefficientPredictor,
 }
+# What a file says it holds -> the class in amed_engine.networks.
+KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet"}
 
 
 def fingerprint(model: Any) -> str | None:
@@ -48,7 +51,7 @@ def fingerprint(model: Any) -> str | None:
 def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
     """Save a predictor and the plan it was trained for, to one .safetensors file or a directory."""
     plan = None if predictor.plan is None else predictor.plan.to_json()
-    kind = next(kind for kind, make in KINDS.items() if make is type(predictor))
+    kind = next(kind for kind, make in PREDICTORS.items() if make is type(predictor))
     write(path, predictor.state_dict(), {"kind": kind, "predictor": predictor.config, "plan": plan, **_versions()})
 
 
@@ -56,9 +59,9 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
     """A predictor saved by `save_predictor`, its plan restored. Raises FileFormatError or ConfigError."""
     config, tensors = read(path, MAX_PREDICTOR)
     kind = config.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise FileFormatError(f"{path} holds {kind!r}, expected a predictor: {', '.join(KINDS)}")
-    predictor = _restore(KINDS[kind], config.get("predictor"), tensors, path)
+    if not isinstance(kind, str) or kind not in PREDICTORS:
+        raise FileFormatError(f"{path} holds {kind!r}, expected a predictor: {', '.join(PREDICTORS)}")
+    predictor = restore(PREDICTORS[kind], config.get("predictor"), tensors, path)
     if config.get("plan") is not None:
         try:
             predictor.plan = Plan.from_json(config["plan"])
@@ -72,14 +75,35 @@ def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None
     write(path, model.state_dict(), {"kind": "edm_precond", "model": model.config, **notes, **_versions()})
 
 
-def load_model(path: str | os.PathLike) -> EDMPrecond:
-    """A network saved by `save_model`, in evaluation mode."""
+def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Save a network that is not built: its kind, constructor arguments and tensors, checked against each other."""
+    if (network := _network(kind)) is not None:
+        with torch.device("meta"):
+            check_tensors(_build(network, arguments, path), tensors, path)
+    write(path, tensors, {"kind": kind, "model": arguments, **_versions()})
+
+
+def load_model(path: str | os.PathLike) -> Any:
+    """A network saved by `save_model` or written by `convert`, in evaluation mode."""
     config, tensors = read(path)
-    _expect_kind(config, "edm_precond", path)
-    return _restore(EDMPrecond, config.get("model"), tensors, path).eval()
+    if config.get("kind") not in list(KINDS):  # a list: what the file says may be no key
+        raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {' or '.join(map(repr, KINDS))}")
+    return build_network(config["kind"], config.get("model"), tensors, path)
 
 
-def _restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> M:
+def build_network(kind: str, arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
+    """The network of a kind, of these constructor arguments and tensors, in evaluation mode."""
+    network = _network(kind)
+    if network is None:
+        raise FileFormatError(f"{path} holds {kind!r}, which this version of amed_engine has no network for")
+    return restore(network, arguments, tensors, path).eval()
+
+
+def _network(kind: str) -> type[nn.Module] | None:
+    return getattr(networks, KINDS[kind], None)
+
+
+def restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> M:
     """The module of these arguments with these tensors, and no others."""
     # First without memory: a configuration may claim any size, the file's tensors have theirs.
     with torch.device("meta"):

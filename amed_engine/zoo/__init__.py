@@ -1,12 +1,16 @@
-"""Models that come with the package, each a folder of weights, configuration and predictors beside this file."""
+"""Models by name: those that come with the package, each a folder beside this file, and published ones."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from torch import nn
 
 from amed_engine.checkpoints import Predictor, load_model, load_predictor
 from amed_engine.errors import ConfigError
-from amed_engine.networks import EDMPrecond
+from amed_engine.zoo.catalogue import CATALOGUE
+from amed_engine.zoo.weights import load_weights
 
 ROOT = Path(__file__).parent
 
@@ -16,10 +20,26 @@ def names() -> list[str]:
     return sorted(folder.parent.name for folder in ROOT.glob("*/model.safetensors"))
 
 
-def load(name: str) -> EDMPrecond:
-    """A bundled model, in evaluation mode on the CPU. Raises ConfigError with the valid names."""
+def published() -> list[str]:
+    """The published models, whose weights are not in the package."""
+    return sorted(CATALOGUE)
+
+
+def load(name: str, weights: str | os.PathLike | None = None) -> nn.Module:
+    """A model by name, in evaluation mode on the CPU: a bundled one, or a published one.
+
+    weights: of a published model, its file (as published, or converted) or the folder it is in; None looks into the folder
+    that the environment variable AMED_WEIGHTS names.
+    Raises ConfigError with the valid names, or with what to fetch; FileFormatError where the file is another model's.
+    """
+    if name in CATALOGUE:
+        return load_weights(name, weights)
     if name not in names():
-        raise ConfigError(f"unknown model {name!r}; bundled models: {', '.join(names()) or 'none'}")
+        raise ConfigError(
+            f"unknown model {name!r}; bundled models: {', '.join(names()) or 'none'}; published ones: {', '.join(published())}"
+        )
+    if weights is not None:
+        raise ConfigError(f"{name} is bundled and has its weights; leave weights out")
     return load_model(ROOT / name)
 
 

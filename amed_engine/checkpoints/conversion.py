@@ -1,0 +1,219 @@
+"""From the files that others publish to ours, without running anything of theirs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.checkpoints import latent, openai_state
+from amed_engine.checkpoints.amed_pickle import to_predictor
+from amed_engine.checkpoints.files import check_values
+from amed_engine.checkpoints.native import build_network, restore, save_model, save_predictor, save_tensors
+from amed_engine.checkpoints.pickles import Record
+from amed_engine.checkpoints.published import read_published
+from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
+from amed_engine.networks import EDMPrecond
+
+OPENAI = "openai_unet"
+MAX_LAYERS = 32  # of modules inside modules
+EDM_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
+
+
+class Converted(NamedTuple):
+    """Where it went, and one line about what it is."""
+
+    path: Path
+    description: str
+
+
+class _Layout(NamedTuple):
+    name: str
+    fits: Callable[[Mapping[str, Any]], bool]
+    convert: Callable[[Mapping[str, Any], Path, Path, Mapping[str, Any]], str]
+    load: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], nn.Module] | None = None  # None: it is no network
+    suffix: str = ".safetensors"  # of what it becomes, "" for a directory
+
+
+def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **settings: Any) -> Converted:
+    """Write a published checkpoint in this package's format.
+
+    path: an AMED predictor or EDM network (.pkl), a state dict of guided-diffusion or the consistency models (.pt), or a
+        latent-diffusion checkpoint (.ckpt). What it is, is read from what it holds.
+    out: a .safetensors file or a directory; None puts it beside the original.
+    settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
+    Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
+    """
+    layout, data = _open(Path(path))
+    path, target = Path(path), Path(out) if out is not None else Path(path).with_suffix(layout.suffix)
+    if target == path:
+        raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
+    return Converted(target, layout.convert(data, path, target, settings))
+
+
+def load_published(path: str | os.PathLike, **settings: Any) -> nn.Module:
+    """The network of a published checkpoint, as `convert` reads it, without writing anything."""
+    layout, data = _open(Path(path))
+    if layout.load is None:
+        raise FileFormatError(f"{path} holds no network but an {layout.name}")
+    return layout.load(data, Path(path), settings)
+
+
+def _open(path: Path) -> tuple[_Layout, dict]:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist or is no file; pass a published checkpoint")
+    data = _read(path)
+    known = [layout for layout in LAYOUTS if isinstance(data, dict) and layout.fits(data)]
+    if not known:
+        raise FileFormatError(
+            f"{path} has an unknown layout: {_keys(data)}; known are {'; '.join(layout.name for layout in LAYOUTS)}"
+        )
+    return known[0], data
+
+
+def _keys(data: Any) -> str:
+    if not isinstance(data, dict):
+        return f"it holds a {data.kind if isinstance(data, Record) else type(data).__name__}"
+    names = [f"{key} ({data[key].kind})" if isinstance(data[key], Record) else str(key)[:60] for key in data]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"it has the keys {', '.join(names[:20]) or '(none)'}{more}"
+
+
+def _read(path: Path) -> Any:
+    """A pickle by our own reader; what torch.save wrote by torch's, restricted to tensors."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    # An archive, or the magic number that the older torch.save put first.
+    if not start.startswith(b"PK\x03\x04") and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" not in start:
+        return read_published(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its readers happen to raise
+        raise UnsafeFileError(f"{path} is refused: {_reason(error)}; only tensors are read from such a file") from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that names what was found; others tell how to load it all the same."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0])[:300]
+
+
+def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """The state dict of a module that was read as a Record."""
+    state = module.state if isinstance(module, Record) else None
+    if not isinstance(state, dict) or depth > MAX_LAYERS:
+        raise FileFormatError(f"{prefix or 'the model'} is no module with parameters")
+    passing = state.get("_non_persistent_buffers_set") or ()
+    own = {**_dict(state, "_parameters"), **_dict(state, "_buffers")}
+    found = {prefix + name: t for name, t in own.items() if isinstance(t, Tensor) and name not in passing}
+    for name, child in _dict(state, "_modules").items():
+        if child is not None:
+            found |= module_tensors(child, f"{prefix}{name}.", depth + 1)
+    return found
+
+
+def _dict(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = state.get(name)
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else {}
+
+
+def _is(key: str, kind: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda data: isinstance(data.get(key), Record) and data[key].kind == kind
+
+
+def _predictor(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    tensors = _finite(module_tensors(data["model"]), path)
+    predictor = to_predictor(data["model"], data.get("loss_fn"), tensors, path)
+    _no_settings(settings)
+    save_predictor(predictor, out)
+    return f"AMED predictor: {predictor.plan.describe() if predictor.plan else ''}"
+
+
+def _edm(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    _no_settings(settings)
+    model = edm_network(data["ema"], path)
+    save_model(model, out)
+    size = f"{model.img_channels}x{model.img_resolution}x{model.img_resolution}"
+    return f"EDM network ({model.model_type}) for {size}, {model.label_dim or 'no'} classes"
+
+
+def _load_edm(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    _no_settings(settings)
+    return edm_network(data["ema"], path)
+
+
+def edm_network(record: Record, path: Path) -> EDMPrecond:
+    """The network that a published EDM pickle describes: its recorded constructor arguments and its tensors."""
+    state = record.state if isinstance(record.state, dict) else {}
+    positional, named = state.get("_init_args") or (), state.get("_init_kwargs")
+    if not isinstance(named, dict) or not isinstance(positional, (tuple, list)):
+        raise FileFormatError(f"{path}: its network does not say how it was constructed (_init_kwargs)")
+    arguments = {**dict(zip(EDM_ARGUMENTS, positional, strict=False)), **named}
+    return restore(EDMPrecond, arguments, _finite(module_tensors(record), path), path).eval()
+
+
+def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:
+    """(constructor arguments, tensors)"""
+    tensors = _finite({name: value for name, value in data.items() if isinstance(value, Tensor)}, path)
+    return openai_state.infer_config(tensors, path, settings), tensors
+
+
+def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    config, tensors = _openai_parts(data, path, settings)
+    save_tensors(OPENAI, config, tensors, out)
+    return f"U-Net of guided-diffusion for {config['in_channels']}x{config['image_size']}x{config['image_size']}"
+
+
+def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    return build_network(OPENAI, *_openai_parts(data, path, settings), path)
+
+
+def _latent_parts(
+    data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict | None]:
+    """(tensors, settings of a U-Net without a condition; None for one with)"""
+    tensors = latent.unet_tensors(data["state_dict"], path)
+    plain = openai_state.is_unet(tensors) and not latent.has_context(tensors)
+    return _finite(tensors, path), {**latent.UNCONDITIONAL, **settings} if plain else None
+
+
+def _latent(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    tensors, plain = _latent_parts(data, path, settings)
+    if plain is not None:
+        return _openai(tensors, path, out, plain)
+    return latent.save(latent.build(tensors, path, settings), out)
+
+
+def _load_latent(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    tensors, plain = _latent_parts(data, path, settings)
+    return latent.build(tensors, path, settings) if plain is None else _load_openai(tensors, path, plain)
+
+
+def _no_settings(settings: Mapping[str, Any]) -> None:
+    if settings:
+        raise ConfigError(f"this file says all about itself; leave out {', '.join(sorted(settings))}")
+
+
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        check_values(path, name, tensor)
+    return tensors
+
+
+LAYOUTS = (
+    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor),
+    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm),
+    _Layout(
+        "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)",
+        openai_state.is_unet,
+        _openai,
+        _load_openai,
+    ),
+    _Layout(
+        "latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, _load_latent, ""
+    ),
+)

@@ -1,0 +1,106 @@
+"""Latent-diffusion checkpoints (.ckpt): their U-Net, averaged weights first; conditional ones through diffusers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from amed_engine.errors import ConfigError, FileFormatError
+
+PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
+HOW_TO_SET = "pass what differs from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
+# The unconditional networks on latents of 64 x 64 (faces, bedrooms): heads of 32 channels.
+UNCONDITIONAL = {"image_size": 64, "num_head_channels": 32}
+# Of Stable Diffusion 1.x, in the words of diffusers' UNet2DConditionModel.
+STABLE_DIFFUSION_1 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+def fits(data: Mapping[str, Any]) -> bool:
+    state = data.get("state_dict")
+    return isinstance(state, dict) and any(str(name).startswith(PREFIX) for name in state)
+
+
+def unet_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The U-Net's tensors under its own names, the averaged ones where the file has them (their names have no dots)."""
+    plain = {name.removeprefix(PREFIX): value for name, value in state.items() if str(name).startswith(PREFIX)}
+    if wrong := [name for name, value in plain.items() if not isinstance(value, Tensor)]:
+        raise FileFormatError(f"{path}: {wrong[0]!r} is no tensor")
+    return {name: state.get(AVERAGED + name.replace(".", ""), value) for name, value in plain.items()}
+
+
+def has_context(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the network attends to a condition, such as text."""
+    return any(".attn2." in name for name in tensors)
+
+
+def build(tensors: dict[str, Tensor], path: Path, settings: Mapping[str, Any]) -> Any:
+    """diffusers' UNet2DConditionModel of these tensors. settings: its configuration where it is not that of SD 1.x."""
+    model_class, config = _diffusers(), {**STABLE_DIFFUSION_1, **settings}
+    _check(tensors, config, path)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **config}))
+        state: dict[str, Any] = {PREFIX + name: value for name, value in tensors.items()}
+        try:
+            return model_class.from_single_file(state, config=folder, local_files_only=True)
+        except Exception as error:  # diffusers raises what its converters happen to raise
+            raise FileFormatError(
+                f"{path} does not fit diffusers' UNet2DConditionModel as configured: {str(error)[:300]}; {HOW_TO_SET}"
+            ) from error
+
+
+def _check(tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> None:
+    """Before a network of the wrong size is built: its ends and its condition have the configured widths."""
+    first, last = tensors.get("input_blocks.0.0.weight"), tensors.get("out.2.weight")
+    keys = next((tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    if first is None or last is None or keys is None:
+        raise FileFormatError(f"{path}: its network is no U-Net of latent diffusion with a condition")
+    found = {
+        "in_channels": (config["in_channels"], first.shape[1]),
+        "out_channels": (config["out_channels"], last.shape[0]),
+        "block_out_channels": (config["block_out_channels"][0], first.shape[0]),
+        "cross_attention_dim": (config["cross_attention_dim"], keys.shape[1]),
+    }
+    for name, (configured, got) in found.items():
+        if configured != got:
+            raise FileFormatError(f"{path}: its {name} is {got}, configured is {configured}; {HOW_TO_SET}")
+
+
+def save(unet: Any, out: Path) -> str:
+    """Write a directory that diffusers' UNet2DConditionModel loads."""
+    if out.suffix == ".safetensors":
+        raise ConfigError(f"{out} must be a directory: diffusers keeps a model in one")
+    unet.save_pretrained(out)
+    return f"U-Net of Stable Diffusion, for diffusers' UNet2DConditionModel.from_pretrained({str(out)!r})"
+
+
+def load(folder: Path) -> Any:
+    """The network in a directory that `save` or diffusers wrote; safetensors only, nothing from the network."""
+    try:
+        return _diffusers().from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{folder} holds no U-Net of diffusers: {str(error)[:300]}") from error
+
+
+def _diffusers() -> Any:
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise ConfigError(
+            "latent-diffusion checkpoints with a condition need diffusers: pip install 'amed-engine[diffusers]'"
+        ) from error
+    return UNet2DConditionModel

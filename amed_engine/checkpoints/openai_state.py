@@ -1,0 +1,81 @@
+"""What a bare state dict of guided-diffusion's U-Net says about the network: all of it but the heads and the image's size.
+
+Such files (guided-diffusion, consistency models, the unconditional latent-diffusion networks) hold parameters and nothing
+else. Dhariwal & Nichol 2021 (arXiv:2105.05233), Song et al. 2023 (arXiv:2303.01469).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from amed_engine.errors import FileFormatError
+
+# Of published files, what is neither in the tensors nor the same for all.
+KNOWN_FILES: dict[str, dict[str, Any]] = {
+    "64x64_diffusion.pt": {"use_new_attention_order": True},
+    "128x128_diffusion.pt": {"num_heads": 4, "num_head_channels": -1},
+}
+SIZES = re.compile(r"(?<!\d)(32|64|128|256|512)(?!\d)")
+
+
+def is_unet(tensors: Mapping[str, Any]) -> bool:
+    return {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= tensors.keys() and any(
+        name.startswith("output_blocks.") for name in tensors
+    )
+
+
+def infer_config(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the published constructor. `settings` go first, then what is known of a file of this name.
+
+    The image's size is taken from the file's name where it is in it (256x256_diffusion.pt, edm_bedroom256_ema.pt); heads
+    have 64 channels, as published. Raises FileFormatError where the size is not known.
+    """
+    try:
+        config = _read(tensors)
+    except (KeyError, IndexError) as error:
+        raise FileFormatError(
+            f"{path} is like a U-Net of guided-diffusion, but lacks tensor {error}; it is damaged or another network's"
+        ) from error
+    config = {**config, **KNOWN_FILES.get(path.name, {}), **settings}
+    if "image_size" not in config:
+        sizes = set(SIZES.findall(path.name))
+        if len(sizes) != 1:
+            raise FileFormatError(f"{path} does not say for which images its network is; pass it: --set image_size=256")
+        config["image_size"] = int(sizes.pop())
+    return config
+
+
+def _read(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    levels, per_level = _levels(tensors)
+    channels = tensors["time_embed.0.weight"].shape[1]
+    # Blocks of a level: its residual blocks, then one that goes down.
+    first = [1 + level * (per_level + 1) for level in range(levels)]
+    widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first]
+    labels = tensors.get("label_emb.weight")
+    embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    return {
+        "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
+        "model_channels": channels,
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "num_res_blocks": per_level,
+        "attention_resolutions": [2**k for k, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in tensors],
+        "channel_mult": [w // channels if w % channels == 0 else w / channels for w in widths],
+        "num_classes": None if labels is None else labels.shape[0],
+        "num_head_channels": 64,
+        "use_scale_shift_norm": embedding == 2 * widths[0],
+        "resblock_updown": not any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in tensors),
+        "use_new_attention_order": False,
+    }
+
+
+def _levels(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(levels, residual blocks in each). The way up has one more block per level, the last of which also goes up."""
+    up = re.compile(r"output_blocks\.(\d+)\.[12]\.(?:in_layers\.0|conv)\.weight")
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("output_blocks.")}
+    levels = 1 + len({found[1] for name in tensors if (found := up.fullmatch(name))})
+    return levels, len(blocks) // levels - 1

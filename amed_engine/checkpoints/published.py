@@ -1,0 +1,170 @@
+"""What the published pickles may hold: which names, and what stands in for the functions they call."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.checkpoints.pickles import Policy, Record, Ref, refuse, run, run_file
+
+# Classes whose source travels in the file: the networks, losses and augmentation of EDM, the predictor and loss of AMED.
+CLASSES = {
+    *("AMED_predictor", "AMED_loss", "Linear", "Conv2d", "GroupNorm", "PositionalEmbedding", "FourierEmbedding"),
+    *("UNetBlock", "SongUNet", "DhariwalUNet", "EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"),
+    *("EDMLoss", "VPLoss", "VELoss", "AugmentPipe"),
+}
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before it wrote zip archives
+NUMPY = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}
+
+
+def read_published(path: str | os.PathLike) -> Any:
+    """The data of a published pickle: dicts, lists, CPU tensors and Records. No code of the file is run.
+
+    Raises UnsafeFileError naming what is not on the list, or where the file is damaged.
+    """
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    return run_file(path, Policy(_NAMES, {**_CALLS, "torch.storage._load_from_bytes": _Storages(size)}))
+
+
+def _object(meta: Any) -> Record:
+    if not isinstance(meta, dict) or not {"type", "class_name", "state"} <= meta.keys():
+        raise refuse("an object in it has no class_name and state")
+    if meta["type"] != "class" or meta["class_name"] not in CLASSES:
+        raise refuse(f"it brings its own class {str(meta['class_name'])[:80]!r}, whose source is not run")
+    return Record(meta["class_name"], meta["state"])
+
+
+class _Storages:
+    """The flat tensors of a file, together not larger than the file: it may read the same bytes again and again."""
+
+    def __init__(self, limit: int):
+        self.left = limit
+
+    def __call__(self, data: Any) -> Tensor:
+        if not isinstance(data, bytes):
+            raise refuse("a storage in it is not made of bytes")
+        self.left -= len(data)
+        if self.left < 0:
+            raise refuse("its storages are larger than itself")
+        return _storage(data)
+
+
+def _storage(data: bytes) -> Tensor:
+    """The flat tensor in what the older torch.save makes of one storage: four pickles, a list of keys, the bytes."""
+    stream, policy = io.BytesIO(data), Policy(_NAMES, {}, _Claim)
+    magic, protocol, system, flat, keys = (run(stream, policy, "a storage in it") for _ in range(5))
+    if magic != MAGIC or protocol != PROTOCOL or not isinstance(flat, _Claim) or keys != [flat.key]:
+        raise refuse("a storage in it is of an unknown form")
+    if not (isinstance(system, dict) and system.get("little_endian") is True):
+        raise refuse("a storage in it is not little-endian")
+    (count,) = struct.unpack("<q", stream.read(8))
+    values = bytearray(stream.read())  # torch reads it in place, and wants to be able to write
+    if count != flat.count or len(values) != count * flat.dtype.itemsize:
+        raise refuse(f"a storage in it claims {flat.count} numbers and holds {len(values)} bytes")
+    return torch.frombuffer(values, dtype=flat.dtype) if count else torch.empty(0, dtype=flat.dtype)
+
+
+class _Claim:
+    """What a storage's pickle says of the bytes that follow it."""
+
+    def __init__(self, ident: Any):
+        if not isinstance(ident, tuple) or len(ident) not in (5, 6) or ident[0] != "storage" or any(ident[5:]):
+            raise refuse("a storage in it has another persistent id than torch's")
+        _, cls, self.key, _, self.count = ident[:5]
+        if not isinstance(cls, Ref) or cls.name not in STORAGES or not isinstance(self.key, str):
+            raise refuse("a storage in it has an unknown type")
+        self.dtype = STORAGES[cls.name]
+
+
+def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """The tensor of these sizes and strides, within its storage."""
+    numbers = (offset, *size, *stride)
+    if not isinstance(flat, Tensor) or not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
+        raise refuse("a tensor in it has impossible sizes")
+    count, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if count and (last >= flat.numel() or count > flat.numel()):
+        raise refuse(f"a tensor in it of {tuple(size)} reaches beyond its storage of {flat.numel()}")
+    return torch.as_strided(flat, size, stride, offset if count else 0)
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise refuse("a parameter in it is no tensor")
+    return data
+
+
+def _scalar(dtype: Any, data: Any) -> float | int | bool:
+    """A number of numpy's: the networks of EDM hold square roots. `dtype.state` has the byte order."""
+    code = NUMPY.get(dtype.kind) if isinstance(dtype, Record) else None
+    order = dtype.state[1] if code and isinstance(dtype.state, tuple) else "<"
+    if code is None or order not in ("<", "|") or not isinstance(data, bytes):
+        raise refuse("a number of numpy's in it has an unknown type")
+    return struct.unpack(f"<{code}", data)[0]
+
+
+def _empty(kind: type) -> Callable[..., Any]:
+    """Makes an empty container, which later operations fill: a call with contents could repeat them without end."""
+
+    def make(*arguments: Any) -> Any:
+        if any(arguments):
+            raise refuse(f"a {kind.__name__} in it is made from arguments")
+        return kind()
+
+    return make
+
+
+def _device(kind: Any, index: Any = 0) -> Record:
+    return Record("torch.device", (kind, index))
+
+
+def _size(sizes: Any = ()) -> tuple:
+    if not isinstance(sizes, tuple):
+        raise refuse("a size in it is no tuple")
+    return sizes
+
+
+def _instance(cls: Any, base: Any, state: Any) -> Record:
+    if not isinstance(cls, Ref) or base != Ref("builtins", "object") or state is not None:
+        raise refuse("an object in it is made from arguments")
+    return Record(str(cls))
+
+
+_CALLS = {
+    "torch_utils.persistence._reconstruct_persistent_obj": _object,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "numpy.dtype": lambda kind, *_: Record(str(kind)),
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+    "collections.OrderedDict": _empty(dict),
+    "dnnlib.util.EasyDict": _empty(dict),
+    "builtins.set": _empty(set),
+    "copyreg._reconstructor": _instance,
+}
+# Held as values, never called: torch's layers, number types and storages, the solvers that AMED's loss remembers.
+_NAMES = re.compile(
+    r"torch\.nn\.modules\.\w+\.\w+|torch\.(bool|u?int\d+|b?float\d+)|torch\.\w+Storage|torch\.storage\.TypedStorage"
+    r"|solvers(_amed)?\.\w+_sampler|builtins\.object"
+)

@@ -1,0 +1,37 @@
+"""`amed convert`: published checkpoints to this package's files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", type=click.Path(), help="Where to write it.", show_default="beside the original")
+@click.option(
+    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="What the file does not tell, e.g. image_size=256."
+)
+def convert(file: str, out: str | None, pairs: tuple[str, ...]) -> None:
+    """Convert a published checkpoint: AMED predictor, EDM, guided-diffusion, consistency or latent-diffusion model.
+
+    Nothing in the file is run; what is not plain data is refused by name.
+    """
+    from amed_engine.checkpoints import convert as work
+
+    done = work(file, out, **dict(map(_parse, pairs)))
+    click.echo(done.description)
+    click.echo(f"wrote {done.path}")
+
+
+def _parse(pair: str) -> tuple[str, Any]:
+    """name=value, the value read as JSON or else as text."""
+    name, _, value = pair.partition("=")
+    if not (name.isidentifier() and value):
+        raise click.BadParameter(f"{pair!r} is not name=value; write e.g. image_size=256", param_hint="--set")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,136 @@
+"""The published models by name: what they are, where their weights are published, and what the files must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+_DDPMPP = {
+    "model_type": "SongUNet",
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+    "model_channels": 128,
+}
+_NCSNPP = {
+    "model_type": "SongUNet",
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+    "model_channels": 128,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published model.
+
+    url: where its weights are. form: what that file is. file: the name that `load` looks for.
+    shape: (C, R, R) of a sample. bottleneck: (C', h, w) that a predictor reads. sigma_min, sigma_max: the noise levels it is
+    sampled between. prediction: "denoised" where the network brings its preconditioning, else one of `wrap`'s.
+    betas: (kind, first, last) of the 1000 steps of a discrete-time model. arguments: the constructor arguments of `network`
+    that tell this model from others; a file that says otherwise is refused.
+    """
+
+    url: str
+    form: str
+    shape: tuple[int, int, int]
+    bottleneck: tuple[int, int, int]
+    label_dim: int = 0
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    prediction: str = "denoised"
+    betas: tuple[str, float, float] | None = None
+    network: str = "EDMPrecond"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+
+    def __post_init__(self):
+        if not self.file:
+            object.__setattr__(self, "file", self.url.rsplit("/", 1)[-1])
+
+
+def _edm(name: str, size: int, labels: int, network: Mapping[str, Any], **rest: Any) -> Entry:
+    arguments = {"img_resolution": size, "img_channels": 3, "label_dim": labels, **network, **rest}
+    channels = rest["channel_mult"][-1] * network["model_channels"]
+    form = "a pickle of EDM, its network under 'ema'"
+    return Entry(f"{_EDM}{name}.pkl", form, (3, size, size), (channels, 8, 8), labels, arguments=arguments)
+
+
+def _edm_models() -> dict[str, Entry]:
+    models = {}
+    for form, network in (("vp", _DDPMPP), ("ve", _NCSNPP)):
+        for kind, labels in (("cond", 10), ("uncond", 0)):
+            name = f"edm-cifar10-32x32-{kind}-{form}"
+            models[name] = _edm(name, 32, labels, network, channel_mult=[2, 2, 2])
+        for data in ("ffhq", "afhqv2"):
+            name = f"edm-{data}-64x64-uncond-{form}"
+            models[name] = _edm(name, 64, 0, network, channel_mult=[1, 2, 2, 2])
+    name = "edm-imagenet-64x64-cond-adm"
+    adm = {"model_type": "DhariwalUNet", "model_channels": 192}
+    return {**models, name: _edm(name, 64, 1000, adm, channel_mult=[1, 2, 3, 4])}
+
+
+CATALOGUE: dict[str, Entry] = {
+    **_edm_models(),
+    "edm-lsun-bedroom-256x256": Entry(
+        url="https://openaipublic.blob.core.windows.net/consistency/edm_bedroom256_ema.pt",
+        form="a state dict of the consistency models",
+        shape=(3, 256, 256),
+        bottleneck=(1024, 8, 8),
+        prediction="cm",
+        network="OpenAIUNet",
+        arguments={
+            "image_size": 256,
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 256,
+            "num_res_blocks": 2,
+            "attention_resolutions": [8, 16, 32],
+            "channel_mult": [1, 1, 2, 2, 4, 4],
+            "num_classes": None,
+            "num_head_channels": 64,
+            "use_scale_shift_norm": False,
+            "resblock_updown": True,
+        },
+    ),
+    "ldm-lsun-bedroom-256x256": Entry(
+        url="https://ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip",
+        file="ldm-lsun-bedroom-256x256.ckpt",
+        form="model.ckpt of that archive; samples are latents of its first stage, vq-f4",
+        shape=(3, 64, 64),
+        bottleneck=(896, 8, 8),
+        sigma_min=0.03876,
+        sigma_max=83.82,
+        prediction="epsilon",
+        betas=("scaled_linear", 0.0015, 0.0195),
+        network="OpenAIUNet",
+        arguments={
+            "image_size": 64,
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 224,
+            "num_res_blocks": 2,
+            "attention_resolutions": [2, 4, 8],
+            "channel_mult": [1, 2, 3, 4],
+            "num_classes": None,
+            "num_head_channels": 32,
+        },
+    ),
+    "sd-v1-5": Entry(
+        url="https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/v1-5-pruned-emaonly.ckpt",
+        form="a checkpoint of Stable Diffusion 1.x, or diffusers' directory of its U-Net; samples are latents",
+        shape=(4, 64, 64),
+        bottleneck=(1280, 8, 8),
+        sigma_min=0.0292,
+        sigma_max=14.6146,
+        prediction="epsilon",
+        betas=("scaled_linear", 0.00085, 0.012),
+        network="UNet2DConditionModel",
+        arguments={"in_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
+    ),
+}

@@ -31,6 +31,7 @@ _HOME = {
     "make_solver": "solvers",
     "sample": "loop",
     "save_predictor": "checkpoints",
+    "wrap": "adapters",
 }
 
 __all__ = [
@@ -55,9 +56,11 @@ __all__ = [
     "make_solver",
     "sample",
     "save_predictor",
+    "wrap",
 ]
 
 if TYPE_CHECKING:
+    from amed_engine.adapters import wrap
     from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import load_predictor, save_predictor
     from amed_engine.denoiser import Denoised

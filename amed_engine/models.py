@@ -86,6 +86,8 @@ def resolve(
     if isinstance(network, nn.Module):
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
             network.eval()
+    if hasattr(network, "check_ready"):  # an adapter knows what it lacks
+        network.check_ready()
     if label_dim is not None and label_dim < 0:
         raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(
@@ -105,6 +107,8 @@ def _check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def _image_shape(network: Any) -> tuple[int, ...] | None:
+    if (shape := getattr(network, "sample_shape", None)) is not None:
+        return tuple(shape)
     channels, size = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 

@@ -180,6 +180,11 @@ class Sampler:
             raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
         if guidance_scale is not None and not self.model.label_dim:
             raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+        if guidance_scale is not None and not getattr(self.model.network, "can_guide", True):
+            raise ConfigError(
+                'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
+                "or null_class, or leave guidance_scale out"
+            )
         # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
         if self._program.predictor is None or (guidance_scale or 1) == (self.plan.guidance_scale or 1):
             return self._program, self.plan

@@ -16,7 +16,7 @@ ENGINE = (
     *("errors", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
     *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
-    *("networks", "checkpoints", "zoo"),
+    *("networks", "adapters", "checkpoints", "zoo"),
     *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
     "__init__",  # the public names
     *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),

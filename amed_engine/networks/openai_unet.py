@@ -1,12 +1,13 @@
 """The U-Net of guided-diffusion (ADM) and of the consistency models, and the classifier made of its first half.
 
 Dhariwal & Nichol 2021 (arXiv:2105.05233), Song et al. 2023 (arXiv:2303.01469). Constructor arguments and parameter names
-are the published ones: ``load_state_dict(..., strict=True)`` of a published checkpoint works.
+are the published ones, and ``load_state_dict(..., strict=True)`` of a published checkpoint works; `config` keeps the arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,12 +130,14 @@ class OpenAIUNet(_Encoder):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
     ):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         shared = (dropout, use_scale_shift_norm, resblock_updown, conv_resample, num_head_channels)
         style = Style(4 * model_channels, *shared, num_heads, use_new_attention_order)
         super().__init__(
             *(image_size, in_channels, model_channels, num_res_blocks),
             *(attention_resolutions, channel_mult, dims, use_fp16, style),
         )
+        self.config: dict[str, Any] = config
         self.out_channels, self.num_classes = out_channels, num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, style.emb_channels)
@@ -176,8 +179,8 @@ class OpenAIUNet(_Encoder):
 
     def _embed_classes(self, y: Tensor | None, emb: Tensor) -> Tensor | None:
         if (y is None) != (self.num_classes is None):
-            expected = "needs class labels" if y is None else "is unconditional and takes no class labels"
-            raise ConfigError(f"this network {expected} (num_classes={self.num_classes}), got y={'None' if y is None else 'labels'}")
+            need = "needs class labels" if y is None else "is unconditional and takes no class labels"
+            raise ConfigError(f"this network {need} (num_classes={self.num_classes})")
         if y is None or self.num_classes is None:
             return None
         if y.dim() == 1 and not y.is_floating_point():
@@ -219,12 +222,14 @@ class OpenAIClassifier(_Encoder):
                 f"pool must be one of {', '.join(POOLS)}, and 'attention' needs num_head_channels; got {pool!r}, "
                 f"{num_head_channels}"
             )
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         shared = (dropout, use_scale_shift_norm, resblock_updown, conv_resample, num_head_channels)
         style = Style(4 * model_channels, *shared, num_heads, use_new_attention_order)
         super().__init__(
             *(image_size, in_channels, model_channels, num_res_blocks),
             *(attention_resolutions, channel_mult, dims, use_fp16, style),
         )
+        self.config: dict[str, Any] = config
         self.out_channels, self.pool = out_channels, pool
         self.out = self._build_head(out_channels)
 

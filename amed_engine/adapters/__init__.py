@@ -1,0 +1,28 @@
+"""Adapters: networks of every family as denoisers (x, sigma (B,)) -> Denoised(D, bottleneck)."""
+
+from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.coefficients import Coefficients, Family
+from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
+from amed_engine.adapters.flow import Flow
+from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
+from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
+from amed_engine.adapters.wrapping import PREDICTIONS, wrap
+
+__all__ = [
+    "EDM",
+    "IDDPM",
+    "PREDICTIONS",
+    "VE",
+    "VP",
+    "Adapter",
+    "ClassifierFree",
+    "ClassifierGuided",
+    "Coefficients",
+    "Consistency",
+    "DiscreteSteps",
+    "Family",
+    "Flow",
+    "Thresholded",
+    "alphas_cumprod",
+    "wrap",
+]

@@ -6,6 +6,7 @@ from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
+from amed_engine.adapters.latents import decode_latents, wrap_pipeline
 from amed_engine.adapters.wrapping import PREDICTIONS, wrap
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "Flow",
     "Thresholded",
     "alphas_cumprod",
+    "decode_latents",
     "wrap",
+    "wrap_pipeline",
 ]

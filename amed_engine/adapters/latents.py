@@ -27,7 +27,8 @@ def wrap_pipeline(
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if network is None or not hasattr(pipeline, "encode_prompt"):
         raise ConfigError(
-            f"pipeline must be a text-to-image pipeline of diffusers with a U-Net or a transformer, got {type(pipeline).__name__}"
+            "pipeline must be a text-to-image pipeline of diffusers with a U-Net or a transformer, got "
+            f"{type(pipeline).__name__}"
         )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine import zoo
+from amed_engine.adapters import Signature, is_package, load_onnx, load_package
 from amed_engine.checkpoints import load_model
 from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError
@@ -43,9 +44,11 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are; the CPU for a callable without any."""
+        """Where its parameters are; without any, what a compiled model says, or the CPU."""
         parameter = self._parameter
-        return torch.device("cpu") if parameter is None else parameter.device
+        own = getattr(self.network, "device", None)
+        known = own if isinstance(own, torch.device) else torch.device("cpu")
+        return known if parameter is None else parameter.device
 
     def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
         """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
@@ -115,7 +118,7 @@ def _image_shape(network: Any) -> tuple[int, ...] | None:
 
 def _open(model: Any) -> Any:
     if isinstance(model, torch.export.ExportedProgram):
-        return model.module()
+        return checked(model)
     if not isinstance(model, (str, os.PathLike)):
         return model
     if isinstance(model, str) and model in zoo.names():
@@ -127,16 +130,30 @@ def _open(model: Any) -> Any:
         )
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)
+    if path.suffix == ".onnx":
+        return load_onnx(path)
+    if path.suffix == ".pt2" and is_package(path):
+        return load_package(path)
     try:
         if path.suffix == ".pt2":
-            return torch.export.load(path).module()
+            return checked(torch.export.load(path))
         return torch.jit.load(path, map_location="cpu")
+    except ConfigError:
+        raise
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
-            "ExportedProgram (.pt2), this package's .safetensors or directory"
+            "ExportedProgram or AOTInductor package (.pt2), ONNX (.onnx), this package's .safetensors or directory"
         ) from error
+
+
+def checked(program: torch.export.ExportedProgram) -> nn.Module:
+    """The program's module, which checks its inputs first and knows the shape of its samples."""
+    module, signature = program.module(), Signature.of_program(program)
+    module.register_forward_pre_hook(lambda _, inputs: signature.check(inputs, strides=False), prepend=True)
+    module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    return module
 
 
 def place(model: Model, device: torch.device | str | None) -> torch.device:

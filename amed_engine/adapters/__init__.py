@@ -7,6 +7,9 @@ from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
 from amed_engine.adapters.latents import decode_latents, wrap_pipeline
+from amed_engine.adapters.onnx import OnnxModel, load_onnx
+from amed_engine.adapters.packages import Compiled, is_package, load_package, save_package
+from amed_engine.adapters.signature import Signature
 from amed_engine.adapters.wrapping import PREDICTIONS, wrap
 
 __all__ = [
@@ -19,13 +22,20 @@ __all__ = [
     "ClassifierFree",
     "ClassifierGuided",
     "Coefficients",
+    "Compiled",
     "Consistency",
     "DiscreteSteps",
     "Family",
     "Flow",
+    "OnnxModel",
+    "Signature",
     "Thresholded",
     "alphas_cumprod",
     "decode_latents",
+    "is_package",
+    "load_onnx",
+    "load_package",
+    "save_package",
     "wrap",
     "wrap_pipeline",
 ]

@@ -81,6 +81,10 @@ def _guided_diffusion(network: Any) -> Facts:
     return Facts(shape, getattr(network, "out_channels", None), classes, "index")
 
 
+def _onnx(network: Any) -> Facts:
+    return Facts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
+
+
 def _diffusers_unet(network: Any) -> Facts:
     config = network.config
     _refuse(network, class_embed_type=None)
@@ -134,6 +138,7 @@ READERS: dict[str, Callable[[Any], Facts]] = {
     "SongUNet": _raw_edm,
     "DhariwalUNet": _raw_edm,
     "OpenAIUNet": _openai,
+    "OnnxModel": _onnx,
     "UNet2DModel": _diffusers_unet,
     "UNet2DConditionModel": _diffusers_conditional,
     "DiTTransformer2DModel": _diffusers_dit,

@@ -128,6 +128,11 @@ def _open(model: Any) -> Any:
         raise ConfigError(
             f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}"
         )
+    return _read(path)
+
+
+def _read(path: Path) -> Any:
+    """The model in a file or directory. Raises ConfigError or FileFormatError."""
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)
     if path.suffix == ".onnx":
@@ -135,17 +140,14 @@ def _open(model: Any) -> Any:
     if path.suffix == ".pt2" and is_package(path):
         return load_package(path)
     try:
-        if path.suffix == ".pt2":
-            return checked(torch.export.load(path))
-        return torch.jit.load(path, map_location="cpu")
-    except ConfigError:
-        raise
+        opened = torch.export.load(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
             "ExportedProgram or AOTInductor package (.pt2), ONNX (.onnx), this package's .safetensors or directory"
         ) from error
+    return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
 
 
 def checked(program: torch.export.ExportedProgram) -> nn.Module:

@@ -40,9 +40,9 @@ class Compiled(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
+        self.signature.check(inputs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             raise ConfigError("a compiled model has no gradients; train predictors with the network it was made from")
-        self.signature.check(inputs)
         return as_denoised(self.call(*inputs))
 
 

@@ -1,5 +1,6 @@
-"""What a compiled model expects of its inputs. Packages of AOTInductor check nothing: another shape, dtype or stride reads memory
-that means something else. So it is checked here, before they run.
+"""What a compiled model expects of its inputs, checked before it runs.
+
+Packages of AOTInductor check nothing: with another shape, dtype or stride they read memory that means something else.
 """
 
 from __future__ import annotations

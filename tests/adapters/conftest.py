@@ -24,7 +24,7 @@ class MiddleUNet(nn.Module):
         return self.last(self.middle_block(self.first(x) + emb[:, :, None, None]))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_unet():
     """(channels, out_channels, num_classes) -> MiddleUNet, the same weights each time."""
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -89,8 +90,8 @@ def resolve(
     if isinstance(network, nn.Module):
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
             network.eval()
-    if hasattr(network, "check_ready"):  # an adapter knows what it lacks
-        network.check_ready()
+    if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
+        check()
     if label_dim is not None and label_dim < 0:
         raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(

@@ -45,7 +45,7 @@ def facts_of(network: Any) -> Facts:
             return READERS[ancestor.__name__](bare)
     if isinstance(getattr(bare, "middle_block", None), nn.Module) and hasattr(bare, "in_channels"):
         return _guided_diffusion(bare)
-    if hasattr(bare, "sigma_data") and hasattr(bare, "img_channels"):
+    if hasattr(bare, "round_sigma") and hasattr(bare, "img_channels"):  # EDM's classes for iDDPM, VP and VE
         return _edm(bare)
     return Facts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
 

@@ -21,6 +21,8 @@ FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_m
 class _Around(nn.Module):
     """A module round a denoiser, with its facts."""
 
+    sample_shape: tuple[int, ...] | None = None
+    label_dim: int = 0
     can_guide = False  # guided already: `Sampler.run(guidance_scale=...)` would guide twice
 
     def __init__(self, denoiser: Any):
@@ -146,7 +148,7 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"classifier guidance needs class_labels, integers (B,) below {self.label_dim}")
         sigma = sigma.to(x.dtype).expand(x.shape[0])
         rows = one_hot(class_labels, self.label_dim, x).expand(x.shape[0], self.label_dim)
-        x0, features = self.denoiser(x, sigma, rows if self.denoiser.label_dim else None)
+        x0, features = as_denoised(self.denoiser(x, sigma, rows if self.denoiser.label_dim else None))
         push = self.scale * sigma**2 / (1 + sigma**2).sqrt()
         guided = x0 + spread(push, x) * self._gradient(x, sigma, rows)
         return Denoised(guided if self.clamp is None else guided.clamp(-self.clamp, self.clamp), features)

@@ -126,8 +126,7 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
 
 
 def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram:
-    channels, size = getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None)
-    shape = getattr(denoiser, "sample_shape", None) or (None if None in (channels, size) else (channels, size, size))
+    shape = _sample_shape(denoiser)
     if shape is None or max_batch < 2:
         raise ConfigError(
             f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
@@ -138,6 +137,12 @@ def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram
     batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
     dynamic = {"x": batch, "sigma": batch} | ({"class_labels": batch} if label_dim else {})
     return torch.export.export(_Positional(denoiser.eval(), label_dim), tuple(inputs), dynamic_shapes=dynamic)
+
+
+def _sample_shape(denoiser: nn.Module) -> tuple[int, ...] | None:
+    channels, size = getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None)
+    square = None if channels is None or size is None else (int(channels), int(size), int(size))
+    return getattr(denoiser, "sample_shape", None) or square
 
 
 class _Positional(nn.Module):

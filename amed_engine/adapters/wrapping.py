@@ -210,12 +210,12 @@ def _notes(model: Any, facts: Facts, family: Family, why: str, tables: Condition
 @torch.no_grad()
 def _check_not_noise(adapter: Adapter) -> None:
     """One evaluation of noise at the highest level: v is then nearly the data, and nearly independent of its input."""
-    ready = adapter.sample_shape is not None and (adapter.conditions.count or not adapter.conditions.names)
+    shape, ready = adapter.sample_shape, adapter.conditions.count or not adapter.conditions.names
     parameter = next(adapter.network.parameters(), None) if isinstance(adapter.network, nn.Module) else None
     device = torch.device("cpu") if parameter is None else parameter.device
-    if not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
+    if shape is None or not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
         return
-    noise = torch.randn((2, *adapter.sample_shape), generator=torch.Generator().manual_seed(0)).to(device)
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     sigma = torch.full((2,), float(adapter.sigma_max), device=device)
     labels = torch.zeros(2, dtype=torch.int64, device=device) if adapter.label_dim else None
     training = isinstance(adapter.network, nn.Module) and adapter.network.training

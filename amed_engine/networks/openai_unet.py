@@ -54,7 +54,7 @@ class _Encoder(nn.Module):
         self.image_size, self.in_channels, self.model_channels = image_size, in_channels, model_channels
         self.use_fp16, self.style, self.attention_resolutions = use_fp16, style, tuple(attention_resolutions)
         widths = [int(mult * model_channels) for mult in channel_mult]
-        width = style.emb_channels
+        self.levels, width = len(widths), style.emb_channels
         self.time_embed = nn.Sequential(Dense(model_channels, width), nn.SiLU(), Dense(width, width))
         self.input_blocks = nn.ModuleList([Stack(Conv(in_channels, widths[0], 3, padding=1))])
         self.skips = [widths[0]]  # channels that each input block puts out
@@ -80,18 +80,22 @@ class _Encoder(nn.Module):
     @property
     def bottleneck_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the middle block's output."""
-        factor = sum(isinstance(stack[0], Downsample) or _halves(stack[0]) for stack in self.input_blocks)
-        size = self.image_size >> factor
+        size = self.image_size >> (self.levels - 1)
         return self.skips[-1], size, size
+
+    @property
+    def _stored(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
 
     def _embed(self, timesteps: Tensor) -> Tensor:
         """(B,) or (1,) -> (B or 1, emb_channels)"""
         emb = timestep_embedding(timesteps, self.model_channels)
-        return self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        return self.time_embed(emb.to(self._stored))
 
     def _compute(self, x: Tensor) -> Tensor:
         """x in the dtype of the network's arithmetic; half precision is worth nothing on a CPU."""
-        return x.to(torch.float16 if self.use_fp16 and x.is_cuda else self.time_embed[0].weight.dtype)
+        return x.to(torch.float16 if self.use_fp16 and x.is_cuda else self._stored)
 
     def _check(self, x: Tensor) -> None:
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != self.in_channels):  # pyright: ignore
@@ -174,7 +178,7 @@ class OpenAIUNet(_Encoder):
         h = bottleneck = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        wide = torch.promote_types(x.dtype, self.time_embed[0].weight.dtype)
+        wide = torch.promote_types(x.dtype, self._stored)
         return self.out(h.to(wide)).to(x.dtype), bottleneck.to(x.dtype)
 
     def _embed_classes(self, y: Tensor | None, emb: Tensor) -> Tensor | None:
@@ -253,7 +257,7 @@ class OpenAIClassifier(_Encoder):
             h = block(h, emb)
             means.append(h.mean(dim=(2, 3)))
         h = torch.cat(means, dim=1) if self.pool.startswith("spatial") else h
-        wide = torch.promote_types(x.dtype, self.time_embed[0].weight.dtype)
+        wide = torch.promote_types(x.dtype, self._stored)
         return self.out(h.to(wide)).to(x.dtype)
 
 
@@ -261,7 +265,3 @@ def _resampler(channels: int, style: Style, direction: str) -> nn.Module:
     if style.resblock_updown:
         return ResBlock(channels, channels, style, direction)
     return (Upsample if direction == "up" else Downsample)(channels, style.conv_resample)
-
-
-def _halves(layer: nn.Module) -> bool:
-    return isinstance(layer, ResBlock) and isinstance(layer.resample, Downsample)

@@ -123,7 +123,7 @@ def test_a_tapped_edm_network_gives_what_ours_returns(tiny_model):
 
         def __init__(self, own: EDMPrecond):
             super().__init__()
-            self.model, self.sigma_data, self.label_dim = own.model, own.sigma_data, 0
+            self.model, self.round_sigma, self.label_dim = own.model, torch.as_tensor, 0
             self.img_channels, self.img_resolution, self.sigma_min, self.sigma_max = 1, 8, 0.002, 80.0
             self.own = [own]
 

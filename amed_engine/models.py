@@ -92,11 +92,16 @@ def resolve(
             network.eval()
     if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
         check()
+    own = _image_shape(network)
+    if shape is not None and own is not None and _check_shape(shape)[0] != own[0]:
+        raise ConfigError(
+            f"the model takes {own[0]} channels, got shape={tuple(shape)}; samples must have its channels"
+        )
     if label_dim is not None and label_dim < 0:
         raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(
         network=network,
-        shape=_check_shape(shape) if shape is not None else _image_shape(network),
+        shape=_check_shape(shape) if shape is not None else own,
         label_dim=int(label_dim if label_dim is not None else getattr(network, "label_dim", 0) or 0),
         sigma_min=float(sigma_min if sigma_min is not None else getattr(network, "sigma_min", 0.002)),
         sigma_max=float(sigma_max if sigma_max is not None else getattr(network, "sigma_max", math.inf)),

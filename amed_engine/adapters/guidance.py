@@ -80,7 +80,7 @@ class ClassifierFree(_Around):
         """As `Adapter.forward`."""
         sigma = sigma.expand(x.shape[0])
         labels = self._labels(class_labels, x, bool(conditions))
-        null = self.denoiser.conditions.null_rows(conditions) if conditions else {}
+        null = self._null(conditions)
         if self.batched:
             unconditional, conditional, features = self._once(x, sigma, labels, conditions, null)
         else:
@@ -89,6 +89,13 @@ class ClassifierFree(_Around):
             unconditional = as_denoised(self.denoiser(x, sigma, none, **null)).x0
         scale = torch.where((sigma > self.low) & (sigma <= self.high), self.scale, 1.0).to(x.dtype)
         return Denoised(unconditional + spread(scale, x) * (conditional - unconditional), features)
+
+    def _null(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        if conditions and not isinstance(self.denoiser, Adapter):
+            raise ConfigError(
+                f"conditions in the call need guidance right round what wrap returns, not round {type(self.denoiser).__name__}"
+            )
+        return self.denoiser.conditions.null_rows(conditions) if conditions else {}
 
     def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
         if has_conditions:

@@ -62,6 +62,14 @@ def test_guiding_twice_or_without_no_class_is_refused(make_unet, denoiser):
         ClassifierFree(denoiser, 2.0, interval=(2.0, 1.0))
 
 
+def test_any_conditional_denoiser_can_be_guided(tiny_conditional):
+    own = amed_engine.Sampler(tiny_conditional).run([1, 2], class_labels=[3, 4], guidance_scale=2.0).images
+    wrapped = amed_engine.Sampler(ClassifierFree(tiny_conditional, 2.0)).run([1, 2], class_labels=[3, 4]).images
+    torch.testing.assert_close(wrapped, own, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="right round what wrap returns"):
+        ClassifierFree(tiny_conditional, 2.0)(X, SIGMA, prompt=X)
+
+
 class LogitsOfMeans(torch.nn.Module):
     """log p(y | x) with the gradient known by hand: logits_k = k·sum(x)."""
 

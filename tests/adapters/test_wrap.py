@@ -234,6 +234,23 @@ def test_inputs_that_cannot_work_are_refused(make_unet):
         wrap(lambda x, t: x.repeat(1, 3, 1, 1), "epsilon")(X, SIGMA)
 
 
+def test_a_samplers_shape_must_have_the_networks_channels(make_unet, tiny_model):
+    for model in (wrap(make_unet(), "epsilon"), tiny_model):
+        with pytest.raises(ConfigError, match=r"takes 1 channels, got shape=\(4, 8, 8\)"):
+            amed_engine.Sampler(model, shape=(4, 8, 8))
+
+
+def test_a_predictor_of_another_network_is_refused(make_unet, tiny_model):
+    """By its weights, and (verify=False) by the size of its bottleneck."""
+    predictor = amed_engine.distill(tiny_model, nfe=3, total_kimg=0.008, batch=8, progress=False)
+    denoiser = wrap(make_unet(), "flow", bottleneck="first")
+    with pytest.raises(ConfigError, match="another model"):
+        amed_engine.Sampler(denoiser, predictor)
+    other = wrap(make_unet(), "flow", bottleneck="last")
+    with pytest.raises(ConfigError, match="bottleneck"):
+        amed_engine.Sampler(other, predictor, verify=False).run(2)
+
+
 def test_a_shape_that_is_not_square_reaches_the_sampler():
     denoiser = wrap(lambda x, t: 0.1 * x, "epsilon", shape=(2, 4, 6))
     assert denoiser.img_resolution is None

@@ -37,6 +37,7 @@ _HOME = {
     "sample": "loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
+    "wrap": "adapters",
 }
 
 __all__ = [
@@ -67,9 +68,11 @@ __all__ = [
     "sample",
     "save_predictor",
     "save_pretrained",
+    "wrap",
 ]
 
 if TYPE_CHECKING:
+    from amed_engine.adapters import wrap
     from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
     from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor

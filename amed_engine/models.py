@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine import zoo
+from amed_engine.adapters import Signature, is_package, load_onnx, load_package
 from amed_engine.checkpoints import load_model
 from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError
@@ -43,9 +45,11 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are; the CPU for a callable without any."""
+        """Where its parameters are; without any, what a compiled model says, or the CPU."""
         parameter = self._parameter
-        return torch.device("cpu") if parameter is None else parameter.device
+        own = getattr(self.network, "device", None)
+        known = own if isinstance(own, torch.device) else torch.device("cpu")
+        return known if parameter is None else parameter.device
 
     def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
         """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
@@ -86,11 +90,18 @@ def resolve(
     if isinstance(network, nn.Module):
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
             network.eval()
+    if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
+        check()
+    own = _image_shape(network)
+    if shape is not None and own is not None and _check_shape(shape)[0] != own[0]:
+        raise ConfigError(
+            f"the model takes {own[0]} channels, got shape={tuple(shape)}; samples must have its channels"
+        )
     if label_dim is not None and label_dim < 0:
         raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(
         network=network,
-        shape=_check_shape(shape) if shape is not None else _image_shape(network),
+        shape=_check_shape(shape) if shape is not None else own,
         label_dim=int(label_dim if label_dim is not None else getattr(network, "label_dim", 0) or 0),
         sigma_min=float(sigma_min if sigma_min is not None else getattr(network, "sigma_min", 0.002)),
         sigma_max=float(sigma_max if sigma_max is not None else getattr(network, "sigma_max", math.inf)),
@@ -105,13 +116,15 @@ def _check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def _image_shape(network: Any) -> tuple[int, ...] | None:
+    if (shape := getattr(network, "sample_shape", None)) is not None:
+        return tuple(shape)
     channels, size = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 
 
 def _open(model: Any) -> Any:
     if isinstance(model, torch.export.ExportedProgram):
-        return model.module()
+        return checked(model)
     if not isinstance(model, (str, os.PathLike)):
         return model
     if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
@@ -122,18 +135,35 @@ def _open(model: Any) -> Any:
             f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}; "
             f"published ones: {', '.join(zoo.published())}"
         )
+    return _read(path)
+
+
+def _read(path: Path) -> Any:
+    """The model in a file or directory. Raises ConfigError or FileFormatError."""
     if path.is_dir() or path.suffix == ".safetensors":
         return load_model(path)
+    if path.suffix == ".onnx":
+        return load_onnx(path)
+    if path.suffix == ".pt2" and is_package(path):
+        return load_package(path)
     try:
-        if path.suffix == ".pt2":
-            return torch.export.load(path).module()
-        return torch.jit.load(path, map_location="cpu")
+        opened = torch.export.load(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(
             f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
-            f"ExportedProgram (.pt2), this package's .safetensors or directory; a published one: `amed convert {path}` first"
+            "ExportedProgram or AOTInductor package (.pt2), ONNX (.onnx), this package's .safetensors or directory; a "
+            f"published one: `amed convert {path}` first"
         ) from error
+    return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
+
+
+def checked(program: torch.export.ExportedProgram) -> nn.Module:
+    """The program's module, which checks its inputs first and knows the shape of its samples."""
+    module, signature = program.module(), Signature.of_program(program)
+    module.register_forward_pre_hook(lambda _, inputs: signature.check(inputs, strides=False), prepend=True)
+    module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    return module
 
 
 def place(model: Model, device: torch.device | str | None) -> torch.device:

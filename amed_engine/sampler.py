@@ -37,7 +37,8 @@ class Sampler:
     model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
         (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
     predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
-        schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE; otherwise a training-free solver runs.
+        schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE;
+        otherwise a training-free solver runs.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
         predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
     afs: analytic first step; None uses it wherever the NFE allows.
@@ -180,6 +181,11 @@ class Sampler:
             raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
         if guidance_scale is not None and not self.model.label_dim:
             raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+        if guidance_scale is not None and not getattr(self.model.network, "can_guide", True):
+            raise ConfigError(
+                'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
+                "or null_class, or leave guidance_scale out"
+            )
         # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
         if self._program.predictor is None or (guidance_scale or 1) == (self.plan.guidance_scale or 1):
             return self._program, self.plan

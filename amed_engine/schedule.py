@@ -68,7 +68,7 @@ class DiscreteTime(NamedTuple):
 
     @property
     def grid(self) -> Tensor:
-        n = len(self.log_alpha)
+        n = self.log_alpha.shape[0]  # not len(): jit.trace warns of it
         return torch.arange(1, n + 1, dtype=self.log_alpha.dtype, device=self.log_alpha.device) / n
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class DiscreteTime(NamedTuple):
 
 def _interpolate(at: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise linear through (xs, ys), xs increasing, the outer segments continued."""
-    k = torch.searchsorted(xs, at.contiguous()).clamp(1, len(xs) - 1)
+    k = torch.searchsorted(xs, at.contiguous()).clamp(1, xs.shape[0] - 1)
     x0, x1, y0, y1 = xs[k - 1], xs[k], ys[k - 1], ys[k]
     return y0 + (at - x0) / (x1 - x0) * (y1 - y0)
 

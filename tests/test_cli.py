@@ -322,7 +322,7 @@ FAILURES = {
     "an outdir below a file": (("--outdir", "{file}/a"), "cannot write to folder .*: "),
     "a missing predictor": (("--predictor", "{tmp}/none.safetensors", "--out", "{tmp}/a.png"), "does not exist"),
     "a damaged predictor": (("--predictor", "{file}", "--out", "{tmp}/a.png"), "truncated"),
-    "a model for a predictor": (("--predictor", "{model}", "--out", "{tmp}/a.png"), "expected 'amed_predictor'"),
+    "a model for a predictor": (("--predictor", "{model}", "--out", "{tmp}/a.png"), "expected a predictor"),
 }
 
 

@@ -16,7 +16,7 @@ ENGINE = (
     *("errors", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
     *("solver", "singlestep", "multistep", "nonstationary", "solvers", "plan", "seeds"),
     *("denoiser", "loop", "coefficients", "predictor"),
-    *("networks", "checkpoints", "zoo"),
+    *("networks", "adapters", "checkpoints", "zoo"),
     *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export"),
     *("fitting", "learned", "distillation"),
     "reproduce",

@@ -1,0 +1,180 @@
+"""The adapter: a raw network of any family as a denoiser that returns the clean data and the bottleneck."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.adapters import taps
+from amed_engine.adapters.coefficients import Family, spread
+from amed_engine.adapters.conditions import Conditions
+from amed_engine.adapters.facts import Facts
+from amed_engine.denoiser import Denoised
+from amed_engine.errors import ConfigError
+from amed_engine.networks.layers import is_tracing, one_hot
+
+
+class Adapter(nn.Module):
+    """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
+
+    Made by `wrap`, which explains the arguments. The network runs in the dtype of its parameters, the preconditioning in
+    x's. A prediction of 2C channels holds learned variances, which are cut off. Its attributes img_channels, img_resolution,
+    sample_shape, label_dim, sigma_min and sigma_max are what `Sampler` reads.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        family: Family,
+        facts: Facts,
+        conditions: Conditions,
+        bottleneck: str | None = None,
+        notes: Mapping[str, str] | None = None,
+    ):
+        super().__init__()
+        self.network, self.family, self.conditions = network, family, conditions
+        self.facts, self.notes = facts, dict(notes or {})
+        self.sample_shape, self.label_dim = facts.shape, conditions.count or facts.label_dim
+        self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
+        self.bottleneck = bottleneck
+        self._tap = None if bottleneck is None else taps.attach(network, bottleneck)
+
+    @property
+    def img_channels(self) -> int | None:
+        return None if self.sample_shape is None else self.sample_shape[0]
+
+    @property
+    def img_resolution(self) -> int | None:
+        """Height and width of a square sample, None for another shape; see `sample_shape`."""
+        shape = self.sample_shape
+        return shape[1] if shape is not None and len(shape) == 3 and shape[1] == shape[2] else None
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
+        if self.conditions.count:
+            return self.conditions.has_null
+        return bool(self.facts.label_dim) and (self.facts.labels == "rows" or self.facts.null_class is not None)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
+        """x (B, C, H, W); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
+        class (or, where conditions are bound, which of them); conditions by name, (B, ...) or (1, ...) each.
+
+        Returns D (B, C, H, W) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
+        is called for a wrong shape, or a condition that is missing, unknown or of another batch.
+        """
+        self._check_state(x, sigma)
+        sigma = sigma.to(x.dtype).expand(x.shape[0])
+        compute = self._dtype(x)
+        labels = self._labels(class_labels, x, bool(conditions))
+        given = self.conditions(labels, conditions, x.shape[0], compute)
+        c = self.family(sigma)
+        labels = None if self.conditions.names or not self.facts.label_dim else labels
+        raw, features = self._call((spread(c.scale, x) * x).to(compute), c.time, labels, given)
+        raw = self._cut(raw, x).to(x.dtype)
+        return Denoised(
+            spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
+        )
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """Of the network's arithmetic: that of its parameters."""
+        parameter = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
+        return x.dtype if parameter is None else parameter.dtype
+
+    def _call(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction and bottleneck."""
+        if labels is not None and self.facts.labels == "index":
+            labels = class_index(labels, self.facts.null_class)
+        if self.facts.diffusers:
+            output = self.network(x, timestep=t, **_keywords(labels, given), return_dict=False)
+        else:
+            output = self.network(x, t, *(() if labels is None else (labels,)), **given)
+        returned = isinstance(output, (tuple, list))
+        raw = output[0] if returned else output
+        if self._tap is not None:
+            return raw, taps.check_features(self._tap.take(), str(self.bottleneck))
+        return raw, output[1] if returned and self.facts.returns_bottleneck else None
+
+    def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
+        if not self.label_dim:
+            if labels is not None:
+                raise ConfigError("class_labels were given, but this denoiser has no classes and no bound conditions")
+            return None
+        if labels is not None and has_conditions:
+            raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
+        if labels is not None:
+            rows = one_hot(labels, self.label_dim, x)
+            self._check_rows("class_labels", rows, x)
+            return rows.expand(x.shape[0], self.label_dim)
+        if has_conditions:
+            return None
+        if self.conditions.count == 1:
+            return x.new_ones(x.shape[0], 1)
+        if not self.can_guide:
+            raise ConfigError(
+                f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"
+            )
+        return x.new_zeros(x.shape[0], self.label_dim)
+
+    def _check_state(self, x: Tensor, sigma: Tensor) -> None:
+        if is_tracing():
+            return
+        shape = self.sample_shape
+        if x.dim() < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
+            raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        if sigma.dim() > 1:
+            raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
+        if sigma.dim() == 1 and sigma.shape[0] != 1:
+            self._check_rows("sigma", sigma, x)
+
+    def _check_rows(self, name: str, value: Tensor, x: Tensor) -> None:
+        if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
+            raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
+
+    def _cut(self, raw: Tensor, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        if not is_tracing() and raw.shape[1] not in (channels, 2 * channels):
+            raise ConfigError(
+                f"the network predicts {raw.shape[1]} channels for samples of {channels}; expected {channels}, or "
+                f"{2 * channels} with learned variances"
+            )
+        return raw[:, :channels]
+
+    def explain(self) -> str:
+        """What was inferred and why, a line each."""
+        width = max(map(len, self.notes), default=0)
+        return "\n".join(f"{name:<{width}}  {note}" for name, note in self.notes.items())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n" + "\n".join(f"  {line}" for line in self.explain().splitlines()) + "\n)"
+
+    def check_ready(self) -> None:
+        """Raise ConfigError where sampling would lack a condition."""
+        if self.conditions.names and not self.conditions.count:
+            raise ConfigError(
+                f"the network needs {', '.join(self.conditions.names)}, which a sampler cannot know; bind them with "
+                "wrap(..., conditions={...}), rows being chosen by class_labels"
+            )
+
+
+def class_index(labels: Tensor, null_class: int | None) -> Tensor:
+    """One-hot rows (B, K) as integers (B,); a zero row becomes null_class."""
+    index = labels.argmax(dim=1)
+    return index if null_class is None else torch.where((labels != 0).any(dim=1), index, null_class)
+
+
+def _keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a diffusers model; those of SDXL come in a dictionary of their own."""
+    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    keywords: dict[str, Any] = {name: value for name, value in given.items() if name not in added}
+    if added:
+        keywords["added_cond_kwargs"] = added
+    if labels is not None:
+        keywords["class_labels"] = labels
+    return keywords

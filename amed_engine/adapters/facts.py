@@ -1,0 +1,146 @@
+"""What a network says of itself: how it is called, the shape of its samples, its classes and conditions.
+
+Read from attributes and configurations, by the names of the published classes: nothing of diffusers is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from amed_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a network before it is called.
+
+    shape: (C, H, W) of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as
+    one-hot "rows" or as an "index". null_class: the index that means no class. conditions: what the network must be given,
+    with the width of each (None: not known). prediction, betas: what it is known, or by custom, trained for.
+    diffusers: called by keywords, answers a tuple. returns_bottleneck: beside its output. denoises: needs no preconditioning.
+    """
+
+    shape: tuple[int, ...] | None = None
+    out_channels: int | None = None
+    label_dim: int = 0
+    labels: str = "rows"
+    null_class: int | None = None
+    conditions: dict[str, int | None] = field(default_factory=dict)
+    prediction: str | None = None
+    betas: str | None = None
+    diffusers: bool = False
+    returns_bottleneck: bool = False
+    denoises: bool = False
+
+
+def facts_of(network: Any) -> Facts:
+    """The facts of a network; a callable that no reader knows has none."""
+    bare = getattr(network, "_orig_mod", network)
+    for ancestor in type(bare).__mro__:
+        if ancestor.__name__ in READERS:
+            return READERS[ancestor.__name__](bare)
+    if isinstance(getattr(bare, "middle_block", None), nn.Module) and hasattr(bare, "in_channels"):
+        return _guided_diffusion(bare)
+    if hasattr(bare, "round_sigma") and hasattr(bare, "img_channels"):  # EDM's classes for iDDPM, VP and VE
+        return _edm(bare)
+    return Facts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
+
+
+def _square(channels: Any, size: Any) -> tuple[int, ...] | None:
+    """(C, H, W) of a size that is a number, a pair or not told."""
+    if channels is None or size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)
+
+
+def _edm(network: Any) -> Facts:
+    shape = _square(network.img_channels, network.img_resolution)
+    own = type(network).__module__.startswith("amed_engine.")
+    label_dim = int(getattr(network, "label_dim", 0) or 0)
+    return Facts(shape, network.img_channels, label_dim, prediction="denoised", returns_bottleneck=own, denoises=True)
+
+
+def _raw_edm(network: Any) -> Facts:
+    own = type(network).__module__.startswith("amed_engine.")
+    return Facts(label_dim=int(network.label_dim or 0), prediction="edm", returns_bottleneck=own)
+
+
+def _openai(network: Any) -> Facts:
+    shape = _square(network.in_channels, network.image_size)
+    return Facts(shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True)
+
+
+def _guided_diffusion(network: Any) -> Facts:
+    shape = _square(network.in_channels, getattr(network, "image_size", None))
+    classes = getattr(network, "num_classes", None) or 0
+    return Facts(shape, getattr(network, "out_channels", None), classes, "index")
+
+
+def _onnx(network: Any) -> Facts:
+    return Facts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
+
+
+def _diffusers_unet(network: Any) -> Facts:
+    config = network.config
+    _refuse(network, class_embed_type=None)
+    shape = _square(config.in_channels, config.sample_size)
+    classes = config.num_class_embeds or 0
+    return Facts(shape, config.out_channels, classes, "index", betas="linear", diffusers=True)
+
+
+def _diffusers_conditional(network: Any) -> Facts:
+    config = network.config
+    _refuse(network, class_embed_type=None, num_class_embeds=None, time_cond_proj_dim=None)
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    conditions: dict[str, int | None] = {"encoder_hidden_states": width if isinstance(width, int) else None}
+    if config.addition_embed_type == "text_time":
+        conditions |= {"text_embeds": None, "time_ids": None}
+    else:
+        _refuse(network, addition_embed_type=None)
+    shape = _square(config.in_channels, config.sample_size)
+    return Facts(shape, config.out_channels, conditions=conditions, betas="scaled_linear", diffusers=True)
+
+
+def _diffusers_dit(network: Any) -> Facts:
+    config, classes = network.config, network.config.num_embeds_ada_norm
+    shape = _square(config.in_channels, config.sample_size)
+    # The table of classes ends with a row for "none", which training drops labels to.
+    known = {"null_class": classes, "prediction": "epsilon", "betas": "linear", "diffusers": True}
+    return Facts(shape, config.out_channels or config.in_channels, classes, "index", **known)
+
+
+def _diffusers_sd3(network: Any) -> Facts:
+    config = network.config
+    conditions = {
+        "encoder_hidden_states": config.joint_attention_dim,
+        "pooled_projections": config.pooled_projection_dim,
+    }
+    shape = _square(config.in_channels, config.sample_size)
+    return Facts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
+
+
+def _refuse(network: Any, **expected: Any) -> None:
+    for name, value in expected.items():
+        if (got := getattr(network.config, name, value)) != value:
+            raise ConfigError(
+                f"{type(network).__name__} with {name}={got!r} is not supported, only {value!r}; wrap a function "
+                "(x, t) -> prediction that calls it instead"
+            )
+
+
+READERS: dict[str, Callable[[Any], Facts]] = {
+    "EDMPrecond": _edm,
+    "SongUNet": _raw_edm,
+    "DhariwalUNet": _raw_edm,
+    "OpenAIUNet": _openai,
+    "OnnxModel": _onnx,
+    "UNet2DModel": _diffusers_unet,
+    "UNet2DConditionModel": _diffusers_conditional,
+    "DiTTransformer2DModel": _diffusers_dit,
+    "SD3Transformer2DModel": _diffusers_sd3,
+}

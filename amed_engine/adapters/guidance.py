@@ -1,0 +1,190 @@
+"""Guidance and thresholding as denoisers round a denoiser, each a module that keeps the facts of what it wraps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.coefficients import spread
+from amed_engine.denoiser import Denoised, as_denoised, dynamic_thresholding
+from amed_engine.errors import ConfigError
+from amed_engine.networks.layers import one_hot
+
+FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max")
+
+
+class _Around(nn.Module):
+    """A module round a denoiser, with its facts."""
+
+    sample_shape: tuple[int, ...] | None = None
+    label_dim: int = 0
+    can_guide = False  # guided already: `Sampler.run(guidance_scale=...)` would guide twice
+
+    def __init__(self, denoiser: Any):
+        super().__init__()
+        if not callable(denoiser):
+            raise ConfigError(f"the denoiser must be callable, got {type(denoiser).__name__}")
+        self.denoiser = denoiser
+        for name in FACTS:
+            if getattr(denoiser, name, None) is not None:
+                setattr(self, name, getattr(denoiser, name))
+
+    def check_ready(self) -> None:
+        check = getattr(self.denoiser, "check_ready", None)
+        if check is not None:
+            check()
+
+    def explain(self) -> str:
+        """What the denoiser inside says, and this wrapper's own line."""
+        inside = self.denoiser.explain() if hasattr(self.denoiser, "explain") else type(self.denoiser).__name__
+        return f"{inside}\n{type(self).__name__}: {self.extra_repr()}"
+
+
+class ClassifierFree(_Around):
+    """Guidance D_u + g·(D_c - D_u), g = scale where lo < sigma <= hi, else 1; the conditional half's bottleneck.
+
+    denoiser: an `Adapter`, or one like it in which a zero row of class_labels means "no class". interval: (lo, hi) in sigma,
+    None for all. batched: one evaluation of a doubled batch, or two. Ho & Salimans 2022 (arXiv:2207.12598); the interval:
+    Kynkäänniemi et al. 2024 (arXiv:2404.07724). Raises ConfigError for a denoiser that knows no "no class".
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        scale: float,
+        *,
+        interval: tuple[float, float] | None = None,
+        batched: bool = True,
+    ):
+        super().__init__(denoiser)
+        if not getattr(denoiser, "can_guide", True):
+            raise ConfigError(
+                "classifier-free guidance needs a network trained without its condition too: pass null_conditions={...} or "
+                "null_class=... to wrap, and a denoiser that is not guided yet"
+            )
+        low, high = (0.0, math.inf) if interval is None else interval
+        if not math.isfinite(scale) or not 0 <= low < high:
+            raise ConfigError(f"need a finite scale and 0 <= lo < hi, got scale={scale}, interval={interval}")
+        self.scale, self.low, self.high, self.batched = scale, low, high, batched
+
+    def extra_repr(self) -> str:
+        calls = "one doubled batch" if self.batched else "two calls"
+        return f"scale={self.scale:g}, {self.low:g} < sigma <= {self.high:g}, {calls}"
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
+        """As `Adapter.forward`."""
+        sigma = sigma.expand(x.shape[0])
+        labels = self._labels(class_labels, x, bool(conditions))
+        null = self._null(conditions)
+        if self.batched:
+            unconditional, conditional, features = self._once(x, sigma, labels, conditions, null)
+        else:
+            conditional, features = as_denoised(self.denoiser(x, sigma, labels, **conditions))
+            none = None if labels is None else torch.zeros_like(labels)
+            unconditional = as_denoised(self.denoiser(x, sigma, none, **null)).x0
+        scale = torch.where((sigma > self.low) & (sigma <= self.high), self.scale, 1.0).to(x.dtype)
+        return Denoised(unconditional + spread(scale, x) * (conditional - unconditional), features)
+
+    def _null(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
+        if conditions and not isinstance(self.denoiser, Adapter):
+            raise ConfigError(
+                f"conditions in the call need guidance right round what wrap returns, not round {type(self.denoiser).__name__}"
+            )
+        return self.denoiser.conditions.null_rows(conditions) if conditions else {}
+
+    def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
+        if has_conditions:
+            return None
+        if labels is None and self.label_dim == 1:
+            return x.new_ones(x.shape[0], 1)
+        if labels is None:
+            raise ConfigError(f"guidance needs class_labels (of {self.label_dim}) or conditions in the call")
+        return one_hot(labels, self.label_dim, x).expand(x.shape[0], self.label_dim)
+
+    def _once(self, x, sigma, labels, conditions, null) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(unconditional, conditional, its bottleneck) from one doubled batch, the unconditional half first."""
+        both = None if labels is None else torch.cat([torch.zeros_like(labels), labels])
+        full = {name: v.expand(x.shape[0], *v.shape[1:]) for name, v in conditions.items()}
+        doubled = {name: torch.cat([null[name].expand_as(v), v]) for name, v in full.items()}
+        x0, features = as_denoised(self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled))
+        unconditional, conditional = x0.chunk(2)
+        return unconditional, conditional, None if features is None else features.chunk(2)[1]
+
+
+class ClassifierGuided(_Around):
+    """Guidance by the gradient of a classifier of noisy images: D + sigma²/sqrt(1 + sigma²)·g·∇ log p(y | x_in, time).
+
+    That is eps - sigma/sqrt(1 + sigma²)·g·∇ in terms of the noise. x_in and time are what the adapter's network is given,
+    labels the adapter's: one-hot rows, a zero row guiding nowhere. classifier: (x_in, time) -> logits (B, label_dim).
+    clamp: D is clamped to -clamp .. clamp, None for not. Dhariwal & Nichol 2021 (arXiv:2105.05233).
+    """
+
+    def __init__(
+        self,
+        denoiser: Adapter,
+        classifier: Callable[[Tensor, Tensor], Tensor],
+        scale: float,
+        *,
+        clamp: float | None = 1.0,
+        label_dim: int | None = None,
+    ):
+        super().__init__(denoiser)
+        if not isinstance(denoiser, Adapter):
+            raise ConfigError(f"classifier guidance goes round what wrap returns, got {type(denoiser).__name__}")
+        if not math.isfinite(scale) or (clamp is not None and not clamp > 0):
+            raise ConfigError(f"need a finite scale and a positive clamp or None, got {scale}, {clamp}")
+        self.classifier, self.scale, self.clamp = classifier, scale, clamp
+        known = label_dim or getattr(classifier, "out_channels", None) or denoiser.label_dim
+        if not known or (denoiser.label_dim and known != denoiser.label_dim):
+            raise ConfigError(
+                f"the classifier tells {known} classes, the network {denoiser.label_dim}; pass label_dim=..."
+            )
+        self.label_dim = int(known)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, clamp={self.clamp}"
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Denoised:
+        """As `Adapter.forward`; class_labels must be given. Works under no_grad, not under inference_mode."""
+        if class_labels is None:
+            raise ConfigError(f"classifier guidance needs class_labels, integers (B,) below {self.label_dim}")
+        sigma = sigma.to(x.dtype).expand(x.shape[0])
+        rows = one_hot(class_labels, self.label_dim, x).expand(x.shape[0], self.label_dim)
+        x0, features = as_denoised(self.denoiser(x, sigma, rows if self.denoiser.label_dim else None))
+        push = self.scale * sigma**2 / (1 + sigma**2).sqrt()
+        guided = x0 + spread(push, x) * self._gradient(x, sigma, rows)
+        return Denoised(guided if self.clamp is None else guided.clamp(-self.clamp, self.clamp), features)
+
+    def _gradient(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        c = self.denoiser.family(sigma)
+        with torch.enable_grad():
+            x_in = (spread(c.scale, x) * x).detach().requires_grad_()
+            selected = (self.classifier(x_in, c.time).log_softmax(dim=1) * rows).sum()
+            return torch.autograd.grad(selected, x_in)[0]
+
+
+class Thresholded(_Around):
+    """The denoiser with dynamic thresholding of D: clamp(D, -s, s)/s, s the quantile of |D|, at least `floor`.
+
+    For data in -floor .. floor, not for latents. Saharia et al. 2022 (arXiv:2205.11487).
+    """
+
+    def __init__(self, denoiser: Any, quantile: float = 0.995, floor: float = 1.0):
+        super().__init__(denoiser)
+        if not 0 < quantile <= 1 or not floor > 0:
+            raise ConfigError(f"need 0 < quantile <= 1 and floor > 0, got {quantile} and {floor}")
+        self.quantile, self.floor = quantile, floor
+        self.can_guide = getattr(denoiser, "can_guide", True)
+
+    def extra_repr(self) -> str:
+        return f"quantile={self.quantile:g}, floor={self.floor:g}"
+
+    def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor, **conditions: Tensor) -> Denoised:
+        """As the denoiser's."""
+        x0, features = as_denoised(self.denoiser(x, sigma, *labels, **conditions))
+        return Denoised(dynamic_thresholding(x0, self.quantile, self.floor), features)

@@ -1,0 +1,118 @@
+"""Preconditionings of table 1 of Karras et al. 2022 (arXiv:2206.00364), and that of the consistency models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amed_engine.adapters.coefficients import Coefficients, Family
+from amed_engine.schedule import VPTime
+
+
+class Denoising(Family):
+    """A network that is a denoiser already: D = F(x; sigma)."""
+
+    name = "denoised"
+    sigma_min, sigma_max = 0.002, math.inf
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        one = torch.ones_like(sigma)
+        return Coefficients(torch.zeros_like(sigma), one, one, sigma)
+
+    def describe(self) -> str:
+        return "the clean data from x and sigma; no preconditioning"
+
+
+class EDM(Family):
+    """skip = sd²/(sigma² + sd²), out = sigma·sd/sqrt(sigma² + sd²), scale = 1/sqrt(sigma² + sd²), time = log(sigma)/4."""
+
+    name = "edm"
+    time_scale = 0.25
+
+    def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0):
+        super().__init__()
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        variance, sd = sigma**2 + self.sigma_data**2, self.sigma_data
+        time = self.time_scale * sigma.log()
+        return Coefficients(sd**2 / variance, sigma * sd / variance.sqrt(), 1 / variance.sqrt(), time)
+
+    def describe(self) -> str:
+        return f"EDM preconditioning, sigma_data {self.sigma_data:g}; told {self.time_scale:g}·log(sigma)"
+
+
+class Consistency(EDM):
+    """EDM's coefficients with time = 1000·log(sigma)/4. Song et al. 2023 (arXiv:2303.01469)."""
+
+    name = "cm"
+    time_scale = 250.0
+
+
+class VP(Family):
+    """Noise prediction in continuous VP time: D = x - sigma·F(x/sqrt(1 + sigma²); (M - 1)·t(sigma)).
+
+    sigma(t)² = exp(beta_d t²/2 + beta_min t) - 1. Song et al. 2021 (arXiv:2011.13456).
+    """
+
+    name = "vp"
+
+    def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 1000, epsilon_t: float = 1e-5):
+        super().__init__()
+        self.vp, self.steps = VPTime(beta_d, beta_min), steps
+        ends = self.vp.sigma(torch.tensor([epsilon_t, 1.0], dtype=torch.float64))
+        self.sigma_min, self.sigma_max = ends.tolist()
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        # In float64: t(sigma) subtracts nearly equal numbers where sigma is small.
+        time = (self.steps - 1) * self.vp.time(sigma.double())
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time.to(sigma.dtype))
+
+    def describe(self) -> str:
+        return f"the noise, VP preconditioning; told {self.steps - 1}·t, beta_d {self.vp.beta_d:g}"
+
+
+class VE(Family):
+    """D = x + sigma·F(x; log(sigma/2)). Song et al. 2021 (arXiv:2011.13456)."""
+
+    name = "ve"
+    sigma_min, sigma_max = 0.02, 100.0
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        one = torch.ones_like(sigma)
+        return Coefficients(one, sigma, one, (sigma / 2).log())
+
+    def describe(self) -> str:
+        return "the score times sigma, VE preconditioning; told log(sigma/2)"
+
+
+class IDDPM(Family):
+    """Noise prediction on the M + 1 levels u_j of a cosine schedule: time = M - 1 - j, u_j the level nearest to sigma.
+
+        u_M = 0,  u_{j-1}² = (u_j² + 1) / max(a(j - 1)/a(j), C_1) - 1,  a(j) = sin²(π/2 · j / (M (C_2 + 1)))
+
+    Nichol & Dhariwal 2021 (arXiv:2102.09672).
+    """
+
+    name = "iddpm"
+    levels: Tensor
+
+    def __init__(self, steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008):
+        super().__init__()
+        self.steps = steps
+        alpha = [math.sin(0.5 * math.pi * j / steps / (c_2 + 1)) ** 2 for j in range(steps + 1)]
+        levels = [0.0]
+        for j in range(steps, 0, -1):
+            levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha[j - 1] / alpha[j], c_1) - 1))
+        self.register_buffer("levels", torch.tensor(levels[::-1], dtype=torch.float32), persistent=False)
+        self.sigma_min, self.sigma_max = levels[1], levels[-1]
+
+    def forward(self, sigma: Tensor) -> Coefficients:
+        nearest = (sigma[:, None] - self.levels.to(sigma.dtype)).abs().argmin(dim=1)
+        time = (self.steps - 1 - nearest).to(sigma.dtype)
+        return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time)
+
+    def describe(self) -> str:
+        return f"the noise, iDDPM preconditioning; told the nearest of {self.steps} steps"

@@ -1,0 +1,90 @@
+"""Latent diffusion: prompts of a diffusers pipeline as bound conditions, and latents back to images through its VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.wrapping import wrap
+from amed_engine.errors import ConfigError
+
+
+@torch.no_grad()
+def wrap_pipeline(
+    pipeline: Any, prompts: str | Sequence[str], *, negative_prompt: str = "", shape: tuple[int, ...] | None = None
+) -> Adapter:
+    """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
+
+    pipeline: one of diffusers with an `encode_prompt` and a U-Net or MMDiT that `wrap` knows (Stable Diffusion, SDXL,
+    Stable Diffusion 3). negative_prompt: what guidance leads away from. shape: (C, H, W) of the latents, where it is not the
+    network's own. Prediction and betas are read from the pipeline's scheduler. Guidance is the sampler's: guidance_scale=7.5.
+    Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
+    """
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if network is None or not hasattr(pipeline, "encode_prompt"):
+        raise ConfigError(
+            "pipeline must be a text-to-image pipeline of diffusers with a U-Net or a transformer, got "
+            f"{type(pipeline).__name__}"
+        )
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise ConfigError("prompts are empty; pass a text or a list of them")
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None:
+        _check_latent_channels(vae, network.config.in_channels, "the network takes")
+    conditions, null = _encode(pipeline, network, prompts, negative_prompt)
+    return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
+
+
+def _encode(pipeline: Any, network: Any, prompts: list[str], negative: str) -> tuple[dict, dict]:
+    """The conditions of the prompts, a row each, and those of the negative prompt, one row."""
+    encoded = pipeline.encode_prompt(
+        prompt=prompts,
+        device=network.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=[negative] * len(prompts),
+        **{f"prompt_{i}": None for i in (2, 3) if hasattr(pipeline, f"tokenizer_{i}")},
+    )
+    positive, negatives, *pooled = encoded
+    conditions, null = {"encoder_hidden_states": positive}, {"encoder_hidden_states": negatives[:1]}
+    if pooled:
+        name = "pooled_projections" if type(network).__name__.startswith("SD3") else "text_embeds"
+        conditions[name], null[name] = pooled[0], pooled[1][:1]
+    if "text_embeds" in conditions:
+        ids = _time_ids(pipeline, network, pooled[0])
+        conditions["time_ids"], null["time_ids"] = ids.expand(len(prompts), -1), ids
+    return conditions, null
+
+
+def _time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:
+    """SDXL's original size, crop and target size, (1, 6): nothing cropped, all at the network's own size."""
+    size = network.config.sample_size
+    height, width = ((size, size) if isinstance(size, int) else size) if size else (128, 128)
+    pixels = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
+    return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=pooled.dtype, device=pooled.device)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in -1 .. 1 from latents (B, C, h, w) in the scale that the network was trained in.
+
+    vae: an AutoencoderKL of diffusers, in its own dtype. Raises ConfigError for another number of channels.
+    """
+    if not hasattr(vae, "decode") or not hasattr(vae, "config"):
+        raise ConfigError(f"vae must be an autoencoder of diffusers, got {type(vae).__name__}")
+    _check_latent_channels(vae, latents.shape[1], "the latents have")
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled = latents / vae.config.scaling_factor + shift
+    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    return images.to(latents.dtype).clamp(-1, 1)
+
+
+def _check_latent_channels(vae: Any, channels: int, who: str) -> None:
+    expected = getattr(vae.config, "latent_channels", channels)
+    if expected != channels:
+        raise ConfigError(f"{who} {channels} channels, the VAE {expected}: they belong to different models")

@@ -1,0 +1,232 @@
+"""`wrap`: any network as a denoiser, with what is not said inferred, checked and explained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.adapters import taps
+from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.coefficients import Family, spread
+from amed_engine.adapters.conditions import Conditions
+from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
+from amed_engine.adapters.facts import Facts, facts_of
+from amed_engine.adapters.flow import Flow
+from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
+from amed_engine.adapters.schedulers import betas_of, prediction_of
+from amed_engine.errors import ConfigError
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "denoised": Denoising,
+    "edm": EDM,
+    "cm": Consistency,
+    "vp": VP,
+    "ve": VE,
+    "iddpm": IDDPM,
+    "flow": Flow,
+}
+PREDICTIONS = (*PREDICTS, *FAMILIES)
+# Correlation of a prediction with its input at the highest noise level: near 1 for the noise, near 0 for v.
+NOISE_LIKE = 0.9
+
+
+def wrap(
+    model: Any,
+    prediction: str | Family | None = None,
+    *,
+    scheduler: Any = None,
+    betas: str | Tensor | None = None,
+    bottleneck: str | None = "auto",
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    null_class: int | None = None,
+    conditions: Mapping[str, Tensor] | Iterable[str] | None = None,
+    null_conditions: Mapping[str, Tensor] | None = None,
+    verify: bool = True,
+) -> Adapter:
+    """A denoiser (x, sigma (B,)[, class_labels]) -> Denoised(D, bottleneck) from a raw network, ready for `Sampler`.
+
+    model: (x_in, time[, labels], **conditions) -> prediction: a U-Net of `amed_engine.networks`, a U-Net or transformer of
+        diffusers, one of guided-diffusion, or any other callable.
+    prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
+        "iddpm", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
+    scheduler: the diffusers scheduler it was trained with, for prediction and betas.
+    betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor.
+    bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
+        is none, for which predictors read zeros.
+    shape: (C, H, W) of a sample, where the network does not tell. label_dim: its number of classes; they reach a network that
+        tells nothing of itself as one-hot rows. null_class: the integer that means no class.
+    conditions: tables by name, e.g. {"encoder_hidden_states": (P, L, D)}: P prompts, chosen by class_labels; or names alone,
+        the tensors being given in each call. null_conditions: the same with one row, for classifier-free guidance.
+    verify: evaluate a v-predicting network once, to catch one that predicts the noise.
+    Raises ConfigError for whatever cannot work, before any sampling. `print(denoiser)` shows what was inferred, and why.
+    """
+    _check_callable(model)
+    facts = _with_given(facts_of(model), shape, label_dim, null_class)
+    family, why = _choose_family(prediction, facts, scheduler, betas)
+    if facts.denoises and not isinstance(family, Denoising):
+        raise ConfigError(
+            f"{type(model).__name__} is a denoiser already and needs no {family.name!r} round it: pass it to Sampler as it is"
+        )
+    _check_channels(model, facts)
+    tables = _make_conditions(facts, conditions, null_conditions)
+    name, found = _choose_bottleneck(model, facts, bottleneck)
+    notes = _notes(model, facts, family, why, tables, found)
+    adapter = Adapter(model, _with_range(family, model, facts), facts, tables, name, notes)
+    if verify and family.name == "v":
+        _check_not_noise(adapter)
+    return adapter
+
+
+def _check_callable(model: Any) -> None:
+    if isinstance(model, Adapter):
+        raise ConfigError("this is what wrap returns already: pass it to Sampler")
+    if not callable(model):
+        raise ConfigError(
+            f"model must be a network or another callable (x, t) -> prediction, got {type(model).__name__}"
+        )
+
+
+def _with_given(facts: Facts, shape: Any, label_dim: int | None, null_class: int | None) -> Facts:
+    """The facts with what the caller says; contradictions raise."""
+    if shape is not None:
+        if facts.shape is not None and facts.shape[0] != shape[0]:
+            raise ConfigError(
+                f"the network takes {facts.shape[0]} channels, got shape={tuple(shape)}; samples must match it"
+            )
+        facts = replace(facts, shape=tuple(shape))
+    if label_dim is not None:
+        if facts.label_dim not in (0, label_dim):
+            raise ConfigError(f"the network has {facts.label_dim} classes, got label_dim={label_dim}")
+        facts = replace(facts, label_dim=label_dim)
+    if null_class is not None:
+        if not facts.label_dim:
+            raise ConfigError(f"null_class={null_class} was given for a network without classes")
+        facts = replace(facts, null_class=null_class, labels="index")
+    return facts
+
+
+def _choose_family(prediction: Any, facts: Facts, scheduler: Any, betas: Any) -> tuple[Family, str]:
+    """The family, and a word on where it comes from."""
+    if isinstance(prediction, Family):
+        return prediction, "given"
+    told = None if scheduler is None else prediction_of(scheduler)
+    known = told or facts.prediction
+    name = prediction or known
+    if name is None:
+        raise ConfigError(
+            f"prediction is not known of this network: pass one of {', '.join(PREDICTIONS)}, or scheduler=pipeline.scheduler"
+        )
+    if name not in PREDICTIONS:
+        raise ConfigError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    if told is not None and told != name:
+        raise ConfigError(f"prediction={name!r} was asked for, but the scheduler says {told!r}; leave prediction out")
+    why = "given" if prediction else "from the scheduler" if told else "known of this network"
+    if name not in PREDICTS:
+        if betas is not None:
+            raise ConfigError(f"betas are for {', '.join(PREDICTS)}, not for prediction={name!r}; leave them out")
+        return FAMILIES[name](), why
+    alphas, source = _choose_betas(betas, facts, scheduler)
+    return DiscreteSteps(name, alphas), f"{why}; betas {source}"
+
+
+def _choose_betas(betas: Any, facts: Facts, scheduler: Any) -> tuple[Tensor, str]:
+    if isinstance(betas, Tensor):
+        return betas, "given as alphas_cumprod"
+    if betas is not None:
+        return alphas_cumprod(betas), f"{betas}, given"
+    if scheduler is not None:
+        return betas_of(scheduler), "from the scheduler"
+    if facts.betas is not None:
+        return alphas_cumprod(facts.betas), f"{facts.betas}, the custom for this network"
+    return alphas_cumprod("linear"), "linear, assumed: pass betas=... if it was trained otherwise"
+
+
+def _check_channels(model: Any, facts: Facts) -> None:
+    if facts.shape is None or facts.out_channels is None:
+        return
+    channels = facts.shape[0]
+    if facts.out_channels not in (channels, 2 * channels):
+        raise ConfigError(
+            f"{type(model).__name__} takes {channels} channels and predicts {facts.out_channels}; a denoiser needs the same "
+            "number, or twice it with learned variances (networks with extra input channels must be wrapped in a function)"
+        )
+
+
+def _make_conditions(facts: Facts, conditions: Any, null: Mapping[str, Tensor] | None) -> Conditions:
+    if conditions is None or isinstance(conditions, Mapping):
+        bound, names = conditions, ()
+    else:
+        bound, names = None, tuple(conditions)
+    tables = Conditions({**dict.fromkeys(names), **facts.conditions}, bound, null)
+    if tables.count and facts.label_dim:
+        raise ConfigError("a network with classes cannot have conditions bound as well: class_labels choose either")
+    return tables
+
+
+def _choose_bottleneck(model: Any, facts: Facts, asked: str | None) -> tuple[str | None, str]:
+    """The module to tap, if any, and a word on it."""
+    if asked != "auto":
+        return asked, "none, as asked" if asked is None else f"{asked}, given"
+    if facts.returns_bottleneck:
+        return None, "returned by the network"
+    name = taps.find(getattr(model, "_orig_mod", model))
+    return name, "none known: predictors read zeros" if name is None else f"{name}, found"
+
+
+def _with_range(family: Family, model: Any, facts: Facts) -> Family:
+    """A denoiser's own range of noise levels."""
+    if facts.denoises:
+        family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
+        family.sigma_max = float(getattr(model, "sigma_max", 0) or family.sigma_max)
+    return family
+
+
+def _notes(model: Any, facts: Facts, family: Family, why: str, tables: Conditions, bottleneck: str) -> dict[str, str]:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
+    if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
+        shape += ", learned variances cut off"
+    classes = f"{facts.label_dim}" if facts.label_dim else "none"
+    none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
+    bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
+    return {
+        "network": type(getattr(model, "_orig_mod", model)).__name__,
+        "predicts": f"{family.describe()} ({why})",
+        "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
+        "samples": shape,
+        "classes": classes + none,
+        "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
+        "bottleneck": bottleneck,
+        "precision": "x's" if parameter is None else f"network {parameter.dtype}, state x's".replace("torch.", ""),
+    }
+
+
+@torch.no_grad()
+def _check_not_noise(adapter: Adapter) -> None:
+    """One evaluation of noise at the highest level: v is then nearly the data, and nearly independent of its input."""
+    shape, ready = adapter.sample_shape, adapter.conditions.count or not adapter.conditions.names
+    parameter = next(adapter.network.parameters(), None) if isinstance(adapter.network, nn.Module) else None
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if shape is None or not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
+        return
+    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    sigma = torch.full((2,), float(adapter.sigma_max), device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device) if adapter.label_dim else None
+    training = isinstance(adapter.network, nn.Module) and adapter.network.training
+    adapter.eval()
+    c = adapter.family(sigma)
+    denoised = adapter(spread(1 / c.scale, noise) * noise, sigma, labels).x0
+    adapter.train(training)
+    raw = (denoised - spread(c.skip / c.scale, noise) * noise) / spread(c.out, noise)
+    correlation = torch.nn.functional.cosine_similarity(raw.flatten(), noise.flatten(), dim=0)
+    if correlation > NOISE_LIKE:
+        raise ConfigError(
+            f"prediction='v' was asked for, but at sigma={adapter.sigma_max:.3g} the network returns its noisy input "
+            f"(correlation {correlation:.2f}): it predicts the noise; use prediction='epsilon', or verify=False"
+        )

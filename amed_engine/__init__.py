@@ -24,6 +24,10 @@ _HOME = {
     "SampleResult": "results",
     "StepInfo": "results",
     "distill": "distillation",
+    "get_cmake_dir": "locations",
+    "get_include": "locations",
+    "get_library": "locations",
+    "get_pkgconfig_dir": "locations",
     "load": "zoo",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
@@ -48,6 +52,10 @@ __all__ = [
     "StepInfo",
     "__version__",
     "distill",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
     "load",
     "load_predictor",
     "make_plan",
@@ -63,6 +71,7 @@ if TYPE_CHECKING:
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
+    from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # One direction, top to bottom. A package is one unit: inside it any order will do.
 ENGINE = (
     "kernels",
-    *("errors", "static_plan", "stepper", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
+    *("errors", "locations", "static_plan", "stepper", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
     *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),

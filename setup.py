@@ -68,7 +68,11 @@ class BuildOptional(build_ext):
         target = self.folder("csrc", "lib") / "libamed.so"
         sources = sorted(glob("csrc/library/*.cpp") + glob("csrc/cpu/*.cpp"))
         if nvcc:
-            host = ["-DAMED_WITH_CUDA", "-Xcompiler=-fopenmp,-fvisibility=hidden", *(f"-Xlinker={option}" for option in LIBRARY)]
+            host = [
+                "-DAMED_WITH_CUDA",
+                "-Xcompiler=-fopenmp,-fvisibility=hidden",
+                *(f"-Xlinker={option}" for option in LIBRARY),
+            ]
             return self.run_nvcc(nvcc, target, sorted(glob("csrc/cuda/*.cu")) + sources, host)
         try:
             options = {"output_dir": self.build_temp, "include_dirs": ["csrc/include"]}

@@ -201,7 +201,9 @@ def _with_numbers(updates: Sequence[Any]) -> Iterator[tuple[Update, Numbers]]:
 
 def _check_size(shape: Sequence[int]) -> None:
     if shape[0] > MAX_ROWS or shape[1] > MAX_COLUMNS:
-        raise ConfigError(f"one update has {shape[0]} x {shape[1]} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}")
+        raise ConfigError(
+            f"one update has {shape[0]} x {shape[1]} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}"
+        )
 
 
 # ---- learned coefficients ----
@@ -211,7 +213,9 @@ def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]
     """Per interval (update, weights on BASIS): measured on random midpoints, so that any solver may ask, and those whose
     coefficients are something else (logarithms, earlier midpoints) are refused."""
     if not isinstance(program.predictor, AMEDPredictor):
-        raise ConfigError("only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone")
+        raise ConfigError(
+            "only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone"
+        )
     generator = torch.Generator().manual_seed(0)
     walk = Walk(program, program.sigmas.double().cpu())
     for i in range(program.intervals):

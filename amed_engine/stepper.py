@@ -1,9 +1,9 @@
 """Runs a static plan on NumPy arrays, or on any library with NumPy's functions, for a host that owns the network.
 
-    stepper = Stepper(read_plan("plan.json"), x)  # x (B, ...): noise times plan.sigmas[0]
-    while not stepper.done:
-        stepper.advance(network(stepper.points, stepper.sigma))
-    images = stepper.result
+stepper = Stepper(plan_file.read_plan("plan.json"), x)  # x (B, ...): noise times plan.sigmas[0]
+while not stepper.done:
+    stepper.advance(network(stepper.points, stepper.sigma))
+images = stepper.result
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Combine = Callable[[Sequence[Array], Array], list[Array]]
 class Stepper:
     """A plan at work on one batch. `points` and `sigma` are what the network is to be asked for next.
 
-    x: (B, ...) float32 or float64, of variance plan.sigmas[0]² where the data's is negligible. xp: the module of NumPy's functions
-    for x, numpy unless given. combine: (sources, coeffs (M, J, B or 1)) -> M arrays, Σ_j coeffs[m, j, b] · sources[j][b];
+    x: (B, ...) float32 or float64, noise of unit variance times plan.sigmas[0]. xp: the module of NumPy's functions for
+    x, numpy unless given. combine: (sources, coeffs (M, J, B or 1)) -> M arrays, Σ_j coeffs[m, j, b] · sources[j][b];
     plain array arithmetic unless given. Arrays are never changed in place. Raises ConfigError.
     """
 
@@ -78,7 +78,9 @@ class Stepper:
 
     def _expect(self, *, done: bool) -> None:
         if self.done is not done:
-            raise ConfigError("the trajectory is at its end; take .result" if self.done else "ask again when .done is True")
+            raise ConfigError(
+                "the trajectory is at its end; take .result" if self.done else "ask again when .done is True"
+            )
 
     def _skip_analytic(self) -> None:
         while not self.done and self._evaluation.analytic:

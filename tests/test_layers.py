@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # One direction, top to bottom. A package is one unit: inside it any order will do.
 ENGINE = (
     "kernels",
-    *("errors", "locations", "static_plan", "stepper", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
+    *("errors", "locations", "static_plan", "plan_file", "stepper"),
+    *("schedule", "program", "rules"),  # arithmetic on noise levels, and data
     *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export_plan", "export", "distillation"),
+    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler"),
+    *("export_plan", "export", "distillation"),
     "__init__",  # the public names
     *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),
 )

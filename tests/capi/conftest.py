@@ -1,10 +1,10 @@
 """Every kind of program with the engine's own result, and the C library through ctypes, as a foreign host calls it."""
 
 import ctypes
-from types import SimpleNamespace
-from typing import NamedTuple
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest

@@ -86,9 +86,7 @@ def test_threads_share_a_plan(tools, library):
         return result
 
     alone, together = [draw(x) for x in noises], [None] * len(noises)
-    threads = [
-        threading.Thread(target=lambda k=k, x=x: together.__setitem__(k, draw(x))) for k, x in enumerate(noises)
-    ]
+    threads = [threading.Thread(target=lambda k=k, x=x: together.__setitem__(k, draw(x))) for k, x in enumerate(noises)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -25,7 +25,8 @@ static void* need(void* pointer, const char* what) {
 static void denoise(const amed_evaluation* at, size_t size, float* denoised) {
     for (int64_t row = 0; row < at->rows; ++row) {
         const float square = at->sigma[row] * at->sigma[row], variance = 1 + square;
-        for (size_t i = 0; i < size; ++i) denoised[(size_t)row * size + i] = at->points[(size_t)row * size + i] / variance;
+        for (size_t i = 0; i < size; ++i)
+            denoised[(size_t)row * size + i] = at->points[(size_t)row * size + i] / variance;
     }
 }
 

@@ -203,8 +203,10 @@ def library() -> CLibrary:
 def same_kernels():
     """`combine` of the engine on NumPy arrays: the compiled kernels that `sample` uses."""
 
-    def combine(sources, coeffs):
+    def combine(sources, coeffs, outputs):
         tensors = [torch.from_numpy(np.ascontiguousarray(source)) for source in sources]
-        return [out.numpy() for out in kernels.combine(tensors, torch.from_numpy(np.ascontiguousarray(coeffs)))]
+        made = kernels.combine(tensors, torch.from_numpy(np.ascontiguousarray(coeffs)))
+        for target, value in zip(outputs, made, strict=True):
+            target[...] = value.numpy()
 
     return combine

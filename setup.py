@@ -24,7 +24,7 @@ except ImportError:  # an installation without build isolation, on a machine wit
 WINDOWS = sys.platform == "win32"
 OPENMP = [] if sys.platform == "darwin" else ["/openmp" if WINDOWS else "-fopenmp"]
 # Clones for newer processors ignore -fvisibility, so the linker is told as well what to show.
-LIBRARY = ["-soname=libamed.so", "--version-script=csrc/library/amed.map"]
+LIBRARY = ["-s", "-soname=libamed.so", "--version-script=csrc/library/amed.map"]
 OPTIMIZE = ["/std:c++17", "/O2"] if WINDOWS else ["-std=c++17", "-O3", "-fvisibility=hidden"]
 
 native = get_include and Extension(
@@ -47,8 +47,7 @@ class BuildOptional(build_ext):
         wanted = os.environ.get("AMED_CUDA", "1" if shutil.which("nvidia-smi") else "0") == "1"
         nvcc = shutil.which("nvcc") if wanted else None
         if nvcc:
-            sources = [source for source in glob("csrc/cuda/*.cu") if "device" not in source]
-            self.run_nvcc(nvcc, self.folder("kernels") / "amed_cuda.so", sources)
+            self.run_nvcc(nvcc, self.folder("kernels") / "amed_cuda.so", sorted(glob("csrc/cuda/*.cu")))
         if sys.platform == "linux":
             self.build_library(nvcc)
 
@@ -73,7 +72,7 @@ class BuildOptional(build_ext):
                 "-Xcompiler=-fopenmp,-fvisibility=hidden",
                 *(f"-Xlinker={option}" for option in LIBRARY),
             ]
-            return self.run_nvcc(nvcc, target, sorted(glob("csrc/cuda/*.cu")) + sources, host)
+            return self.run_nvcc(nvcc, target, sorted(glob("csrc/*/*.cu")) + sources, host)
         try:
             options = {"output_dir": self.build_temp, "include_dirs": ["csrc/include"]}
             objects = self.compiler.compile(sources, extra_postargs=OPTIMIZE + OPENMP, **options)

@@ -1,5 +1,6 @@
 """The C API gives the engine's own bits on the CPU, refuses nonsense, and links from C, pkg-config and CMake."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -173,6 +174,53 @@ def test_cuda_is_refused_where_it_was_not_built(tools, library):
         library.call("sampler_create_cuda", plan, 1, 1, None, byref(c_void_p()))
     assert caught.value.status == 6
     library.raw.amed_plan_free(plan)
+
+
+@needs("nvcc")
+def test_the_cuda_device_compiles(tmp_path):
+    options = ["-std=c++17", "-O1", "-c", "-arch=sm_90", "-Werror=all-warnings", "-DAMED_WITH_CUDA"]
+    source = ROOT / "csrc" / "library" / "cuda_device.cu"
+    run(["nvcc", *options, f"-I{ROOT / 'csrc' / 'include'}", source, "-o", tmp_path / "device.o"])
+
+
+class DeviceArray:
+    """Device memory of the library as torch takes it, without a copy."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]):
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": shape, "typestr": "<f4", "version": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_cuda_stream_agrees_with_the_engine(tools, library, learned):
+    if not library.raw.amed_has_cuda():
+        pytest.skip("this build has no CUDA")
+    predictor = tools.predictor().cuda() if learned else None
+    program = Program.build(make_solver("ipndm"), tools.SIGMAS, predictor, afs=True)
+    x, stream, sampler = tools.latents().cuda(), torch.cuda.Stream(), c_void_p()
+    with torch.no_grad():
+        keywords = {"afs": True}
+        truth = sample(tools.denoise_with_features, x, tools.SIGMAS, program.solver, predictor, **keywords)
+    plan = library.parse(make_static_plan(program).dumps())
+    library.call("sampler_create_cuda", plan, len(x), x[0].numel(), stream.cuda_stream, byref(sampler))
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        library.call("sampler_start", sampler, c_void_p(x.data_ptr()))
+        while not (at := library.next(sampler)).done:
+            points, sigma = (
+                torch.as_tensor(DeviceArray(ctypes.cast(pointer, c_void_p).value, shape), device="cuda")
+                for pointer, shape in ((at.points, tuple(x.shape)), (at.sigma, (len(x),)))
+            )
+            denoised, features = (tensor.contiguous() for tensor in tools.denoise_with_features(points, sigma))
+            library.call(
+                "sampler_put", sampler, denoised.data_ptr(), features.data_ptr() if learned else None, 4 * learned
+            )
+        address = ctypes.cast(at.points, c_void_p).value
+        got = torch.as_tensor(DeviceArray(address, tuple(x.shape)), device="cuda").clone()
+    stream.synchronize()
+    library.raw.amed_sampler_free(sampler)
+    library.raw.amed_plan_free(plan)
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
 
 
 # ---- programs

@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "../library/basis.h"
-#include "../library/error.h"
 #include "amed/cuda.h"
+#include "basis.h"
+#include "error.h"
 
 namespace amed {
 namespace {

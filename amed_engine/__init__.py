@@ -23,6 +23,7 @@ _HOME = {
     "StaleGraphError": "capture",
     "SampleResult": "results",
     "StepInfo": "results",
+    "Stepper": "stepper",
     "distill": "distillation",
     "get_cmake_dir": "locations",
     "get_include": "locations",
@@ -33,8 +34,11 @@ _HOME = {
     "make_plan": "plan",
     "make_schedule": "schedule",
     "make_solver": "solvers",
+    "read_plan": "plan_file",
     "sample": "loop",
     "save_predictor": "checkpoints",
+    "write_plan": "export_plan",
+    "write_schedule": "export_plan",
 }
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "Sampler",
     "StaleGraphError",
     "StepInfo",
+    "Stepper",
     "__version__",
     "distill",
     "get_cmake_dir",
@@ -61,8 +66,11 @@ __all__ = [
     "make_plan",
     "make_schedule",
     "make_solver",
+    "read_plan",
     "sample",
     "save_predictor",
+    "write_plan",
+    "write_schedule",
 ]
 
 if TYPE_CHECKING:
@@ -71,15 +79,18 @@ if TYPE_CHECKING:
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
+    from amed_engine.export_plan import write_plan, write_schedule
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
+    from amed_engine.plan_file import read_plan
     from amed_engine.predictor import AMEDPredictor
     from amed_engine.program import Midpoint
     from amed_engine.results import SampleResult, StepInfo
     from amed_engine.sampler import Sampler
     from amed_engine.schedule import make_schedule
     from amed_engine.solvers import make_solver
+    from amed_engine.stepper import Stepper
     from amed_engine.zoo import load
 
 

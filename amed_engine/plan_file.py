@@ -58,7 +58,7 @@ def from_json(data: Any) -> StaticPlan:
     """The plan that `to_json` wrote; anything else raises FileFormatError."""
     names = ("format", "version", "nfe", *(field.name for field in fields(StaticPlan)))
     _expect_names(data, names, "plan")
-    if data["format"] != FORMAT or data["version"] != VERSION:
+    if data["format"] != FORMAT or _size(data["version"], "version", 0) != VERSION:
         refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
     evaluations = _list(data["evaluations"], "evaluations", 1, MAX_EVALUATIONS)
     plan = StaticPlan(
@@ -70,7 +70,7 @@ def from_json(data: Any) -> StaticPlan:
         predictor=None if data["predictor"] is None else _predictor(data["predictor"]),
     )
     check(plan)
-    if data["nfe"] != plan.nfe:
+    if _size(data["nfe"], "nfe", 0) != plan.nfe:
         refuse("nfe", data["nfe"], f"{plan.nfe}, the evaluations' count")
     return plan
 
@@ -80,14 +80,16 @@ def from_json(data: Any) -> StaticPlan:
 
 def _evaluation(data: Any, where: str) -> Evaluation:
     _expect_names(data, tuple(field.name for field in fields(Evaluation)), where)
-    levels = {
+    levels: dict[str, Any] = {
         name: None if data[name] is None else _levels(data[name], f"{where}.{name}", 1, MAX_ROWS)
         for name in ("sigma", "sigma_net")
     }
     if [len(level or ()) for level in levels.values()] != [len(levels["sigma"] or ())] * 2:
         refuse(f"{where}.sigma_net", data["sigma_net"], "one level for each of sigma")
     rows = _list(data["coefficients"], f"{where}.coefficients", 1, MAX_ROWS)
-    flags = {name: _flag(data[name], f"{where}.{name}") for name in ("moves_x", "x_is_y", "analytic", "threshold")}
+    flags: dict[str, Any] = {
+        name: _flag(data[name], f"{where}.{name}") for name in ("moves_x", "x_is_y", "analytic", "threshold")
+    }
     predict = data["predict"]
     return Evaluation(
         **levels,
@@ -162,9 +164,10 @@ def _levels(data: Any, where: str, low: int, high: int) -> tuple[float, ...]:
 
 
 def _size(data: Any, where: str, low: int) -> int:
-    if not isinstance(data, int) or isinstance(data, bool) or not low <= data <= MAX_SIZE:
+    number = _number(data, where)
+    if not number.is_integer() or not low <= number <= MAX_SIZE:
         refuse(where, str(data)[:40], f"a whole number from {low} to {MAX_SIZE}")
-    return data
+    return int(number)
 
 
 def _sizes(data: Any, where: str, low: int, high: int, *, least: int = 1) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from amed_engine import AMEDPredictor, Midpoint, kernels, make_schedule, make_so
 from amed_engine.errors import ConfigError
 from amed_engine.export_plan import make_static_plan
 from amed_engine.loop import Program
-from amed_engine.static_plan import StaticPlan
+from amed_engine.program import Row, Stage
+from amed_engine.solver import Solver
+from amed_engine.static_plan import MAX_COLUMNS, StaticPlan
 
 # ---- programs and denoisers with known answers ----
 
@@ -43,6 +46,26 @@ CASES = [
     for last in (False, True)
     if make_solver(solver, **options).midpoint != ("none" if refined else "required")
 ]
+
+
+@dataclass(frozen=True)
+class NonStationary(Solver):
+    """x_{n+1} = a_n x_0 + Σ_j b_nj D_j over the whole history, the anchor kept at x_0: as many columns as a plan may have."""
+
+    @property
+    def memory(self) -> int:
+        return MAX_COLUMNS - 2
+
+    @property
+    def data_prediction(self) -> bool:
+        return True
+
+    def evaluations(self, with_midpoint: bool) -> int:
+        return 1
+
+    def step(self, past, sigma, sigma_next, midpoint, i, n) -> list[Stage]:
+        b = tuple((1 - sigma_next / SIGMAS[0]) * 2.0**-j / (2 - 2.0**-i) for j in range(i + 1))
+        return [Stage((Row(sigma_next / SIGMAS[0], b),), None)]
 
 
 def midpoints(points: int) -> list[Midpoint]:
@@ -101,7 +124,16 @@ def case(request) -> Case:
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     """What single tests build cases of their own from."""
-    names = ("SIGMAS", "program", "predictor", "latents", "denoise", "denoise_with_features", "on_numpy")
+    names = (
+        "SIGMAS",
+        "program",
+        "predictor",
+        "latents",
+        "NonStationary",
+        "denoise",
+        "denoise_with_features",
+        "on_numpy",
+    )
     return SimpleNamespace(**{name: globals()[name] for name in names})
 
 

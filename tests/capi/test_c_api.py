@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import amed_engine
-from amed_engine import make_solver, sample
+from amed_engine import make_schedule, make_solver, sample
 from amed_engine.export_plan import make_static_plan, write_plan
 from amed_engine.loop import Program
+from amed_engine.stepper import Stepper
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "csrc" / "examples" / "closed_form.c"
@@ -41,6 +42,20 @@ def test_every_program_has_the_engine_s_bits(case, tools, library):
         return tools.on_numpy(points, sigma), None
 
     np.testing.assert_array_equal(library.sample(case.plan.dumps(), case.x, denoise), case.truth)
+
+
+def test_the_whole_history_may_be_read(tools, library, same_kernels):
+    """Fifteen evaluations of non-stationary coefficients on a kept anchor: sixteen columns in the last update."""
+    sigmas, solver, x = make_schedule("polynomial", 16, 0.002, 80.0), tools.NonStationary(), tools.latents()
+    plan = make_static_plan(Program.build(solver, sigmas))
+    assert [len(e.columns) for e in plan.evaluations] == list(range(2, 17))
+    truth = sample(tools.denoise, x, sigmas, solver).numpy()
+    got = library.sample(plan.dumps(), x.numpy(), lambda y, s: (tools.on_numpy(y, s), None))
+    np.testing.assert_array_equal(got, truth)
+    stepper = Stepper(plan, x.numpy(), combine=same_kernels)
+    while not stepper.done:
+        stepper.advance(tools.on_numpy(stepper.points, stepper.sigma))
+    np.testing.assert_array_equal(stepper.result, truth)
 
 
 def test_thresholding_agrees_to_one_rounding(tools, library):

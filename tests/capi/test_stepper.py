@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import random
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,6 +250,52 @@ def test_bad_plans_are_refused_by_both_readers(data, name, request):
     with pytest.raises(Exception, match=r"plan entry|expected") as caught:
         library.parse(json.dumps(bad))
     assert caught.value.status == 2
+
+
+VALUES = [0, 1, 2, 3, 7, 16, 17, 65536, 65537, -1, 0.5, 1e30, 1e31, -0.25, None, True, "x", [], [1], {}, [80.0, 9.0]]
+
+
+def change(data: dict, rng: random.Random) -> None:
+    """One entry somewhere below becomes another value, its neighbour's, or nothing; or it is there twice."""
+    node: Any = data
+    while True:
+        key = rng.choice(sorted(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        if not (isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.9):
+            break
+        node = node[key]
+    action = rng.random()
+    if action < 0.6:
+        node[key] = copy.deepcopy(rng.choice(VALUES))
+    elif action < 0.8:
+        node[key] = copy.deepcopy(node[rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))])
+    elif action < 0.9 or isinstance(node, dict):
+        del node[key]
+    else:
+        node.insert(key, copy.deepcopy(node[key]))
+
+
+def verdict(read, text: str) -> tuple[Any, str]:
+    try:
+        return read(text), "accepted"
+    except Exception as error:
+        return None, f"refused: {error}"
+
+
+def test_both_readers_accept_the_same_plans(tools, library):
+    """Plans with one or two entries changed, removed, repeated or exchanged."""
+    learned = Program.build(make_solver("ipndm", max_order=2), tools.SIGMAS, tools.predictor(hidden_dim=2), afs=True)
+    programs = [tools.program("dpmpp", afs=True, last=True), tools.program("epd", refined=True), learned]
+    plans, rng, accepted = [json.loads(make_static_plan(p).dumps()) for p in programs], random.Random(0), 0
+    for k in range(1500):
+        data = copy.deepcopy(plans[k % 3])
+        for _ in range(rng.randint(1, 2)):
+            change(data, rng)
+        text = json.dumps(data)
+        (_, python), (plan, c) = verdict(plan_file.loads, text), verdict(library.parse, text)
+        library.raw.amed_plan_free(plan)
+        assert python.partition(":")[0] == c.partition(":")[0], (k, python, c, text[:3000])
+        accepted += c == "accepted"
+    assert 100 < accepted < 1400, "changes must neither be harmless nor always fatal"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 5000, '"\\ud800"'])

@@ -25,19 +25,27 @@ _HOME = {
     "Sampler": "sampler",
     "StaleGraphError": "capture",
     "StepInfo": "results",
+    "Stepper": "stepper",
     "UnsafeFileError": "errors",
     "convert": "checkpoints",
     "distill": "distillation",
     "from_pretrained": "checkpoints",
+    "get_cmake_dir": "locations",
+    "get_include": "locations",
+    "get_library": "locations",
+    "get_pkgconfig_dir": "locations",
     "load": "zoo",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
     "make_schedule": "schedule",
     "make_solver": "solvers",
+    "read_plan": "plan_file",
     "sample": "loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
     "wrap": "adapters",
+    "write_plan": "export_plan",
+    "write_schedule": "export_plan",
 }
 
 __all__ = [
@@ -55,20 +63,28 @@ __all__ = [
     "Sampler",
     "StaleGraphError",
     "StepInfo",
+    "Stepper",
     "UnsafeFileError",
     "__version__",
     "convert",
     "distill",
     "from_pretrained",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
+    "get_pkgconfig_dir",
     "load",
     "load_predictor",
     "make_plan",
     "make_schedule",
     "make_solver",
+    "read_plan",
     "sample",
     "save_predictor",
     "save_pretrained",
     "wrap",
+    "write_plan",
+    "write_schedule",
 ]
 
 if TYPE_CHECKING:
@@ -79,14 +95,18 @@ if TYPE_CHECKING:
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
+    from amed_engine.export_plan import write_plan, write_schedule
+    from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.plan import Plan, make_plan
+    from amed_engine.plan_file import read_plan
     from amed_engine.predictor import AMEDPredictor
     from amed_engine.program import Midpoint
     from amed_engine.results import SampleResult, StepInfo
     from amed_engine.sampler import Sampler
     from amed_engine.schedule import make_schedule
     from amed_engine.solvers import make_solver
+    from amed_engine.stepper import Stepper
     from amed_engine.zoo import load
 
 

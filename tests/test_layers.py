@@ -13,26 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # One direction, top to bottom. A package is one unit: inside it any order will do.
 ENGINE = (
     "kernels",
-    *("errors", "schedule", "program", "rules"),  # arithmetic on noise levels, and data
+    *("errors", "locations", "static_plan", "plan_file", "stepper"),
+    *("schedule", "program", "rules"),  # arithmetic on noise levels, and data
     *("solver", "singlestep", "multistep", "nonstationary", "solvers", "plan", "seeds"),
     *("denoiser", "loop", "coefficients", "predictor"),
     *("networks", "adapters", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export"),
-    *("fitting", "learned", "distillation"),
-    "reproduce",
+    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler"),
+    *("export_plan", "export"),
+    *("fitting", "learned", "distillation", "reproduce"),
     "__init__",  # the public names
-    *(
-        "integrations",
-        "metrics",
-        "images",
-        "compare",
-        "figure",
-        "environment",
-        "console",
-        "commands",
-        "cli",
-        "__main__",
-    ),
+    *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "commands", "cli"),
+    "__main__",
 )
 KERNELS = (
     *("reference", "layout", "native"),

@@ -1,0 +1,272 @@
+"""Programs written down for other stacks: a static plan, or the table of noise levels that diffusers takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.checkpoints import atomic_write
+from amed_engine.errors import ConfigError
+from amed_engine.loop import Program, Walk
+from amed_engine.plan import Plan
+from amed_engine.predictor import AMEDPredictor
+from amed_engine.program import Midpoint, Update
+from amed_engine.sampler import Sampler
+from amed_engine.schedule import DiscreteTime
+from amed_engine.static_plan import (
+    BASIS,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    Coefficient,
+    Evaluation,
+    PredictorWeights,
+    StaticPlan,
+    check,
+)
+
+# Midpoints on which learned coefficients are measured.
+_SAMPLES = 64
+
+
+def write_plan(source: Sampler | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
+    """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the plan written.
+
+    freeze: ask the predictor once, with features of zero, and write its answers as constants. Otherwise a predictor goes
+    along with its weights, for solvers whose steps need no more than `BASIS` (amed, dpm, euler, ipndm). Raises ConfigError.
+    """
+    plan = make_static_plan(source, freeze=freeze)
+    atomic_write(path, plan.dumps().encode())
+    return plan
+
+
+def make_static_plan(source: Sampler | Program, *, freeze: bool = False) -> StaticPlan:
+    """The static plan of a sampler or a program; see `write_plan`."""
+    program, plan = _program(source)
+    if freeze:
+        program = _frozen(program)
+    static = StaticPlan(
+        sigmas=tuple(program.sigmas.double().tolist()),
+        evaluations=tuple(_evaluations(program)),
+        shape=source.model.shape if isinstance(source, Sampler) else None,
+        description="" if plan is None else plan.describe(),
+        guidance_scale=None if plan is None else plan.guidance_scale,
+        predictor=_weights(program.predictor) if program.updates is None else None,
+    )
+    check(static)
+    return static
+
+
+def write_schedule(
+    source: Sampler | Program,
+    path: str | os.PathLike,
+    *,
+    alphas_cumprod: Tensor | None = None,
+) -> dict:
+    """Write the noise levels of every evaluation as JSON, the form in which diffusers' schedulers take a schedule.
+
+    sigmas: level of each evaluation in order, then the last level; timesteps: the same as a network is told them,
+    log(sigma) / 4 (EDM), or with alphas_cumprod the discrete-time model's number of steps, counted from 0; scale_dir,
+    scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
+    """
+    program, plan = _program(source)
+    program = _frozen(program)
+    table = {
+        "format": "amed_schedule",
+        "version": 1,
+        "description": "" if plan is None else plan.describe(),
+        "timestep_type": "log_sigma" if alphas_cumprod is None else "discrete",
+        **_levels(program, alphas_cumprod),
+    }
+    atomic_write(path, (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
+    return table
+
+
+def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
+    evaluations = list(_evaluations(program))
+    if any(e.points > 1 for e in evaluations):
+        raise ConfigError("a schedule has one noise level per evaluation, not parallel points; export format='plan'")
+    last = program.sigmas[-1:].double()
+    own, told = (
+        torch.cat([torch.tensor([getattr(e, name)[0] for e in evaluations], dtype=torch.float64), last])
+        for name in ("sigma", "sigma_net")
+    )
+    midpoints: Any = program.predictor or [Midpoint(1.0)] * program.intervals
+    times = told.log() / 4 if alphas_cumprod is None else _discrete(told, alphas_cumprod)
+    scales = {name: [float(getattr(mid, name)) for mid in midpoints] for name in ("scale_dir", "scale_time")}
+    return {"sigmas": own.tolist(), "timesteps": times.tolist(), **scales, "afs": [e.analytic for e in evaluations]}
+
+
+def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Time runs over (k + 1) / n; diffusers counts steps from 0."""
+    return DiscreteTime.of(alphas_cumprod).time(sigma) * len(alphas_cumprod) - 1
+
+
+# ---- the program ----
+
+
+def _program(source: Sampler | Program) -> tuple[Program, Plan | None]:
+    """The program with float64 constants on the host, and the plan it came from."""
+    if isinstance(source, Program):
+        return source, None
+    if not isinstance(source, Sampler):
+        raise ConfigError(f"a plan is made of a Sampler or a Program, got {type(source).__name__}")
+    plan, predictor = source.plan, source._program.predictor
+    options = {"afs": plan.afs, "denoise_to_zero": plan.denoise_to_zero}
+    return Program.build(plan.make_solver(), plan.levels, predictor, **options), plan
+
+
+def _frozen(program: Program) -> Program:
+    """The program with what its predictor says to features of zero in place of the predictor."""
+    if program.updates is not None:
+        return program
+    sigmas, predictor = program.sigmas.double(), program.predictor
+    with torch.no_grad():
+        said = [
+            predictor(None, sigmas[i : i + 1].to(_device(predictor)), sigmas[i + 1 : i + 2].to(_device(predictor)))  # type: ignore[misc, operator]
+            for i in range(program.intervals)
+        ]
+    midpoints = [Midpoint(*(float(torch.as_tensor(field).reshape(-1)[0]) for field in mid)) for mid in said]
+    return Program.build(
+        program.solver, sigmas.cpu(), midpoints, afs=program.afs, denoise_to_zero=program.denoise_to_zero
+    )
+
+
+def _device(predictor: Any) -> torch.device:
+    parameters = predictor.parameters() if isinstance(predictor, torch.nn.Module) else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _evaluations(program: Program) -> Iterator[Evaluation]:
+    learned = _learned_updates(program) if program.updates is None else None
+    for i in range(program.intervals):
+        level: tuple[float, ...] | None = (float(program.sigmas[i]),)
+        told = level
+        updates = program.updates[i] if program.updates is not None else next(learned)  # type: ignore[arg-type]
+        for s, (update, coefficients) in enumerate(_with_numbers(updates)):
+            first = i == s == 0
+            yield Evaluation(
+                sigma=level,
+                sigma_net=told,
+                columns=update.columns,
+                coefficients=coefficients,
+                new_directions=update.new_directions,
+                keep=update.keep,
+                moves_x=update.moves_x,
+                x_is_y=update.x_is_y,
+                analytic=program.afs and first,
+                threshold=program.solver.thresholds,
+                predict=_interval(program, i) if learned is not None and s == 0 else None,
+            )
+            level, told = _told(update.sigma), _told(update.sigma_net)
+    if program.denoise_to_zero:
+        yield _last(program)
+
+
+def _interval(program: Program, i: int) -> tuple[float, float]:
+    return float(program.sigmas[i]), float(program.sigmas[i + 1])
+
+
+def _last(program: Program) -> Evaluation:
+    """The evaluation at the last level whose D, not thresholded, is the sample."""
+    last = program.updates[-1][-1] if program.updates else None
+    level = (float(program.sigmas[-1]),)
+    column = 1 if last is None or last.x_is_y else 2
+    return Evaluation(level, level, (column,), ((1.0,),), 0, 0, moves_x=False, x_is_y=False)
+
+
+def _told(levels: tuple[Tensor, ...] | None) -> tuple[float, ...] | None:
+    """Numbers, or None for what a predictor says: measured on many midpoints, a level of its own for each."""
+    if levels is None or any(level.numel() > 1 for level in levels):
+        return None
+    return tuple(float(level) for level in levels)
+
+
+Numbers = tuple[tuple[Coefficient, ...], ...]
+
+
+def _with_numbers(updates: Sequence[Any]) -> Iterator[tuple[Update, Numbers]]:
+    for update in updates:
+        if isinstance(update, tuple) and not isinstance(update, Update):
+            yield update
+            continue
+        rows = update.coeffs.double()[..., 0]
+        _check_size(rows.shape)
+        yield update, tuple(tuple(row) for row in rows.tolist())
+
+
+def _check_size(shape: Sequence[int]) -> None:
+    if shape[0] > MAX_ROWS or shape[1] > MAX_COLUMNS:
+        raise ConfigError(
+            f"one update has {shape[0]} x {shape[1]} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}"
+        )
+
+
+# ---- learned coefficients ----
+
+
+def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
+    """Per interval (update, weights on BASIS): measured on random midpoints, so that any solver may ask, and those whose
+    coefficients are something else (logarithms, earlier midpoints) are refused."""
+    if not isinstance(program.predictor, AMEDPredictor):
+        raise ConfigError(
+            "only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone"
+        )
+    generator = torch.Generator().manual_seed(0)
+    walk = Walk(program, program.sigmas.double().cpu())
+    for i in range(program.intervals):
+        r, c, time = torch.rand(3, _SAMPLES, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+        midpoint = Midpoint(r, c + 0.5, time + 0.5)
+        sigma, sigma_next = _interval(program, i)
+        basis = _basis(midpoint, sigma_next**r * sigma ** (1 - r))
+        yield [(update, _fit(update.coeffs, basis, program)) for update in walk.updates(i, midpoint)]
+
+
+def _basis(midpoint: Midpoint, m: Tensor) -> Tensor:
+    """BASIS, (samples, 8)."""
+    r, c = torch.as_tensor(midpoint.r), torch.as_tensor(midpoint.scale_dir)
+    return torch.stack([torch.ones_like(m), m, 1 / m, c, c * m, c / m, c / r, c / (r * m)], dim=1)
+
+
+def _fit(coeffs: Tensor, basis: Tensor, program: Program) -> Numbers:
+    _check_size(coeffs.shape)
+    return tuple(tuple(_weights_of(values, basis, program) for values in row) for row in coeffs)
+
+
+def _weights_of(values: Tensor, basis: Tensor, program: Program) -> Coefficient:
+    """One coefficient on all samples as weights: first on every function, then on those that matter."""
+    if bool((values == values[0]).all()):
+        return float(values[0])
+    norms, largest = basis.abs().amax(0), float(values.abs().max())
+    support = torch.arange(len(BASIS))
+    for _ in range(2):
+        scaled = basis[:, support] / norms[support]
+        found = torch.linalg.lstsq(scaled, values[:, None], driver="gelsd").solution[:, 0]
+        misfit = float((scaled @ found - values).abs().max())
+        support, found = support[found.abs() > 1e-8 * largest], found[found.abs() > 1e-8 * largest]
+    if misfit > 1e-9 * largest:
+        raise ConfigError(
+            f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of {', '.join(BASIS)}; "
+            "use amed, dpm, euler or ipndm, or pass freeze=True"
+        )
+    weights = torch.zeros(len(BASIS), dtype=torch.float64)
+    weights[support] = found / norms[support]
+    return tuple(weights.tolist())
+
+
+def _weights(predictor: Any) -> PredictorWeights:
+    state = {name: value.detach().double().cpu().flatten() for name, value in predictor.state_dict().items()}
+    return PredictorWeights(
+        scale_dir=predictor.scale_dir,
+        scale_time=predictor.scale_time,
+        bottleneck=predictor.bottleneck,
+        hidden=predictor.hidden_dim,
+        encoded=predictor.bottleneck_dim,
+        noise_channels=predictor.embedding_dim,
+        frequencies=tuple(predictor.frequencies.double().tolist()),
+        parameters={name: tuple(value.tolist()) for name, value in state.items()},
+    )

@@ -1,0 +1,102 @@
+// A sampler's memory and arithmetic on a CUDA device: part of libamed only, never compiled at run time.
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "amed/cuda.h"
+#include "basis.h"
+#include "error.h"
+
+namespace amed {
+namespace {
+
+constexpr unsigned int kMixThreads = 128;
+
+__global__ void mix_kernel(const MixArgs args) {
+    const std::int64_t b = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (b >= args.batch) return;
+    double basis[kBasisSize];
+    evaluate_basis(args, b, basis);
+    for (int k = 0; k < args.count; ++k) args.coeffs[k * args.batch + b] = weigh(args.weights + k * kBasisSize, basis);
+}
+
+__global__ void levels_kernel(const MixArgs args, float* levels) {
+    const std::int64_t b = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (b < args.batch) levels[b] = told_level(args, b);
+}
+
+__global__ void analytic_kernel(const float* x, float scale, float* denoised, std::int64_t count) {
+    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+    for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += step)
+        denoised[i] = scale * x[i];
+}
+
+void check(int code, const char* what) {
+    if (code != cudaSuccess)
+        fail(AMED_ERROR_DEVICE, std::string(what) + ": " + cudaGetErrorString(static_cast<cudaError_t>(code)));
+}
+
+class CudaDevice final : public Device {
+  public:
+    explicit CudaDevice(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
+
+    std::shared_ptr<void> allocate(std::size_t bytes) override {
+        void* memory = nullptr;
+        if (cudaMalloc(&memory, bytes < 1 ? 1 : bytes) == cudaErrorMemoryAllocation) {
+            cudaGetLastError();
+            fail(AMED_ERROR_MEMORY, "out of device memory: " + std::to_string(bytes) + " bytes");
+        }
+        check(cudaGetLastError(), "allocating");
+        return {memory, [](void* p) { cudaFree(p); }};
+    }
+
+    void upload(void* to, const void* from, std::size_t bytes) override {
+        check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying constants");
+    }
+
+    void copy(float* to, const float* from, std::int64_t count) override {
+        const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+        check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "copying");
+    }
+
+    void combine(const CombineArgs& args) override { check(amed_cuda_combine(&args, stream_), "launching combine"); }
+
+    void midpoint(const MidpointArgs& args) override {
+        check(amed_cuda_midpoint(&args, stream_), "launching the predictor");
+    }
+
+    void mix(const MixArgs& args) override {
+        mix_kernel<<<blocks(args.batch), kMixThreads, 0, stream_>>>(args);
+        check(cudaGetLastError(), "launching the coefficients");
+    }
+
+    void midpoint_levels(const MixArgs& args, float* levels) override {
+        levels_kernel<<<blocks(args.batch), kMixThreads, 0, stream_>>>(args, levels);
+        check(cudaGetLastError(), "launching the noise levels");
+    }
+
+    void analytic(const float* x, double sigma, float* denoised, std::int64_t count) override {
+        const auto scale = static_cast<float>(1 - sigma / sqrt(1 + sigma * sigma));
+        analytic_kernel<<<1024, 2 * kMixThreads, 0, stream_>>>(x, scale, denoised, count);
+        check(cudaGetLastError(), "launching the analytic first step");
+    }
+
+    void threshold(float*, std::int64_t, std::int64_t) override {
+        fail(AMED_ERROR_UNSUPPORTED, "dynamic thresholding is not on this device");
+    }
+
+    bool can_threshold() const override { return false; }
+
+  private:
+    cudaStream_t stream_;
+
+    static unsigned int blocks(std::int64_t batch) {
+        return static_cast<unsigned int>((batch + kMixThreads - 1) / kMixThreads);
+    }
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_cuda_device(void* stream) { return std::make_unique<CudaDevice>(stream); }
+
+}  // namespace amed

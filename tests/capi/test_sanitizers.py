@@ -1,0 +1,49 @@
+"""The C library under the address and undefined-behaviour sanitizers, its loader against mutated plans."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from amed_engine import make_solver
+from amed_engine.export_plan import write_plan
+from amed_engine.loop import Program
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}", "-O1", "-fopenmp"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DAMED_NO_CLONES"]
+MUTATIONS = int(os.environ.get("AMED_FUZZ_PLANS", "4000"))
+
+
+@pytest.fixture
+def plans(tools, tmp_path) -> list[Path]:
+    """Noise prediction with memory, data prediction with thresholds, parallel points, and a predictor."""
+    sigmas, predictor = tools.SIGMAS, tools.predictor(hidden_dim=3)
+    programs = [
+        tools.program("ipndm", afs=True, last=True),
+        Program.build(make_solver("dpmpp"), sigmas, afs=True),
+        tools.program("epd", refined=True),
+        tools.program("unipc"),
+        Program.build(make_solver("ipndm", max_order=2), sigmas, predictor, afs=True),
+    ]
+    paths = [tmp_path / f"{k}.json" for k in range(len(programs))]
+    for program, path in zip(programs, paths, strict=True):
+        write_plan(program, path)
+    return paths
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_library_holds_under_the_sanitizers(plans, tmp_path):
+    sources = [*CSRC.glob("tests/library/*.cpp"), *CSRC.glob("library/*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    program = tmp_path / "test_library"
+    built = subprocess.run(
+        [COMPILER, *FLAGS, *SANITIZERS, *map(str, sources), "-o", str(program)], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr[-4000:]
+    done = subprocess.run([program, str(MUTATIONS), *plans], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.strip().endswith("ok"), done.stdout

@@ -25,6 +25,7 @@ _HOME = {
     "StepInfo": "results",
     "distill": "distillation",
     "load": "zoo",
+    "load_package": "packages",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
     "make_schedule": "schedule",
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "distill",
     "load",
+    "load_package",
     "load_predictor",
     "make_plan",
     "make_schedule",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError
     from amed_engine.loop import sample
+    from amed_engine.packages import load_package
     from amed_engine.plan import Plan, make_plan
     from amed_engine.predictor import AMEDPredictor
     from amed_engine.program import Midpoint

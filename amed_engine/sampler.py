@@ -15,8 +15,9 @@ from torch import Tensor
 
 from amed_engine import zoo
 from amed_engine.checkpoints import load_predictor
-from amed_engine.engine import Engine
+from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
+from amed_engine.export import Exported, Job, export
 from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
@@ -164,6 +165,28 @@ class Sampler:
     def stats(self) -> Stats:
         """Captures, replays and eager runs of this Sampler so far."""
         return self._engine.stats
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "pt2",
+        *,
+        guidance_scale: float | None = None,
+        max_batch: int = 256,
+        verify: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> Exported:
+        """Write the whole loop, network and predictor included, to one file; `amed_engine.load_package` reads it back.
+
+        format: "pt2", compiled by AOTInductor for this kind of machine, which C++ runs too; "exported", the same graph as an
+            ExportedProgram; "onnx". Inputs are latents (B, C, H, W) of unit variance and, for a conditional model, labels
+            (B, label_dim), for every B from 1 to max_batch; the output is images. guidance_scale is fixed in the file.
+        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export.
+        Raises ConfigError, or AmedError where a compiler fails.
+        """
+        program, plan = self._choose(guidance_scale)
+        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: AMEDPredictor | None) -> Program:
         if predictor is not None:

@@ -17,9 +17,21 @@ ENGINE = (
     *("solver", "singlestep", "multistep", "solvers", "plan", "seeds"),
     *("denoiser", "predictor", "loop"),
     *("networks", "checkpoints", "zoo"),
-    *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
+    *("models", "arrays", "requests", "planning", "results", "capture", "graph", "engine"),
+    *("packages", "export", "sampler", "distillation"),
     "__init__",  # the public names
-    *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "cli", "__main__"),
+    *(
+        "integrations",
+        "metrics",
+        "images",
+        "compare",
+        "figure",
+        "environment",
+        "console",
+        "commands",
+        "cli",
+        "__main__",
+    ),
 )
 KERNELS = (
     *("reference", "layout", "native"),

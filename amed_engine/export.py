@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -111,8 +112,8 @@ def write_compiled(job: Job, file: Path) -> None:
         raise
     except Exception as error:  # as above; a missing compiler is the usual one
         raise AmedError(
-            f"AOTInductor could not compile the loop: {str(error).strip().splitlines()[0]}; it needs a C++ compiler, and nvcc's "
-            "headers on a GPU; format='exported' needs neither"
+            f"AOTInductor could not compile the loop: {str(error).strip().splitlines()[0]}; it needs a C++ compiler, and on a "
+            "GPU the headers of CUDA; format='exported' needs neither"
         ) from error
 
 
@@ -142,7 +143,9 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
     # A folder, not a file: large ONNX models keep their weights in a second file.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         file = Path(folder, path.name)
-        FORMATS[format](job, file)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
+            FORMATS[format](job, file)
         differences = _compare(job, file) if verify and format in LOOPS else {}
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)

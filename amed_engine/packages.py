@@ -77,8 +77,7 @@ class Facts:
         return {
             KEY: json.dumps(self.to_json(), sort_keys=True, allow_nan=False),
             f"{KEY}.shape": " ".join(map(str, self.shape)),
-            f"{KEY}.label_dim": str(self.label_dim),
-            f"{KEY}.max_batch": str(self.max_batch),
+            **{f"{KEY}.{name}": str(getattr(self, name)) for name in ("label_dim", "dtype", "device", "max_batch")},
         }
 
     @classmethod

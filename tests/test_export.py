@@ -1,8 +1,10 @@
 """A loop in a file draws what `Sampler.run` draws, for every batch, and checks what it is given."""
 
-import json
 import os
-import zipfile
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,9 @@ from torch import nn
 
 import amed_engine
 from amed_engine import (
-    AMEDPredictor,
     AmedError,
+    AMEDPredictor,
     ConfigError,
-    FileFormatError,
     Midpoint,
     Sampler,
     load_package,
@@ -185,6 +186,25 @@ def exports(sampler: Sampler, tmp_path) -> None:
         close(package.run(latents(batch)).images, sampler.run(latents(batch)).images)
 
 
+def test_a_program_without_python_draws_the_samples_of_the_seeds(sampler, files, tmp_path):
+    """csrc/examples/run_package, built as its CMakeLists.txt says; more seeds than one call of the loop takes."""
+    cmake = shutil.which("cmake")
+    if not cmake or not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("needs cmake and a C++ compiler")
+    source = Path(__file__).resolve().parents[1] / "csrc/examples/run_package"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for step in ([cmake, "-S", source, "-B", tmp_path / "build", prefix], [cmake, "--build", tmp_path / "build"]):
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    program, seeds = tmp_path / "build/run_package", [7, 0, 2**32 - 1, 5, 1, 2, 3, 4, 9]
+    command = [program, files["pt2"], tmp_path / "samples.npy", *map(str, seeds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    close(torch.from_numpy(np.load(tmp_path / "samples.npy")), sampler.run(seeds).images)
+    broken = subprocess.run([program, __file__, "a.npy", "1"], capture_output=True, text=True, check=False)
+    assert (broken.returncode, broken.stderr.count("run_package:")) == (1, 1)
+
+
 @pytest.mark.parametrize("solver", ["heun", "deis"])
 def test_solvers_export(solver, tmp_path):
     exports(Sampler(TinyConv(0), solver=solver, nfe=4), tmp_path)
@@ -255,7 +275,7 @@ def test_a_model_that_branches_on_values_is_refused(tmp_path):
     def denoise(x, sigma):
         return x * 0.5 if sigma[0] > 1 else x * 0.1
 
-    with pytest.raises(ConfigError, match="the model cannot be exported.*without branches on values"):
+    with pytest.raises(ConfigError, match=r"the model cannot be exported.*without branches on values"):
         Sampler(denoise, solver="euler", nfe=2, shape=SHAPE).export(tmp_path / "no.pt2", "exported")
     assert list(tmp_path.iterdir()) == []
 
@@ -269,7 +289,7 @@ def test_a_loop_that_differs_is_not_written(tmp_path):
         return x * (0.5 + len(calls))
 
     sampler = Sampler(denoise, solver="euler", nfe=2, shape=SHAPE)
-    with pytest.raises(AmedError, match="differs from the sampler by .* nothing was written"):
+    with pytest.raises(AmedError, match=r"differs from the sampler by .* nothing was written"):
         sampler.export(tmp_path / "no.pt2", "exported")
     assert list(tmp_path.iterdir()) == []
 
@@ -297,74 +317,6 @@ def test_a_model_of_unknown_shape_is_refused(tmp_path):
 
 
 def test_without_the_onnx_libraries_the_extra_is_named(sampler, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"ONNX needs onnxscript; pip install 'amed-engine\[onnx\]'"):
         sampler.export(tmp_path / "a.onnx", "onnx")
-
-
-# ---- what cannot be read
-
-
-def zipped(path, entries: dict) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in entries.items():
-            archive.writestr(name, text)
-
-
-GOOD = {
-    "kind": "amed_package",
-    "format": "exported",
-    "shape": [2, 6, 6],
-    "label_dim": 0,
-    "dtype": "float32",
-    "device": "cpu",
-    "max_batch": 8,
-    "plan": {"solver": "euler", "sigmas": [80.0, 1.0]},
-    "versions": {},
-}
-
-
-@pytest.mark.parametrize(
-    ("facts", "message"),
-    [
-        (None, "holds no facts under 'amed_engine'"),
-        ("{", "its facts cannot be read"),
-        ("[]", "its facts cannot be read"),
-        ("{}", "'kind' is missing"),
-        (json.dumps(GOOD | {"kind": "other"}), "its kind is 'other'"),
-        (json.dumps(GOOD | {"shape": [2, "6", 6]}), "must be integers"),
-        (json.dumps(GOOD | {"shape": []}), "must be integers"),
-        (json.dumps(GOOD | {"max_batch": 0}), "must be positive"),
-        (json.dumps(GOOD | {"label_dim": True}), "must be integers"),
-        (json.dumps(GOOD | {"dtype": "int8"}), "dtype 'int8'"),
-        (json.dumps(GOOD | {"plan": {"solver": "none", "sigmas": [80.0, 1.0]}}), "its facts cannot be read"),
-        (json.dumps(GOOD | {"plan": {"solver": "euler", "sigmas": [1.0, 80.0]}}), "its facts cannot be read"),
-        ("[" * 100_000, "its facts cannot be read"),
-        (" " * (1 << 21), "more than"),
-        (json.dumps(GOOD), "cannot be loaded"),
-    ],
-)
-def test_a_file_that_is_not_ours_is_refused(tmp_path, facts, message):
-    entries = {"a/data/version": "1"} | ({} if facts is None else {"a/extra/amed_engine": facts})
-    zipped(tmp_path / "a.pt2", entries)
-    with pytest.raises(FileFormatError, match=message):
-        load_package(tmp_path / "a.pt2")
-
-
-def test_files_of_other_kinds_are_refused(files, tmp_path):
-    (tmp_path / "text.pt2").write_text("no archive")
-    (tmp_path / "text.onnx").write_text("no model")
-    (tmp_path / "cut.pt2").write_bytes(files["exported"].read_bytes()[:-2000])
-    for name in ("text.pt2", "text.onnx", "cut.pt2", "missing.pt2"):
-        with pytest.raises(FileFormatError, match=name):
-            load_package(tmp_path / name)
-
-
-def test_native_code_is_only_opened_once_its_facts_are_read(files, tmp_path, monkeypatch):
-    """A compiled package without facts is refused before anything in it runs."""
-    with zipfile.ZipFile(files["pt2"]) as archive:
-        entries = {i.filename: archive.read(i) for i in archive.infolist() if not i.filename.endswith("metadata.json")}
-    zipped(tmp_path / "a.pt2", entries)
-    monkeypatch.setattr("amed_engine.packages._open_compiled", lambda path: pytest.fail("native code was loaded"))
-    with pytest.raises(FileFormatError, match="holds no facts"):
-        load_package(tmp_path / "a.pt2")

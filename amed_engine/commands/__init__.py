@@ -1,0 +1,1 @@
+"""Commands of `amed`, one file each; `amed_engine.cli` registers them."""

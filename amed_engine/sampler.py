@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
+from amed_engine.arrays import check_output_type, delivered, imported
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
@@ -122,6 +123,7 @@ class Sampler:
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Tensor | None = None,
+        output_type: str = "torch",
     ) -> SampleResult:
         """Draw samples.
 
@@ -132,9 +134,13 @@ class Sampler:
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
         callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
         out: a tensor that receives the images.
+        output_type: "torch"; "numpy"; or "dlpack", the kind of array that the latents are, in the tensor's own memory.
+        Latents, seeds, labels and out may be any DLPack array (NumPy, CuPy, JAX); none is copied.
         Raises ConfigError, NonFiniteError naming step and seeds, or StaleGraphError.
         """
         started = time.perf_counter()
+        check_output_type(output_type)
+        out = imported("out", out)
         program, plan = self._choose(guidance_scale)
         look = self._engine.may_wait()
         request = make_request(
@@ -143,6 +149,7 @@ class Sampler:
         _check_out(out, request.latents)
         drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
+        images = delivered(images, output_type, like=batch)
         seconds = time.perf_counter() - started
         return SampleResult(
             images, plan.nfe, request.seeds, request.classes, drawn.backend, plan, drawn.chunks, seconds

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine import zoo
-from amed_engine.checkpoints import load_model
+from amed_engine.checkpoints import load_model, load_program
 from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError
 
@@ -125,7 +125,7 @@ def _open(model: Any) -> Any:
         return load_model(path)
     try:
         if path.suffix == ".pt2":
-            return torch.export.load(path).module()
+            return load_program(path).module()
         return torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.checkpoints import load_program
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.models import Model
 from amed_engine.plan import Plan
@@ -175,7 +176,7 @@ def load_package(path: str | os.PathLike) -> Package:
     facts = Facts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
-    return Package(facts, _open_compiled(path) if compiled else _open_exported(path))
+    return Package(facts, _open_compiled(path) if compiled else load_program(path).module())
 
 
 def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
@@ -196,19 +197,12 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
         raise FileFormatError(f"{path}: its metadata is not a JSON object: {error}") from error
 
 
-def _open_exported(path: Path) -> Call:
-    try:
-        return torch.export.load(path).module()
-    except Exception as error:  # the reader raises what its parts happen to raise
-        raise _unreadable(path, error) from error
-
-
 def _open_compiled(path: Path) -> Call:
     # Imported for its side effect of making torch._inductor.aoti_load_package an attribute.
     import_module("torch._inductor")
     try:
         return torch._inductor.aoti_load_package(str(path))
-    except Exception as error:  # as above
+    except Exception as error:  # the loader raises what its parts happen to raise
         raise _unreadable(path, error) from error
 
 

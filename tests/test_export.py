@@ -83,6 +83,12 @@ def files(sampler, tmp_path_factory):
     return written
 
 
+@pytest.fixture(scope="module")
+def packages(files):
+    """Read back, once."""
+    return {format: load_package(file) for format, file in files.items()}
+
+
 def latents(batch: int) -> torch.Tensor:
     return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(batch))
 
@@ -92,8 +98,8 @@ def close(got, expected) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_package_draws_what_the_sampler_draws_in_every_batch(sampler, files, format):
-    package = load_package(files[format])
+def test_a_package_draws_what_the_sampler_draws_in_every_batch(sampler, packages, format):
+    package = packages[format]
     for batch in BATCHES:
         labels = [row % 3 for row in range(batch)]
         expected = sampler.run(latents(batch), labels)
@@ -106,8 +112,8 @@ def test_a_package_draws_what_the_sampler_draws_in_every_batch(sampler, files, f
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_seeds_stand_for_the_same_images_in_a_package(sampler, files, format):
-    expected, result = sampler.run([4, 0, 9]), load_package(files[format]).run([4, 0, 9])
+def test_seeds_stand_for_the_same_images_in_a_package(sampler, packages, format):
+    expected, result = sampler.run([4, 0, 9]), packages[format].run([4, 0, 9])
     close(result.images, expected.images)
     assert result.seeds == [4, 0, 9]
     assert torch.equal(result.labels, expected.labels)
@@ -133,14 +139,14 @@ def test_seeds_stand_for_the_same_images_in_a_package(sampler, files, format):
         ("two", None, "batch must be a number of samples"),
     ],
 )
-def test_a_package_refuses_what_its_graph_would_not(files, format, batch, labels, message):
+def test_a_package_refuses_what_its_graph_would_not(packages, format, batch, labels, message):
     with pytest.raises(ConfigError, match=message):
-        load_package(files[format]).run(batch, labels)
+        packages[format].run(batch, labels)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_strided_and_unaligned_latents_are_latents(sampler, files, format):
-    package, expected = load_package(files[format]), sampler.run(latents(3), 1).images
+def test_strided_and_unaligned_latents_are_latents(sampler, packages, format):
+    package, expected = packages[format], sampler.run(latents(3), 1).images
     strided = latents(3).permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     assert not strided.is_contiguous()
     close(package.run(strided, 1).images, expected)
@@ -149,8 +155,8 @@ def test_strided_and_unaligned_latents_are_latents(sampler, files, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_file_says_what_it_holds(sampler, files, format):
-    facts = load_package(files[format]).facts.to_json()
+def test_the_file_says_what_it_holds(sampler, packages, format):
+    facts = packages[format].facts.to_json()
     assert facts["inputs"] == [
         {"name": "latents", "dtype": "float32", "shape": ["batch", *SHAPE]},
         {"name": "labels", "dtype": "float32", "shape": ["batch", 3]},
@@ -205,14 +211,12 @@ def test_a_program_without_python_draws_the_samples_of_the_seeds(sampler, files,
     assert (broken.returncode, broken.stderr.count("run_package:")) == (1, 1)
 
 
-@pytest.mark.parametrize("solver", ["heun", "deis"])
-def test_solvers_export(solver, tmp_path):
-    exports(Sampler(TinyConv(0), solver=solver, nfe=4), tmp_path)
+def test_a_solver_exports(tmp_path):
+    exports(Sampler(TinyConv(0), solver="heun", nfe=2), tmp_path)
 
 
-@pytest.mark.parametrize("solver", ["dpm", "unipc"])
-def test_solvers_under_a_predictor_export(solver, tmp_path):
-    exports(make_sampler(0, solver), tmp_path)
+def test_a_solver_with_memory_and_a_corrector_exports_under_a_predictor(tmp_path):
+    exports(make_sampler(0, "unipc"), tmp_path)
 
 
 def test_a_loop_without_labels_takes_none(tmp_path):
@@ -236,7 +240,7 @@ def test_parallel_points_export(tmp_path):
 
 def test_guidance_is_fixed_in_the_file(tmp_path):
     sampler = Sampler(TinyConv(3), solver="ipndm", nfe=3)
-    sampler.export(tmp_path / "guided.pt2", "exported", guidance_scale=2.5)
+    sampler.export(tmp_path / "guided.pt2", "exported", guidance_scale=2.5, verify=False)
     package = load_package(tmp_path / "guided.pt2")
     assert package.facts.plan.guidance_scale == 2.5
     guided = sampler.run(latents(4), [0, 1, 2, 0], guidance_scale=2.5).images
@@ -264,7 +268,9 @@ def test_other_forms_of_a_model_export_too(tmp_path):
     expected = Sampler(model, solver="euler", nfe=2).run(latents(3)).images
     for name, form in forms.items():
         file = tmp_path / f"{name}.pt2"
-        Sampler(form, solver="euler", nfe=2, shape=SHAPE, sigma_max=80).export(file, "exported", max_batch=32)
+        Sampler(form, solver="euler", nfe=2, shape=SHAPE, sigma_max=80).export(
+            file, "exported", max_batch=32, verify=False
+        )
         close(load_package(file).run(latents(3)).images, expected)
 
 

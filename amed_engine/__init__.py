@@ -35,6 +35,7 @@ _HOME = {
     "get_library": "locations",
     "get_pkgconfig_dir": "locations",
     "load": "zoo",
+    "load_package": "packages",
     "load_predictor": "checkpoints",
     "make_plan": "plan",
     "make_schedule": "schedule",
@@ -74,6 +75,7 @@ __all__ = [
     "get_library",
     "get_pkgconfig_dir",
     "load",
+    "load_package",
     "load_predictor",
     "make_plan",
     "make_schedule",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from amed_engine.export_plan import write_plan, write_schedule
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
+    from amed_engine.packages import load_package
     from amed_engine.plan import Plan, make_plan
     from amed_engine.plan_file import read_plan
     from amed_engine.predictor import AMEDPredictor

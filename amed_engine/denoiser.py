@@ -71,9 +71,10 @@ def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -
         rows = repeat_to(labels, x.shape[0])
         both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(rows), rows]))
         x0, features = as_denoised(both)
-        unconditional, conditional = x0.chunk(2)
+        halves = [x.shape[0]] * 2  # not chunk(2): its count would tie a symbolic batch to one size
+        unconditional, conditional = x0.split(halves)
         guided = unconditional + scale * (conditional - unconditional)
-        return Denoised(guided, None if features is None else features.chunk(2)[1])
+        return Denoised(guided, None if features is None else features.split(halves)[1])
 
     return denoise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from torch import Tensor
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, Walk
+from amed_engine.models import Model
 from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Update
-from amed_engine.sampler import Sampler
+from amed_engine.program import Midpoint, Row, Update
 from amed_engine.schedule import DiscreteTime
 from amed_engine.static_plan import (
     BASIS,
@@ -29,11 +29,24 @@ from amed_engine.static_plan import (
     check,
 )
 
+
+@runtime_checkable
+class Planned(Protocol):
+    """What a Sampler, and a job of exporting one, knows."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def program(self) -> Program: ...
+    @property
+    def model(self) -> Model: ...
+
+
 # Midpoints on which learned coefficients are measured.
 _SAMPLES = 64
 
 
-def write_plan(source: Sampler | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
+def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
     """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the plan written.
 
     freeze: ask the predictor once, with features of zero, and write its answers as constants. Otherwise a predictor goes
@@ -44,15 +57,16 @@ def write_plan(source: Sampler | Program, path: str | os.PathLike, *, freeze: bo
     return plan
 
 
-def make_static_plan(source: Sampler | Program, *, freeze: bool = False) -> StaticPlan:
+def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> StaticPlan:
     """The static plan of a sampler or a program; see `write_plan`."""
     program, plan = _program(source)
+    _check_adaptive(program)
     if freeze:
         program = _frozen(program)
     static = StaticPlan(
         sigmas=tuple(program.sigmas.double().tolist()),
         evaluations=tuple(_evaluations(program)),
-        shape=source.model.shape if isinstance(source, Sampler) else None,
+        shape=None if isinstance(source, Program) else source.model.shape,
         description="" if plan is None else plan.describe(),
         guidance_scale=None if plan is None else plan.guidance_scale,
         predictor=_weights(program.predictor) if program.updates is None else None,
@@ -62,7 +76,7 @@ def make_static_plan(source: Sampler | Program, *, freeze: bool = False) -> Stat
 
 
 def write_schedule(
-    source: Sampler | Program,
+    source: Planned | Program,
     path: str | os.PathLike,
     *,
     alphas_cumprod: Tensor | None = None,
@@ -96,6 +110,8 @@ def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
         for name in ("sigma", "sigma_net")
     )
     midpoints: Any = program.predictor or [Midpoint(1.0)] * program.intervals
+    if isinstance(midpoints[0], Row):
+        raise ConfigError("a schedule cannot say the coefficients of 'nonstationary'; export format='plan'")
     times = told.log() / 4 if alphas_cumprod is None else _discrete(told, alphas_cumprod)
     scales = {name: [float(getattr(mid, name)) for mid in midpoints] for name in ("scale_dir", "scale_time")}
     return {"sigmas": own.tolist(), "timesteps": times.tolist(), **scales, "afs": [e.analytic for e in evaluations]}
@@ -109,13 +125,13 @@ def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
 # ---- the program ----
 
 
-def _program(source: Sampler | Program) -> tuple[Program, Plan | None]:
+def _program(source: Planned | Program) -> tuple[Program, Plan | None]:
     """The program with float64 constants on the host, and the plan it came from."""
     if isinstance(source, Program):
         return source, None
-    if not isinstance(source, Sampler):
+    if not isinstance(source, Planned):
         raise ConfigError(f"a plan is made of a Sampler or a Program, got {type(source).__name__}")
-    plan, predictor = source.plan, source._program.predictor
+    plan, predictor = source.plan, source.program.predictor
     options = {"afs": plan.afs, "denoise_to_zero": plan.denoise_to_zero}
     return Program.build(plan.make_solver(), plan.levels, predictor, **options), plan
 
@@ -124,6 +140,7 @@ def _frozen(program: Program) -> Program:
     """The program with what its predictor says to features of zero in place of the predictor."""
     if program.updates is not None:
         return program
+    _check_adaptive(program)
     sigmas, predictor = program.sigmas.double(), program.predictor
     with torch.no_grad():
         said = [
@@ -134,6 +151,11 @@ def _frozen(program: Program) -> Program:
     return Program.build(
         program.solver, sigmas.cpu(), midpoints, afs=program.afs, denoise_to_zero=program.denoise_to_zero
     )
+
+
+def _check_adaptive(program: Program) -> None:
+    if program.updates is None and isinstance(program.predictor, Sequence):
+        raise ConfigError("coefficients that depend on the sample are no static plan; export format='pt2' or 'onnx'")
 
 
 def _device(predictor: Any) -> torch.device:

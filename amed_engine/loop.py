@@ -239,8 +239,9 @@ def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...
         x0 = x0.to(dtype)
     if len(y) == 1:
         return (Denoised(x0, features),)
-    split = [None] * len(y) if features is None else features.split(batch)
-    return tuple(Denoised(d, f) for d, f in zip(x0.split(batch), split, strict=True))
+    sizes = [batch] * len(y)  # sizes, not one: how many pieces that makes would be a question to a symbolic batch
+    split = [None] * len(y) if features is None else features.split(sizes)
+    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), split, strict=True))
 
 
 def sample(

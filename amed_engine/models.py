@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from amed_engine import zoo
 from amed_engine.adapters import Signature, is_package, load_onnx, load_package
-from amed_engine.checkpoints import load_model
+from amed_engine.checkpoints import load_model, load_program
 from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError
 
@@ -147,7 +147,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".pt2" and is_package(path):
         return load_package(path)
     try:
-        opened = torch.export.load(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+        opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         raise ConfigError(

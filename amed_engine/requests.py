@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.arrays import imported
 from amed_engine.denoiser import Denoiser, classifier_free, conditioned
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
@@ -48,6 +49,7 @@ def make_request(
 
     look: read values that are on the device (NaN in latents, the range of labels), which waits for it.
     """
+    batch, class_labels = imported("batch", batch), imported("class_labels", class_labels)
     if isinstance(batch, Tensor) and batch.is_floating_point():
         latents, seeds, drawn = _check_latents(batch, model, dtype, device, look), None, None
         if model.label_dim and class_labels is None:

@@ -28,7 +28,7 @@ class StepInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Images (B, C, H, W) in the sampler's dtype and how they came about.
+    """Images (B, C, H, W) in the sampler's dtype, a tensor unless `output_type` says otherwise, and how they came about.
 
     seeds: one per image, None for latents the caller gave. labels: class indices or the given vectors, None for an
     unconditional model. nfe: network evaluations per image. backend: what ran,

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
+from amed_engine.arrays import check_output_type, delivered, imported
 from amed_engine.checkpoints import Predictor, load_predictor
-from amed_engine.engine import Engine
+from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
+from amed_engine.export import Exported, Job, export
 from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
@@ -110,6 +112,11 @@ class Sampler:
         self._engine = Engine(tuned, self.device, backend, batch_sizes, check_finite)
 
     @property
+    def program(self) -> Program:
+        """The linear program that runs, on the sampler's device."""
+        return self._program
+
+    @property
     def nfe(self) -> int:
         """Network evaluations per sample."""
         return self.plan.nfe
@@ -123,6 +130,7 @@ class Sampler:
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Tensor | None = None,
+        output_type: str = "torch",
     ) -> SampleResult:
         """Draw samples.
 
@@ -133,9 +141,13 @@ class Sampler:
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
         callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
         out: a tensor that receives the images.
+        output_type: "torch"; "numpy"; or "dlpack", the kind of array that the latents are, in the tensor's own memory.
+        Latents, seeds, labels and out may be any DLPack array (NumPy, CuPy, JAX); none is copied.
         Raises ConfigError, NonFiniteError naming step and seeds, or StaleGraphError.
         """
         started = time.perf_counter()
+        check_output_type(output_type)
+        out = imported("out", out)
         program, plan = self._choose(guidance_scale)
         look = self._engine.may_wait()
         request = make_request(
@@ -144,6 +156,7 @@ class Sampler:
         _check_out(out, request.latents)
         drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
+        images = delivered(images, output_type, like=batch)
         seconds = time.perf_counter() - started
         return SampleResult(
             images, plan.nfe, request.seeds, request.classes, drawn.backend, plan, drawn.chunks, seconds
@@ -166,6 +179,28 @@ class Sampler:
     def stats(self) -> Stats:
         """Captures, replays and eager runs of this Sampler so far."""
         return self._engine.stats
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "pt2",
+        *,
+        guidance_scale: float | None = None,
+        max_batch: int = 256,
+        verify: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> Exported:
+        """Write the whole loop, network and predictor included, to one file; `amed_engine.load_package` reads it back.
+
+        format: "pt2", compiled by AOTInductor for this kind of machine, which C++ runs too; "exported", the same graph as an
+            ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W) of unit variance and, for a conditional model, labels
+            (B, label_dim), for every B from 1 to max_batch; the output is images. guidance_scale is fixed in the file.
+        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export.
+        Raises ConfigError, or AmedError where a compiler fails.
+        """
+        program, plan = self._choose(guidance_scale)
+        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
         # A copy: the caller's predictor keeps its device, precision and mode.

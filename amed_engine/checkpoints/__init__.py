@@ -11,6 +11,7 @@ from amed_engine.checkpoints.native import (
     save_predictor,
 )
 from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
+from amed_engine.checkpoints.programs import load_program
 
 __all__ = [
     "Converted",
@@ -21,6 +22,7 @@ __all__ = [
     "from_pretrained",
     "load_model",
     "load_predictor",
+    "load_program",
     "load_published",
     "read",
     "save_model",

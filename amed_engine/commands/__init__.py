@@ -1,1 +1,1 @@
-"""Commands of the command line that stand on their own, one file each."""
+"""Commands of `amed`, one file each; `amed_engine.cli` registers them."""

@@ -110,7 +110,8 @@ class Program:
 
 
 def _on_host(midpoint: Midpoint) -> Midpoint:
-    return Midpoint(*(torch.as_tensor(field).detach().to("cpu", torch.float64) for field in midpoint))
+    # With the dtype, or a Python number would be rounded to float32 first.
+    return Midpoint(*(torch.as_tensor(field, dtype=torch.float64).detach().cpu() for field in midpoint))
 
 
 class Walk:

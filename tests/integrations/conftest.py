@@ -1,9 +1,16 @@
 """A predictor that listens to its bottleneck, a class-conditional model, and what the engine makes of both."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from amed_engine import AMEDPredictor, Sampler, make_plan
+
+# `python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
 def make_predictor(plan, scale: float = 4.0) -> AMEDPredictor:

@@ -168,7 +168,7 @@ class AMEDPipeline(DiffusionPipeline):
                 state = trajectory.interval(state, i)[-1]
                 if callback is not None:
                     timestep = self.scheduler.model.timestep(program.sigmas[i])
-                    given = callback(self, i, timestep, {name: state.y[0] for name in names})
+                    given = callback(self, i, timestep, dict.fromkeys(names, state.y[0]))
                     state = _replaced(state, given.get("latents", state.y[0]))
                 bar.update()
                 if self._interrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -17,6 +17,7 @@ from torch import Tensor
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
+from amed_engine.integrations.diffusers.evaluations import Evaluation, evaluations
 from amed_engine.integrations.diffusers.parameterization import Parameterization
 from amed_engine.loop import Program, State, advance
 from amed_engine.predictor import AMEDPredictor
@@ -31,13 +32,6 @@ class AMEDSchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
-
-
-class Evaluation(NamedTuple):
-    """The noise level told to the network, and what follows; None where D itself is the result."""
-
-    sigma: Tensor
-    update: Update | None
 
 
 class AMEDScheduler(SchedulerMixin, ConfigMixin):
@@ -271,7 +265,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     def _analytic(self, x: Tensor) -> State:
         """The state after the analytic first step from x."""
-        assert self._program is not None and self._program.updates is not None
+        assert self._program is not None
+        assert self._program.updates is not None
         update = self._program.updates[0][0].to(x.device, x.dtype)
         sigma = self.levels[:1].to(x.device, x.dtype)
         return advance(State.start(x), (analytic_first_step(x, sigma).x0,), update)
@@ -286,15 +281,3 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)
         self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]
-
-
-def evaluations(program: Program) -> list[Evaluation]:
-    """A static program as a list, evaluation by evaluation."""
-    assert program.updates is not None
-    found = []
-    for i, updates in enumerate(program.updates):
-        told = program.sigmas[i]
-        for update in updates:
-            found.append(Evaluation(told.reshape(()), update))
-            told = program.sigmas[i + 1] if update.sigma_net is None else update.sigma_net[0]
-    return found + ([Evaluation(program.sigmas[-1], None)] if program.denoise_to_zero else [])

@@ -12,6 +12,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Bottleneck, Tap, open_predictor
 from amed_engine.loop import Program, State, Trajectory
+from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
 from amed_engine.program import Midpoint
 from amed_engine.solvers import make_solver
@@ -38,9 +39,9 @@ class AMEDSolver:
                 "a step is not told its number, so constants per step cannot be used; pass an AMEDPredictor or one Midpoint"
             )
         self.predictor = opened if isinstance(opened, Midpoint) else copy.deepcopy(opened).eval()
-        plan = getattr(self.predictor, "plan", None)
+        plan: Plan | None = getattr(self.predictor, "plan", None)
         self.solver = make_solver("amed") if plan is None else plan.make_solver()
-        if self.solver.memory:
+        if plan is not None and self.solver.memory:
             raise ConfigError(f"this predictor was trained for {plan.describe()}, which remembers earlier steps")
         self.denoiser, self.bottleneck = denoiser, bottleneck
 
@@ -58,6 +59,7 @@ class AMEDSolver:
         with Tap(self.denoiser, self.bottleneck) as tap:
             first = FirstAnswer(tap.denoiser(self._denoised))
             moved = Trajectory(program, first).interval(State.start(x), 0)[-1].y[0]
+        assert first.x0 is not None
         return torch.where(ends.reshape(-1, *[1] * (x.dim() - 1)), first.x0, moved)
 
     def _denoised(self, x: Tensor, sigma: Tensor) -> Tensor:

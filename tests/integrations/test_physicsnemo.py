@@ -1,5 +1,7 @@
 """AMEDSolver, called as PhysicsNeMo's `sample` calls its solvers."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def right_hand_side(model):
 
 def physicsnemo_sample(solver, x, time_steps):
     """The loop of physicsnemo.diffusion.samplers.sample: scalar times expanded to the batch."""
-    for t_cur, t_next in zip(time_steps[:-1], time_steps[1:], strict=True):
+    for t_cur, t_next in itertools.pairwise(time_steps):
         x = solver.step(x, t_cur.expand(len(x)), t_next.expand(len(x)))
     return x
 

@@ -163,7 +163,7 @@ class AMEDPipeline(DiffusionPipeline):
 
     def _loop(self, program: Program, denoiser: Denoiser, x: Tensor, callback: Any, names: Sequence[str]) -> Tensor:
         trajectory, state = Trajectory(program, denoiser), State.start(x)
-        with self.progress_bar(total=program.intervals) as bar:
+        with self.progress_bar(total=program.intervals) as bar:  # type: ignore[call-arg]
             for i in range(program.intervals):
                 state = trajectory.interval(state, i)[-1]
                 if callback is not None:

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # By this name, in this module, diffusers recognises the class when it loads a saved pipeline.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
@@ -101,10 +101,10 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             "sigma_min": plan.sigmas[-1],
             "sigma_max": plan.sigmas[0],
         }
-        return cls.from_config({**(config or {}), **own})
+        return cls.from_config({**(config or {}), **own})  # type: ignore[return-value]
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     @property
     def init_noise_sigma(self) -> float:
@@ -136,30 +136,28 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         less with afs. timesteps, sigmas: where the intervals begin, and with "sigma_min" where the last one ends.
         """
         given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
-        if len(given) > 1 or not (given or self.config.noise_levels):
+        if len(given) > 1 or not (given or self.config["noise_levels"]):
             raise ConfigError("pass one of num_inference_steps, timesteps and sigmas to set_timesteps")
         if timesteps is not None:
             sigmas = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64))
         given_levels = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
         levels = self._steps(num_inference_steps) if given_levels is None else without_zero(given_levels)
         levels = check_sigmas(levels)
-        self.num_inference_steps = len(levels) - int(self.config.final_sigmas_type == "sigma_min")
+        self.num_inference_steps = len(levels) - int(self.config["final_sigmas_type"] == "sigma_min")
         self._use(device, levels, self.program(levels))
 
     def program(self, levels: Tensor) -> Program:
         """The engine's program of this configuration on these noise levels (N + 1,)."""
         intervals = len(levels) - 1
-        midpoints = self.config.midpoints or [[0.5]] * intervals
-        solver = make_solver(self.config.solver, **(self.config.solver_options or {}))
-        zero = self.config.final_sigmas_type == "zero"
+        midpoints = self.config["midpoints"] or [[0.5]] * intervals
+        solver = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
+        zero = self.config["final_sigmas_type"] == "zero"
         fixed = [Midpoint(*midpoint) for midpoint in midpoints]
-        return Program.build(solver, levels, fixed, afs=self.config.afs, denoise_to_zero=zero)
+        return Program.build(solver, levels, fixed, afs=self.config["afs"], denoise_to_zero=zero)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The network's input c_in·x at this evaluation."""
-        if self._step_index is None:
-            self._begin(timestep)
-        return self.model.scaled(sample, self.sigmas[self._step_index])
+        return self.model.scaled(sample, self.sigmas[self._index(timestep)])
 
     def step(
         self,
@@ -172,15 +170,14 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         """From the network's output at `sample` to the next point of evaluation. generator: nothing here is random."""
         if self._program is None:
             raise ConfigError("set_timesteps must be called before step")
-        if self._step_index is None:
-            self._begin(timestep)
-        sigma, update = self._evaluations[self._step_index]
+        index = self._index(timestep)
+        sigma, update = self._evaluations[index]
         y = sample.to(torch.promote_types(sample.dtype, torch.float32))
         denoised = self.model.denoised(y, model_output.to(y.dtype), sigma)
         if self._program.solver.thresholds:
             denoised = dynamic_thresholding(denoised)
         moved = denoised if update is None else self._advance(y, denoised, update)
-        self._step_index += 1
+        self._step_index = index + 1
         moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype)
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
 
@@ -202,31 +199,31 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         return int(found[0])
 
     def _check_solver(self) -> None:
-        made = make_solver(self.config.solver, **(self.config.solver_options or {}))
+        made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
         if made.midpoint == "none" or made.evaluations(True) != 2:
             raise ConfigError(
-                f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config.solver!r}"
+                f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config['solver']!r}"
             )
-        if self.config.afs and made.thresholds:
+        if self.config["afs"] and made.thresholds:
             raise ConfigError(
                 "afs cannot be folded into the first latents of a solver with thresholding; set afs=False"
             )
 
     def _steps(self, count: int | None) -> Tensor:
         """The noise levels of so many steps."""
-        one_more = int(self.config.final_sigmas_type == "sigma_min")
-        if self.config.noise_levels is None:
+        one_more = int(self.config["final_sigmas_type"] == "sigma_min")
+        if self.config["noise_levels"] is None:
             return self._levels((count or 0) + one_more)
-        own = len(self.config.noise_levels) - one_more
+        own = len(self.config["noise_levels"]) - one_more
         if count not in (None, own):
             raise ConfigError(f"these noise levels and midpoints are for {own} steps, got num_inference_steps={count}")
-        return torch.tensor(self.config.noise_levels, dtype=torch.float64)
+        return torch.tensor(self.config["noise_levels"], dtype=torch.float64)
 
     def _levels(self, count: int) -> Tensor:
         if count < 2:
             raise ConfigError(f"AMEDScheduler needs at least 2 noise levels, got {count}; ask for more steps")
-        low, high = self.model.range(self.config.sigma_min, self.config.sigma_max)
-        return self.model.levels(self.config.sigma_schedule, count, low, high, self.config.rho)
+        low, high = self.model.range(self.config["sigma_min"], self.config["sigma_max"])
+        return self.model.levels(self.config["sigma_schedule"], count, low, high, self.config["rho"])
 
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
         """Stand at the start of these levels. Without a program there is only noise to add."""
@@ -237,25 +234,28 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if skipped else 1.0
         self._evaluations = self._evaluations[skipped:]
         self.timesteps = self.model.timestep(told).to(device, torch.float32)
-        last = levels[-1:] if self.config.final_sigmas_type == "sigma_min" else levels.new_zeros(1)
+        last = levels[-1:] if self.config["final_sigmas_type"] == "sigma_min" else levels.new_zeros(1)
         self.sigmas = torch.cat([told, last])  # of the evaluations, on the host, and where it ends
         self._state: State | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
-    def _begin(self, timestep: float | Tensor) -> None:
-        index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if index and self._program is not None:
-            self._evaluations[index:] = self._from(index)
-        self._step_index = index
+    def _index(self, timestep: float | Tensor) -> int:
+        """Where the trajectory stands; it begins at this timestep, or at the index that the pipeline has set."""
+        if self._step_index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            if index and self._program is not None:
+                self._evaluations[index:] = self._from(index)
+            self._step_index = index
+        return self._step_index
 
     def _from(self, index: int) -> list[Evaluation]:
         """The evaluations of a trajectory that starts here, without a history."""
         assert self._program is not None
-        if self.config.afs or index % 2:
+        if self.config["afs"] or index % 2:
             raise ConfigError(
                 f"a trajectory can only start where an interval does, without an analytic first step; got index {index} of "
-                f"{len(self.timesteps)}{'; set afs=False' if self.config.afs else ''}"
+                f"{len(self.timesteps)}{'; set afs=False' if self.config['afs'] else ''}"
             )
         rest, program = self.levels[index // 2 :], self._program
         if len(rest) == 1:
@@ -275,7 +275,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         state = self._state
         if state is None:
             # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
-            state = self._analytic(y / self._stretch) if self.config.afs else State.start(y)
+            state = self._analytic(y / self._stretch) if self.config["afs"] else State.start(y)
         # The pipeline's sample counts: a callback may have changed it. A view, should the caller pass one tensor for both.
         rests = state.y[0] is state.x
         state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)

@@ -15,13 +15,13 @@ from amed_engine.integrations.diffusers import AMEDPipeline, AMEDPredictorModel,
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def make_unet(seed=0, **options):
+def make_unet(seed=0, channels=1, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = diffusers.UNet2DModel(
             sample_size=8,
-            in_channels=1,
-            out_channels=1,
+            in_channels=channels,
+            out_channels=channels,
             block_out_channels=(8, 16),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -122,6 +122,13 @@ def test_outputs_of_every_type(pipe, latents):
     levels = (raw[:, 0] * 127.5 + 128).clip(0, 255).to(torch.uint8).numpy()
     np.testing.assert_array_equal(np.stack([np.asarray(p) for p in pictures]), levels)
     assert torch.equal(pipe(latents=latents, output_type="latent", return_dict=False)[0], raw)
+
+
+def test_colour_pictures_are_in_colour(predictor):
+    pipe = AMEDPipeline(make_unet(channels=3), AMEDScheduler(), predictor)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(batch_size=2, generator=torch.Generator().manual_seed(0)).images
+    assert [(picture.mode, picture.size) for picture in pictures] == [("RGB", (8, 8))] * 2
 
 
 def test_one_generator_per_image_means_one_seed_per_image(pipe):

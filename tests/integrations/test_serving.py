@@ -358,5 +358,7 @@ def test_ray_build_refuses_unknown_arguments(ray):
 
 def test_pictures_are_png_and_latents_are_refused(digits, expected):
     assert same_pictures(as_json(expected[0]), expected[0])
+    coloured = torch.rand(2, 3, 4, 5) * 2 - 1
+    np.testing.assert_array_equal(pictures(as_json(coloured)), to_uint8(coloured))
     with pytest.raises(ConfigError, match="pictures need samples"):
         as_json(torch.zeros(1, 4, 8, 8))

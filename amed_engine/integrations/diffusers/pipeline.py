@@ -192,6 +192,6 @@ def _postprocess(images: Tensor, output_type: str) -> Any:
     if output_type == "latent":
         return images
     if output_type == "pil":
-        return [Image.fromarray(picture.squeeze(-1)) for picture in to_uint8(images)]
+        return [Image.fromarray(p[:, :, 0] if p.shape[2] == 1 else p) for p in to_uint8(images)]
     unit = (images / 2 + 0.5).clamp(0, 1)
     return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().float().numpy()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 
 from amed_engine.errors import AmedError, ConfigError, NonFiniteError
-from amed_engine.images import to_uint8
+from amed_engine.images import png, to_uint8
 from amed_engine.sampler import Sampler
 from amed_engine.seeds import check_seeds
 
@@ -85,10 +83,4 @@ def _draw(sampler: Sampler, orders: Sequence[Order]) -> Sequence[Tensor | AmedEr
 
 def as_json(images: Tensor) -> dict[str, list[str]]:
     """{"images": [PNG as base64, ...]}; raises ConfigError for what is no picture."""
-    return {"images": [_png(picture.squeeze(-1)) for picture in to_uint8(images)]}
-
-
-def _png(picture: Any) -> str:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return {"images": [base64.b64encode(png(picture)).decode("ascii") for picture in to_uint8(images)]}

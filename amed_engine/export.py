@@ -1,8 +1,8 @@
 """Writing the whole sampling loop, network and predictor included, to one file that other programs run.
 
 FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of Python or C++ on this kind of machine;
-"exported" is the same graph as an ExportedProgram, compiled where it is used; "onnx" is for every runtime that reads ONNX. "plan" and "schedule" leave
-the network out: JSON for `Stepper`, the C API and CuPy, and noise levels for diffusers.
+"exported" is the same graph as an ExportedProgram, compiled where it is used; "onnx" is for every runtime that reads ONNX.
+"plan" and "schedule" leave the network out: JSON for `Stepper`, the C API and CuPy, and noise levels for diffusers.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ def _is_learning(choice: Choice) -> bool:
 
 
 def _on_host(choice: Choice) -> Choice:
-    return map_choice(lambda c: torch.as_tensor(c).detach().to("cpu", torch.float64), choice)
+    # With the dtype, or a Python number would be rounded to float32 first.
+    return map_choice(lambda c: torch.as_tensor(c, dtype=torch.float64).detach().cpu(), choice)
 
 
 class Walk:

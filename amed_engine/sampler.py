@@ -193,8 +193,9 @@ class Sampler:
         """Write the whole loop, network and predictor included, to one file; `amed_engine.load_package` reads it back.
 
         format: "pt2", compiled by AOTInductor for this kind of machine, which C++ runs too; "exported", the same graph as an
-            ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W) of unit variance and, for a conditional model, labels
-            (B, label_dim), for every B from 1 to max_batch; the output is images. guidance_scale is fixed in the file.
+            ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W)
+            of unit variance and, for a conditional model, labels (B, label_dim), for every B from 1 to max_batch; the
+            output is images. guidance_scale is fixed in the file.
         verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export.
         Raises ConfigError, or AmedError where a compiler fails.
         """

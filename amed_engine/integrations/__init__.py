@@ -1,1 +1,1 @@
-"""Adapters of other stacks; each module needs what it adapts, and nothing here imports one by itself."""
+"""The engine in the shapes of other stacks. Each module needs its stack only when it is imported, this package none."""

@@ -1,0 +1,105 @@
+"""Three nodes: load a predictor, its noise levels, and the sampler with the model it watches.
+
+The denoiser is ComfyUI's: it may move or re-create weights at any time, so nothing is ever captured here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from amed_engine.checkpoints import load_predictor
+from amed_engine.errors import ConfigError
+from amed_engine.integrations.comfyui.features import ConditionalFeatures
+from amed_engine.integrations.k_diffusion import sample_amed
+from amed_engine.integrations.require import require
+from amed_engine.plan import Plan
+from amed_engine.predictor import AMEDPredictor
+
+FOLDER = "amed"  # in ComfyUI's models folder
+_INSIDE = "the nodes run inside ComfyUI; put them into its custom_nodes folder"
+
+
+def plan_of(predictor: AMEDPredictor) -> Plan:
+    if predictor.plan is None:
+        raise ConfigError("this predictor does not say which noise levels it is for; save it with its plan")
+    return predictor.plan
+
+
+class AMEDPredictorLoader:
+    """A predictor from models/amed (.safetensors)."""
+
+    RETURN_TYPES: ClassVar = ("AMED_PREDICTOR",)
+    FUNCTION: ClassVar = "load"
+    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"predictor_name": (_folders().get_filename_list(FOLDER),)}}
+
+    def load(self, predictor_name: str) -> tuple[AMEDPredictor]:
+        path = _folders().get_full_path(FOLDER, predictor_name)
+        if path is None:
+            raise ConfigError(f"there is no predictor {predictor_name!r} in models/{FOLDER}; refresh the list")
+        return (load_predictor(path),)
+
+
+class AMEDSchedule:
+    """The noise levels that a predictor was trained for, for SamplerCustom."""
+
+    RETURN_TYPES: ClassVar = ("SIGMAS",)
+    FUNCTION: ClassVar = "get_sigmas"
+    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"predictor": ("AMED_PREDICTOR",)}}
+
+    def get_sigmas(self, predictor: AMEDPredictor) -> tuple[Tensor]:
+        return (plan_of(predictor).levels.float(),)
+
+
+class AMEDSampler:
+    """The sampler of a predictor, and the model with its bottleneck watched: use both. `none` is for models without one."""
+
+    RETURN_TYPES: ClassVar = ("MODEL", "SAMPLER")
+    FUNCTION: ClassVar = "get_sampler"
+    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        choices = (["middle_block", "none"],)
+        return {"required": {"model": ("MODEL",), "predictor": ("AMED_PREDICTOR",), "bottleneck": choices}}
+
+    def get_sampler(self, model: Any, predictor: AMEDPredictor, bottleneck: str = "middle_block") -> tuple[Any, Any]:
+        if bottleneck not in ("middle_block", "none"):
+            raise ConfigError(f"bottleneck must be middle_block or none, got {bottleneck!r}")
+        options: dict[str, Any] = {"predictor": predictor, "afs": plan_of(predictor).afs}
+        if bottleneck == "middle_block":
+            features, model = ConditionalFeatures(), model.clone()
+            model.set_model_middle_block_after_patch(features.patch)
+            options["bottleneck"] = features.take
+        samplers = require("comfy.samplers", _INSIDE)
+        return model, samplers.KSAMPLER(sample_amed, extra_options=options)
+
+
+def _folders() -> Any:
+    """ComfyUI's folder_paths, with models/amed among its folders."""
+    folders = require("folder_paths", _INSIDE)
+    if FOLDER not in folders.folder_names_and_paths:
+        folders.folder_names_and_paths[FOLDER] = ([str(Path(folders.models_dir, FOLDER))], {".safetensors"})
+    return folders
+
+
+NODE_CLASS_MAPPINGS = {
+    "AMEDPredictorLoader": AMEDPredictorLoader,
+    "AMEDSchedule": AMEDSchedule,
+    "AMEDSampler": AMEDSampler,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "AMEDPredictorLoader": "Load AMED Predictor",
+    "AMEDSchedule": "AMED Schedule",
+    "AMEDSampler": "AMED Sampler",
+}

@@ -1,0 +1,150 @@
+"""What the integrations share: a program for a predictor on given noise levels, and the bottleneck of foreign models."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.checkpoints import load_predictor
+from amed_engine.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.errors import ConfigError
+from amed_engine.loop import Program
+from amed_engine.plan import Plan
+from amed_engine.predictor import AMEDPredictor
+from amed_engine.program import Midpoint
+from amed_engine.schedule import check_sigmas
+from amed_engine.solvers import make_solver
+
+AnyPredictor = AMEDPredictor | Sequence[Midpoint] | str | os.PathLike
+Bottleneck = str | nn.Module | Callable[[], Tensor | None]
+
+# Hosts compute their schedules in float32, and Karras' seventh power multiplies the rounding.
+SAME_LEVEL = 1e-4
+
+
+def open_predictor(predictor: Any) -> AMEDPredictor | list[Midpoint]:
+    """A predictor, the one in a file, or constants: one Midpoint, or (r, scale_dir, scale_time), per interval."""
+    if isinstance(predictor, (str, os.PathLike)):
+        return load_predictor(predictor)
+    if isinstance(predictor, AMEDPredictor):
+        return predictor
+    if isinstance(predictor, Sequence) and all(isinstance(m, Sequence) and 1 <= len(m) <= 3 for m in predictor):
+        return [Midpoint(*midpoint) for midpoint in predictor]
+    raise ConfigError(
+        f"predictor must be an AMEDPredictor, a path to one, or one Midpoint per interval, got {type(predictor).__name__}"
+    )
+
+
+def constants(predictor: AMEDPredictor, sigmas: Tensor) -> list[Midpoint]:
+    """What the predictor says without features, one Midpoint of numbers per interval of `sigmas` (N + 1,)."""
+    frozen = copy.deepcopy(predictor).to("cpu", torch.float64).eval()
+    levels = check_sigmas(sigmas)
+    with torch.no_grad():
+        fields = zip(*frozen(None, levels[:-1], levels[1:]), strict=True)
+        return [Midpoint(*(float(field) for field in midpoint)) for midpoint in fields]
+
+
+def without_zero(sigmas: Tensor) -> Tensor:
+    """The noise levels without the level 0 that k-diffusion and its relatives append; no solver here evaluates there."""
+    sigmas = torch.as_tensor(sigmas)
+    return sigmas[:-1] if sigmas.dim() == 1 and len(sigmas) > 2 and float(sigmas[-1]) == 0 else sigmas
+
+
+def make_program(predictor: AnyPredictor, sigmas: Tensor, afs: bool, like: Tensor) -> Program:
+    """The program of a predictor on the host's noise levels, on the device and in the precision of `like`.
+
+    A predictor's plan decides the solver, and must agree with the levels and with afs. Raises ConfigError.
+    """
+    predictor = open_predictor(predictor)
+    plan = predictor.plan if isinstance(predictor, AMEDPredictor) else None
+    levels = check_sigmas(without_zero(sigmas))
+    if plan is not None:
+        check_plan(plan, levels, afs)
+    solver = make_solver("amed") if plan is None else plan.make_solver()
+    if isinstance(predictor, AMEDPredictor):
+        # A copy: the caller's predictor keeps its device, precision and mode.
+        precision = torch.promote_types(like.dtype, torch.float32)
+        predictor = copy.deepcopy(predictor).to(like.device, precision).eval()
+    zero = plan is not None and plan.denoise_to_zero
+    return Program.build(solver, levels, predictor, afs=afs, denoise_to_zero=zero).on(like.device, like.dtype)
+
+
+def check_plan(plan: Plan, levels: Tensor, afs: bool) -> None:
+    """A ConfigError where a predictor is asked to work off the noise levels, or the first step, it was trained for."""
+    if len(levels) != len(plan.sigmas) or not torch.allclose(levels, plan.levels, rtol=SAME_LEVEL, atol=0):
+        raise ConfigError(
+            f"this predictor was trained for {plan.describe()} from sigma {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}, got "
+            f"{len(levels) - 1} intervals from {float(levels[0]):g} to {float(levels[-1]):g}; pass sigmas=predictor.plan.levels"
+        )
+    if afs != plan.afs:
+        raise ConfigError(f"this predictor was trained for afs={plan.afs}, got afs={afs}; pass afs=predictor.plan.afs")
+
+
+class Tap:
+    """Reads the bottleneck of a foreign model while the `with` block lasts; nothing is left on the model.
+
+    bottleneck: the dotted name of a submodule of `root`, or a module, whose latest output (B, C, h, w) is read by a
+    forward hook; or a function without arguments that returns the features of the latest evaluation; None reads nothing.
+    """
+
+    def __init__(self, root: Any, bottleneck: Bottleneck | None):
+        self.module = _find(root, bottleneck) if isinstance(bottleneck, str) else bottleneck
+        if self.module is not None and not callable(self.module):
+            raise ConfigError(
+                f"bottleneck must be a module's name, a module or a function, got {type(bottleneck).__name__}"
+            )
+        self.latest: Tensor | None = None
+        self._handle: Any = None
+
+    def __enter__(self) -> Tap:
+        if isinstance(self.module, nn.Module):
+            self._handle = self.module.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self.latest = self._handle = None
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        self.latest = output[0] if isinstance(output, (tuple, list)) else output
+
+    def denoiser(self, model: Callable[[Tensor, Tensor], Any]) -> Denoiser:
+        """The model as a denoiser whose features are what the tap reads."""
+        if self.module is None:
+            return lambda x, sigma: as_denoised(model(x, sigma))
+
+        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+            self.latest = None
+            x0 = as_denoised(model(x, sigma)).x0
+            return Denoised(x0, self._read(x.shape[0]))
+
+        return denoise
+
+    def _read(self, batch: int) -> Tensor:
+        features = self.latest if isinstance(self.module, nn.Module) else self.module()  # type: ignore[misc]
+        if features is None:
+            raise ConfigError(
+                "the bottleneck was not read in this evaluation; hooks see no call inside a compiled, traced or exported "
+                "model: pass the plain module, or a function that returns the features"
+            )
+        if features.shape[0] != batch:
+            raise ConfigError(
+                f"the bottleneck holds {features.shape[0]} rows for {batch} samples, as under batched guidance; pass a "
+                "function that returns the conditional rows"
+            )
+        return features
+
+
+def _find(root: Any, name: str) -> nn.Module:
+    try:
+        return root.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(
+            f"the model has no submodule {name!r} to read a bottleneck from ({error}); pass the module itself"
+        ) from error

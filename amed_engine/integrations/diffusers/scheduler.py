@@ -1,0 +1,283 @@
+"""AMED for diffusers' pipelines: any AMED-Solver or plugin whose midpoints are constants, as a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# By this name, in this module, diffusers recognises the class when it loads a saved pipeline.
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor
+
+from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
+from amed_engine.errors import ConfigError
+from amed_engine.integrations.common import constants, open_predictor, without_zero
+from amed_engine.integrations.diffusers.evaluations import Evaluation, evaluations
+from amed_engine.integrations.diffusers.parameterization import Parameterization
+from amed_engine.loop import Program, State, advance
+from amed_engine.predictor import AMEDPredictor
+from amed_engine.program import Midpoint, Update
+from amed_engine.schedule import check_sigmas
+from amed_engine.solvers import make_solver
+
+
+@dataclass
+class AMEDSchedulerOutput(BaseOutput):
+    """prev_sample: where to evaluate next, or the result; pred_original_sample: D of this evaluation. (B, C, H, W)"""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class AMEDScheduler(SchedulerMixin, ConfigMixin):
+    """AMED-Solver, or an AMED-Plugin, with one constant Midpoint per interval (arXiv:2312.00094).
+
+    sigma_min .. final_sigmas_type: as EDMEulerScheduler has them. With N steps "zero" spends N - 1 intervals on N levels
+    and one more evaluation whose D is the result; "sigma_min" spends N intervals on N + 1 levels and ends at sigma_min.
+    beta_start, beta_end, beta_schedule, trained_betas: as DDIMScheduler has them, for models of discrete steps such as
+    Stable Diffusion's; without a beta_schedule the model is EDM's. noise_levels: the levels themselves.
+    midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
+    `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result.
+
+    A trajectory's state lives here between calls: one copy (`copy.deepcopy`) per request. Raises ConfigError.
+    """
+
+    _compatibles: ClassVar = ["EDMEulerScheduler"]
+    order = 2
+
+    @register_to_config
+    def __init__(
+        self,
+        sigma_min: float | None = 0.002,
+        sigma_max: float | None = 80.0,
+        sigma_data: float = 0.5,
+        sigma_schedule: str = "karras",
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        rho: float = 7.0,
+        final_sigmas_type: str = "zero",
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        noise_levels: list[float] | None = None,
+        midpoints: list | None = None,
+        solver: str = "amed",
+        solver_options: dict[str, Any] | None = None,
+        afs: bool = False,
+    ):
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ConfigError(f"final_sigmas_type must be zero or sigma_min, got {final_sigmas_type!r}")
+        if midpoints is not None:
+            midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
+            self.register_to_config(midpoints=midpoints)
+        self.model = Parameterization.of(self.config)
+        self._check_solver()
+        self._use(None, self._levels(num_train_timesteps), None)
+
+    @classmethod
+    def from_predictor(cls, predictor: Any, config: Mapping[str, Any] | None = None) -> AMEDScheduler:
+        """The scheduler that works as this predictor does without a bottleneck, in the setting it was trained for.
+
+        predictor: an AMEDPredictor with a plan, or a path to one. config: of the pipeline's present scheduler, which says
+        what the model predicts. Raises ConfigError.
+        """
+        predictor = open_predictor(predictor)
+        if not isinstance(predictor, AMEDPredictor) or predictor.plan is None:
+            raise ConfigError("from_predictor needs a predictor that was saved with its plan; pass midpoints otherwise")
+        plan = predictor.plan
+        own = {
+            "noise_levels": list(plan.sigmas),
+            "midpoints": [list(midpoint) for midpoint in constants(predictor, plan.levels)],
+            "solver": plan.solver,
+            "solver_options": dict(plan.options),
+            "afs": plan.afs,
+            "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
+            "sigma_min": plan.sigmas[-1],
+            "sigma_max": plan.sigmas[0],
+        }
+        return cls.from_config({**(config or {}), **own})  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What latents of unit variance are multiplied with before the first step."""
+        return float(self.levels[0]) * self._stretch
+
+    @property
+    def step_index(self) -> int | None:
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this index of `timesteps`, as image-to-image does."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Begin a trajectory of so many steps, or on these noise levels, or on those of these timesteps.
+
+        Two evaluations per interval: `timesteps` has 2N - 1 entries (final_sigmas_type "zero") or 2N ("sigma_min"), one
+        less with afs. timesteps, sigmas: where the intervals begin, and with "sigma_min" where the last one ends.
+        """
+        given = [value for value in (num_inference_steps, timesteps, sigmas) if value is not None]
+        if len(given) > 1 or not (given or self.config["noise_levels"]):
+            raise ConfigError("pass one of num_inference_steps, timesteps and sigmas to set_timesteps")
+        if timesteps is not None:
+            sigmas = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64))
+        given_levels = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+        levels = self._steps(num_inference_steps) if given_levels is None else without_zero(given_levels)
+        levels = check_sigmas(levels)
+        self.num_inference_steps = len(levels) - int(self.config["final_sigmas_type"] == "sigma_min")
+        self._use(device, levels, self.program(levels))
+
+    def program(self, levels: Tensor) -> Program:
+        """The engine's program of this configuration on these noise levels (N + 1,)."""
+        intervals = len(levels) - 1
+        midpoints = self.config["midpoints"] or [[0.5]] * intervals
+        solver = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
+        zero = self.config["final_sigmas_type"] == "zero"
+        fixed = [Midpoint(*midpoint) for midpoint in midpoints]
+        return Program.build(solver, levels, fixed, afs=self.config["afs"], denoise_to_zero=zero)
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        """The network's input c_in·x at this evaluation."""
+        return self.model.scaled(sample, self.sigmas[self._index(timestep)])
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> AMEDSchedulerOutput | tuple[Tensor, Tensor]:
+        """From the network's output at `sample` to the next point of evaluation. generator: nothing here is random."""
+        if self._program is None:
+            raise ConfigError("set_timesteps must be called before step")
+        index = self._index(timestep)
+        sigma, update = self._evaluations[index]
+        y = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        denoised = self.model.denoised(y, model_output.to(y.dtype), sigma)
+        if self._program.solver.thresholds:
+            denoised = dynamic_thresholding(denoised)
+        moved = denoised if update is None else self._advance(y, denoised, update)
+        self._step_index = index + 1
+        moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype)
+        return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x + sigma·noise, with the noise level of each timestep (B,), or of the present step in a pipeline."""
+        if self._begin_index is None:
+            indices = [self.index_for_timestep(timestep) for timestep in timesteps]
+        else:
+            indices = [self._step_index or self._begin_index] * len(timesteps)
+        sigma = self.sigmas[indices].to(original_samples.device, original_samples.dtype)
+        return original_samples + noise * sigma.reshape(-1, *[1] * (noise.dim() - 1))
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Where in `timesteps` this one stands."""
+        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        found = (timesteps == torch.as_tensor(timestep).to(timesteps)).nonzero()
+        if not len(found):
+            raise ConfigError(f"timestep {float(timestep):g} is none of scheduler.timesteps; pass one of them")
+        return int(found[0])
+
+    def _check_solver(self) -> None:
+        made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
+        if made.midpoint == "none" or made.evaluations(True) != 2:
+            raise ConfigError(
+                f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config['solver']!r}"
+            )
+        if self.config["afs"] and made.thresholds:
+            raise ConfigError(
+                "afs cannot be folded into the first latents of a solver with thresholding; set afs=False"
+            )
+
+    def _steps(self, count: int | None) -> Tensor:
+        """The noise levels of so many steps."""
+        one_more = int(self.config["final_sigmas_type"] == "sigma_min")
+        if self.config["noise_levels"] is None:
+            return self._levels((count or 0) + one_more)
+        own = len(self.config["noise_levels"]) - one_more
+        if count not in (None, own):
+            raise ConfigError(f"these noise levels and midpoints are for {own} steps, got num_inference_steps={count}")
+        return torch.tensor(self.config["noise_levels"], dtype=torch.float64)
+
+    def _levels(self, count: int) -> Tensor:
+        if count < 2:
+            raise ConfigError(f"AMEDScheduler needs at least 2 noise levels, got {count}; ask for more steps")
+        low, high = self.model.range(self.config["sigma_min"], self.config["sigma_max"])
+        return self.model.levels(self.config["sigma_schedule"], count, low, high, self.config["rho"])
+
+    def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
+        """Stand at the start of these levels. Without a program there is only noise to add."""
+        self.levels, self._program = levels, program
+        self._evaluations = [] if program is None else evaluations(program)
+        skipped = int(program is not None and program.afs)
+        told = levels if program is None else torch.stack([e.sigma for e in self._evaluations[skipped:]])
+        self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if skipped else 1.0
+        self._evaluations = self._evaluations[skipped:]
+        self.timesteps = self.model.timestep(told).to(device, torch.float32)
+        last = levels[-1:] if self.config["final_sigmas_type"] == "sigma_min" else levels.new_zeros(1)
+        self.sigmas = torch.cat([told, last])  # of the evaluations, on the host, and where it ends
+        self._state: State | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def _index(self, timestep: float | Tensor) -> int:
+        """Where the trajectory stands; it begins at this timestep, or at the index that the pipeline has set."""
+        if self._step_index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+            if index and self._program is not None:
+                self._evaluations[index:] = self._from(index)
+            self._step_index = index
+        return self._step_index
+
+    def _from(self, index: int) -> list[Evaluation]:
+        """The evaluations of a trajectory that starts here, without a history."""
+        assert self._program is not None
+        if self.config["afs"] or index % 2:
+            raise ConfigError(
+                f"a trajectory can only start where an interval does, without an analytic first step; got index {index} of "
+                f"{len(self.timesteps)}{'; set afs=False' if self.config['afs'] else ''}"
+            )
+        rest, program = self.levels[index // 2 :], self._program
+        if len(rest) == 1:
+            return self._evaluations[index:]
+        fixed = program.predictor[index // 2 :]  # type: ignore[index]
+        return evaluations(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero))
+
+    def _analytic(self, x: Tensor) -> State:
+        """The state after the analytic first step from x."""
+        assert self._program is not None
+        assert self._program.updates is not None
+        update = self._program.updates[0][0].to(x.device, x.dtype)
+        sigma = self.levels[:1].to(x.device, x.dtype)
+        return advance(State.start(x), (analytic_first_step(x, sigma).x0,), update)
+
+    def _advance(self, y: Tensor, denoised: Tensor, update: Update) -> Tensor:
+        state = self._state
+        if state is None:
+            # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
+            state = self._analytic(y / self._stretch) if self.config["afs"] else State.start(y)
+        # The pipeline's sample counts: a callback may have changed it. A view, should the caller pass one tensor for both.
+        rests = state.y[0] is state.x
+        state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)
+        self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
+        return self._state.y[0]

@@ -1,0 +1,78 @@
+"""k-diffusion: AMED among its samplers, called as they are. Needs nothing of the package itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange
+
+from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
+from amed_engine.integrations.common import AnyPredictor, Bottleneck, Tap, make_program
+from amed_engine.loop import Program, State, Trajectory, evaluate
+
+
+@torch.no_grad()
+def sample_amed(
+    model: Callable[..., Any],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    *,
+    predictor: AnyPredictor,
+    bottleneck: Bottleneck | None = None,
+    afs: bool = False,
+) -> Tensor:
+    """AMED-Solver, or the solver of the predictor's plan, as a k-diffusion sampler (arXiv:2312.00094).
+
+    model: (x, sigma (B,), **extra_args) -> D; its second evaluation of a step gets another level per sample. x: (B, ...),
+    noise already scaled by sigmas[0]. sigmas: (N + 1,) decreasing; a 0 at the end is dropped. callback: called once per
+    step with x, i, sigma, sigma_hat and denoised, the state and D at the start of the step. disable: of the progress bar.
+    predictor: an AMEDPredictor, a path to one, or one Midpoint per step. bottleneck: what the predictor reads, as the
+    dotted name of a submodule of the model, a module, or a function that returns the latest features (B, C, h, w); without
+    one it gets what the model returns as (D, features), or none. afs: the first evaluation is analytic.
+    Returns x at the last noise level. Raises ConfigError.
+    """
+    program = make_program(predictor, sigmas, afs, x)
+    options = dict(extra_args or {})
+    with Tap(model, bottleneck) as tap:
+        denoiser = tap.denoiser(lambda y, sigma: model(y, sigma, **options))
+        return run(program, denoiser, x, callback, disable)
+
+
+def run(
+    program: Program,
+    denoiser: Denoiser,
+    x: Tensor,
+    callback: Callable[[dict[str, Any]], object] | None,
+    disable: bool | None,
+) -> Tensor:
+    """The loop with k-diffusion's callback and progress bar."""
+    recorder = Recorder(denoiser)
+    trajectory, state = Trajectory(program, recorder), State.start(x)
+    for i in trange(program.intervals, disable=disable):
+        recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
+        before, state = state.y[0], trajectory.interval(state, i)[-1]
+        if callback is not None and recorder.first is not None:
+            sigma = program.sigmas[i]
+            callback({"x": before, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": recorder.first.x0})
+    if program.denoise_to_zero:
+        return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0
+    return state.y[0]
+
+
+class Recorder:
+    """A denoiser that remembers the first answer since `first` was cleared."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.first: Denoised | None = None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        denoised = as_denoised(self.denoiser(x, sigma))
+        self.first = self.first or denoised
+        return denoised

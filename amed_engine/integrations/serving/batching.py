@@ -1,0 +1,86 @@
+"""What the servers share: many requests in, one batch through the engine, one answer per request out."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from amed_engine.errors import AmedError, ConfigError, NonFiniteError
+from amed_engine.images import png, to_uint8
+from amed_engine.sampler import Sampler
+from amed_engine.seeds import check_seeds
+
+MAX_IMAGES = 64  # per request
+
+
+class Order(NamedTuple):
+    """What one request asks for: an image per seed, and a class for each where the model has classes."""
+
+    seeds: list[int]
+    classes: list[int] | None
+
+    @classmethod
+    def parse(cls, payload: Any, label_dim: int) -> Order:
+        """From {"seeds": [0, 1], "class_labels": [3, 4]}; one class serves all seeds. Raises ConfigError."""
+        if (
+            not isinstance(payload, Mapping)
+            or not payload.keys() <= {"seeds", "class_labels"}
+            or "seeds" not in payload
+        ):
+            raise ConfigError('a request must be {"seeds": [...]} or {"seeds": [...], "class_labels": [...]}')
+        seeds = payload["seeds"]
+        if not isinstance(seeds, list) or not 1 <= len(seeds) <= MAX_IMAGES:
+            raise ConfigError(f"seeds must be a list of 1 to {MAX_IMAGES} integers")
+        seeds = check_seeds(seeds)
+        return cls(seeds, _classes(payload.get("class_labels"), len(seeds), label_dim))
+
+
+def _classes(given: Any, count: int, label_dim: int) -> list[int] | None:
+    if given is None:
+        return None
+    if not label_dim:
+        raise ConfigError("class_labels were given, but the model has no classes; leave them out")
+    classes = given if isinstance(given, list) else [given] * count
+    valid = all(isinstance(k, int) and not isinstance(k, bool) and 0 <= k < label_dim for k in classes)
+    if len(classes) != count or not valid:
+        raise ConfigError(f"class_labels must be one integer in 0 .. {label_dim - 1}, or {count} of them")
+    return classes
+
+
+def answer(sampler: Sampler, payloads: Sequence[Any]) -> list[Tensor | AmedError]:
+    """The images (seeds, C, H, W) of each request, or what is wrong with it; a bad request spoils no other.
+
+    Requests with classes go through the engine as one batch, those without as another. The same seed and class give the
+    same image, whoever else is served.
+    """
+    answers: list[Any] = [_parsed(payload, sampler.model.label_dim) for payload in payloads]
+    for with_classes in (True, False):
+        rows = [i for i, a in enumerate(answers) if isinstance(a, Order) and (a.classes is not None) is with_classes]
+        if rows:
+            for i, images in zip(rows, _draw(sampler, [answers[i] for i in rows]), strict=True):
+                answers[i] = images
+    return answers
+
+
+def _parsed(payload: Any, label_dim: int) -> Order | ConfigError:
+    try:
+        return Order.parse(payload, label_dim)
+    except ConfigError as error:
+        return error
+
+
+def _draw(sampler: Sampler, orders: Sequence[Order]) -> Sequence[Tensor | AmedError]:
+    seeds = [seed for order in orders for seed in order.seeds]
+    classes = None if orders[0].classes is None else [k for order in orders for k in order.classes or ()]
+    try:
+        return sampler.run(seeds, class_labels=classes).images.split([len(order.seeds) for order in orders])
+    except NonFiniteError as error:
+        return [error] if len(orders) == 1 else [drawn for order in orders for drawn in _draw(sampler, [order])]
+
+
+def as_json(images: Tensor) -> dict[str, list[str]]:
+    """{"images": [PNG as base64, ...]}; raises ConfigError for what is no picture."""
+    return {"images": [base64.b64encode(png(picture)).decode("ascii") for picture in to_uint8(images)]}

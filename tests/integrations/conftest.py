@@ -1,0 +1,42 @@
+"""A predictor that listens to its bottleneck, a class-conditional model, and what the engine makes of both."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from amed_engine import AMEDPredictor, Sampler, make_plan
+
+# `python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package.
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def make_predictor(plan, scale: float = 4.0) -> AMEDPredictor:
+    """Random weights large enough that samples differ in r by more than 0.05."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        predictor = AMEDPredictor(0.1, 0.05, bottleneck=(4, 4))
+        with torch.no_grad():
+            for parameter in predictor.parameters():
+                parameter.mul_(scale)
+    predictor.plan = plan
+    return predictor.eval()
+
+
+@pytest.fixture(params=[4, 5], ids=["NFE4", "NFE5-AFS"])
+def predictor(request) -> AMEDPredictor:
+    """For AMED-Solver on two intervals, or on three with an analytic first step."""
+    return make_predictor(make_plan(request.param, solver="amed"))
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    return torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def expected(tiny_model, predictor, latents) -> torch.Tensor:
+    """The engine's images for these latents."""
+    return Sampler(tiny_model, predictor).run(latents).images

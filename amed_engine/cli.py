@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 import amed_engine
+from amed_engine.commands.evaluate import evaluate
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
 
@@ -277,3 +278,6 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
             result = sampler.run(seeds[start : start + batch], class_labels, guidance, callback=tick)
             bar.update(0 if stepwise else len(result.images))
             yield result
+
+
+app.add_command(evaluate)

@@ -19,7 +19,8 @@ ENGINE = (
     *("networks", "checkpoints", "zoo"),
     *("models", "requests", "planning", "results", "capture", "graph", "engine", "sampler", "export", "distillation"),
     "__init__",  # the public names
-    *("integrations", "images", "metrics", "compare", "figure", "environment", "console", "cli", "__main__"),
+    *("integrations", "images", "metrics", "compare", "evaluation", "figure"),
+    *("environment", "console", "commands", "cli", "__main__"),
 )
 KERNELS = (
     *("reference", "layout", "native"),

@@ -11,10 +11,11 @@ The first judges the solver alone, the others what it makes of the model.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from tqdm import tqdm
 
 from amed_engine.compare import REFERENCES, Setting
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse, precision_recall
+from amed_engine.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
 from amed_engine.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
 from amed_engine.metrics.features import Extractor, extractor
+from amed_engine.metrics.manifold import Manifold
 from amed_engine.metrics.sources import Images, read_features
 from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
@@ -32,7 +34,8 @@ from amed_engine.sampler import Sampler
 NEIGHBOURS = 3
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """What is known of a set of images: statistics, and the features (N, F) unless only an .npz of the first is there."""
 
     statistics: Statistics
@@ -41,6 +44,15 @@ class Known(NamedTuple):
     @classmethod
     def of(cls, features: Tensor) -> Known:
         return cls(Statistics().update(features), features)
+
+    @cached_property
+    def manifold(self) -> Manifold | None:
+        """None without features, or with no more of them than neighbours are counted."""
+        return (
+            None
+            if self.features is None or len(self.features) <= NEIGHBOURS
+            else Manifold.of(self.features, NEIGHBOURS)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Closeness:
 
 def know(source: Images, extract: Extractor) -> Known:
     """A folder of PNG, an .npz of statistics, a tensor or batches, by their features. Raises as `metrics.gather` does."""
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".npz":
         return Known(gather(source, extract), None)
     return Known.of(read_features(source, extract))
 
@@ -63,10 +75,10 @@ def know(source: Images, extract: Extractor) -> Known:
 def closeness(samples: Known, other: Known) -> Closeness:
     """Frechet distance of two sets; precision and recall of the samples, the other being the data."""
     distance = frechet_distance(samples.statistics, other.statistics)
-    both = samples.features, other.features
-    if both[0] is None or both[1] is None or min(len(both[0]), len(both[1])) <= NEIGHBOURS:
+    ours, theirs = samples.manifold, other.manifold
+    if ours is None or theirs is None:
         return Closeness(distance)
-    return Closeness(distance, *precision_recall(*both, k=NEIGHBOURS))
+    return Closeness(distance, theirs.part_inside(ours.points), ours.part_inside(theirs.points))
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,9 @@ class Evaluation:
 
     def to_json(self) -> dict:
         """All of it but the samples' statistics."""
-        names = [field.name for field in fields(self) if field.name != "statistics"]
-        return {name: asdict(value) if is_dataclass(value := getattr(self, name)) else value for name in names}
+        data = asdict(self)
+        del data["statistics"]
+        return data
 
     def table(self) -> str:
         """For people, a line per number."""
@@ -153,7 +166,7 @@ def evaluate(
     """
     setting, seeds = setting or Setting(), list(seeds)
     extract = extractor(features, sampler.device)
-    real = None if data is None else know(_digits() if _is(data, "digits") else data, extract)
+    real = None if data is None else know(bundled_digits() if _is(data, "digits") else data, extract)
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
     exact = _reference_sampler(reference, sampler)
     images = know(reference, extract) if exact is None else None
@@ -192,7 +205,7 @@ def _is(source: Images, name: str) -> bool:
     return isinstance(source, str) and source == name
 
 
-def _digits() -> Tensor:
+def bundled_digits() -> Tensor:
     """The images that the bundled model learned."""
     from amed_engine.zoo.train_digits import load_digits
 

@@ -24,41 +24,45 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
+class Manifold(NamedTuple):
+    """Points (N, F) float64 and the radii (N,) of their balls; kept where many sets are held against one."""
+
+    points: Tensor
+    radii: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, k: int = 3, chunk: int = CHUNK) -> Manifold:
+        """Radius: distance to the k-th nearest neighbour, the point itself not counted. Raises ConfigError."""
+        if features.dim() != 2 or k < 1 or chunk < 1 or len(features) <= k:
+            raise ConfigError(
+                f"a manifold of k={k} neighbours, in chunks of {chunk}, needs features (N, F) of more than k points, got "
+                f"{tuple(features.shape)}"
+            )
+        points = features.double()
+        rows = _distances(points, points, chunk)
+        return cls(points, torch.cat([row.topk(k + 1, dim=1, largest=False).values[:, -1] for row in rows]))
+
+    def part_inside(self, features: Tensor, chunk: int = CHUNK) -> float:
+        """The part of these features (M, F) that lie in one ball at least. Raises ConfigError."""
+        if features.dim() != 2 or features.shape[1] != self.points.shape[1] or not len(features):
+            raise ConfigError(
+                f"features must be (M, {self.points.shape[1]}) as the manifold's, got {tuple(features.shape)}; use one "
+                "extractor for both"
+            )
+        rows = _distances(features.to(self.points), self.points, chunk)
+        return torch.cat([(row <= self.radii).any(1) for row in rows]).double().mean().item()
+
+
 def precision_recall(samples: Tensor, data: Tensor, k: int = 3, chunk: int = CHUNK) -> PrecisionRecall:
     """Precision and recall of features (N, F) against features (M, F), N and M above k.
 
     Distances are taken in float64 without the expansion |a|² - 2ab + |b|², whose cancellation would move points over a
     ball's edge. chunk: rows at once, for memory alone. Raises ConfigError.
     """
-    _check(samples, data, k, chunk)
-    samples, data = samples.double(), data.double().to(samples.device)
-    return PrecisionRecall(
-        _inside(samples, data, _radii(data, k, chunk), chunk), _inside(data, samples, _radii(samples, k, chunk), chunk)
-    )
-
-
-def _radii(points: Tensor, k: int, chunk: int) -> Tensor:
-    """Distance of every point to its k-th nearest neighbour, itself not counted."""
-    nearest = [rows.topk(k + 1, dim=1, largest=False).values[:, -1] for rows in _distances(points, points, chunk)]
-    return torch.cat(nearest)
-
-
-def _inside(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    hits = [(rows <= radii).any(1) for rows in _distances(points, centres, chunk)]
-    return torch.cat(hits).double().mean().item()
+    ours, theirs = Manifold.of(samples, k, chunk), Manifold.of(data, k, chunk)
+    return PrecisionRecall(theirs.part_inside(samples, chunk), ours.part_inside(data, chunk))
 
 
 def _distances(points: Tensor, others: Tensor, chunk: int) -> Iterator[Tensor]:
     for rows in points.split(chunk):
         yield torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _check(samples: Tensor, data: Tensor, k: int, chunk: int) -> None:
-    if samples.dim() != 2 or data.dim() != 2 or samples.shape[1] != data.shape[1]:
-        raise ConfigError(
-            f"features must be (N, F) and (M, F), got {tuple(samples.shape)} and {tuple(data.shape)}; use one extractor"
-        )
-    if k < 1 or chunk < 1 or min(len(samples), len(data)) <= k:
-        raise ConfigError(
-            f"k={k} neighbours and chunks of {chunk} need more than k points on both sides, got {len(samples)} and {len(data)}"
-        )

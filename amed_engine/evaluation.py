@@ -131,7 +131,7 @@ class Tally:
         self._hits, self._count = 0.0, 0
 
     def add(self, result: SampleResult) -> None:
-        self._features.append(self.extract(result.images).cpu())
+        self._features.append(self.extract(result.images))
         self._count += len(result.images)
         if self.classifier is not None and result.labels is not None:
             self._hits += class_accuracy(result.images, result.labels, self.classifier) * len(result.images)

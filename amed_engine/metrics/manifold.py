@@ -56,8 +56,8 @@ class Manifold(NamedTuple):
 def precision_recall(samples: Tensor, data: Tensor, k: int = 3, chunk: int = CHUNK) -> PrecisionRecall:
     """Precision and recall of features (N, F) against features (M, F), N and M above k.
 
-    Distances are taken in float64 without the expansion |a|² - 2ab + |b|², whose cancellation would move points over a
-    ball's edge. chunk: rows at once, for memory alone. Raises ConfigError.
+    Distances are taken in float64, where the expansion |a|² - 2ab + |b|² has digits to spare; in float32 its cancellation
+    would move points over a ball's edge. chunk: rows at once, for memory alone. Raises ConfigError.
     """
     ours, theirs = Manifold.of(samples, k, chunk), Manifold.of(data, k, chunk)
     return PrecisionRecall(theirs.part_inside(samples, chunk), ours.part_inside(data, chunk))
@@ -65,4 +65,4 @@ def precision_recall(samples: Tensor, data: Tensor, k: int = 3, chunk: int = CHU
 
 def _distances(points: Tensor, others: Tensor, chunk: int) -> Iterator[Tensor]:
     for rows in points.split(chunk):
-        yield torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+        yield torch.cdist(rows, others, compute_mode="use_mm_for_euclid_dist")

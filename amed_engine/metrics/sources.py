@@ -59,9 +59,9 @@ def batches(source: Images, batch: int = BATCH) -> Iterator[Tensor]:
 
 
 def read_features(source: Images, features: str | Extractor, device: torch.device | str = "cpu") -> Tensor:
-    """Features (N, F) of all images, on the CPU: for precision and recall, which compare image with image."""
+    """Features (N, F) of all images: for precision and recall, which compare image with image. Raises as `batches`."""
     extract = extractor(features, device)
-    found = [extract(images).cpu() for images in batches(source)]
+    found = [extract(images) for images in batches(source)]
     if not found:
         raise ConfigError("the source has no images")
     return torch.cat(found)

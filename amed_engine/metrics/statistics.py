@@ -30,12 +30,13 @@ class Statistics:
         d = m - mean;  scatter += S + d dᵀ N n / (N + n);  mean += d n / (N + n);  N += n
 
     Chan, Golub and LeVeque 1983. Nothing is ever the difference of two large sums, so a mean far from zero costs no
-    digits, and the order and size of batches changes the last ones only. A Statistics of two others is `a.merge(b)`.
+    digits, and the order and size of batches changes the last ones only. Statistics read from a file have no count,
+    their scatter is the covariance, and nothing can be added to them.
     """
 
     mean: Tensor | None = None  # (F,)
     scatter: Tensor | None = None  # (F, F)
-    count: int = 0
+    count: int | None = 0
 
     @property
     def mu(self) -> Tensor:
@@ -47,7 +48,9 @@ class Statistics:
     @property
     def sigma(self) -> Tensor:
         """The unbiased covariance, scatter / (N - 1), (F, F) float64."""
-        if self.scatter is None or self.count < 2:
+        if self.scatter is not None and self.count is None:
+            return self.scatter
+        if self.scatter is None or self.count is None or self.count < 2:
             raise ConfigError(f"a covariance needs at least 2 images, got {self.count}")
         return self.scatter / (self.count - 1)
 
@@ -67,9 +70,13 @@ class Statistics:
         return self.merge(Statistics(mean, centred.T @ centred, len(features)))
 
     def merge(self, other: Statistics) -> Statistics:
-        """Add everything another has seen; returns itself. Raises ConfigError for another number of features."""
+        """Add everything another has seen; returns itself. Raises ConfigError."""
         if other.mean is None or other.scatter is None:
             return self
+        if self.count is None or other.count is None:
+            raise ConfigError(
+                "statistics read from a file cannot be merged: it does not say how many images are behind it"
+            )
         if self.mean is None or self.scatter is None:
             self.mean, self.scatter, self.count = other.mean.clone(), other.scatter.clone(), other.count
             return self
@@ -92,12 +99,11 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:
-        """Read EDM's reference format. How many images are behind it, the file does not say: the count is 2, which keeps
-        sigma as it is, so such statistics cannot be updated meaningfully. Raises FileFormatError."""
+        """Read EDM's reference format. Raises FileFormatError."""
         arrays = _read_npz(Path(path))
         mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
         _check(path, mu, sigma)
-        return cls(mu, (sigma + sigma.T) / 2, 2)
+        return cls(mu, (sigma + sigma.T) / 2, None)
 
 
 def check_same_features(a: Statistics, b: Statistics) -> None:

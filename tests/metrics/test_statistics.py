@@ -127,6 +127,15 @@ def test_the_file_is_edm_s(tmp_path):
         assert frechet_distance(back, statistics) == pytest.approx(0, abs=1e-12 * statistics.sigma.trace().item())
 
 
+def test_nothing_is_added_to_statistics_of_a_file(tmp_path):
+    """Their number of images, the weight of what they would be merged with, is not known."""
+    Statistics().update(features()).save(tmp_path / "s.npz")
+    with pytest.raises(ConfigError, match="how many images"):
+        Statistics.load(tmp_path / "s.npz").update(features())
+    with pytest.raises(ConfigError, match="how many images"):
+        Statistics().merge(Statistics.load(tmp_path / "s.npz"))
+
+
 GOOD = {"mu": np.zeros(2), "sigma": np.eye(2)}
 BAD = {
     "sigma missing": ({"mu": np.zeros(2)}, "lacks .*sigma"),

@@ -46,16 +46,12 @@ def merged(old: dict[str, Any] | None, header: dict[str, Any], made: dict[str, A
             f"the results there are of {different[0]}={old.get(different[0])}, this run of {header[different[0]]}; "
             "write to another folder with --out"
         )
-    kept = {_key(row): row for row in old["rows"]} | {_key(row): {**row, "run": len(old["runs"])} for row in rows}
+    runs = old["runs"] if made in old["runs"] else [*old["runs"], made]
+    kept = {_key(row): row for row in old["rows"]} | {_key(row): {**row, "run": runs.index(made)} for row in rows}
     everyone = sorted(kept.values(), key=lambda row: (row["nfe"], row["rmse"]))
-    used = sorted({row["run"] for row in everyone})
-    runs = [*old["runs"], made]
-    numbered = {run: number for number, run in enumerate(used)}  # runs whose rows were all replaced are forgotten
-    return {
-        **header,
-        "runs": [runs[run] for run in used],
-        "rows": [{**row, "run": numbered[row["run"]]} for row in everyone],
-    }
+    used = sorted({row["run"] for row in everyone})  # runs whose rows were all replaced are forgotten
+    numbered = [{**row, "run": used.index(row["run"])} for row in everyone]
+    return {**header, "runs": [runs[run] for run in used], "rows": numbered}
 
 
 def _key(row: Row) -> tuple:
@@ -118,25 +114,23 @@ def dump(data: dict[str, Any]) -> bytes:
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'.encode()
 
 
-def measured(network: str, samples: int, setting: Setting, **chosen: Any) -> tuple[dict[str, Any], list[Row]]:
-    """(header, rows) of every sampler chosen. Raises Absent and ConfigError."""
+def measure_into(file: Path, network: str, samples: int, setting: Setting, **chosen: Any) -> dict[str, Any]:
+    """Measure every sampler chosen, each written to the file at once; what the file holds then.
+
+    Raises Absent and ConfigError.
+    """
+    facts, done = environment(), []
+    made = {"command": f"python benchmarks/bench_quality.py {shlex.join(sys.argv[1:])}"}
+    made |= {name: facts[name] for name in ("commit", "dirty", "torch", "cpu", "threads", "time")}
+    data = json.loads(file.read_text("utf-8")) if file.is_file() else None
     with tqdm(unit="eval", unit_scale=True, disable=None) as bar:
         yard = yardstick(network, samples, setting, bar)
-        rows = [measure(yard, name, sampler, bar) for name, sampler in samplers(yard, **chosen)]
-    if not rows:
+        for name, sampler in samplers(yard, **chosen):
+            data = merged(data, yard.header(), made, [measure(yard, name, sampler, bar)])
+            atomic_write(file, dump(data))
+            done.append(name)
+    if data is None or not done:
         raise ConfigError("nothing was measured: no solver of --only spends one of these --nfe on these schedules")
-    return yard.header(), rows
-
-
-def record(file: Path, command: str, header: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
-    """Add a run to the file, or start it, and draw the picture beside it; what the file holds then."""
-    facts = environment()
-    made = {
-        "command": command,
-        **{name: facts[name] for name in ("commit", "dirty", "torch", "cpu", "threads", "time")},
-    }
-    data = merged(json.loads(file.read_text("utf-8")) if file.is_file() else None, header, made, rows)
-    atomic_write(file, dump(data))
     atomic_write(file.with_suffix(".png"), plot(data))
     return data
 
@@ -154,11 +148,10 @@ def record(file: Path, command: str, header: dict[str, Any], rows: list[Row]) ->
 def main(network, nfes, only, schedules, predictors, samples, batch, threads, out) -> None:
     """Measure quality, solver x NFE, and write quality-NETWORK.json and .png."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    command = "python benchmarks/bench_quality.py " + shlex.join(sys.argv[1:])
+    file = out / f"quality-{Path(network).stem}.json"
     try:
         chosen = {"nfes": parse_seeds(nfes), "schedules": schedules, "only": only, "predictors": predictors}
-        header, rows = measured(network, samples, Setting(batch=batch), **chosen)
-        data = record(out / f"quality-{Path(network).stem}.json", command, header, rows)
+        data = measure_into(file, network, samples, Setting(batch=batch), **chosen)
         click.echo(table(data["rows"]))
     except Absent as reason:
         click.echo(f"skipped: {reason}")

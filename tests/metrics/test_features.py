@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
 from amed_engine.metrics import class_accuracy, extractor
@@ -76,6 +77,17 @@ def test_training_learns_is_repeatable_and_leaves_the_generators_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert class_accuracy(held_out.images, held_out.labels, first) > 0.9
     assert torch.equal(first.head.weight, second.head.weight)
+
+
+def test_the_script_writes_what_is_loaded(tmp_path):
+    pytest.importorskip("sklearn")
+    from amed_engine.metrics.train_classifier import main
+
+    done = CliRunner().invoke(main, ["--epochs", "1", "--seed", "3", "--out", str(tmp_path / "c.safetensors")])
+    assert done.exit_code == 0, done.output
+    _, report = load_classifier(tmp_path / "c.safetensors")
+    assert (report["epochs"], report["seed"], report["images_held_out"]) == (1, 3, 359)
+    assert done.output.startswith(f"{report['accuracy_held_out']:.4f} of 359 held-out digits recognised")
 
 
 def test_features_decide_the_class():

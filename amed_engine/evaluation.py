@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from amed_engine.metrics.classifier import DigitClassifier, class_accuracy, load
 from amed_engine.metrics.features import Extractor, extractor
 from amed_engine.metrics.manifold import Manifold
 from amed_engine.metrics.sources import Images, read_features
+from amed_engine.plan import Plan
 from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
 
@@ -170,19 +171,11 @@ def evaluate(
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
     exact = _reference_sampler(reference, sampler)
     images = know(reference, extract) if exact is None else None
-    errors = []
-    total = len(seeds) * (sampler.nfe + (exact.nfe if exact else 0))
-    with tqdm(total=total, desc="evaluate", unit="eval", unit_scale=True, disable=not progress) as bar:
-        drawn = setting.results(sampler, seeds, bar)
-        for result, truth in _paired(drawn, setting.results(exact, seeds, bar) if exact else None):
-            own.add(result)
-            if truth is not None:
-                fine.add(truth)
-                errors.append(per_image_rmse(result.images, truth.images).cpu())
+    plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
     return Evaluation(
-        plan=sampler.plan.describe(),
-        nfe=sampler.nfe,
+        plan=plan.describe(),
+        nfe=plan.nfe,
         samples=len(seeds),
         features=features if isinstance(features, str) else type(features).__name__,
         reference=reference,
@@ -195,10 +188,22 @@ def evaluate(
     )
 
 
-def _paired(
-    drawn: Iterable[SampleResult], truth: Iterable[SampleResult] | None
-) -> Iterator[tuple[SampleResult, SampleResult | None]]:
-    return zip(drawn, itertools.repeat(None)) if truth is None else zip(drawn, truth, strict=True)
+def _draw(
+    sampler: Sampler, exact: Sampler | None, seeds: list[int], setting: Setting, own: Tally, fine: Tally, progress: bool
+) -> tuple[Plan, list[Tensor]]:
+    """Fill the tallies, batch by batch in step; the plan that ran, and the images' RMSE where there is a fine solution."""
+    errors = []
+    total = len(seeds) * (sampler.nfe + (exact.nfe if exact else 0))
+    with tqdm(total=total, desc="evaluate", unit="eval", unit_scale=True, disable=not progress) as bar:
+        truths = setting.results(exact, seeds, bar) if exact else itertools.repeat(None)
+        plan = sampler.plan
+        for result, truth in zip(setting.results(sampler, seeds, bar), truths, strict=False):
+            plan = result.plan  # a bundled predictor steps aside for guidance it was not trained for
+            own.add(result)
+            if truth is not None:
+                fine.add(truth)
+                errors.append(per_image_rmse(result.images, truth.images).cpu())
+    return plan, errors
 
 
 def _is(source: Images, name: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.images import to_uint8
+from amed_engine.images import check_pictures, to_uint8
 from amed_engine.metrics.classifier import load_classifier
 
 
@@ -30,6 +30,7 @@ def as_floats(images: Tensor) -> Tensor:
 
 def as_bytes(images: Tensor) -> Tensor:
     """Images as the bytes a PNG holds; bytes are left as they are. Raises ConfigError unless C is 1 or 3."""
+    check_pictures(images.shape[1:])
     return torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) if images.is_floating_point() else images
 
 
@@ -59,11 +60,11 @@ class Inception:
     """(B, 2048): the pool features of Inception-v3 of 2015-12-05, the network behind every published FID.
 
     Through torch-fidelity, which fetches the weights on first use. Images become bytes, as if written to a PNG; grey ones
-    are repeated to three channels. Where it differs from EDM's evaluation: EDM runs a TorchScript translation of the same
-    TensorFlow graph, with the same weights, the same (x - 128) / 128, and TensorFlow 1's bilinear resize to 299 pixels
-    (no half-pixel shift) written as a grid_sample; torch-fidelity writes that resize as its own interpolation. The two
-    are the same function in other arithmetic, so features differ by rounding, and statistics of one may be held
-    against an EDM reference. Published FIDs take 50,000 samples; fewer are biased upwards.
+    are repeated to three channels. Against EDM's evaluation: both translate the same TensorFlow graph to PyTorch, with its
+    weights, EDM as a TorchScript file that resizes inside, torch-fidelity with TensorFlow 1's bilinear resize to 299
+    pixels (no half-pixel shift) and (x - 128) / 128 written out. Features should differ by rounding only, so that
+    EDM's reference statistics serve; this was not measured here. Published FIDs take 50,000 samples; fewer are
+    biased upwards.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):

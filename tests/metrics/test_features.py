@@ -20,6 +20,12 @@ def test_bytes_and_floats_are_inverse_to_each_other():
     assert torch.equal(as_bytes(as_floats(levels)), levels)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_picture_has_one_channel_or_three(dtype):
+    with pytest.raises(ConfigError, match="1 or 3"):
+        as_bytes(torch.zeros(1, 2, 4, 4, dtype=dtype))
+
+
 def test_pixels_are_the_values_not_quantised():
     images = torch.tensor([-1.25, 0.1]).view(1, 1, 1, 2)
     assert torch.equal(extractor("pixels")(images), torch.tensor([[-1.25, 0.1]]))

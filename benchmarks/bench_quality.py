@@ -119,9 +119,9 @@ def measure_into(file: Path, network: str, samples: int, setting: Setting, **cho
 
     Raises Absent and ConfigError.
     """
-    facts, done = environment(), []
+    facts, done = environment(torch.device(setting.device or "cpu")), []
     made = {"command": f"python benchmarks/bench_quality.py {shlex.join(sys.argv[1:])}"}
-    made |= {name: facts[name] for name in ("commit", "dirty", "torch", "cpu", "threads", "time")}
+    made |= {name: facts[name] for name in ("commit", "dirty", "torch", "cpu", "gpu", "threads", "time")}
     data = json.loads(file.read_text("utf-8")) if file.is_file() else None
     with tqdm(unit="eval", unit_scale=True, disable=None) as bar:
         yard = yardstick(network, samples, setting, bar)
@@ -144,14 +144,16 @@ def measure_into(file: Path, network: str, samples: int, setting: Setting, **cho
 @click.option("--samples", type=click.IntRange(min=8), default=512, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--device", default="cpu", show_default=True, help="E.g. cuda; convolutions then run without TF32.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder of the results.")
-def main(network, nfes, only, schedules, predictors, samples, batch, threads, out) -> None:
+def main(network, nfes, only, schedules, predictors, samples, batch, threads, device, out) -> None:
     """Measure quality, solver x NFE, and write quality-NETWORK.json and .png."""
     torch.set_num_threads(threads or torch.get_num_threads())
+    torch.backends.cudnn.allow_tf32 = False
     file = out / f"quality-{Path(network).stem}.json"
     try:
         chosen = {"nfes": parse_seeds(nfes), "schedules": schedules, "only": only, "predictors": predictors}
-        data = measure_into(file, network, samples, Setting(batch=batch), **chosen)
+        data = measure_into(file, network, samples, Setting(batch=batch, device=device), **chosen)
         click.echo(table(data["rows"]))
     except Absent as reason:
         click.echo(f"skipped: {reason}")

@@ -57,7 +57,7 @@ def yardstick(name: str, samples: int, setting: Setting, bar: tqdm) -> Yardstick
     """digits, or reference_digits where it is beside the checkout. Raises Absent."""
     if name == "reference_digits":
         model, latents, truth = _reference_digits(samples)
-        start: list[int] | Tensor = latents.to(setting.dtype)
+        start: list[int] | Tensor = latents.to(setting.device or "cpu", setting.dtype)
         plan, labels = "heun, polynomial rho=7, 40 intervals, NFE 80 (recorded)", None
     else:
         model, start = resolve(name), list(range(samples))

@@ -87,7 +87,7 @@ def test_a_row_is_what_an_evaluation_by_hand_gives(bench, model, tmp_path):
     assert row["median"] == pytest.approx(errors.quantile(0.5).item(), rel=1e-3)
     assert row["fd_reference_pixels"] == pytest.approx(frechet(images, truth, "pixels"), rel=1e-3)
     assert (data["samples"], data["seeds"], len(data["runs"])) == (16, "0-15", 1)
-    assert {"command", "commit", "torch"} <= data["runs"][0].keys()
+    assert {"command", "commit", "torch", "gpu"} <= data["runs"][0].keys()
 
 
 def test_pieces_make_the_whole(bench, model, tmp_path):

@@ -149,7 +149,8 @@ def measure_into(file: Path, network: str, samples: int, setting: Setting, **cho
 def main(network, nfes, only, schedules, predictors, samples, batch, threads, device, out) -> None:
     """Measure quality, solver x NFE, and write quality-NETWORK.json and .png."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    torch.backends.cudnn.allow_tf32 = False
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
     file = out / f"quality-{Path(network).stem}.json"
     try:
         chosen = {"nfes": parse_seeds(nfes), "schedules": schedules, "only": only, "predictors": predictors}

@@ -18,6 +18,7 @@ import click
 
 import amed_engine
 from amed_engine.commands.convert import convert
+from amed_engine.commands.evaluate import evaluate
 from amed_engine.commands.export import export
 from amed_engine.commands.reproduce import reproduce
 from amed_engine.console import App, run
@@ -285,3 +286,4 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
 app.add_command(convert)
 app.add_command(reproduce)
 app.add_command(export)
+app.add_command(evaluate)

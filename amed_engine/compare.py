@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from amed_engine import zoo
 from amed_engine.errors import ConfigError
+from amed_engine.metrics.distances import rmse
 from amed_engine.models import Model, resolve
+from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
 from amed_engine.seeds import check_seeds
 
@@ -29,6 +31,11 @@ from amed_engine.seeds import check_seeds
 REFERENCE: dict[str, Any] = {
     **{"solver": "deis", "solver_options": {"max_order": 4}},
     **{"schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False},
+}
+# By name, for who wants another; Heun's is the one that published comparisons are to.
+REFERENCES: dict[str, dict[str, Any]] = {
+    "deis-fine": REFERENCE,
+    "heun-fine": {"solver": "heun", "schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False},
 }
 CURVE_NFES = range(3, 11)
 MAX_COLUMNS = 32
@@ -70,14 +77,16 @@ class Setting:
         # Eager: no solver here runs often enough for a captured graph to pay.
         return Sampler(model.network, predictor, device=self.device, dtype=self.dtype, backend="eager", **plan)
 
-    def images(self, sampler: Sampler, seeds: list[int], bar: tqdm) -> Tensor:
-        """The images of these seeds, on the CPU, at most `batch` at a time."""
-        parts = []
+    def results(self, sampler: Sampler, seeds: list[int] | Tensor, bar: tqdm) -> Iterator[SampleResult]:
+        """What these seeds, or latents, become, at most `batch` at a time."""
         for start in range(0, len(seeds), self.batch):
             part = sampler.run(seeds[start : start + self.batch], self.class_labels, self.guidance_scale)
-            parts.append(part.images.cpu())
             bar.update(len(part.images) * part.nfe)
-        return torch.cat(parts)
+            yield part
+
+    def images(self, sampler: Sampler, seeds: list[int] | Tensor, bar: tqdm) -> Tensor:
+        """All their images, on the CPU."""
+        return torch.cat([part.images.cpu() for part in self.results(sampler, seeds, bar)])
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,11 @@ def compare(
         for name, sampler, chosen in runs:
             images = setting.images(sampler, chosen, bar)
             if sampler.nfe == nfe:
-                rows.append(Row(name, sampler.plan.describe(), rmse(images, truth), images[: len(seeds)].clone()))
+                rows.append(
+                    Row(name, sampler.plan.describe(), rmse(images, truth[: len(images)]), images[: len(seeds)].clone())
+                )
             if curve_samples:
-                curves.setdefault(name, {})[sampler.nfe] = rmse(images[:curve_samples], truth)
+                curves.setdefault(name, {})[sampler.nfe] = rmse(images[:curve_samples], truth[:curve_samples])
     return Comparison(
         model=model if isinstance(model, str) else type(model).__name__,
         nfe=nfe,
@@ -163,11 +174,6 @@ def compare(
         rows=sorted(rows, key=lambda row: row.rmse),
         curves=curves,
     )
-
-
-def rmse(images: Tensor, truth: Tensor) -> float:
-    """sqrt(mean((images - truth)²)) over the samples that both have."""
-    return (images.double() - truth[: len(images)].double()).square().mean().sqrt().item()
 
 
 class _Run(NamedTuple):
@@ -202,14 +208,15 @@ def _samplers(
         samplers = [setting.sampler(model, p) for p in learned]
     else:
         samplers = [] if predictor in (None, "none") else [setting.sampler(model, predictor, nfe=nfe)]
-    yield from ((_learned_name(sampler), sampler) for sampler in samplers)
+    yield from ((learned_name(sampler), sampler) for sampler in samplers)
     grid = {"schedule": setting.schedule, "rho": setting.rho}
     # An analytic first step is free: with it where it takes one, every solver can spend any number from 2 on.
     for (name, (solver, options)), n in itertools.product(TRAINING_FREE.items(), nfes):
         yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, **grid)
 
 
-def _learned_name(sampler: Sampler) -> str:
+def learned_name(sampler: Sampler) -> str:
+    """What a sampler with a predictor is called in tables: "amed", or "ipndm-2 + amed" for a plugin."""
     plan = sampler.plan
     order = "".join(f"-{value}" for name, value in plan.options if name == "max_order")
     return plan.solver if plan.solver in ("amed", "nonstationary") else f"{plan.solver}{order} + amed"

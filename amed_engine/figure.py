@@ -65,7 +65,7 @@ def _draw_rows(axes: Any, rows: list[Row], seeds: list[int]) -> None:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("seed")
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_color(_style(row.name)[0])
+        tick.set_color(style(row.name)[0])
     for i, row in enumerate(rows):
         # The reference has no error: its place is the column's head.
         text, weight = (f"{row.rmse:.4f}", "normal") if i else ("RMSE", "bold")
@@ -74,10 +74,10 @@ def _draw_rows(axes: Any, rows: list[Row], seeds: list[int]) -> None:
 
 def _draw_curves(axes: Any, comparison: Comparison) -> None:
     for name, points in comparison.curves.items():
-        colour, dash = _style(name)
+        colour, dash = style(name)
         emphasis = {"marker": "*", "markersize": 12, "linewidth": 2.5, "zorder": 3} if colour == "black" else {}
-        style = {"marker": "o", "markersize": 3.5, "linewidth": 1.3, **emphasis}
-        axes.plot(list(points), list(points.values()), color=colour, linestyle=dash, label=name, **style)
+        look = {"marker": "o", "markersize": 3.5, "linewidth": 1.3, **emphasis}
+        axes.plot(list(points), list(points.values()), color=colour, linestyle=dash, label=name, **look)
     axes.set_yscale("log")
     axes.set_xticks(list(CURVE_NFES))
     axes.set_xlabel("network evaluations (NFE)")
@@ -87,7 +87,7 @@ def _draw_curves(axes: Any, comparison: Comparison) -> None:
     axes.legend(fontsize="small", ncols=2)
 
 
-def _style(name: str) -> tuple[str, str]:
+def style(name: str) -> tuple[str, str]:
     """Colour and dash of a solver such as "ipndm-3" or "dpmpp-2 noise"."""
     order = "".join(c for c in name if c.isdigit())
     return COLOURS.get(name.replace(f"-{order}", ""), "black"), DASHES.get(order, "-")

@@ -232,7 +232,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("AMED_COMMIT", "unknown"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    status = _output("git", "-C", str(ROOT), "status", "--porcelain")
+    status = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results")
     return found | {"dirty": None if status is None else bool(status)}
 
 

@@ -146,7 +146,7 @@ def test_statistics_of_one_run_are_the_reference_of_another(amed, tmp_path):
         (("--reference", "none.npz"), 2, "neither deis-fine"),
         (("--features", "vgg"), 2, "valid names: pixels"),
         (("--save-statistics", "a.npy"), 2, r"saved as \.npz"),
-        (("--solver-option", "max_order"), 2, "not name=number"),
+        (("--solver-option", "max_order"), 2, "not name=value"),
         (("--data", "{file}"), 1, "is not a folder"),
         (("--json", "{file}/a.json"), 1, "{file}"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,14 +15,15 @@ BUNDLED = "digits"
 
 
 def _pairs(context: click.Context, option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
-    options = {}
+    """name=value, the value read as a number, true or false, or else as text."""
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        try:
+        if not (name and value):
+            raise click.BadParameter(f"{pair!r} is not name=value; write e.g. max_order=3", context, option)
+        options[name] = value
+        with contextlib.suppress(ValueError):
             options[name] = json.loads(value.lower())
-        except ValueError as error:
-            message = f"{pair!r} is not name=number or name=true; write e.g. max_order=3"
-            raise click.BadParameter(message, context, option) from error
     return options
 
 

@@ -22,7 +22,8 @@ ENGINE = (
     *("packages", "export_plan", "export", "sampler"),
     *("fitting", "learned", "distillation", "reproduce"),
     "__init__",  # the public names
-    *("integrations", "metrics", "images", "compare", "figure", "environment", "console", "commands", "cli"),
+    *("integrations", "images", "metrics", "compare", "evaluation", "figure"),
+    *("environment", "console", "commands", "cli"),
     "__main__",
 )
 KERNELS = (

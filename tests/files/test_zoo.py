@@ -291,3 +291,47 @@ def test_the_command_lists_its_recipes(amed):
     assert "cifar10-amed-5" in out
     assert amed("reproduce")[0] == 2
     assert amed("reproduce", "nothing-5")[0] == 2
+
+
+# ---- models that need a preconditioning of another part of the package
+
+needs_adapters = pytest.mark.skipif(not hasattr(networks, "OpenAIUNet"), reason="there are no adapters for it")
+
+
+@needs_adapters
+@pytest.mark.parametrize("name", ["edm-lsun-bedroom-256x256", "ldm-lsun-bedroom-256x256"])
+def test_a_state_dict_becomes_a_denoiser(monkeypatch, tmp_path, name):
+    from amed_engine.adapters import alphas_cumprod, wrap
+
+    small = {"image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1}
+    small |= {"attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 32}
+    monkeypatch.setitem(CATALOGUE, name, replace(CATALOGUE[name], arguments=small, shape=(3, 16, 16)))
+    network = networks.OpenAIUNet(**small).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    state, entry = network.state_dict(), CATALOGUE[name]
+    if entry.betas:
+        state = {"state_dict": {f"model.diffusion_model.{key}": value for key, value in state.items()}}
+    torch.save(state, tmp_path / entry.file)
+    betas = {"betas": alphas_cumprod(entry.betas[0], 1000, *entry.betas[1:])} if entry.betas else {}
+    ours = Sampler(amed_engine.load(name, tmp_path), nfe=5, solver="ipndm").run([0, 1])
+    theirs = Sampler(wrap(network, entry.prediction, shape=(3, 16, 16), **betas), nfe=5, solver="ipndm").run([0, 1])
+    assert torch.equal(ours.images, theirs.images)
+
+
+@needs_adapters
+def test_stable_diffusion_becomes_a_denoiser_that_is_told_the_text(monkeypatch, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    small = {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 16, "sample_size": 8}
+    small |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "attention_head_dim": 4}
+    small |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "in_channels": 4, "out_channels": 4}
+    monkeypatch.setitem(CATALOGUE, "sd-v1-5", replace(CATALOGUE["sd-v1-5"], arguments=small, shape=(4, 8, 8)))
+    network = diffusers.UNet2DConditionModel(**small).eval()
+    network.save_pretrained(tmp_path / "sd-v1-5")
+    denoiser = amed_engine.load("sd-v1-5", tmp_path)
+    x, sigma, text = torch.randn(2, 4, 8, 8), torch.tensor([14.0, 0.5]), torch.randn(2, 3, 16)
+    denoised = denoiser(x, sigma, encoder_hidden_states=text)
+    other = denoiser(x, sigma, encoder_hidden_states=text + 1)
+    assert denoised.x0.shape == x.shape
+    assert not torch.equal(denoised.x0, other.x0)
+    assert denoised.features.shape == (2, 64, 4, 4)

@@ -141,20 +141,22 @@ def _frozen(program: Program) -> Program:
     if program.updates is not None:
         return program
     _check_adaptive(program)
-    sigmas, predictor = program.sigmas.double(), program.predictor
-    with torch.no_grad():
-        said = [
-            predictor(None, sigmas[i : i + 1].to(_device(predictor)), sigmas[i + 1 : i + 2].to(_device(predictor)))  # type: ignore[misc, operator]
-            for i in range(program.intervals)
-        ]
-    midpoints = [Midpoint(*(float(torch.as_tensor(field).reshape(-1)[0]) for field in mid)) for mid in said]
+    predictor, sigmas = program.predictor, program.sigmas.double()
+    if isinstance(predictor, Sequence):
+        said = list(predictor)  # numbers already, but ones that were being trained
+    else:
+        levels = sigmas.to(_device(predictor)).unsqueeze(1)
+        with torch.no_grad():
+            said = [predictor(None, levels[i], levels[i + 1]) for i in range(program.intervals)]  # type: ignore[misc]
+    midpoints = [Midpoint(*(torch.as_tensor(field).detach().squeeze() for field in mid)) for mid in said]
     return Program.build(
         program.solver, sigmas.cpu(), midpoints, afs=program.afs, denoise_to_zero=program.denoise_to_zero
     )
 
 
 def _check_adaptive(program: Program) -> None:
-    if program.updates is None and isinstance(program.predictor, Sequence):
+    predictor = program.predictor
+    if isinstance(predictor, Sequence) and any(callable(choice) for choice in predictor):
         raise ConfigError("coefficients that depend on the sample are no static plan; export format='pt2' or 'onnx'")
 
 
@@ -164,13 +166,10 @@ def _device(predictor: Any) -> torch.device:
 
 
 def _evaluations(program: Program) -> Iterator[Evaluation]:
-    learned = _learned_updates(program) if program.updates is None else None
-    for i in range(program.intervals):
-        level: tuple[float, ...] | None = (float(program.sigmas[i]),)
-        told = level
-        updates = program.updates[i] if program.updates is not None else next(learned)  # type: ignore[arg-type]
-        for s, (update, coefficients) in enumerate(_with_numbers(updates)):
-            first = i == s == 0
+    for i, folded in enumerate(_folded(program)):
+        told: tuple[float, ...] | None = (float(program.sigmas[i]),)
+        level = told
+        for s, (update, coefficients) in enumerate(folded):
             yield Evaluation(
                 sigma=level,
                 sigma_net=told,
@@ -180,9 +179,9 @@ def _evaluations(program: Program) -> Iterator[Evaluation]:
                 keep=update.keep,
                 moves_x=update.moves_x,
                 x_is_y=update.x_is_y,
-                analytic=program.afs and first,
+                analytic=program.afs and i == s == 0,
                 threshold=program.solver.thresholds,
-                predict=_interval(program, i) if learned is not None and s == 0 else None,
+                predict=_interval(program, i) if program.updates is None and s == 0 else None,
             )
             level, told = _told(update.sigma), _told(update.sigma_net)
     if program.denoise_to_zero:
@@ -211,14 +210,18 @@ def _told(levels: tuple[Tensor, ...] | None) -> tuple[float, ...] | None:
 Numbers = tuple[tuple[Coefficient, ...], ...]
 
 
-def _with_numbers(updates: Sequence[Any]) -> Iterator[tuple[Update, Numbers]]:
-    for update in updates:
-        if isinstance(update, tuple) and not isinstance(update, Update):
-            yield update
-            continue
-        rows = update.coeffs.double()[..., 0]
-        _check_size(rows.shape)
-        yield update, tuple(tuple(row) for row in rows.tolist())
+def _folded(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
+    """Per interval its updates with their coefficients."""
+    if program.updates is None:
+        yield from _learned_updates(program)
+        return
+    for updates in program.updates:
+        yield [(update, _numbers(update.coeffs)) for update in updates]
+
+
+def _numbers(coeffs: Tensor) -> Numbers:
+    _check_size(coeffs.shape)
+    return tuple(tuple(row) for row in coeffs[..., 0].double().tolist())
 
 
 def _check_size(shape: Sequence[int]) -> None:

@@ -107,12 +107,21 @@ def test_a_frozen_predictor_is_asked_with_features_of_zero(tools, same_kernels):
     predictor = tools.predictor().requires_grad_(False)
     program = Program.build(make_solver("ipndm"), tools.SIGMAS, predictor)
     said = [predictor.double()(None, s[None], t[None]) for s, t in zip(tools.SIGMAS, tools.SIGMAS[1:], strict=False)]
-    constants = [Midpoint(*(float(field) for field in mid)) for mid in said]
+    constants = [Midpoint(*(field.squeeze() for field in mid)) for mid in said]
     frozen = make_static_plan(program, freeze=True)
     assert frozen.predictor is None
     assert (
         frozen.evaluations == make_static_plan(Program.build(make_solver("ipndm"), tools.SIGMAS, constants)).evaluations
     )
+
+
+def test_midpoints_that_were_being_trained_are_frozen(tools):
+    numbers = [Midpoint(torch.tensor(0.4, dtype=torch.float64), 1.01, 0.98)] * 3
+    trained = [mid._replace(r=mid.r.clone().requires_grad_()) for mid in numbers]
+    with pytest.raises(ConfigError, match="freeze=True"):
+        make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, trained))
+    frozen = make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, trained), freeze=True)
+    assert frozen == make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, numbers))
 
 
 @pytest.mark.parametrize("solver", ["deis", "dpmpp", "unipc"])

@@ -89,7 +89,8 @@ class Parameterization:
 
 
 def _like(sigma: Tensor, x: Tensor) -> Tensor:
-    return sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    """Ready to multiply x: one level for all stays a scalar on the host, in its own precision, and is never copied."""
+    return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor | None:

@@ -22,10 +22,14 @@ from torch import Tensor, nn
 from amed_engine import kernels
 from amed_engine.engine import BoundLoop
 from amed_engine.errors import AmedError, ConfigError
+<<<<<<< HEAD
 from amed_engine.export_plan import write_plan, write_schedule
 from amed_engine.loop import Program
 from amed_engine.models import Model
 from amed_engine.packages import DTYPES, Facts, import_onnx, load_package
+=======
+from amed_engine.packages import DTYPES, Facts, first_line, import_onnx, load_package
+>>>>>>> packages
 from amed_engine.plan import Plan
 from amed_engine.requests import Request, make_request
 
@@ -101,7 +105,7 @@ def trace(job: Job) -> torch.export.ExportedProgram:
         raise
     except Exception as error:  # torch.export has no base class for what it raises
         raise ConfigError(
-            f"the model cannot be exported: {type(error).__name__}: {str(error).strip().splitlines()[0]}; its forward must be "
+            f"the model cannot be exported: {type(error).__name__}: {first_line(error)}; its forward must be "
             "torch operators without branches on values, for every batch size"
         ) from error
 
@@ -124,7 +128,7 @@ def write_compiled(job: Job, file: Path) -> None:
         raise
     except Exception as error:  # as above; a missing compiler is the usual one
         raise AmedError(
-            f"AOTInductor could not compile the loop: {str(error).strip().splitlines()[0]}; it needs a C++ compiler, and on a "
+            f"AOTInductor could not compile the loop: {first_line(error)}; it needs a C++ compiler, and on a "
             "GPU the headers of CUDA; format='exported' needs neither"
         ) from error
 

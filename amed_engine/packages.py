@@ -93,7 +93,13 @@ class Facts:
             if data["kind"] != "amed_package":
                 raise ConfigError(f"its kind is {data['kind']!r}, expected 'amed_package'")
             return cls._read(data)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:  # a ConfigError is a ValueError
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:  # a ConfigError is a ValueError
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise FileFormatError(f"{path}: its facts cannot be read: {reason}") from error
 
@@ -187,7 +193,7 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
             named = [i for i in archive.infolist() if i.filename.endswith(f"/extra/{KEY}") and not compiled]
             named += [info for info in compiled if info.filename.endswith("wrapper_metadata.json")]
             texts = [archive.read(info) for info in named if info.file_size <= 2 * MAX_FACTS]
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile raises what its decompressors happen to raise
         raise FileFormatError(f"{path} is no .pt2 archive: {error}") from error
     if not compiled:
         return False, texts[0] if texts else None
@@ -207,8 +213,13 @@ def _open_compiled(path: Path) -> Call:
 
 
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return FileFormatError(f"{path} cannot be loaded: {reason}; it is damaged, or for another torch or machine")
+    return FileFormatError(
+        f"{path} cannot be loaded: {first_line(error)}; it is damaged, or for another torch or machine"
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def import_onnx(name: str) -> Any:

@@ -22,7 +22,7 @@ ENGINE = (
     *("packages", "export_plan", "export", "sampler"),
     *("fitting", "learned", "distillation", "reproduce"),
     "__init__",  # the public names
-    *("integrations", "images", "metrics", "compare", "evaluation", "figure"),
+    *("images", "integrations", "metrics", "compare", "evaluation", "figure"),
     *("environment", "console", "commands", "cli"),
     "__main__",
 )

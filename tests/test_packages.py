@@ -45,6 +45,7 @@ GOOD = {
         (json.dumps(GOOD | {"max_batch": 0}), "must be positive"),
         (json.dumps(GOOD | {"label_dim": True}), "must be integers"),
         (json.dumps(GOOD | {"dtype": "int8"}), "dtype 'int8'"),
+        (json.dumps(GOOD | {"versions": []}), "its facts cannot be read"),
         (json.dumps(GOOD | {"plan": {"solver": "none", "sigmas": [80.0, 1.0]}}), "its facts cannot be read"),
         (json.dumps(GOOD | {"plan": {"solver": "euler", "sigmas": [1.0, 80.0]}}), "its facts cannot be read"),
         ("[" * 100_000, "its facts cannot be read"),
@@ -157,6 +158,12 @@ def test_an_exported_loop_with_a_pickle_inside_is_refused(armed, tmp_path, attac
     with pytest.raises(ConfigError, match="is no ExportedProgram file"):
         Sampler(path)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_program_with_native_code_inside_is_refused(armed):
+    path = armed(lambda entries: entries | {"whole/data/aotinductor/model/x.so": b"\x7fELF"})
+    with pytest.raises(FileFormatError, match="holds native code"):
+        load_program(path)
 
 
 def test_the_attack_is_real(armed, tmp_path):

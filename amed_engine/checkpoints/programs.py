@@ -43,6 +43,8 @@ def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
         raise FileFormatError(f"{path}: its entries do not share one folder, or a name is there twice; it is damaged")
     if "archive_format" not in names or archive.read(infos[names.index("archive_format")]) != b"pt2":
         raise FileFormatError(f"{path} is not in torch's PT2 format; write it with torch.export.save of torch >= 2.9")
+    if any(name.startswith("data/aotinductor") for name in names):
+        raise FileFormatError(f"{path} holds native code; if you trust it, open it with amed_engine.load_package")
     for info, name in zip(infos, names, strict=True):
         if name.startswith("data/") and name.endswith("_config.json"):
             _check_tensors(archive, info, path)

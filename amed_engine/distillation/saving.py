@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints.native import check_tensors
 from amed_engine.checkpoints.files import read, write
+from amed_engine.checkpoints.native import check_tensors
 from amed_engine.distillation.training import Round, Trainer
 from amed_engine.errors import ConfigError, FileFormatError
 

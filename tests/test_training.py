@@ -85,16 +85,18 @@ CHILD = """
 
 
 def test_a_process_killed_by_the_system_leaves_checkpoints_to_go_on_from(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), "100"]
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), "0.48"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         while int(child.stdout.readline()) < 8 * 12:
             pass
-        time.sleep(0.05)
         child.send_signal(signal.SIGKILL)
     newest = max(int(path.stem.split("-")[1]) for path in tmp_path.glob("round-*.safetensors"))
     assert newest >= 11
-    more = (newest + 5) * 8 / 1000
-    assert equal(weights(train(total_kimg=more, checkpoint_dir=tmp_path)), weights(train(total_kimg=more)))
+    assert newest < 60
+    rounds = []
+    resumed = train(total_kimg=0.48, checkpoint_dir=tmp_path, on_round=rounds.append)
+    assert len(rounds) == 60 - newest
+    assert equal(weights(resumed), weights(train(total_kimg=0.48)))
 
 
 def test_the_last_three_checkpoints_are_kept_and_every_one_is_whole(tmp_path):
@@ -159,9 +161,9 @@ def test_training_stops_at_the_last_good_checkpoint(tmp_path):
     with pytest.raises(NonFiniteError, match=r"3 times in a row; the last good checkpoint is .*round-0000000(\d)"):
         train(breaks, checkpoint_dir=tmp_path, checkpoint_seconds=0)
     newest = sorted(tmp_path.iterdir())[-1]
-    good = int(newest.stem.split("-")[1])
-    resumed = train(total_kimg=good * 8 / 1000, checkpoint_dir=tmp_path)
-    assert equal(weights(resumed), weights(train(total_kimg=good * 8 / 1000)))
+    rounds = []
+    assert equal(weights(train(checkpoint_dir=tmp_path, on_round=rounds.append)), weights(train()))
+    assert len(rounds) == 10 - int(newest.stem.split("-")[1])
 
 
 def test_skipped_steps_are_counted_and_survive_a_checkpoint(tmp_path):
@@ -173,12 +175,17 @@ def test_skipped_steps_are_counted_and_survive_a_checkpoint(tmp_path):
         return (x - target).square().flatten(1).sum(1) * (float("inf") if len(calls) in bad else 1.0)
 
     rounds = []
-    train(loss=loss, total_kimg=0.04, on_round=rounds.append, checkpoint_dir=tmp_path)
+
+    def on_round(seen):
+        rounds.append(seen)
+        killer(5)(seen)
+
+    with pytest.raises(Killed):
+        train(loss=loss, on_round=on_round, checkpoint_dir=tmp_path, checkpoint_seconds=0)
     assert [r.skipped for r in rounds] == [0, 1, 1, 1, 1]
     bad.clear()
-    train(loss=loss, total_kimg=0.048, on_round=rounds.append, checkpoint_dir=tmp_path)
-    assert rounds[-1].skipped == 1
-    assert rounds[-1].images == 48
+    train(loss=loss, on_round=rounds.append, checkpoint_dir=tmp_path)
+    assert [(r.images, r.skipped) for r in rounds[5:]] == [(8 * k, 1) for k in range(6, 11)]
 
 
 # ---- split over parts and processes

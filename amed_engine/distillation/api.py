@@ -80,9 +80,9 @@ def distill(
     preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on euler, dpm, ipndm, deis,
     dpmpp, unipc. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
     training-free solver, with teacher_intermediate extra noise levels inside every interval, spaced as the student's or
-    by teacher_schedule. loss: (x, target) -> (B,), in place of the squared distance. conditions: None draws class labels;
+    by teacher_schedule. loss: (x, target) -> (B,), not negative, in place of the squared distance. conditions: None draws class labels;
     else see `Batches`. total_kimg: thousands of trajectories, `batch` at a time, of which accumulate-th parts are
-    computed at once. seed: of the weights, latents and labels; the global generators are untouched. on_round: called
+    computed at once. lr: of Adam, falling to zero over the second half. seed: of the weights, latents and labels; the global generators are untouched. on_round: called
     after every batch. out_dir: gets history.csv and history.png. checkpoint_dir: gets the whole state of the run every
     checkpoint_seconds (default: in out_dir, if there is one); with resume="auto" a run goes on from the newest, to the
     same bits on a CPU. Under torchrun the processes share the work; the first one reports and writes.
@@ -120,15 +120,15 @@ def distill(
         parts = ranks.parts(settings.batch, accumulate)
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
         predictor = _new_predictor(data, settings, scales, seed)
-        trainer = Trainer(predictor, plan, teach, data, settings.lr, loss, ranks)
+        rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
+        trainer = Trainer(predictor, plan, teach, data, loss, ranks, lr=settings.lr, length=rounds)
         identity = _identity(trainer, settings, objective, seed)
         saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=ranks.rank == 0)
         saved.resume(trainer, resume)
         ranks.wait()
-        rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
         leads = ranks.rank == 0
         after = _Reports(saved, out_dir, on_round) if leads else None
-        _train(trainer, rounds, parts, objective == "end_to_end", after, progress and leads)
+        _train(trainer, parts, objective == "end_to_end", after, progress and leads)
         ranks.wait()
     predictor.plan = plan
     return predictor.eval()
@@ -152,12 +152,10 @@ class _Reports:
         report.save(self.out_dir, trainer.history, picture=True)
 
 
-def _train(
-    trainer: Trainer, rounds: int, parts: list[slice], end_to_end: bool, reports: _Reports | None, progress: bool
-) -> None:
+def _train(trainer: Trainer, parts: list[slice], end_to_end: bool, reports: _Reports | None, progress: bool) -> None:
     title = f"distill NFE {trainer.data.plan.nfe}"
-    with tqdm(total=rounds, initial=trainer.rounds, desc=title, unit="batch", disable=not progress) as bar:
-        while trainer.rounds < rounds:
+    with tqdm(total=trainer.length, initial=trainer.rounds, desc=title, unit="batch", disable=not progress) as bar:
+        while trainer.rounds < trainer.length:
             try:
                 seen = trainer.round(parts, end_to_end)
             except NonFiniteError as error:
@@ -176,11 +174,9 @@ def _with_checkpoint(error: NonFiniteError, reports: _Reports | None) -> NonFini
 
 
 def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to be of this run; its length and its splitting need not."""
-    run = asdict(settings)
-    del run["total_kimg"]
+    """What has to be the same for a checkpoint to be of this run; how it is split need not."""
     return {
-        **run,
+        **asdict(settings),
         "student": trainer.data.plan.to_json(),
         "teacher": trainer.teacher.plan.to_json(),
         "predictor": trainer.predictor.config,

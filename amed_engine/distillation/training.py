@@ -48,24 +48,43 @@ class Watched:
 
 
 class Trainer:
-    """A predictor in training. Everything that changes from round to round is in `predictor`, `optimizer`, the data's
-    generator, `rounds`, `skipped` and `history`."""
+    """A predictor in training, `length` rounds of it.
+
+    Everything that changes from round to round is in `predictor`, `optimizer`, the data's generator, `rounds`,
+    `skipped` and `history`.
+    """
 
     def __init__(
-        self, predictor: AMEDPredictor, plan: Plan, teacher: Teacher, data: Batches, lr: float, loss: Loss, ranks: Ranks
+        self,
+        predictor: AMEDPredictor,
+        plan: Plan,
+        teacher: Teacher,
+        data: Batches,
+        loss: Loss,
+        ranks: Ranks,
+        *,
+        lr: float,
+        length: int,
     ):
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
         self.watched = Watched(predictor, plan.intervals, data.model.device)
         program = Program.build(plan.make_solver(), plan.levels, self.watched, afs=plan.afs)
         self.program = program.on(data.model.device, torch.float32)
         self.parameters = list(predictor.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.lr, self.length = lr, length
+        # A run has some hundred steps: the usual 0.999 would remember the steep first ones to its end.
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, 0.95))
         self.rounds = self.skipped = self.bad = 0
         self.history: list[Round] = []
 
     def round(self, parts: list[slice], end_to_end: bool) -> Round:
-        """Train on one batch, a backward pass per part. Raises NonFiniteError after three bad steps in a row."""
+        """Train on one batch, a backward pass per part. Raises NonFiniteError after three bad steps in a row.
+
+        The learning rate falls to zero over the second half: r of the last interval matters too much to leave it noisy.
+        """
         self.watched.sums.zero_()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, 2 * (1 - self.rounds / self.length))
         runs = [Run(self, denoiser, x, end_to_end) for denoiser, x in self.data.draw(parts)]
         if end_to_end:
             losses = [self._descend(run.to_the_end() for run in runs)]

@@ -76,16 +76,17 @@ def distill(
     Steps go down log(loss), so that intervals whose losses are orders of magnitude apart weigh the same.
 
     model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them; training runs where the model's parameters
-    are, and leaves them alone. preset: "amed-solver" or "amed-plugin", the paper's; each option that is None is the
+    are, and leaves them alone. preset: "amed-solver" or "amed-plugin", the paper's; an option that is None is the
     preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on euler, dpm, ipndm, deis,
     dpmpp, unipc. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
     training-free solver, with teacher_intermediate extra noise levels inside every interval, spaced as the student's or
-    by teacher_schedule. loss: (x, target) -> (B,), not negative, in place of the squared distance. conditions: None draws class labels;
-    else see `Batches`. total_kimg: thousands of trajectories, `batch` at a time, of which accumulate-th parts are
-    computed at once. lr: of Adam, falling to zero over the second half. seed: of the weights, latents and labels; the global generators are untouched. on_round: called
-    after every batch. out_dir: gets history.csv and history.png. checkpoint_dir: gets the whole state of the run every
-    checkpoint_seconds (default: in out_dir, if there is one); with resume="auto" a run goes on from the newest, to the
-    same bits on a CPU. Under torchrun the processes share the work; the first one reports and writes.
+    by teacher_schedule. loss: (x, target) -> (B,), not negative, in place of the squared distance. conditions: None
+    draws class labels; else see `Batches`. total_kimg: thousands of trajectories, `batch` at a time, computed in
+    `accumulate` parts. lr: of Adam, falling to zero over the second half. seed: of the weights, latents and labels; the
+    global generators are untouched. on_round: called after every batch. out_dir: gets history.csv and history.png.
+    checkpoint_dir: gets the whole state of the run every checkpoint_seconds (default: in out_dir, if there is one);
+    with resume="auto" a run goes on from the newest, to the same bits on a CPU. Under torchrun the processes share the
+    work; the first one reports and writes.
     Returns the predictor, its plan set. Raises ConfigError, FileFormatError, or NonFiniteError after three losses or
     gradients in a row that were not finite: the last checkpoint is from before them.
     """

@@ -70,7 +70,7 @@ def test_a_run_killed_ten_times_ends_in_the_same_bits(objective, tmp_path):
 
 
 CHILD = """
-    import sys, torch
+    import sys, time, torch
     from amed_engine import distill
     torch.set_num_threads(1)
     def denoise(x, sigma):
@@ -79,6 +79,7 @@ CHILD = """
         return d, d[:, :, :2, :2]
     def on_round(seen):
         print(seen.images, flush=True)
+        time.sleep(0.02)  # so that the signal comes long before the end
     distill(denoise, nfe=3, total_kimg=float(sys.argv[2]), batch=8, shape=(1, 4, 4), progress=False, on_round=on_round,
             checkpoint_dir=sys.argv[1], checkpoint_seconds=0)
 """

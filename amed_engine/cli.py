@@ -7,6 +7,7 @@ a failure, 2 for bad usage, 130 for Ctrl-C. An error is one line on stderr; `ame
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,7 @@ def _parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequenc
 
 
 _pairs: dict[str, Any] = {"multiple": True, "callback": _parse_pairs, "metavar": "NAME=VALUE"}
+_preset: dict[str, Any] = {"show_default": "the preset's"}
 _where = _options(
     click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path."),
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
@@ -196,17 +198,24 @@ def info(as_json: bool) -> None:
 @app.command()
 @_where
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
-@click.option("--solver", default="amed", help="amed, or a solver to refine: euler, dpm, ipndm, deis, dpmpp, unipc.")
+@click.option("--preset", default="amed-solver", help="The paper's settings: amed-solver or amed-plugin.")
+@click.option("--solver", help="amed, or one to refine: euler, dpm, ipndm, deis, dpmpp, unipc.", **_preset)
 @_plan
 @click.option("--guidance", "guidance_scale", type=float, help="Train for this guidance.", show_default="none")
-@click.option("--scale-dir", type=float, default=0.01, help="Half-width of the direction's scale, 0 for none.")
-@click.option("--scale-time", type=float, default=0.0, help="Half-width of the time's scale, 0 for none.")
-@click.option("--teacher", default="heun", help="Solver of the teacher.")
+@click.option("--scale-dir", type=float, help="Half-width of the direction's scale, 0 for none.", **_preset)
+@click.option("--scale-time", type=float, help="Half-width of the time's scale, 0 for none.", **_preset)
+@click.option("--scales", default="bounded", help="bounded, or wide: exp(s tanh) instead of 1 +- s.")
+@click.option("--teacher", help="Solver of the teacher.", **_preset)
 @click.option("--teacher-option", "teacher_options", help="Option of the teacher.", **_pairs)
-@click.option("--teacher-intermediate", type=int, default=1, help="Its extra noise levels per interval.")
-@click.option("--kimg", "total_kimg", type=float, default=10.0, help="Thousands of trajectories to train on.")
-@click.option("--batch", type=int, default=128, help="Trajectories at once.")
-@click.option("--lr", type=float, default=5e-3, help="Learning rate of Adam.")
+@click.option("--teacher-intermediate", type=int, help="Its extra noise levels per interval.", **_preset)
+@click.option("--objective", default="greedy", help="greedy, or end_to_end through all evaluations.")
+@click.option("--kimg", "total_kimg", type=float, help="Thousands of trajectories to train on.", **_preset)
+@click.option("--batch", type=int, help="Trajectories at once.", **_preset)
+@click.option("--accumulate", type=int, default=1, help="Parts a batch is computed in, to save memory.")
+@click.option("--lr", type=float, help="Learning rate of Adam, falling to zero at the end.", **_preset)
+@click.option(
+    "--out-dir", type=click.Path(file_okay=False), help="Write history, plot and checkpoints; resume from it."
+)
 @click.option("--seed", type=int, default=0, help="Of weights, latents and labels.")
 @click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
 def distill(model, device, out, **options) -> None:
@@ -216,12 +225,15 @@ def distill(model, device, out, **options) -> None:
     resolved = resolve(model)
     place(resolved, _device(device))
     _check_writable(out)
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, {})}
     rounds: list[Any] = []
     predictor = amed_engine.distill(resolved.network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun all have the same predictor, the first process saves it
+        return
     amed_engine.save_predictor(predictor, out)
     click.echo(predictor.plan.describe() if predictor.plan else "")
-    click.echo(f"final loss per interval: {' '.join(f'{loss:.4g}' for loss in rounds[-1].losses)}")
+    if rounds:  # none where a finished run was resumed
+        click.echo(f"final loss per interval: {' '.join(f'{loss:.4g}' for loss in rounds[-1].losses)}")
     click.echo(f"wrote {out}")
 
 
@@ -231,7 +243,8 @@ def distill(model, device, out, **options) -> None:
 def _device(device: str | None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return device or (gpu if torch.cuda.is_available() else "cpu")
 
 
 def _typed(asked: dict[str, Any]) -> dict[str, Any]:

@@ -16,15 +16,21 @@ from amed_engine.loop import sample
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint
 
+# Each parameterisation, with what its half-widths must stay below.
+SCALES = {"bounded": 1, "wide": 5}
+
 
 class AMEDPredictor(nn.Module):
     """(features, sigma, sigma_next) -> Midpoint(r, scale_dir, scale_time), each (B,).
 
         u = silu(map_layer0(emb(sigma))), v = the same of sigma_next
         z = [enc_layer1(silu(enc_layer0(mean of features over channels))), u, v]
-        r = sigmoid(fc_r(z)),   scale = 1 + s (2 sigmoid(fc_scale(z)) - 1)  in (1 - s, 1 + s)
+        r = sigmoid(fc_r(z))
+        bounded: scale = 1 + s (2 sigmoid(fc_scale(z)) - 1)  in (1 - s, 1 + s)
+        wide:    scale = exp(s tanh(fc_scale(z)))            in (exp(-s), exp(s))
 
-    scale_dir, scale_time: the half-widths s in [0, 1) of the two scales; 0 leaves that head out and its scale at 1.
+    scale_dir, scale_time: the half-widths s of the two scales, below 1 where they are bounded; 0 leaves that head out
+    and its scale at 1. scales: "bounded" as published, or "wide" for optima that lie outside those bounds.
     bottleneck: (h, w) of the features, (B, C, h, w). Features None stand for zeros: models without a bottleneck, and
     AMED's analytic first step. sigma, sigma_next: () or (B,). `plan` says what it was trained for, None if not known.
     Parameter names are those of published checkpoints.
@@ -37,21 +43,24 @@ class AMEDPredictor(nn.Module):
         scale_dir: float = 0.01,
         scale_time: float = 0.0,
         *,
+        scales: str = "bounded",
         bottleneck: tuple[int, int] = (8, 8),
         hidden_dim: int = 128,
         bottleneck_dim: int = 4,
         embedding_dim: int = 8,
     ):
         super().__init__()
+        if scales not in SCALES:
+            raise ConfigError(f"AMEDPredictor: scales must be one of {', '.join(SCALES)}; got {scales!r}")
         for name, scale in (("scale_dir", scale_dir), ("scale_time", scale_time)):
-            if not 0 <= scale < 1:
-                raise ConfigError(f"AMEDPredictor: {name} must be in [0, 1), got {scale!r}")
+            if not 0 <= scale < SCALES[scales]:
+                raise ConfigError(f"AMEDPredictor: {name} must be in [0, {SCALES[scales]}), got {scale!r}")
         if not isinstance(bottleneck, (tuple, list)) or len(bottleneck) != 2 or min(bottleneck) < 1:
             raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {bottleneck!r}")
         if embedding_dim < 4 or embedding_dim % 2:
             raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")
         self.plan: Plan | None = None
-        self.scale_dir, self.scale_time = float(scale_dir), float(scale_time)
+        self.scale_dir, self.scale_time, self.scales = float(scale_dir), float(scale_time), scales
         self.bottleneck = (int(bottleneck[0]), int(bottleneck[1]))
         self.hidden_dim, self.bottleneck_dim, self.embedding_dim = hidden_dim, bottleneck_dim, embedding_dim
         width = bottleneck_dim + 2 * embedding_dim
@@ -71,6 +80,7 @@ class AMEDPredictor(nn.Module):
         return {
             "scale_dir": self.scale_dir,
             "scale_time": self.scale_time,
+            "scales": self.scales,
             "bottleneck": list(self.bottleneck),
             "hidden_dim": self.hidden_dim,
             "bottleneck_dim": self.bottleneck_dim,
@@ -138,4 +148,5 @@ class AMEDPredictor(nn.Module):
     def _scale(self, head: nn.Linear | None, width: float, z: Tensor) -> Tensor:
         if head is None:
             return z.new_ones(z.shape[0])
-        return 1 + width * (2 * head(z).squeeze(1).sigmoid() - 1)
+        value = head(z).squeeze(1)
+        return (width * value.tanh()).exp() if self.scales == "wide" else 1 + width * (2 * value.sigmoid() - 1)

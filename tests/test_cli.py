@@ -249,6 +249,45 @@ def test_distill_saves_a_predictor_that_sampling_takes(amed, model, tmp_path):
     assert amed("sample", "--model", model, "--seeds", 0, "--predictor", path, "--outdir", tmp_path)[0] == 0
 
 
+def test_distill_leaves_a_folder_to_look_at_and_to_resume_from(amed, model, tmp_path):
+    run = (
+        "distill",
+        "--model",
+        model,
+        "--nfe",
+        3,
+        "--kimg",
+        0.016,
+        "--batch",
+        8,
+        "--preset",
+        "amed-plugin",
+        "--accumulate",
+        2,
+    )
+    run += (
+        "--objective",
+        "end_to_end",
+        "--scales",
+        "wide",
+        "--out-dir",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "p.safetensors",
+    )
+    code, out, err = amed(*run)
+    assert (code, err) == (0, "")
+    assert out.startswith("ipndm max_order=4 + predictor, polynomial rho=7")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"history.csv", "history.png", "checkpoints"}
+    before = (tmp_path / "p.safetensors").read_bytes()
+    code, again, _ = amed(*run)
+    assert code == 0
+    assert "final loss" in out
+    assert "final loss" not in again
+    assert (tmp_path / "p.safetensors").read_bytes() == before
+
+
 def test_distill_finds_out_that_it_cannot_save_before_it_trains(amed, model, tmp_path, monkeypatch):
     monkeypatch.setattr(amed_engine, "distill", lambda *_, **__: pytest.fail("trained first"))
     (tmp_path / "file").touch()
@@ -381,7 +420,7 @@ def test_debug_shows_where(amed):
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(amed, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation, "_train", boom(KeyboardInterrupt()))
+    monkeypatch.setattr(distillation.api, "_train", boom(KeyboardInterrupt()))
     code, out, err = amed("distill", "--model", model, "--out", tmp_path / "p.safetensors")
     assert (code, out, err.strip()) == (130, "", "amed: error: interrupted")
     assert not (tmp_path / "p.safetensors").exists()

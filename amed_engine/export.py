@@ -22,14 +22,10 @@ from torch import Tensor, nn
 from amed_engine import kernels
 from amed_engine.engine import BoundLoop
 from amed_engine.errors import AmedError, ConfigError
-<<<<<<< HEAD
 from amed_engine.export_plan import write_plan, write_schedule
 from amed_engine.loop import Program
 from amed_engine.models import Model
-from amed_engine.packages import DTYPES, Facts, import_onnx, load_package
-=======
 from amed_engine.packages import DTYPES, Facts, first_line, import_onnx, load_package
->>>>>>> packages
 from amed_engine.plan import Plan
 from amed_engine.requests import Request, make_request
 

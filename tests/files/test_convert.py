@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import pickletools
+import random
 import sys
 
 import pytest
@@ -21,8 +23,13 @@ from amed_engine import (
     networks,
 )
 from amed_engine.checkpoints import convert, fingerprint, latent, load_model, load_published, read
+from amed_engine.checkpoints.amed_pickle import to_predictor
+from amed_engine.checkpoints.conversion import edm_network, module_tensors
+from amed_engine.checkpoints.pickles import Record
+from amed_engine.checkpoints.published import read_published
 from amed_engine.networks import EDMPrecond
 
+OPCODES = [operation.code.encode("latin1") for operation in pickletools.opcodes]
 SETTINGS = {
     **{"dataset_name": "cifar10", "img_resolution": 32, "num_steps": 4, "sampler_stu": "amed", "sampler_tea": "heun"},
     **{"M": 1, "guidance_type": None, "guidance_rate": 0.0, "schedule_type": "time_uniform", "schedule_rho": 1.0},
@@ -509,3 +516,33 @@ def test_a_published_file_is_not_taken_for_ours(tmp_path, publish, tiny_model):
     file = publish.edm(tiny_model, tmp_path / "edm.pkl")
     with pytest.raises(ConfigError, match=r"amed convert .*edm\.pkl"):
         Sampler(str(file))
+
+
+def test_mutated_pickles_convert_or_raise_our_errors(tmp_path, publish, canary, tiny_model):
+    """1,000 damaged files of two kinds: bits, bytes, operations, lengths and cuts."""
+    files = [
+        publish.amed(make_predictor(hidden_dim=8), tmp_path / "p.pkl", SETTINGS),
+        publish.edm(tiny_model, tmp_path / "e.pkl"),
+    ]
+    rng, target, escaped, refused = random.Random(0), tmp_path / "fuzz.pkl", {}, 0
+    contents = [file.read_bytes() for file in files]
+    for k in range(1000):
+        data = bytearray(contents[k % 10 == 0])  # mostly the small one
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            at = rng.randrange(len(data))
+            change = rng.choice([rng.randbytes(1), rng.choice(OPCODES), rng.randbytes(4), b""])
+            data[at : at + rng.choice([1, 1, len(change), 30])] = change
+        target.write_bytes(data if rng.random() < 0.95 else data[: rng.randrange(len(data))])
+        try:
+            data = read_published(target)
+            if isinstance(data, dict) and isinstance(data.get("model"), Record):
+                to_predictor(data["model"], data.get("loss_fn"), module_tensors(data["model"]), target)
+            elif isinstance(data, dict) and isinstance(data.get("ema"), Record):
+                edm_network(data["ema"], target)
+        except FileFormatError:
+            refused += 1
+        except Exception as error:
+            escaped.setdefault(f"{type(error).__name__}: {str(error)[:60]}", k)
+    assert escaped == {}, f"other errors, each with the number of its first file: {escaped}"
+    assert refused > 200
+    assert not canary.exists()

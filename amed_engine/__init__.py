@@ -29,6 +29,7 @@ _HOME = {
     "UnsafeFileError": "errors",
     "convert": "checkpoints",
     "distill": "distillation",
+    "fit": "learned",
     "from_pretrained": "checkpoints",
     "get_cmake_dir": "locations",
     "get_include": "locations",
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "convert",
     "distill",
+    "fit",
     "from_pretrained",
     "get_cmake_dir",
     "get_include",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
     from amed_engine.export_plan import write_plan, write_schedule
+    from amed_engine.learned import fit
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.packages import load_package

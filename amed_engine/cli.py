@@ -21,6 +21,8 @@ import amed_engine
 from amed_engine.commands.convert import convert
 from amed_engine.commands.evaluate import evaluate
 from amed_engine.commands.export import export
+from amed_engine.commands.fit import fit
+from amed_engine.commands.info import info
 from amed_engine.commands.reproduce import reproduce
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
@@ -180,22 +182,6 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
 
 
 @app.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def info(as_json: bool) -> None:
-    """Versions, devices, active kernels and bundled models."""
-    from amed_engine.environment import facts as gather
-
-    facts = gather()
-    if as_json:
-        click.echo(json.dumps(facts, indent=2))
-        return
-    for section, entries in facts.items():
-        click.echo(section)
-        for name, value in entries.items():
-            click.echo(f"  {name:<12} {value if isinstance(value, str) else ', '.join(map(str, value))}")
-
-
-@app.command()
 @_where
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--preset", default="amed-solver", help="The paper's settings: amed-solver or amed-plugin.")
@@ -296,7 +282,5 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
             yield result
 
 
-app.add_command(convert)
-app.add_command(reproduce)
-app.add_command(export)
-app.add_command(evaluate)
+for command in (convert, evaluate, export, fit, info, reproduce):
+    app.add_command(command)

@@ -241,7 +241,7 @@ def loss_of(candidate: Candidate, examples: Sequence[Example]) -> float:
 
 
 @torch.no_grad()
-def fit(
+def gauss_newton(
     candidate: Candidate,
     examples: Sequence[Example],
     *,

@@ -6,7 +6,7 @@ samples, end to end. A few hundred latents and some minutes on a CPU do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from amed_engine.checkpoints import fingerprint
 from amed_engine.coefficients import ConstantPredictor
 from amed_engine.errors import ConfigError
-from amed_engine.fitting import Candidate, Example, Fitted, adaptive, fit, loss_of, nonstationary
+from amed_engine.fitting import Candidate, Example, Fitted, adaptive, gauss_newton, loss_of, nonstationary
 from amed_engine.loop import Program, sample
-from amed_engine.models import Model
+from amed_engine.models import Model, resolve
 from amed_engine.plan import Plan, clamp_range, make_plan
 from amed_engine.requests import bind_labels, vectors
 
@@ -77,28 +77,82 @@ class Task:
             raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
 
 
-def learn(model: Model, task: Task, effort: Effort | None = None, *, progress: bool = True) -> Fitted:
-    """Fit the task's predictor to a model; its plan is set. Raises ConfigError.
+def fit(
+    model: Any,
+    *,
+    variant: Variant = "nonstationary",
+    nfe: int | Sequence[int] = 5,
+    solver: str = "amed",
+    solver_options: Mapping[str, Any] | None = None,
+    schedule: str = "time_uniform",
+    rho: float | None = None,
+    afs: bool | None = None,
+    points: int = 2,
+    codes: int = 32,
+    ridge: float = 0.05,
+    learn_sigmas: bool | None = None,
+    guidance_scale: float | None = None,
+    samples: int = 512,
+    batch: int = 64,
+    starts: int = 2,
+    early: int = 6,
+    late: int = 4,
+    teacher_nfe: int = 24,
+    seed: int = 0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    progress: bool = True,
+) -> Fitted | dict[int, Fitted]:
+    """Fit a predictor to a model, end to end, by Gauss-Newton: minutes for small networks, and no gradient of theirs.
 
-    The global generators are untouched, and the denoiser is only ever evaluated.
+    model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them. variant: "nonstationary", all coefficients and
+    noise levels; "adaptive", per-sample offsets on top, from `codes` components of the bottleneck, drawn to zero by
+    `ridge`; "constants", r and the two scales of every step of `solver` ("amed" or a plugin) on `schedule`; "epd", the
+    same for `points` parallel points. nfe: one number, or several that share the teacher's work and give a dict.
+    learn_sigmas: None learns noise levels where the rows do not depend on them. samples: latents solved by a teacher of
+    teacher_nfe evaluations, `batch` at a time. starts, early, late: iterations on the first latents from each of the best
+    training-free solvers, then on all of them. seed: of latents and labels; the global generators are untouched.
+    Returns predictors with their plan set. Raises ConfigError.
     """
-    effort = effort or Effort()
-    examples = draw_examples(model, task, effort)
-    with tqdm(
-        total=effort.starts * effort.early + effort.late, desc=f"fit NFE {task.nfe}", unit="step", disable=not progress
-    ) as bar:
+    resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
+    numbers = [nfe] if isinstance(nfe, int) else list(nfe)
+    effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
+    task = Task(
+        variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
+    )
+    examples = draw_examples(resolved, task, effort)
+    fitted: dict[int, Fitted] = {}
+    for number in numbers:
+        with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
+            fitted[number] = learn(resolved, replace(task, nfe=number), effort, examples, _reporter(bar))
+    return fitted[numbers[0]] if isinstance(nfe, int) else fitted
 
-        def report(_: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update()
 
-        few = examples[: max(1, FIRST // effort.batch)]
-        starts = starts_of(model, task, examples)[: effort.starts]
-        tried = [fit(start, few, iterations=effort.early, report=report) for start in starts]
-        candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
-        candidate = fit(candidate, examples, iterations=effort.late, report=report)
-        if task.variant == "adaptive":
-            candidate = fit(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
+def _reporter(bar: tqdm) -> Callable[[int, float], None]:
+    def report(_: int, loss: float) -> None:
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        bar.update()
+
+    return report
+
+
+def learn(
+    model: Model,
+    task: Task,
+    effort: Effort,
+    examples: list[Example],
+    report: Callable[[int, float], None] | None = None,
+) -> Fitted:
+    """`fit` for one task on examples that are drawn."""
+    few = examples[: max(1, FIRST // effort.batch)]
+    starts = starts_of(model, task, examples)[: effort.starts]
+    tried = [gauss_newton(start, few, iterations=effort.early, report=report) for start in starts]
+    candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
+    candidate = gauss_newton(candidate, examples, iterations=effort.late, report=report)
+    if task.variant == "adaptive":
+        candidate = gauss_newton(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
     return _finished(candidate, model, task)
 
 

@@ -16,13 +16,13 @@ from amed_engine.fitting import (
     Normal,
     adaptive,
     expanded,
-    fit,
+    gauss_newton,
     jacobian,
     loss_of,
     nonstationary,
     unrolled,
 )
-from amed_engine.learned import Effort, Task, draw_examples, learn, starts_of
+from amed_engine.learned import Effort, Task, draw_examples, fit, learn, starts_of
 from amed_engine.loop import Program, integrate, sample
 from amed_engine.models import resolve
 from amed_engine.plan import Plan
@@ -147,7 +147,7 @@ def test_the_fit_finds_the_coefficients_that_made_the_targets():
     start = nonstationary(program_of("euler", nfe=3), 0.002)
     start = replace(start, learn_sigmas=False)
     examples = [Example(mixture, x[:16], target[:16]), Example(mixture, x[16:], target[16:])]
-    fitted = fit(start, examples, iterations=25, tolerance=1e-9)
+    fitted = gauss_newton(start, examples, iterations=25, tolerance=1e-9)
     assert loss_of(fitted, examples) < 1e-4 * loss_of(start, examples)
 
 
@@ -155,7 +155,9 @@ def test_the_fit_never_raises_the_loss():
     x = latents(8) * 80
     example = Example(mixture, x, torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype))
     losses = [loss_of(candidates()["constants"], [example])]
-    fit(candidates()["constants"], [example], iterations=4, tolerance=0, report=lambda _, loss: losses.append(loss))
+    gauss_newton(
+        candidates()["constants"], [example], iterations=4, tolerance=0, report=lambda _, loss: losses.append(loss)
+    )
     assert losses == sorted(losses, reverse=True)
 
 
@@ -179,7 +181,7 @@ def test_each_variant_beats_its_start_and_is_saved_whole(variant, tmp_path):
     model = resolve(mixture, shape=SHAPE)
     effort = Effort(samples=24, batch=12, early=2, late=2, teacher_nfe=20, seed=3)
     task = Task(variant, nfe=5, codes=2)
-    predictor = learn(model, task, effort, progress=False)
+    predictor = learn(model, task, effort, draw_examples(model, task, effort))
     save_predictor(predictor, tmp_path / "p.safetensors")
     loaded = load_predictor(tmp_path / "p.safetensors")
     assert loaded.plan == predictor.plan
@@ -192,7 +194,7 @@ def test_each_variant_beats_its_start_and_is_saved_whole(variant, tmp_path):
 
 def test_the_global_generators_are_left_alone():
     before = torch.get_rng_state()
-    learn(resolve(mixture, shape=SHAPE), Task("constants"), Effort(8, 8, 1, 0, 1, 8), progress=False)
+    fit(mixture, variant="constants", shape=SHAPE, samples=8, teacher_nfe=8, early=0, late=1, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -227,6 +229,22 @@ def test_a_frozen_predictor_says_the_mean_of_what_it_said():
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)  # one sample is its own mean
 
 
+def test_one_run_serves_several_numbers_of_evaluations():
+    one = {
+        "variant": "nonstationary",
+        "shape": SHAPE,
+        "samples": 8,
+        "early": 0,
+        "late": 1,
+        "teacher_nfe": 8,
+        "progress": False,
+    }
+    many = fit(mixture, nfe=[3, 4], **one)
+    assert {nfe: predictor.plan.nfe for nfe, predictor in many.items()} == {3: 3, 4: 4}
+    alone = fit(mixture, nfe=4, **one)
+    assert torch.equal(alone.coefficients, many[4].coefficients)
+
+
 # ---- bad input
 
 
@@ -258,9 +276,9 @@ def test_a_predictor_of_another_number_of_intervals():
         (lambda: Task("best"), "variant must be one of constants, epd, nonstationary, adaptive; got 'best'"),
         (lambda: Effort(samples=0), "samples must be an integer of at least 8, got 0"),
         (lambda: AMEDPredictor().freeze(mixture, latents(1)), "freeze needs to know solver and noise levels"),
-        (lambda: learn(resolve(mixture), Task("constants")), "pass shape="),
+        (lambda: fit(mixture), "pass shape="),
         (
-            lambda: learn(resolve(mixture, shape=SHAPE), Task("constants", guidance_scale=2.0)),
+            lambda: fit(mixture, shape=SHAPE, guidance_scale=2.0),
             "guidance_scale needs a class-conditional model",
         ),
         (

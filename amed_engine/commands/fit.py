@@ -1,0 +1,43 @@
+"""`amed fit`: coefficients of a sampler, matched end to end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path.")
+@click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
+@click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
+@click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
+@click.option("--solver", default="amed", help="Of constants: amed, or a solver to refine.")
+@click.option("--guidance", "guidance_scale", type=float, help="Fit for this guidance.", show_default="none")
+@click.option("--samples", type=int, default=512, help="Latents that the teacher solves.")
+@click.option("--batch", type=int, default=64, help="Latents at once.")
+@click.option("--starts", type=int, default=2, help="Training-free solvers to start from.")
+@click.option("--early", type=int, default=6, help="Iterations from each start, on the first latents.")
+@click.option("--late", type=int, default=4, help="Iterations on all latents.")
+@click.option("--teacher-nfe", type=int, default=24, help="Evaluations of the teacher.")
+@click.option("--seed", type=int, default=0, help="Of latents and labels.")
+@click.option(
+    "--out", type=click.Path(), required=True, help="A file; for several NFE a folder, of nfe5.safetensors etc."
+)
+def fit(model, device, nfe, out, **options) -> None:
+    """Fit a predictor to a model by Gauss-Newton, and save it."""
+    import torch
+
+    import amed_engine
+    from amed_engine.models import place, resolve
+    from amed_engine.seeds import parse_seeds
+
+    resolved = resolve(model)
+    place(resolved, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    numbers = parse_seeds(nfe)
+    made = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
+    for number, predictor in made.items():
+        path = out if nfe.isdecimal() else Path(out) / f"nfe{number}.safetensors"
+        amed_engine.save_predictor(predictor, path)
+        click.echo(f"{predictor.plan.describe()}: wrote {path}")

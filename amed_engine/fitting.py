@@ -194,7 +194,9 @@ def expanded(columns: Tensor, candidate: Candidate, run: Run) -> Tensor:
         return columns
     codes = [predictor.code(evaluation.features, i) for i, evaluation in enumerate(run.evaluations)]
     blank = columns.new_zeros(len(columns), predictor.codes)
-    phi = torch.stack([blank if codes[i] is None else codes[i] for i, _ in candidate.free], dim=1)  # (B, free, codes)
+    phi = torch.stack(
+        [blank if (code := codes[i]) is None else code for i, _ in candidate.free], dim=1
+    )  # (B, free, codes)
     heads = columns[:, :, : len(candidate.free), None] * phi[:, None]
     return torch.cat([columns, heads.flatten(2)], dim=2)
 

@@ -225,7 +225,7 @@ class Trajectory:
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
             choice = choice(features, sigma, sigma_next)
         dtype = program.sigmas.dtype
-        return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))
+        return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 
 
 def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:

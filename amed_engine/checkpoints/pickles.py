@@ -71,7 +71,7 @@ def run(stream: io.BytesIO | mmap.mmap, policy: Policy, where: str) -> Any:
     machine = _Machine(policy)
     position = 0
     try:
-        for position, (operation, argument, _) in enumerate(pickletools.genops(stream)):
+        for position, (operation, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
             if position > MAX_OPERATIONS or len(machine.stack) > MAX_STACK:
                 raise _Refused(f"more than {MAX_OPERATIONS} operations or {MAX_STACK} values on its stack")
             machine.step(operation.name, argument)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,8 +37,8 @@ def fit(model, device, nfe, out, **options) -> None:
     resolved = resolve(model)
     place(resolved, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     numbers = parse_seeds(nfe)
-    made = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
+    made: Any = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():
         path = out if nfe.isdecimal() else Path(out) / f"nfe{number}.safetensors"
         amed_engine.save_predictor(predictor, path)
-        click.echo(f"{predictor.plan.describe()}: wrote {path}")
+        click.echo(f"{predictor.plan.describe() if predictor.plan else number}: wrote {path}")

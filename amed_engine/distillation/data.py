@@ -157,7 +157,7 @@ def _whole(condition: Any, part: slice, batch: int) -> Denoiser:
         )
     if (part.start, part.stop) != (0, batch):
         raise ConfigError("a denoiser with its conditions bound cannot be cut; train in one process with accumulate=1")
-    return condition
+    return condition  # type: ignore[return-value]
 
 
 def _endless(conditions: Iterable[Condition]) -> Iterator[Condition]:

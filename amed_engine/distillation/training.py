@@ -107,7 +107,7 @@ class Trainer:
             grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             vector = torch.cat([loss.detach().reshape(1), *(grad.flatten() for grad in grads)])
             total = vector if total is None else total + vector
-        total = self.ranks.total(total)
+        total = self.ranks.total(total)  # type: ignore[arg-type]
         if bool(torch.isfinite(total).all()):
             # Downhill on log(loss): the first interval's loss starts a hundred times above the others', and Adam, whose
             # memory is longer than the run, would follow it alone and leave theirs where sigmoids are flat.

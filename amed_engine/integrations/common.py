@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine.checkpoints import load_predictor
+from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.loop import Program
@@ -20,23 +20,23 @@ from amed_engine.program import Midpoint
 from amed_engine.schedule import check_sigmas
 from amed_engine.solvers import make_solver
 
-AnyPredictor = AMEDPredictor | Sequence[Midpoint] | str | os.PathLike
+AnyPredictor = Predictor | Sequence[Midpoint] | str | os.PathLike
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
 # Hosts compute their schedules in float32, and Karras' seventh power multiplies the rounding.
 SAME_LEVEL = 1e-4
 
 
-def open_predictor(predictor: Any) -> AMEDPredictor | list[Midpoint]:
+def open_predictor(predictor: Any) -> Predictor | list[Midpoint]:
     """A predictor, the one in a file, or constants: one Midpoint, or (r, scale_dir, scale_time), per interval."""
     if isinstance(predictor, (str, os.PathLike)):
         return load_predictor(predictor)
-    if isinstance(predictor, AMEDPredictor):
+    if isinstance(predictor, Predictor):
         return predictor
     if isinstance(predictor, Sequence) and all(isinstance(m, Sequence) and 1 <= len(m) <= 3 for m in predictor):
         return [Midpoint(*midpoint) for midpoint in predictor]
     raise ConfigError(
-        f"predictor must be an AMEDPredictor, a path to one, or one Midpoint per interval, got {type(predictor).__name__}"
+        f"predictor must be one of this package, a path to one, or one Midpoint per interval, got {type(predictor).__name__}"
     )
 
 
@@ -61,17 +61,18 @@ def make_program(predictor: AnyPredictor, sigmas: Tensor, afs: bool, like: Tenso
     A predictor's plan decides the solver, and must agree with the levels and with afs. Raises ConfigError.
     """
     predictor = open_predictor(predictor)
-    plan = predictor.plan if isinstance(predictor, AMEDPredictor) else None
+    plan = predictor.plan if isinstance(predictor, Predictor) else None
     levels = check_sigmas(without_zero(sigmas))
     if plan is not None:
         check_plan(plan, levels, afs)
     solver = make_solver("amed") if plan is None else plan.make_solver()
-    if isinstance(predictor, AMEDPredictor):
+    choices = predictor
+    if isinstance(predictor, Predictor):
         # A copy: the caller's predictor keeps its device, precision and mode.
         precision = torch.promote_types(like.dtype, torch.float32)
-        predictor = copy.deepcopy(predictor).to(like.device, precision).eval()
+        choices = copy.deepcopy(predictor).to(like.device, precision).eval().choices()
     zero = plan is not None and plan.denoise_to_zero
-    return Program.build(solver, levels, predictor, afs=afs, denoise_to_zero=zero).on(like.device, like.dtype)
+    return Program.build(solver, levels, choices, afs=afs, denoise_to_zero=zero).on(like.device, like.dtype)
 
 
 def check_plan(plan: Plan, levels: Tensor, afs: bool) -> None:

@@ -19,7 +19,7 @@ UNSAFE = {
         "x = eval (s)".replace(" (", "("),
         "__import__(n)",
     ),
-    r"\bextract(all)?\(|unpack_archive": ("z.extractall(d)", "z.extract(n)", "shutil.unpack_archive(f)"),
+    r"\bextractall\(|unpack_archive": ("z.extractall(d)", "shutil.unpack_archive(f)"),
     r"\byaml\.(load|unsafe_load|full_load)\b": ("yaml.load(f)", "yaml.unsafe_load(f)"),
     r"allow_pickle\s*=\s*(?!False\b)": ("np.load(f, allow_pickle=True)",),
     r"trust_remote_code\s*=\s*(?!False\b)": ("load(x, trust_remote_code=True)",),

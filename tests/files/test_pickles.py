@@ -131,7 +131,7 @@ def test_plain_data_comes_back_as_python_reads_it(tmp_path, value, protocol):
 )
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0, 5)])
 def test_tensors_come_back_bit_by_bit(tmp_path, dtype, shape):
-    tensor = (torch.randn(shape) * 5).to(getattr(torch, dtype))
+    tensor = (torch.randn(shape) * 5).to(dtype)
     again = read(tmp_path, {"a": tensor, "b": torch.nn.Parameter(tensor, requires_grad=False)})
     for copy in again.values():
         assert copy.dtype == tensor.dtype

@@ -56,7 +56,9 @@ def test_a_predictor_of_another_denoiser_is_refused(tmp_path, tiny_model, tiny_c
         Sampler(tiny_conditional, from_pretrained(tmp_path / "p"))
 
 
-@pytest.mark.parametrize(("item", "name", "said"), [(3, "d", "AMEDPredictor"), (None, "d", "NoneType")])
+@pytest.mark.parametrize(
+    ("item", "name", "said"), [(3, "d", "a predictor or an EDMPrecond, got int"), (None, "d", "NoneType")]
+)
 def test_what_cannot_be_saved_is_named(tmp_path, item, name, said):
     with pytest.raises(ConfigError, match=said):
         save_pretrained(item, tmp_path / name)

@@ -297,7 +297,7 @@ def test_calls_that_cannot_work_are_refused(dummy):
     scheduler = AMEDScheduler(midpoints=MIDS, final_sigmas_type="sigma_min")
     with pytest.raises(ConfigError, match="set_timesteps must be called"):
         scheduler.step(dummy, scheduler.timesteps[0], dummy)
-    with pytest.raises(ConfigError, match="3 midpoints for 7 intervals"):
+    with pytest.raises(ConfigError, match="a predictor of 3 intervals for 7 intervals"):
         scheduler.set_timesteps(7)
     with pytest.raises(ConfigError, match="pass one of"):
         scheduler.set_timesteps()

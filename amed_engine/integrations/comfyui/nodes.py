@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from amed_engine.checkpoints import load_predictor
+from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.k_diffusion import sample_amed
@@ -39,7 +39,7 @@ class AMEDPredictorLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"predictor_name": (_folders().get_filename_list(FOLDER),)}}
 
-    def load(self, predictor_name: str) -> tuple[AMEDPredictor]:
+    def load(self, predictor_name: str) -> tuple[Predictor]:
         path = _folders().get_full_path(FOLDER, predictor_name)
         if path is None:
             raise ConfigError(f"there is no predictor {predictor_name!r} in models/{FOLDER}; refresh the list")

@@ -39,11 +39,17 @@ class AMEDPredictorModel(ModelMixin, ConfigMixin):
         hidden_dim: int = 128,
         bottleneck_dim: int = 4,
         embedding_dim: int = 8,
+        scales: str = "bounded",
         plan: dict[str, Any] | None = None,
     ):
         super().__init__()
-        sizes = {"hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim, "embedding_dim": embedding_dim}
-        self.predictor = AMEDPredictor(scale_dir, scale_time, bottleneck=tuple(bottleneck), **sizes)  # type: ignore[arg-type]
+        rest = {
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "embedding_dim": embedding_dim,
+            "scales": scales,
+        }
+        self.predictor = AMEDPredictor(scale_dir, scale_time, bottleneck=tuple(bottleneck), **rest)  # type: ignore[arg-type]
         self.predictor.plan = None if plan is None else Plan.from_json(plan)
 
     @classmethod

@@ -148,9 +148,10 @@ def _frozen(program: Program) -> Program:
         levels = sigmas.to(_device(predictor)).unsqueeze(1)
         with torch.no_grad():
             said = [predictor(None, levels[i], levels[i + 1]) for i in range(program.intervals)]  # type: ignore[misc]
-    midpoints = [
-        Midpoint(*(torch.as_tensor(field, dtype=torch.float64).detach().squeeze() for field in mid)) for mid in said
-    ]  # type: ignore[union-attr]
+    midpoints: list[Midpoint] = []
+    for mid in said:
+        fields = (torch.as_tensor(field, dtype=torch.float64).detach().squeeze() for field in mid)  # type: ignore[union-attr]
+        midpoints.append(Midpoint(*fields))
     return Program.build(
         program.solver, sigmas.cpu(), midpoints, afs=program.afs, denoise_to_zero=program.denoise_to_zero
     )

@@ -56,7 +56,7 @@ class Yardstick:
 def yardstick(name: str, samples: int, setting: Setting, bar: tqdm) -> Yardstick:
     """digits, or reference_digits where it is beside the checkout. Raises Absent."""
     if name == "reference_digits":
-        model, latents, truth = _reference_digits(samples)
+        model, latents, truth = reference_digits(samples)
         start: list[int] | Tensor = latents.to(setting.device or "cpu", setting.dtype)
         plan, labels = "heun, polynomial rho=7, 40 intervals, NFE 80 (recorded)", None
     else:
@@ -72,7 +72,7 @@ def yardstick(name: str, samples: int, setting: Setting, bar: tqdm) -> Yardstick
     return Yardstick(name, model, start, labels, truth, plan, setting, known)
 
 
-def _reference_digits(samples: int) -> tuple[Model, Tensor, Tensor]:
+def reference_digits(samples: int) -> tuple[Model, Tensor, Tensor]:
     if not REFERENCE_DIGITS.is_file():
         raise Absent(f"reference_digits is not at {REFERENCE_DIGITS}")
     with safe_open(REFERENCE_DIGITS, "pt") as file:

@@ -97,7 +97,7 @@ def test_help_names_the_solvers_there_are():
     (option,) = [option for option in cli.app.commands["sample"].params if option.name == "solver"]
     assert isinstance(option, click.Option)
     named = re.findall(r"\w+", option.help.replace(" or ", " "))
-    assert set(named) == set(SOLVERS) - {"amed"}
+    assert set(named) == set(SOLVERS) - {"amed", "nonstationary"}
 
 
 # ---- sample ----
@@ -448,5 +448,5 @@ def test_guidance_sets_the_bundled_predictor_aside_and_says_so_once(amed, tmp_pa
 
 
 def test_info_lists_the_bundled_predictors(amed):
-    assert json.loads(amed("info", "--json")[1])["predictors"]["digits"] == [3, 5, 7, 9]
-    assert re.search(r"^  digits +3, 5, 7, 9$", amed("info")[1], re.MULTILINE)
+    assert json.loads(amed("info", "--json")[1])["predictors"]["digits"] == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert re.search(r"^  digits +3, 4, 5, 6, 7, 8, 9, 10$", amed("info")[1], re.MULTILINE)

@@ -282,11 +282,14 @@ def test_a_predictor_of_another_number_of_intervals():
             "guidance_scale needs a class-conditional model",
         ),
         (
-            lambda: learn(
-                resolve(lambda x, s: mixture(x, s).x0, shape=SHAPE),
-                Task("adaptive"),
-                Effort(8, 8, 1, 0, 1, 8),
-                progress=False,
+            lambda: fit(
+                lambda x, s: mixture(x, s).x0,
+                variant="adaptive",
+                shape=SHAPE,
+                samples=8,
+                teacher_nfe=8,
+                early=0,
+                late=1,
             ),
             "returns no bottleneck features",
         ),

@@ -98,7 +98,7 @@ def load(folder: Path) -> Any:
 
 def _diffusers() -> Any:
     try:
-        from diffusers.models import UNet2DConditionModel  # type: ignore[attr-defined]
+        from diffusers import UNet2DConditionModel  # type: ignore[attr-defined]
     except ImportError as error:
         raise ConfigError(
             "latent-diffusion checkpoints with a condition need diffusers: pip install 'amed-engine[diffusers]'"

@@ -155,7 +155,7 @@ def test_a_trailing_zero_is_dropped_without_a_word(wrapped, predictor, latents, 
         ({"bottleneck": 3}, "module's name, a module or a function, got int"),
         ({"bottleneck": lambda: torch.zeros(6, 8, 4, 4)}, "6 rows for 3 samples"),
         ({"bottleneck": nn.Identity()}, "not read in this evaluation"),
-        ({"predictor": 0.5}, "AMEDPredictor, a path to one, or one Midpoint"),
+        ({"predictor": 0.5}, "one of this package, a path to one, or one Midpoint"),
     ],
 )
 def test_what_cannot_work_is_refused(wrapped, predictor, latents, options, match):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.candidate import Candidate, Fitted, nonstationary
 from amed_engine.checkpoints import fingerprint
 from amed_engine.coefficients import ConstantPredictor
 from amed_engine.errors import ConfigError
-from amed_engine.fitting import Candidate, Example, Fitted, adaptive, gauss_newton, loss_of, nonstationary
+from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
 from amed_engine.loop import Program, sample
 from amed_engine.models import Model, resolve
 from amed_engine.plan import Plan, clamp_range, make_plan

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan
+from amed_engine.candidate import Candidate, nonstationary, unrolled
 from amed_engine.checkpoints import load_predictor, save_predictor
 from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.denoiser import Denoised
 from amed_engine.fitting import (
-    Candidate,
     Example,
     Normal,
     adaptive,
@@ -19,8 +19,6 @@ from amed_engine.fitting import (
     gauss_newton,
     jacobian,
     loss_of,
-    nonstationary,
-    unrolled,
 )
 from amed_engine.learned import Effort, Task, draw_examples, fit, learn, starts_of
 from amed_engine.loop import Program, integrate, sample

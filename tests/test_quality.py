@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def model(tmp_path_factory):
 
 def run(bench, out, model, *args):
     command = ["--network", str(model), "--samples", "16", "--out", str(out), *args]
-    done = CliRunner().invoke(bench.main, command)
+    with mock.patch.object(sys, "argv", ["bench_quality.py", *command]):  # results name the command that made them
+        done = CliRunner().invoke(bench.main, command)
     return done.exit_code, done.output
 
 

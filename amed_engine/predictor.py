@@ -91,16 +91,17 @@ class AMEDPredictor(nn.Module):
         """What the loop asks, interval by interval: the predictor itself."""
         return self
 
-    def freeze(self, denoiser: Denoiser, latents: Tensor) -> ConstantPredictor:
+    def freeze(self, denoiser: Denoiser, latents: Tensor | int) -> ConstantPredictor:
         """Its answers averaged over latents (B, C, H, W) of unit variance: constants, for models without a bottleneck at hand.
 
-        denoiser: (x, sigma) -> (D, features), the one it was trained for with its conditions bound. Raises ConfigError where
-        the predictor does not know its plan.
+        denoiser: (x, sigma) -> (D, features), the one it was trained for with its conditions bound. latents: or how many to
+        draw, for a network that tells its img_channels and img_resolution. Raises ConfigError where shape or plan are unknown.
         """
         if self.plan is None:
             raise ConfigError(
                 "freeze needs to know solver and noise levels; set predictor.plan, or load it from a file"
             )
+        z = _latents(denoiser, latents) if isinstance(latents, int) else latents
         heard: list[Midpoint] = []
 
         def listening(features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
@@ -109,7 +110,7 @@ class AMEDPredictor(nn.Module):
 
         plan = self.plan
         with torch.no_grad():
-            x = latents * plan.sigmas[0]
+            x = z * plan.sigmas[0]
             sample(denoiser, x, plan.levels, plan.make_solver(), listening, afs=plan.afs)
         frozen = ConstantPredictor.of([Midpoint(*(torch.as_tensor(f).double().mean() for f in mid)) for mid in heard])
         frozen.plan = plan
@@ -150,3 +151,14 @@ class AMEDPredictor(nn.Module):
             return z.new_ones(z.shape[0])
         value = head(z).squeeze(1)
         return (width * value.tanh()).exp() if self.scales == "wide" else 1 + width * (2 * value.sigmoid() - 1)
+
+
+def _latents(network: Denoiser, count: int) -> Tensor:
+    channels, size = (getattr(network, name, None) for name in ("img_channels", "img_resolution"))
+    if channels is None or size is None or count < 1:
+        raise ConfigError(
+            f"freeze cannot draw {count} latents for this model; pass latents (B, C, H, W) of unit variance"
+        )
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    drawn = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+    return drawn if parameter is None else drawn.to(parameter)

@@ -91,6 +91,12 @@ def test_a_predictor_that_listens_cannot_be_unrolled():
         unrolled(program_of("amed", predictor=AMEDPredictor()))
 
 
+def planned():
+    predictor = AMEDPredictor()
+    predictor.plan = make_plan(5, solver="amed", afs=True)
+    return predictor
+
+
 def candidates():
     free = nonstationary(program_of("ipndm", {"max_order": 2}), 0.002)
     constants = ConstantPredictor.of([Midpoint(0.4, 1.0, 0.95), Midpoint(0.5, 1.01, 1.0), Midpoint(0.6, 0.99, 1.05)])
@@ -243,6 +249,14 @@ def test_one_run_serves_several_numbers_of_evaluations():
     assert torch.equal(alone.coefficients, many[4].coefficients)
 
 
+def test_freeze_draws_latents_for_a_network_that_tells_its_shape(tiny_model):
+    predictor = AMEDPredictor(bottleneck=(4, 4))
+    predictor.plan = make_plan(5, solver="amed", afs=True)
+    frozen = predictor.freeze(tiny_model, 3)
+    assert Sampler(tiny_model, frozen).run(2).images.isfinite().all()
+    assert torch.equal(frozen.r, predictor.freeze(tiny_model, 3).r)
+
+
 # ---- bad input
 
 
@@ -274,6 +288,7 @@ def test_a_predictor_of_another_number_of_intervals():
         (lambda: Task("best"), "variant must be one of constants, epd, nonstationary, adaptive; got 'best'"),
         (lambda: Effort(samples=0), "samples must be an integer of at least 8, got 0"),
         (lambda: AMEDPredictor().freeze(mixture, latents(1)), "freeze needs to know solver and noise levels"),
+        (lambda: planned().freeze(mixture, 4), "freeze cannot draw 4 latents for this model"),
         (lambda: fit(mixture), "pass shape="),
         (
             lambda: fit(mixture, shape=SHAPE, guidance_scale=2.0),

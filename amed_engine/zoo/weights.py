@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from amed_engine import adapters
 from amed_engine.checkpoints import latent, load_model, load_published
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.zoo.catalogue import CATALOGUE, Entry
@@ -80,7 +80,6 @@ def _listed(value: Any) -> Any:
 
 
 def _denoiser(network: nn.Module, entry: Entry) -> nn.Module:
-    adapters = importlib.import_module("amed_engine.adapters")
     if entry.betas is None:
         return adapters.wrap(network, entry.prediction, shape=entry.shape)
     kind, start, end = entry.betas

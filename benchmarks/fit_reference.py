@@ -2,13 +2,17 @@
 
     python benchmarks/fit_reference.py --nfe 5 --seed 0 --samples 512 --late 3
 
+    python benchmarks/fit_reference.py --variant constants --variant epd        # rows of the ablation
+
 Each predictor lands in results/reference_digits/, its measurements in fit-reference.json beside it: RMSE to the fine
-solution (Heun, 41 noise levels), median over images of the RMSE, and Frechet distance of raw pixels to it. A predictor that
-is there already is measured again, not fitted. The network is not part of the project; without it the script says so.
+solution (Heun, 41 noise levels), median over images of the RMSE, and Frechet distance of raw pixels to it; seconds, and
+how often the network was evaluated, per latent. A predictor that is there already is measured again, not fitted.
+The network is not part of the project; without it the script says so.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -17,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,6 +36,16 @@ from amed_engine.seeds import parse_seeds
 
 FOLDER = Path(__file__).parent / "results" / "reference_digits"
 FRESH_SEED = 20_000
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nonstationary": {},
+    "nonstationary-fixed-levels": {"learn_sigmas": False},
+    "adaptive": {"variant": "adaptive"},
+    "adaptive-few-codes": {"variant": "adaptive", "codes": 8, "ridge": 1.0},
+    "constants": {"variant": "constants"},
+    "constants-levels": {"variant": "constants", "learn_sigmas": True},
+    "epd": {"variant": "epd"},
+    "epd-levels": {"variant": "epd", "learn_sigmas": True},
+}
 
 
 @torch.no_grad()
@@ -49,32 +63,45 @@ def measured(sampler: amed_engine.Sampler, latents: Tensor, reference: Tensor) -
     return {"rmse": error.mean().sqrt().item(), "median": error.sqrt().median().item(), "fd": frechet_distance(*sides)}
 
 
+class Counting:
+    """Evaluations of a network, per latent."""
+
+    def __init__(self, network: nn.Module):
+        self.calls = 0
+        network.register_forward_pre_hook(lambda _, inputs: self.add(len(inputs[0])))
+
+    def add(self, latents: int) -> None:
+        self.calls += latents
+
+
 @click.command()
-@click.option("--nfe", default="5")
-@click.option("--seed", default="0")
-@click.option("--samples", default=512)
-@click.option("--late", default=3)
-@click.option("--variant", default="nonstationary")
+@click.option("--nfe", default="5", show_default=True, help="E.g. 5 or 3-10.")
+@click.option("--seed", default="0", show_default=True, help="E.g. 0 or 0-2.")
+@click.option("--samples", default=512, show_default=True, help="Latents to fit on.")
+@click.option("--late", default=3, show_default=True, help="Iterations on all of them.")
+@click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, default=["nonstationary"])
 @click.option("--compile/--no-compile", default=False, help="Compile the network first: for long fits on a CPU.")
-def main(nfe: str, seed: str, samples: int, late: int, variant: str, compile: bool) -> None:
+def main(nfe: str, seed: str, samples: int, late: int, variants: tuple[str, ...], compile: bool) -> None:
+    """Fit what is not there yet, and measure."""
     model, latents, reference = reference_digits(512)
     sets = {"recorded": (latents, reference), "fresh": fresh(model, latents)}
     network = tune(model, compile="default" if compile else None, memory_format=None, autocast=None).network
+    counting = Counting(network)  # type: ignore[arg-type]
     file = FOLDER / "fit-reference.json"
-    rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
-    for number in parse_seeds(nfe):
-        for s in parse_seeds(seed):
-            name = f"{variant}-nfe{number}-seed{s}"
-            row, path = rows.get(name, {}), FOLDER / f"{name}.safetensors"
-            if not path.exists():
-                started = time.perf_counter()
-                predictor = amed_engine.fit(network, variant=variant, nfe=number, seed=s, samples=samples, late=late)  # type: ignore[arg-type]
-                amed_engine.save_predictor(predictor, path)
-                row = {"fit_seconds": time.perf_counter() - started, "samples": samples, "late": late}
-            sampler = amed_engine.Sampler(model.network, path)
-            rows[name] = row | {part: measured(sampler, *both) for part, both in sets.items()}
-            print(name, rows[name])
-            atomic_write(file, json.dumps({**environment(), "rows": rows}, indent=2).encode())
+    for variant, number, s in itertools.product(variants, parse_seeds(nfe), parse_seeds(seed)):
+        name = f"{variant}-nfe{number}-seed{s}"
+        rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
+        row, path = rows.get(name, {}), FOLDER / f"{name}.safetensors"
+        if not path.exists():
+            started, before = time.perf_counter(), counting.calls
+            predictor = amed_engine.fit(network, nfe=number, seed=s, samples=samples, late=late, **VARIANTS[variant])
+            amed_engine.save_predictor(predictor, path)  # type: ignore[arg-type]
+            seconds, calls = time.perf_counter() - started, counting.calls - before
+            row = {"fit_seconds": seconds, "evaluations": calls, "samples": samples, "late": late}
+        sampler = amed_engine.Sampler(model.network, path)
+        rows[name] = row | {part: measured(sampler, *both) for part, both in sets.items()}
+        print(name, rows[name], flush=True)
+        atomic_write(file, json.dumps({**environment(), "rows": rows}, indent=2).encode())
 
 
 if __name__ == "__main__":

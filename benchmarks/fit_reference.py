@@ -1,8 +1,8 @@
-"""Fit predictors to the reference network and measure them, on its recorded latents and on fresh ones.
+"""Fit or distill predictors for the reference network and measure them, on its recorded latents and on fresh ones.
 
     python benchmarks/fit_reference.py --nfe 5 --seed 0 --samples 512 --late 3
 
-    python benchmarks/fit_reference.py --variant constants --variant epd        # rows of the ablation
+    python benchmarks/fit_reference.py --variant constants --variant amed-solver   # rows of the ablation
 
 Each predictor lands in results/reference_digits/, its measurements in fit-reference.json beside it: RMSE to the fine
 solution (Heun, 41 noise levels), median over images of the RMSE, and Frechet distance of raw pixels to it; seconds, and
@@ -36,7 +36,7 @@ from amed_engine.seeds import parse_seeds
 
 FOLDER = Path(__file__).parent / "results" / "reference_digits"
 FRESH_SEED = 20_000
-VARIANTS: dict[str, dict[str, Any]] = {
+FITS: dict[str, dict[str, Any]] = {
     "nonstationary": {},
     "nonstationary-fixed-levels": {"learn_sigmas": False},
     "adaptive": {"variant": "adaptive"},
@@ -45,6 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "constants-levels": {"variant": "constants", "learn_sigmas": True},
     "epd": {"variant": "epd"},
     "epd-levels": {"variant": "epd", "learn_sigmas": True},
+}
+DISTILLED: dict[str, dict[str, Any]] = {
+    "amed-solver": {},
+    "amed-solver-scale-time": {"scale_time": 0.2},
+    "amed-plugin": {"preset": "amed-plugin"},
+    "amed-solver-wide": {"scale_time": 0.7, "scales": "wide"},
+    "amed-solver-end-to-end": {"scale_time": 0.7, "scales": "wide", "objective": "end_to_end"},
 }
 
 
@@ -74,12 +81,18 @@ class Counting:
         self.calls += latents
 
 
+def made(variant: str, network: Any, nfe: int, seed: int, samples: int, late: int) -> Any:
+    if variant in DISTILLED:
+        return amed_engine.distill(network, nfe=nfe, seed=seed, **DISTILLED[variant])
+    return amed_engine.fit(network, nfe=nfe, seed=seed, samples=samples, late=late, **FITS[variant])
+
+
 @click.command()
 @click.option("--nfe", default="5", show_default=True, help="E.g. 5 or 3-10.")
 @click.option("--seed", default="0", show_default=True, help="E.g. 0 or 0-2.")
-@click.option("--samples", default=512, show_default=True, help="Latents to fit on.")
+@click.option("--samples", default=512, show_default=True, help="Latents to fit on; distill has its own.")
 @click.option("--late", default=3, show_default=True, help="Iterations on all of them.")
-@click.option("--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, default=["nonstationary"])
+@click.option("--variant", "variants", type=click.Choice([*FITS, *DISTILLED]), multiple=True, default=["nonstationary"])
 @click.option("--compile/--no-compile", default=False, help="Compile the network first: for long fits on a CPU.")
 def main(nfe: str, seed: str, samples: int, late: int, variants: tuple[str, ...], compile: bool) -> None:
     """Fit what is not there yet, and measure."""
@@ -94,10 +107,10 @@ def main(nfe: str, seed: str, samples: int, late: int, variants: tuple[str, ...]
         row, path = rows.get(name, {}), FOLDER / f"{name}.safetensors"
         if not path.exists():
             started, before = time.perf_counter(), counting.calls
-            predictor = amed_engine.fit(network, nfe=number, seed=s, samples=samples, late=late, **VARIANTS[variant])
-            amed_engine.save_predictor(predictor, path)  # type: ignore[arg-type]
+            amed_engine.save_predictor(made(variant, network, number, s, samples, late), path)
             seconds, calls = time.perf_counter() - started, counting.calls - before
-            row = {"fit_seconds": seconds, "evaluations": calls, "samples": samples, "late": late}
+            row = {"fit_seconds": seconds, "evaluations": calls}
+            row |= {"samples": samples, "late": late} if variant in FITS else {}
         sampler = amed_engine.Sampler(model.network, path)
         rows[name] = row | {part: measured(sampler, *both) for part, both in sets.items()}
         print(name, rows[name], flush=True)

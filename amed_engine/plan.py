@@ -54,13 +54,20 @@ class Plan:
         evaluations = count_evaluations(self.make_solver(), self.intervals, midpoint=self.midpoint, afs=self.afs)
         return evaluations + int(self.denoise_to_zero)
 
+    @property
+    def rounds(self) -> int:
+        """Network calls one after another; fewer than the NFE where parallel points share one, as in EPD-Solver."""
+        rounds = self.make_solver().rounds(self.midpoint) * self.intervals
+        return rounds - int(self.afs) + int(self.denoise_to_zero)
+
     def describe(self) -> str:
         """One line for people: solver, options, schedule, intervals."""
         options = "".join(f" {name}={value}" for name, value in self.options)
         rho = "" if self.rho is None else f" rho={self.rho:g}"
         plugin = " + predictor" if self.midpoint else ""
         afs = ", AFS" if self.afs else ""
-        return f"{self.solver}{options}{plugin}, {self.schedule}{rho}, {self.intervals} intervals{afs}, NFE {self.nfe}"
+        rounds = "" if self.rounds == self.nfe else f" in {self.rounds} rounds"
+        return f"{self.solver}{options}{plugin}, {self.schedule}{rho}, {self.intervals} intervals{afs}, NFE {self.nfe}{rounds}"
 
     def to_json(self) -> dict:
         return {**asdict(self), "sigmas": list(self.sigmas), "options": dict(self.options)}

@@ -68,6 +68,9 @@ class AMED(Solver):
     def evaluations(self, with_midpoint: bool) -> int:
         return 1 + self.points
 
+    def rounds(self, with_midpoint: bool) -> int:
+        return 2
+
     def step(
         self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Midpoint | None, i: int, n: int
     ) -> list[Stage]:

@@ -51,6 +51,10 @@ class Solver(ABC):
         """Network evaluations per interval."""
         return 2
 
+    def rounds(self, with_midpoint: bool) -> int:
+        """Network calls per interval that wait for one another: fewer where evaluations share a call."""
+        return self.evaluations(with_midpoint)
+
     @abstractmethod
     def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:
         """One stage per evaluation of interval i of n, from sigma to sigma_next."""

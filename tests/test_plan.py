@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from amed_engine import Plan, make_plan, make_solver
 from amed_engine.errors import ConfigError
+from amed_engine.loop import sample
 from amed_engine.plan import best_training_free, clamp_range
+from amed_engine.program import Midpoint
 
 orders = st.integers(1, 3)
 OPTIONS = {
@@ -245,6 +247,29 @@ def test_a_models_range_is_cut_to_the_published_one():
     for bad in [(5, 2), (100, 200), (float("nan"), 80), (0.002, 0.001)]:
         with pytest.raises(ConfigError, match="need sigma_min < sigma_max"):
             clamp_range(*bad)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "nfe", "afs"),
+    [
+        *[("amed", {"points": points}, 2 * (1 + points) - afs, afs) for points in (1, 2, 3) for afs in (False, True)],
+        *[("ipndm", {}, 5, True), ("heun", {}, 6, False), ("unipc", {}, 4, False)],
+    ],
+)
+def test_rounds_and_evaluations_are_what_the_network_sees(solver, options, nfe, afs):
+    plan, calls = make_plan(nfe, solver=solver, options=options, afs=afs), []
+
+    def denoiser(x, sigma):
+        calls.append(len(x))
+        return x / 2
+
+    points = options.get("points", 1)
+    mid = Midpoint(*(torch.full((points,), v, dtype=torch.float64) for v in (0.5, 1 / points, 1.0)))
+    scalar = Midpoint(*(field[0] for field in mid))
+    choices = [mid if points > 1 else scalar] * plan.intervals if plan.midpoint else None
+    sample(denoiser, torch.ones(3, 1, 2, 2).double(), plan.levels, plan.make_solver(), choices, afs=afs)
+    assert (len(calls), sum(calls)) == (plan.rounds, 3 * plan.nfe)
+    assert ("rounds" in plan.describe()) is (plan.rounds != plan.nfe)
 
 
 def test_describe_is_one_line_with_what_matters():

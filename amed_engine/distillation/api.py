@@ -211,7 +211,7 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         midpoint=True,
         guidance_scale=guidance_scale,
     )
-    return replace(plan, model=fingerprint(model.module))
+    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:

@@ -45,6 +45,7 @@ _HOME = {
     "sample": "loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
+    "search_schedule": "schedule_search",
     "wrap": "adapters",
     "write_plan": "export_plan",
     "write_schedule": "export_plan",
@@ -86,6 +87,7 @@ __all__ = [
     "sample",
     "save_predictor",
     "save_pretrained",
+    "search_schedule",
     "wrap",
     "write_plan",
     "write_schedule",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
     from amed_engine.results import SampleResult, StepInfo
     from amed_engine.sampler import Sampler
     from amed_engine.schedule import make_schedule
+    from amed_engine.schedule_search import search_schedule
     from amed_engine.solvers import make_solver
     from amed_engine.stepper import Stepper
     from amed_engine.zoo import load

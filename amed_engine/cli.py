@@ -24,6 +24,8 @@ from amed_engine.commands.export import export
 from amed_engine.commands.fit import fit
 from amed_engine.commands.info import info
 from amed_engine.commands.reproduce import reproduce
+from amed_engine.commands.search_schedule import search_schedule
+from amed_engine.commands.shared import make_sampler, parse_pairs, with_levels
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
 
@@ -54,28 +56,16 @@ def _options(*decorators: Decorator) -> Decorator:
     return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
 
 
-def _parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
-    """name=value, the value read as a number, true or false, or else as text."""
-    options = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if not (name and value):
-            raise click.BadParameter(f"{pair!r} is not name=value; write e.g. max_order=3", context, option)
-        try:
-            options[name] = json.loads(value.lower())
-        except ValueError:
-            options[name] = value
-    return options
-
-
-_pairs: dict[str, Any] = {"multiple": True, "callback": _parse_pairs, "metavar": "NAME=VALUE"}
+_pairs: dict[str, Any] = {"multiple": True, "callback": parse_pairs, "metavar": "NAME=VALUE"}
 _preset: dict[str, Any] = {"show_default": "the preset's"}
 _where = _options(
     click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path."),
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
 _grid = _options(
-    click.option("--schedule", help="time_uniform, polynomial or logsnr.", show_default="time_uniform"),
+    click.option(
+        "--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform"
+    ),
     click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
 )
 _plan = _options(
@@ -123,7 +113,7 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     from amed_engine.seeds import parse_seeds
 
     numbers = parse_seeds(seeds)
-    sampler = _make_sampler(**asked)
+    sampler = make_sampler(**_typed(asked))
     images.check_pictures(sampler.model.shape)
     _check_writable(out, outdir and images.seed_path(outdir, 0, False))
     pictures, seconds = [], 0.0
@@ -170,7 +160,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
         samples=samples,
         curve_samples=curve_samples,
         predictor=predictor,
-        setting=work.Setting(**_typed(shared)),
+        setting=work.Setting(**_typed(with_levels(shared))),
         progress=sys.stderr.isatty(),
     )
     if out:
@@ -243,18 +233,6 @@ def _typed(asked: dict[str, Any]) -> dict[str, Any]:
     return typed
 
 
-def _make_sampler(model: str, predictor: str | None, **asked: Any) -> amed_engine.Sampler:
-    from amed_engine.plan import best_training_free
-
-    if predictor == "none":
-        predictor = None
-        # A solver by name keeps the bundled predictor away.
-        if not (asked["solver"] or asked["solver_options"]):
-            best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
-            asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
-    return amed_engine.Sampler(model, predictor, **_typed(asked))
-
-
 def _check_writable(*paths: str | Path | None) -> None:
     """Before the work rather than after it: make the folders and try to write to them."""
     for path in filter(None, paths):
@@ -282,5 +260,5 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
             yield result
 
 
-for command in (convert, evaluate, export, fit, info, reproduce):
+for command in (convert, evaluate, export, fit, info, reproduce, search_schedule):
     app.add_command(command)

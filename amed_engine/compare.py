@@ -25,6 +25,7 @@ from amed_engine.models import Model, resolve
 from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
 from amed_engine.seeds import check_seeds
+from amed_engine.solvers import count_evaluations, make_solver
 
 # Of the solvers here the one that comes nearest in 80 evaluations: an RMSE of 1e-4 on the bundled model, against 3e-3 of
 # Heun's method on the same noise levels (both to Heun's with 640).
@@ -67,7 +68,7 @@ class Setting:
 
     class_labels: int | None = None
     guidance_scale: float | None = None
-    schedule: str | None = None
+    schedule: str | Tensor | None = None
     rho: float | None = None
     batch: int = 64
     device: torch.device | str | None = None
@@ -145,6 +146,8 @@ def compare(
     setting, seeds = setting or Setting(), check_seeds(list(seeds))
     _check(seeds, samples, curve_samples, setting.batch)
     resolved = resolve(model)
+    if isinstance(setting.schedule, Tensor):
+        curve_samples = 0  # the levels are those of one NFE
     everyone = _extended(seeds, max(samples, curve_samples))
     reference = setting.sampler(resolved, **REFERENCE)
     nfes = {nfe, *CURVE_NFES} if curve_samples else {nfe}
@@ -211,8 +214,19 @@ def _samplers(
     yield from ((learned_name(sampler), sampler) for sampler in samplers)
     grid = {"schedule": setting.schedule, "rho": setting.rho}
     # An analytic first step is free: with it where it takes one, every solver can spend any number from 2 on.
-    for (name, (solver, options)), n in itertools.product(TRAINING_FREE.items(), nfes):
+    takes = {name: free for name, free in TRAINING_FREE.items() if _spends(setting.schedule, *free, nfe)}
+    if not takes and isinstance(setting.schedule, Tensor):
+        raise ConfigError(f"no solver spends {nfe} evaluations on these {len(setting.schedule)} noise levels")
+    for (name, (solver, options)), n in itertools.product(takes.items(), nfes):
         yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, **grid)
+
+
+def _spends(schedule: str | Tensor | None, solver: str, options: dict[str, Any], nfe: int) -> bool:
+    """Whether a solver may run at this NFE: on any schedule by name, on noise levels where they cost that much."""
+    if not isinstance(schedule, Tensor):
+        return True
+    cost = count_evaluations(make_solver(solver, **options), len(schedule) - 1, midpoint=False)
+    return nfe in (cost, cost - 1)  # - 1: with an analytic first step
 
 
 def learned_name(sampler: Sampler) -> str:

@@ -11,6 +11,7 @@ The first judges the solver alone, the others what it makes of the model.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ from amed_engine.metrics.sources import Images, read_features
 from amed_engine.plan import Plan
 from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
+
+logger = logging.getLogger("amed_engine")
 
 NEIGHBOURS = 3
 
@@ -163,14 +166,15 @@ def evaluate(
     an .npz of statistics, to which no sample has a distance of its own. data: real images, "digits" for those the bundled
     model learned, any source of `metrics.batches`, an .npz; None for none. features: see `metrics.extractor`.
     classifier: "digits" for models of the ten digits; None for none. setting: class_labels, guidance_scale and batch.
-    progress: a bar on stderr. Raises ConfigError, FileFormatError and what `Sampler.run` raises.
+    progress: a bar on stderr. Where all samples are of one class, so are the digits; other images have no labels, are taken as
+    they are, and a warning says so. Raises ConfigError, FileFormatError and what `Sampler.run` raises.
     """
     setting, seeds = setting or Setting(), list(seeds)
     extract = extractor(features, sampler.device)
-    real = None if data is None else know(bundled_digits() if _is(data, "digits") else data, extract)
+    real = None if data is None else know(_of_class(data, setting.class_labels), extract)
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
     exact = _reference_sampler(reference, sampler)
-    images = know(reference, extract) if exact is None else None
+    images = know(_of_class(reference, setting.class_labels), extract) if exact is None else None
     plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
     return Evaluation(
@@ -210,16 +214,29 @@ def _is(source: Images, name: str) -> bool:
     return isinstance(source, str) and source == name
 
 
-def bundled_digits() -> Tensor:
-    """The images that the bundled model learned."""
+def _of_class(data: Images, label: int | None) -> Images:
+    """The data that samples of one class are to be compared with: that class, where the data says which is which."""
+    if _is(data, "digits"):
+        return bundled_digits(label)
+    if label is not None:
+        logger.warning(
+            "samples are of class %d; data %s have no labels and are taken as they are: pass images of that class alone",
+            *(label, data if isinstance(data, (str, os.PathLike)) else "given"),
+        )
+    return data
+
+
+def bundled_digits(label: int | None = None) -> Tensor:
+    """The images that the bundled model learned, of all classes or of one."""
     from amed_engine.zoo.train_digits import load_digits
 
     try:
-        return load_digits(torch.device("cpu")).images
+        digits = load_digits(torch.device("cpu"))
     except ImportError as error:
         raise AmedError(
             "data 'digits' are scikit-learn's; install it: pip install 'amed-engine[zoo]', or pass a folder or 'none'"
         ) from error
+    return digits.images if label is None else digits.images[digits.labels == label]
 
 
 def _classifier(name: str | None, sampler: Sampler) -> DigitClassifier | None:

@@ -44,6 +44,13 @@ class Model:
         return next(self.module.parameters(), None) if self.module is not None else None
 
     @property
+    def precision(self) -> str | None:
+        """Name of the dtype its arithmetic is in, "float32" etc.; None where a callable does not tell."""
+        parameter = self._parameter
+        dtype = self.autocast or (None if parameter is None else parameter.dtype)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         """Where its parameters are; without any, what a compiled model says, or the CPU."""
         parameter = self._parameter

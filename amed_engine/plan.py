@@ -22,7 +22,8 @@ class Plan:
 
     sigmas: the noise levels, (intervals + 1) decreasing numbers. schedule, rho: the names they came from ("custom" if
     from none). options: the solver's. midpoint: whether a predictor refines every interval. guidance_scale: the
-    classifier-free guidance it is for, None for none. model: fingerprint of the denoiser it was trained for, if any.
+    classifier-free guidance it is for, None for none. model, dtype: fingerprint of the denoiser it was trained for and the
+    dtype of that one's arithmetic, if any.
     """
 
     solver: str
@@ -35,6 +36,7 @@ class Plan:
     midpoint: bool = False
     guidance_scale: float | None = None
     model: str | None = None
+    dtype: str | None = None
 
     def make_solver(self) -> Solver:
         return make_solver(self.solver, **dict(self.options))
@@ -102,6 +104,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "midpoint": (bool,),
     "guidance_scale": (int, float, type(None)),
     "model": (str, type(None)),
+    "dtype": (str, type(None)),
 }
 
 

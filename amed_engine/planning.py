@@ -104,3 +104,12 @@ def check_model(model: Model, plan: Plan) -> None:
             "this predictor was trained for another model (or other weights of it): the fingerprints differ; pass its own "
             "predictor, train one with amed_engine.distill, or verify=False to use it all the same"
         )
+
+
+def check_dtype(model: Model, plan: Plan) -> None:
+    """The network's arithmetic must be that of the training; plans from before it was noted say nothing."""
+    if None not in (plan.dtype, model.precision) and plan.dtype != model.precision:
+        raise ConfigError(
+            f"this predictor was trained for a network in {plan.dtype}, got one in {model.precision}; leave autocast out, or "
+            "pass verify=False to use it all the same"
+        )

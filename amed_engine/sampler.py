@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
-from amed_engine.planning import Wishes, check_model, check_range, choose_plan
+from amed_engine.planning import Wishes, check_dtype, check_model, check_range, choose_plan
 from amed_engine.requests import make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
 
@@ -46,7 +47,7 @@ class Sampler:
     afs: analytic first step; None uses it wherever the NFE allows.
     sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell.
     device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
-    verify: compare the model with the fingerprint in the predictor's plan.
+    verify: compare the model with the fingerprint and the dtype in the predictor's plan.
     backend: "auto" captures the whole loop as a CUDA graph on a GPU and runs eagerly elsewhere; "graph" insists, "eager"
         never captures. batch_sizes: what is captured; other batches are padded or split.
     compile: a mode of torch.compile ("default", "max-autotune-no-cudagraphs") for the network. memory_format: e.g.
@@ -102,6 +103,7 @@ class Sampler:
             check_range(self.plan, sigma_min, sigma_max)
         if predictor is not None and verify:
             check_model(self.model, self.plan)
+            check_dtype(replace(self.model, autocast=autocast), self.plan)
         self._program = self._build(self.plan, predictor)
         # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
         fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None

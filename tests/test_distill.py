@@ -18,7 +18,7 @@ from amed_engine import (
     sample,
     save_predictor,
 )
-from amed_engine.checkpoints import fingerprint
+from amed_engine.checkpoints import files, fingerprint
 from amed_engine.distillation import Teacher
 from amed_engine.errors import ConfigError
 
@@ -132,6 +132,29 @@ def test_the_predictor_fits_the_network_it_was_trained_for(tiny_conditional, tin
     assert load_predictor(tmp_path / "p.safetensors").plan == predictor.plan
     with pytest.raises(ConfigError, match="trained for another model"):
         Sampler(tiny_model, predictor)
+
+
+def test_the_predictor_keeps_the_dtype_it_was_trained_in(tiny_model, tmp_path):
+    """In its file too, which says the versions; another is refused unless asked not to, a file without one is read."""
+    file = tmp_path / "p.safetensors"
+    predictor = train(tiny_model)
+    save_predictor(predictor, file)
+    assert load_predictor(file).plan.dtype == predictor.plan.dtype == "float32"
+    config, tensors = files.read(file)
+    assert config["torch"] == torch.__version__
+    assert config["amed_engine"]
+    with pytest.raises(ConfigError, match=r"trained for a network in float32, got one in bfloat16.*verify=False"):
+        Sampler(tiny_model, file, autocast=torch.bfloat16)
+    narrow = Sampler(tiny_model, file, autocast=torch.bfloat16, verify=False)
+    assert narrow.run(2).images.isfinite().all()
+    del config["plan"]["dtype"]
+    files.write(file, tensors, config)
+    assert load_predictor(file).plan == replace(predictor.plan, dtype=None)
+    assert Sampler(tiny_model, file, autocast=torch.bfloat16).run(2).images.isfinite().all()
+    with pytest.raises(
+        ConfigError, match="trained for another model"
+    ):  # its fingerprint or its dtype, whichever is first
+        Sampler(copy.deepcopy(tiny_model).double(), predictor)
 
 
 # ---- reproducible, and nothing else is touched

@@ -77,6 +77,27 @@ def test_the_reference_has_the_sampler_s_noise_levels_and_labels(tiny_conditiona
     assert found.distance.rmse == pytest.approx(per_image_rmse(images, truth).square().mean().sqrt().item(), rel=1e-4)
 
 
+def test_samples_of_one_class_are_compared_with_data_of_that_class(tiny_conditional, caplog, tmp_path):
+    """Against scikit-learn's images of that label; data without labels are taken as they are, and that is said."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    threes = torch.tensor(pixels[labels == 3]).float() / 8 - 1
+    sampler = amed_engine.Sampler(tiny_conditional, solver="euler", nfe=3)
+    setting = Setting(class_labels=3)
+    found = evaluation.evaluate(sampler, range(8), data="digits", setting=setting)
+    images = sampler.run(range(8), 3).images.flatten(1)
+    expected = frechet_distance(Statistics().update(images), Statistics().update(threes))
+    assert found.to_data.frechet == pytest.approx(expected, rel=1e-6)
+    assert not caplog.records
+    unlabelled = evaluation.evaluate(sampler, range(8), data=threes.reshape(-1, 1, 8, 8), setting=setting)
+    assert unlabelled.to_data.frechet == pytest.approx(expected, rel=1e-6)
+    assert "samples are of class 3; data given have no labels" in caplog.text
+    Statistics().update(threes).save(tmp_path / "s.npz")
+    caplog.clear()
+    evaluation.evaluate(sampler, range(8), reference=str(tmp_path / "s.npz"), setting=setting)
+    assert "s.npz have no labels and are taken as they are" in caplog.text
+
+
 def test_class_accuracy_is_of_the_classes_drawn(tiny_conditional):
     sampler = amed_engine.Sampler(tiny_conditional, solver="euler", nfe=3)
     found = evaluation.evaluate(

@@ -20,7 +20,7 @@ ENGINE = (
     *("networks", "adapters", "checkpoints", "zoo"),
     *("models", "arrays", "requests", "planning", "results", "capture", "graph", "engine"),
     *("packages", "export_plan", "export", "sampler"),
-    *("candidate", "fitting", "learned", "distillation", "reproduce"),
+    *("candidate", "fitting", "learned", "distillation", "schedule_search", "schedule_file", "reproduce"),
     "__init__",  # the public names
     *("images", "integrations", "metrics", "compare", "evaluation", "figure"),
     *("environment", "console", "commands", "cli"),

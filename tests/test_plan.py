@@ -43,6 +43,7 @@ def plans(draw) -> Plan:
         midpoint=draw(st.booleans()) or name == "amed",
         guidance_scale=draw(st.none() | st.floats(0, 20)),
         model=draw(st.none() | st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)),
+        dtype=draw(st.none() | st.sampled_from(["float32", "bfloat16"])),
     )
 
 
@@ -108,7 +109,7 @@ def test_unknown_solver_options_are_refused(plan, options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": 1}, "plan has unknown entries colour; expected afs, denoise_to_zero, guidance_scale"),
+        ({"colour": 1}, "plan has unknown entries colour; expected afs, denoise_to_zero, dtype, guidance_scale"),
         ({"solver": None}, "plan entry 'solver' has type NoneType, expected str"),
         ({"solver": "rk4"}, "unknown solver 'rk4'; valid names: euler, heun, dpm"),
         ({"sigmas": 3}, "plan entry 'sigmas' has type int, expected list"),
@@ -128,6 +129,7 @@ def test_unknown_solver_options_are_refused(plan, options):
         ({"solver": "dpm", "options": {"r": "half"}}, "dpm: r must be in"),
         ({"solver": "unipc", "options": {"variant": "bh3"}}, "unipc: variant must be one of bh1, bh2; got 'bh3'"),
         ({"model": 5}, "plan entry 'model' has type int"),
+        ({"dtype": 5}, "plan entry 'dtype' has type int"),
     ],
     ids=repr,
 )

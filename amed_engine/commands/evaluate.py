@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -11,20 +10,9 @@ from typing import Any
 
 import click
 
+from amed_engine.commands.shared import default_device, make_sampler, parse_pairs
+
 BUNDLED = "digits"
-
-
-def _pairs(context: click.Context, option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """name=value, the value read as a number, true or false, or else as text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if not (name and value):
-            raise click.BadParameter(f"{pair!r} is not name=value; write e.g. max_order=3", context, option)
-        options[name] = value
-        with contextlib.suppress(ValueError):
-            options[name] = json.loads(value.lower())
-    return options
 
 
 @click.command()
@@ -32,8 +20,8 @@ def _pairs(context: click.Context, option: click.Parameter, pairs: tuple[str, ..
 @click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
 @click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
 @click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
-@click.option("--solver-option", "solver_options", multiple=True, callback=_pairs, help="E.g. max_order=3.")
-@click.option("--schedule", help="time_uniform, polynomial or logsnr.", show_default="time_uniform")
+@click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")
+@click.option("--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform")
 @click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7")
 @click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits")
 @click.option("--predictor", help="A predictor's path, or none.", show_default="the bundled one")
@@ -106,13 +94,4 @@ def _check_writable(statistics: str | None, numbers: str | None) -> None:
 def _sampler(model: str, predictor: str | None, device: str | None, dtype: str, **asked: Any) -> Any:
     import torch
 
-    from amed_engine.plan import best_training_free
-    from amed_engine.sampler import Sampler
-
-    if predictor == "none":
-        predictor = None
-        if not (asked["solver"] or asked["solver_options"]):  # a solver by name keeps the bundled predictor away
-            best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
-            asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Sampler(model, predictor, device=where, dtype=getattr(torch, dtype), **asked)
+    return make_sampler(model, predictor, device=device or default_device(), dtype=getattr(torch, dtype), **asked)

@@ -19,7 +19,7 @@ from amed_engine.distillation import report
 from amed_engine.distillation.data import Batches, Condition, Loss, Teacher, squared_error
 from amed_engine.distillation.parallel import join
 from amed_engine.distillation.saving import Checkpoints
-from amed_engine.distillation.settings import Settings, choose
+from amed_engine.distillation.settings import OPTIONS, Settings, choose
 from amed_engine.distillation.training import Round, Trainer
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.models import Model, resolve
@@ -91,23 +91,9 @@ def distill(
     gradients in a row that were not finite: the last checkpoint is from before them.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    settings = choose(
-        preset,
-        {
-            "solver": solver,
-            "solver_options": solver_options,
-            "schedule": schedule,
-            "rho": rho,
-            "scale_dir": scale_dir,
-            "scale_time": scale_time,
-            "teacher": teacher,
-            "teacher_options": teacher_options,
-            "teacher_intermediate": teacher_intermediate,
-            "total_kimg": total_kimg,
-            "batch": batch,
-            "lr": lr,
-        },
-    )
+    student = (solver, solver_options, schedule, rho, scale_dir, scale_time)
+    given = (*student, teacher, teacher_options, teacher_intermediate, total_kimg, batch, lr)
+    settings = choose(preset, dict(zip(OPTIONS, given, strict=True)))
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
@@ -211,7 +197,7 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         midpoint=True,
         guidance_scale=guidance_scale,
     )
-    return replace(plan, model=fingerprint(model.module))
+    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:

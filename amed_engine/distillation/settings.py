@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from amed_engine.errors import ConfigError
@@ -27,6 +27,8 @@ class Settings:
     batch: int = 128
     lr: float = 1e-2
 
+
+OPTIONS = tuple(option.name for option in fields(Settings))
 
 # The two of Zhou et al. 2024 (arXiv:2312.00094) for unconditional networks in pixel space. The learning rate is ours: they
 # had 5e-3 throughout, we start higher and come to rest.

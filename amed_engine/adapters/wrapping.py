@@ -76,6 +76,8 @@ def wrap(
     _check_channels(model, facts)
     tables = _make_conditions(facts, conditions, null_conditions)
     name, found = _choose_bottleneck(model, facts, bottleneck)
+    if bottleneck != "auto":
+        facts = replace(facts, reduction=None)  # another module's output has its own size
     notes = _notes(model, facts, family, why, tables, found)
     adapter = Adapter(model, _with_range(family, model, facts), facts, tables, name, notes)
     if verify and family.name == "v":

@@ -24,6 +24,7 @@ from amed_engine.commands.export import export
 from amed_engine.commands.fit import fit
 from amed_engine.commands.info import info
 from amed_engine.commands.reproduce import reproduce
+from amed_engine.commands.weights import weights_option
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
 
@@ -71,7 +72,10 @@ def _parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequenc
 _pairs: dict[str, Any] = {"multiple": True, "callback": _parse_pairs, "metavar": "NAME=VALUE"}
 _preset: dict[str, Any] = {"show_default": "the preset's"}
 _where = _options(
-    click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path."),
+    click.option(
+        "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
+    ),
+    weights_option,
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
 _grid = _options(

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
         self.bottleneck = bottleneck
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck)
-        own = {"family": type(family).__name__, **family.settings()}
+        own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
     @property

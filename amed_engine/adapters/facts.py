@@ -137,6 +137,15 @@ def _diffusers_sd3(network: Any) -> Facts:
     return Facts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
 
 
+def _flux(network: Any) -> Facts:
+    config = network.transformer.config
+    conditions = {
+        "encoder_hidden_states": config.joint_attention_dim,
+        "pooled_projections": config.pooled_projection_dim,
+    }
+    return Facts(None, network.channels, conditions=conditions, prediction="flow")
+
+
 def _refuse(network: Any, **expected: Any) -> None:
     for name, value in expected.items():
         if (got := getattr(network.config, name, value)) != value:
@@ -156,4 +165,5 @@ READERS: dict[str, Callable[[Any], Facts]] = {
     "UNet2DConditionModel": _diffusers_conditional,
     "DiTTransformer2DModel": _diffusers_dit,
     "SD3Transformer2DModel": _diffusers_sd3,
+    "Flux": _flux,
 }

@@ -26,7 +26,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "coefficient_predictor": CoefficientPredictor,
 }
 # What a file says it holds -> the class in amed_engine.networks.
-KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet"}
+KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet", "openai_classifier": "OpenAIClassifier"}
 
 
 def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:

@@ -85,7 +85,7 @@ def test_flux_that_cannot_work_is_refused():
         Flux(transformer(), None)
     with pytest.raises(ConfigError, match=r"latents of Flux must be \(B, 4, H, W\) with even H and W"):
         Flux(transformer())(torch.zeros(2, 4, 5, 8), torch.ones(2), TEXT, POOLED)
-    with pytest.raises(ConfigError, match="predicts the velocity|'epsilon'|takes|width 11"):
+    with pytest.raises(ConfigError, match="has width 11, the network takes 12"):
         wrap(transformer(), conditions={"encoder_hidden_states": TEXT[..., :11], "pooled_projections": POOLED})
     with pytest.raises(ConfigError, match="0 < t_min < t_max < 1"):
         flow_levels(5, t_max=1.0)

@@ -26,6 +26,7 @@ from amed_engine.commands.info import info
 from amed_engine.commands.reproduce import reproduce
 from amed_engine.commands.search_schedule import search_schedule
 from amed_engine.commands.shared import make_sampler, parse_pairs, with_levels
+from amed_engine.commands.weights import weights_option
 from amed_engine.console import App, run
 from amed_engine.errors import AmedError
 
@@ -59,7 +60,10 @@ def _options(*decorators: Decorator) -> Decorator:
 _pairs: dict[str, Any] = {"multiple": True, "callback": parse_pairs, "metavar": "NAME=VALUE"}
 _preset: dict[str, Any] = {"show_default": "the preset's"}
 _where = _options(
-    click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path."),
+    click.option(
+        "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
+    ),
+    weights_option,
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
 _grid = _options(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import Predictor, fingerprint
+from amed_engine.checkpoints import Predictor, is_model
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan import Plan, best_training_free, make_plan
@@ -98,11 +98,34 @@ def _same_levels(given: Tensor, levels: Tensor) -> bool:
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
 
 
-def check_model(model: Model, plan: Plan) -> None:
-    if plan.model is not None and model.module is not None and fingerprint(model.module) != plan.model:
+def check_bottleneck(model: Model, predictor: Predictor) -> None:
+    """A predictor reads a bottleneck of one size; of other models than those that tell theirs, the loop finds out."""
+    expected, own = getattr(predictor, "bottleneck", None), getattr(model.network, "bottleneck_size", None)
+    if expected is not None and own is not None and tuple(own) != tuple(expected):
         raise ConfigError(
-            "this predictor was trained for another model (or other weights of it): the fingerprints differ; pass its own "
-            "predictor, train one with amed_engine.distill, or verify=False to use it all the same"
+            f"this predictor reads bottlenecks of {expected[0]}x{expected[1]}, the model's are {own[0]}x{own[1]}: it was "
+            "made for another network"
+        )
+
+
+def check_model(model: Model, plan: Plan) -> None:
+    """By its fingerprint; a predictor without one, as published, at least by the noise levels that the model knows."""
+    if model.module is None or plan.model is None:
+        _check_levels(model, plan)
+    elif not is_model(model.module, plan.model):
+        raise ConfigError(
+            "this predictor was trained for another model (or other weights or another wrapping of it): the fingerprints "
+            "differ; pass its own predictor, train one with amed_engine.distill, or verify=False to use it all the same"
+        )
+
+
+def _check_levels(model: Model, plan: Plan) -> None:
+    low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
+    # A hundredth is rounding of the tables of discrete steps.
+    if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
+        raise ConfigError(
+            f"this predictor was trained for noise levels {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}, the model for {high:g} to "
+            f"{low:g}: it was made for another model; verify=False uses it all the same"
         )
 
 

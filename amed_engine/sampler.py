@@ -24,7 +24,7 @@ from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
-from amed_engine.planning import Wishes, check_dtype, check_model, check_range, choose_plan
+from amed_engine.planning import Wishes, check_bottleneck, check_dtype, check_model, check_range, choose_plan
 from amed_engine.requests import make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
 
@@ -105,6 +105,8 @@ class Sampler:
             check_model(self.model, self.plan)
             check_dtype(replace(self.model, autocast=autocast), self.plan)
         self._program = self._build(self.plan, predictor)
+        if predictor is not None:
+            check_bottleneck(self.model, predictor)
         # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
         fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)

@@ -465,7 +465,8 @@ def test_a_predictor_for_another_plan(tiny_model, options, message):
 
 def test_a_predictor_for_another_model(tiny_model, tiny_conditional):
     with pytest.raises(
-        ConfigError, match=r"trained for another model \(or other weights of it\): the fingerprints differ"
+        ConfigError,
+        match=r"trained for another model \(or other weights or another wrapping of it\): the fingerprints differ",
     ):
         Sampler(tiny_conditional, trained_for(tiny_model))
     predictor = trained_for(tiny_model)
@@ -476,8 +477,18 @@ def test_a_predictor_for_another_model(tiny_model, tiny_conditional):
 
 
 def test_a_predictor_for_another_bottleneck(tiny_model):
-    with pytest.raises(ConfigError, match=r"expects bottleneck features \(B, C, 8, 8\), got \(2, 8, 4, 4\)"):
-        Sampler(tiny_model, AMEDPredictor()).run(2)
+    with pytest.raises(ConfigError, match=r"reads bottlenecks of 8x8, the model's are 4x4: it was made for another"):
+        Sampler(tiny_model, AMEDPredictor(), verify=False)
+
+
+def test_a_predictor_without_a_fingerprint_for_other_noise_levels(tiny_model):
+    """As published predictors are."""
+    tiny_model.sigma_max = 10.0
+    predictor = trained_for(tiny_model)
+    predictor.plan = replace(predictor.plan, model=None)
+    with pytest.raises(ConfigError, match=r"noise levels 80 to 0\.002, the model for 10 to 0\.002: .*verify=False"):
+        Sampler(tiny_model, predictor)
+    assert Sampler(tiny_model, predictor, verify=False).run(1).nfe == 5
 
 
 def test_a_predictor_for_another_guidance(tiny_conditional):

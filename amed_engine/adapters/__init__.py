@@ -4,6 +4,7 @@ from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.coefficients import Coefficients, Family
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.flow import Flow
+from amed_engine.adapters.flux import Flux, flow_levels
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
 from amed_engine.adapters.latents import decode_latents, wrap_pipeline
@@ -27,11 +28,13 @@ __all__ = [
     "DiscreteSteps",
     "Family",
     "Flow",
+    "Flux",
     "OnnxModel",
     "Signature",
     "Thresholded",
     "alphas_cumprod",
     "decode_latents",
+    "flow_levels",
     "is_package",
     "load_onnx",
     "load_package",

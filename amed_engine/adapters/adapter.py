@@ -12,6 +12,7 @@ from amed_engine.adapters import taps
 from amed_engine.adapters.coefficients import Family, spread
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import Facts
+from amed_engine.adapters.settings import keep_settings
 from amed_engine.denoiser import Denoised
 from amed_engine.errors import ConfigError
 from amed_engine.networks.layers import is_tracing, one_hot
@@ -41,6 +42,8 @@ class Adapter(nn.Module):
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
         self.bottleneck = bottleneck
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck)
+        own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
+        keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
     @property
     def img_channels(self) -> int | None:
@@ -51,6 +54,14 @@ class Adapter(nn.Module):
         """Height and width of a square sample, None for another shape; see `sample_shape`."""
         shape = self.sample_shape
         return shape[1] if shape is not None and len(shape) == 3 and shape[1] == shape[2] else None
+
+    @property
+    def bottleneck_size(self) -> tuple[int, int] | None:
+        """(h, w) of the bottleneck that predictors read, where it is known before the network is called."""
+        shape, reduction = self.sample_shape, self.facts.reduction
+        if reduction is None or shape is None or len(shape) != 3 or shape[1] % reduction or shape[2] % reduction:
+            return None
+        return shape[1] // reduction, shape[2] // reduction
 
     @property
     def can_guide(self) -> bool:

@@ -6,7 +6,7 @@ that its tables follow the network to its device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,6 +30,10 @@ class Family(nn.Module):
     def describe(self) -> str:
         """One line for people: what is predicted, and what the network is told."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from others of its class, JSON-able: a predictor is for one of them. The range does not count."""
+        return {}
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.coefficients import Coefficients, Family
+from amed_engine.adapters.settings import summary
 from amed_engine.errors import ConfigError
 from amed_engine.schedule import DiscreteTime
 
@@ -83,3 +84,6 @@ class DiscreteSteps(Family):
 
     def describe(self) -> str:
         return f"{PREDICTS[self.name]}; told one of {self.steps} steps, fractions allowed"
+
+    def settings(self) -> dict[str, Any]:
+        return {"predicts": self.name, "sigmas": summary(torch.expm1(-2 * self._table).sqrt())}

@@ -22,6 +22,7 @@ class Facts:
     one-hot "rows" or as an "index". null_class: the index that means no class. conditions: what the network must be given,
     with the width of each (None: not known). prediction, betas: what it is known, or by custom, trained for.
     diffusers: called by keywords, answers a tuple. returns_bottleneck: beside its output. denoises: needs no preconditioning.
+    reduction: how many times smaller than the sample its own bottleneck is.
     """
 
     shape: tuple[int, ...] | None = None
@@ -35,6 +36,7 @@ class Facts:
     diffusers: bool = False
     returns_bottleneck: bool = False
     denoises: bool = False
+    reduction: int | None = None
 
 
 def facts_of(network: Any) -> Facts:
@@ -62,7 +64,9 @@ def _edm(network: Any) -> Facts:
     shape = _square(network.img_channels, network.img_resolution)
     own = type(network).__module__.startswith("amed_engine.")
     label_dim = int(getattr(network, "label_dim", 0) or 0)
-    return Facts(shape, network.img_channels, label_dim, prediction="denoised", returns_bottleneck=own, denoises=True)
+    reduction = network.img_resolution // network.bottleneck_shape[1] if own else None
+    known = {"prediction": "denoised", "returns_bottleneck": own, "denoises": True, "reduction": reduction}
+    return Facts(shape, network.img_channels, label_dim, **known)
 
 
 def _raw_edm(network: Any) -> Facts:
@@ -72,7 +76,8 @@ def _raw_edm(network: Any) -> Facts:
 
 def _openai(network: Any) -> Facts:
     shape = _square(network.in_channels, network.image_size)
-    return Facts(shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True)
+    reduction = network.image_size // network.bottleneck_shape[1]
+    return Facts(shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True, reduction=reduction)
 
 
 def _guided_diffusion(network: Any) -> Facts:
@@ -90,7 +95,9 @@ def _diffusers_unet(network: Any) -> Facts:
     _refuse(network, class_embed_type=None)
     shape = _square(config.in_channels, config.sample_size)
     classes = config.num_class_embeds or 0
-    return Facts(shape, config.out_channels, classes, "index", betas="linear", diffusers=True)
+    return Facts(
+        shape, config.out_channels, classes, "index", betas="linear", diffusers=True, reduction=_reduction(config)
+    )
 
 
 def _diffusers_conditional(network: Any) -> Facts:
@@ -103,7 +110,13 @@ def _diffusers_conditional(network: Any) -> Facts:
     else:
         _refuse(network, addition_embed_type=None)
     shape = _square(config.in_channels, config.sample_size)
-    return Facts(shape, config.out_channels, conditions=conditions, betas="scaled_linear", diffusers=True)
+    known = {"betas": "scaled_linear", "diffusers": True, "reduction": _reduction(config)}
+    return Facts(shape, config.out_channels, conditions=conditions, **known)
+
+
+def _reduction(config: Any) -> int:
+    """Every block of a U-Net of diffusers but the last halves its input."""
+    return 2 ** (len(config.block_out_channels) - 1)
 
 
 def _diffusers_dit(network: Any) -> Facts:
@@ -122,6 +135,15 @@ def _diffusers_sd3(network: Any) -> Facts:
     }
     shape = _square(config.in_channels, config.sample_size)
     return Facts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
+
+
+def _flux(network: Any) -> Facts:
+    config = network.transformer.config
+    conditions = {
+        "encoder_hidden_states": config.joint_attention_dim,
+        "pooled_projections": config.pooled_projection_dim,
+    }
+    return Facts(None, network.channels, conditions=conditions, prediction="flow")
 
 
 def _refuse(network: Any, **expected: Any) -> None:
@@ -143,4 +165,5 @@ READERS: dict[str, Callable[[Any], Facts]] = {
     "UNet2DConditionModel": _diffusers_conditional,
     "DiTTransformer2DModel": _diffusers_dit,
     "SD3Transformer2DModel": _diffusers_sd3,
+    "Flux": _flux,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from amed_engine.adapters.coefficients import Coefficients, Family
@@ -29,3 +31,6 @@ class Flow(Family):
 
     def describe(self) -> str:
         return f"the velocity n - x0 of flow matching; told {self.steps:g}·t, t = sigma/(1 + sigma)"
+
+    def settings(self) -> dict[str, Any]:
+        return {"steps": float(self.steps)}

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.coefficients import spread
+from amed_engine.adapters.settings import keep_settings
 from amed_engine.denoiser import Denoised, as_denoised, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.networks.layers import one_hot
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max")
+FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
 
 class _Around(nn.Module):
@@ -71,6 +72,7 @@ class ClassifierFree(_Around):
         if not math.isfinite(scale) or not 0 <= low < high:
             raise ConfigError(f"need a finite scale and 0 <= lo < hi, got scale={scale}, interval={interval}")
         self.scale, self.low, self.high, self.batched = scale, low, high, batched
+        keep_settings(self, scale=float(scale), interval=[float(low), float(high)])
 
     def extra_repr(self) -> str:
         calls = "one doubled batch" if self.batched else "two calls"
@@ -145,6 +147,7 @@ class ClassifierGuided(_Around):
                 f"the classifier tells {known} classes, the network {denoiser.label_dim}; pass label_dim=..."
             )
         self.label_dim = int(known)
+        keep_settings(self, scale=float(scale), clamp=None if clamp is None else float(clamp))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, clamp={self.clamp}"
@@ -180,6 +183,7 @@ class Thresholded(_Around):
             raise ConfigError(f"need 0 < quantile <= 1 and floor > 0, got {quantile} and {floor}")
         self.quantile, self.floor = quantile, floor
         self.can_guide = getattr(denoiser, "can_guide", True)
+        keep_settings(self, quantile=float(quantile), floor=float(floor))
 
     def extra_repr(self) -> str:
         return f"quantile={self.quantile:g}, floor={self.floor:g}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.coefficients import Coefficients, Family
+from amed_engine.adapters.settings import summary
 from amed_engine.schedule import VPTime
 
 
@@ -43,6 +45,9 @@ class EDM(Family):
     def describe(self) -> str:
         return f"EDM preconditioning, sigma_data {self.sigma_data:g}; told {self.time_scale:g}·log(sigma)"
 
+    def settings(self) -> dict[str, Any]:
+        return {"sigma_data": float(self.sigma_data)}
+
 
 class Consistency(EDM):
     """EDM's coefficients with time = 1000·log(sigma)/4. Song et al. 2023 (arXiv:2303.01469)."""
@@ -72,6 +77,9 @@ class VP(Family):
 
     def describe(self) -> str:
         return f"the noise, VP preconditioning; told {self.steps - 1}·t, beta_d {self.vp.beta_d:g}"
+
+    def settings(self) -> dict[str, Any]:
+        return {"steps": self.steps, "betas": [float(beta) for beta in self.vp]}
 
 
 class VE(Family):
@@ -116,3 +124,6 @@ class IDDPM(Family):
 
     def describe(self) -> str:
         return f"the noise, iDDPM preconditioning; told the nearest of {self.steps} steps"
+
+    def settings(self) -> dict[str, Any]:
+        return {"sigmas": summary(self.levels)}

@@ -17,6 +17,7 @@ from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.facts import Facts, facts_of
 from amed_engine.adapters.flow import Flow
+from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
 from amed_engine.adapters.schedulers import betas_of, prediction_of
 from amed_engine.errors import ConfigError
@@ -67,6 +68,7 @@ def wrap(
     Raises ConfigError for whatever cannot work, before any sampling. `print(denoiser)` shows what was inferred, and why.
     """
     _check_callable(model)
+    model = Flux(model) if type(model).__name__ == "FluxTransformer2DModel" else model
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
     family, why = _choose_family(prediction, facts, scheduler, betas)
     if facts.denoises and not isinstance(family, Denoising):
@@ -76,6 +78,8 @@ def wrap(
     _check_channels(model, facts)
     tables = _make_conditions(facts, conditions, null_conditions)
     name, found = _choose_bottleneck(model, facts, bottleneck)
+    if bottleneck != "auto":
+        facts = replace(facts, reduction=None)  # another module's output has its own size
     notes = _notes(model, facts, family, why, tables, found)
     adapter = Adapter(model, _with_range(family, model, facts), facts, tables, name, notes)
     if verify and family.name == "v":

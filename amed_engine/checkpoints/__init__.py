@@ -2,9 +2,9 @@
 
 from amed_engine.checkpoints.conversion import Converted, convert, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
+from amed_engine.checkpoints.fingerprints import fingerprint, is_model
 from amed_engine.checkpoints.native import (
     Predictor,
-    fingerprint,
     load_model,
     load_predictor,
     save_model,
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "fingerprint",
     "from_pretrained",
+    "is_model",
     "load_model",
     "load_predictor",
     "load_program",

@@ -19,7 +19,7 @@ from amed_engine.checkpoints.published import read_published
 from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
 from amed_engine.networks import EDMPrecond
 
-OPENAI = "openai_unet"
+OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
 MAX_LAYERS = 32  # of modules inside modules
 EDM_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 
@@ -108,6 +108,8 @@ def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, T
     if not isinstance(state, dict) or depth > MAX_LAYERS:
         raise FileFormatError(f"{prefix or 'the model'} is no module with parameters")
     passing = state.get("_non_persistent_buffers_set") or ()
+    if not isinstance(passing, (set, list, tuple)):
+        raise FileFormatError(f"{prefix or 'the model'} lists its buffers as a {type(passing).__name__}")
     own = {**_dict(state, "_parameters"), **_dict(state, "_buffers")}
     found = {prefix + name: t for name, t in own.items() if isinstance(t, Tensor) and name not in passing}
     for name, child in _dict(state, "_modules").items():
@@ -172,6 +174,17 @@ def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any
     return build_network(OPENAI, *_openai_parts(data, path, settings), path)
 
 
+def _classifier(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+    config, tensors = _openai_parts(data, path, settings)
+    save_tensors(CLASSIFIER, config, tensors, out)
+    size = f"{config['in_channels']}x{config['image_size']}x{config['image_size']}"
+    return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
+
+
+def _load_classifier(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
+    return build_network(CLASSIFIER, *_openai_parts(data, path, settings), path)
+
+
 def _latent_parts(
     data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict | None]:
@@ -212,6 +225,12 @@ LAYOUTS = (
         openai_state.is_unet,
         _openai,
         _load_openai,
+    ),
+    _Layout(
+        "guided-diffusion classifier (time_embed.*, input_blocks.*, out.2.positional_embedding)",
+        openai_state.is_classifier,
+        _classifier,
+        _load_classifier,
     ),
     _Layout(
         "latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, _load_latent, ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -27,25 +26,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "coefficient_predictor": CoefficientPredictor,
 }
 # What a file says it holds -> the class in amed_engine.networks.
-KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet"}
-
-
-def fingerprint(model: Any) -> str | None:
-    """SHA-256 over the names, shapes, dtypes and bytes of a model's parameters; None for a callable without any.
-
-    Compiled, traced and exported forms of a module have its fingerprint.
-    """
-    if not isinstance(model, nn.Module):
-        return None
-    named = sorted((name.replace("_orig_mod.", ""), p) for name, p in model.named_parameters())
-    if not named:
-        return None
-    digest = hashlib.sha256()
-    for name, parameter in named:
-        value = parameter.detach().cpu().contiguous()
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet", "openai_classifier": "OpenAIClassifier"}
 
 
 def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
@@ -128,11 +109,6 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: str | 
             )
         if tensor.is_floating_point() != own[name].is_floating_point():
             raise FileFormatError(f"{path}: tensor {name!r} has dtype {tensor.dtype}, expected {own[name].dtype}")
-
-
-def _expect_kind(config: dict, kind: str, path: str | os.PathLike) -> None:
-    if config.get("kind") != kind:
-        raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {kind!r}")
 
 
 def _build(make: Callable[..., M], arguments: Any, path: str | os.PathLike) -> M:

@@ -6,6 +6,7 @@ else. Dhariwal & Nichol 2021 (arXiv:2105.05233), Song et al. 2023 (arXiv:2303.01
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ KNOWN_FILES: dict[str, dict[str, Any]] = {
     "64x64_diffusion.pt": {"use_new_attention_order": True},
     "128x128_diffusion.pt": {"num_heads": 4, "num_head_channels": -1},
 }
+POSITIONS = "out.2.positional_embedding"
 SIZES = re.compile(r"(?<!\d)(32|64|128|256|512)(?!\d)")
 
 
@@ -29,43 +31,72 @@ def is_unet(tensors: Mapping[str, Any]) -> bool:
     )
 
 
+def is_classifier(tensors: Mapping[str, Any]) -> bool:
+    """The noisy classifiers of guided-diffusion, all of which pool by attention."""
+    return {"time_embed.0.weight", "input_blocks.0.0.weight", POSITIONS} <= tensors.keys()
+
+
 def infer_config(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the published constructor. `settings` go first, then what is known of a file of this name.
+    """Arguments of the published constructor of a U-Net or a classifier. `settings` go first, then what is known of a file
+    of this name.
 
     The image's size is taken from the file's name where it is in it (256x256_diffusion.pt, edm_bedroom256_ema.pt); heads
     have 64 channels, as published. Raises FileFormatError where the size is not known.
     """
+    given = {**KNOWN_FILES.get(path.name, {}), **settings}
+    given.setdefault("image_size", _named_size(path))
     try:
-        config = _read(tensors)
+        own = _classifier(tensors, given["image_size"], path) if is_classifier(tensors) else _unet(tensors)
     except (KeyError, IndexError) as error:
         raise FileFormatError(
-            f"{path} is like a U-Net of guided-diffusion, but lacks tensor {error}; it is damaged or another network's"
+            f"{path} is like a network of guided-diffusion, but lacks tensor {error}; it is damaged or another network's"
         ) from error
-    config = {**config, **KNOWN_FILES.get(path.name, {}), **settings}
-    if "image_size" not in config:
-        sizes = set(SIZES.findall(path.name))
-        if len(sizes) != 1:
-            raise FileFormatError(f"{path} does not say for which images its network is; pass it: --set image_size=256")
-        config["image_size"] = int(sizes.pop())
-    return config
+    if given["image_size"] is None:
+        raise FileFormatError(f"{path} does not say for which images its network is; pass it: --set image_size=256")
+    return {**own, **given}
 
 
-def _read(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    levels, per_level = _levels(tensors)
+def _named_size(path: Path) -> int | None:
+    sizes = set(SIZES.findall(path.name))
+    return int(sizes.pop()) if len(sizes) == 1 else None
+
+
+def _unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    labels = tensors.get("label_emb.weight")
+    return {
+        **_encoder(tensors, *_levels(tensors)),
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "num_classes": None if labels is None else labels.shape[0],
+    }
+
+
+def _classifier(tensors: Mapping[str, Tensor], size: int | None, path: Path) -> dict[str, Any]:
+    """It has no way up to count; the positions of its pooling tell the size of the bottom, one more for the mean."""
+    bottom = math.isqrt(tensors[POSITIONS].shape[1] - 1)
+    blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("input_blocks."))
+    levels = 0 if size is None or not bottom else 1 + round(math.log2(max(size / bottom, 1)))
+    if not levels or size != bottom << (levels - 1) or blocks % levels:
+        raise FileFormatError(
+            f"{path} pools {bottom}x{bottom} positions after {blocks} blocks, which does not fit images of {size}; pass their "
+            f"size: --set image_size=64"
+        )
+    own = _encoder(tensors, levels, blocks // levels - 1)
+    return {**own, "out_channels": tensors["out.2.c_proj.weight"].shape[0], "pool": "attention"}
+
+
+def _encoder(tensors: Mapping[str, Tensor], levels: int, per_level: int) -> dict[str, Any]:
+    """What the half that both networks have tells."""
     channels = tensors["time_embed.0.weight"].shape[1]
     # Blocks of a level: its residual blocks, then one that goes down.
     first = [1 + level * (per_level + 1) for level in range(levels)]
     widths = [tensors[f"input_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in first]
-    labels = tensors.get("label_emb.weight")
     embedding = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     return {
         "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
         "model_channels": channels,
-        "out_channels": tensors["out.2.weight"].shape[0],
         "num_res_blocks": per_level,
         "attention_resolutions": [2**k for k, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in tensors],
         "channel_mult": [w // channels if w % channels == 0 else w / channels for w in widths],
-        "num_classes": None if labels is None else labels.shape[0],
         "num_head_channels": 64,
         "use_scale_shift_norm": embedding == 2 * widths[0],
         "resblock_updown": not any(re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", name) for name in tensors),

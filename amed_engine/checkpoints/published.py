@@ -34,6 +34,7 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before it wrote zip archives
+OBJECT = (Ref("builtins", "object"), Ref("__builtin__", "object"))  # its names before protocol 3 and since
 NUMPY = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}
 
 
@@ -43,7 +44,8 @@ def read_published(path: str | os.PathLike) -> Any:
     Raises UnsafeFileError naming what is not on the list, or where the file is damaged.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    return run_file(path, Policy(_NAMES, {**_CALLS, "torch.storage._load_from_bytes": _Storages(size)}))
+    sized = {"torch.storage._load_from_bytes": _Storages(size), "_codecs.encode": _Bytes(size)}
+    return run_file(path, Policy(_NAMES, {**_CALLS, **sized}))
 
 
 def _object(meta: Any) -> Record:
@@ -52,6 +54,21 @@ def _object(meta: Any) -> Record:
     if meta["type"] != "class" or meta["class_name"] not in CLASSES:
         raise refuse(f"it brings its own class {str(meta['class_name'])[:80]!r}, whose source is not run")
     return Record(meta["class_name"], meta["state"])
+
+
+class _Bytes:
+    """`_codecs.encode(text, "latin1")`: how the protocols before 3 write bytes. Together not larger than the file."""
+
+    def __init__(self, limit: int):
+        self.left = limit
+
+    def __call__(self, text: Any, encoding: Any = None) -> bytes:
+        if type(text) is not str or encoding != "latin1":
+            raise refuse("bytes in it are not written as latin1 text")
+        self.left -= len(text)
+        if self.left < 0:
+            raise refuse("its bytes are larger than itself")
+        return text.encode("latin1")
 
 
 class _Storages:
@@ -133,6 +150,13 @@ def _empty(kind: type) -> Callable[..., Any]:
     return make
 
 
+def _names(values: Any = ()) -> set:
+    """A set, filled later or (before protocol 4) made from a list: of a few names, lest it is copied without end."""
+    if not isinstance(values, (list, tuple)) or len(values) > 4 or not all(type(name) is str for name in values):
+        raise refuse("a set in it is made from more than a few names")
+    return set(values)
+
+
 def _device(kind: Any, index: Any = 0) -> Record:
     return Record("torch.device", (kind, index))
 
@@ -144,7 +168,7 @@ def _size(sizes: Any = ()) -> tuple:
 
 
 def _instance(cls: Any, base: Any, state: Any) -> Record:
-    if not isinstance(cls, Ref) or base != Ref("builtins", "object") or state is not None:
+    if not isinstance(cls, Ref) or base not in OBJECT or state is not None:
         raise refuse("an object in it is made from arguments")
     return Record(str(cls))
 
@@ -160,11 +184,13 @@ _CALLS = {
     "numpy._core.multiarray.scalar": _scalar,
     "collections.OrderedDict": _empty(dict),
     "dnnlib.util.EasyDict": _empty(dict),
-    "builtins.set": _empty(set),
+    "builtins.set": _names,
+    "__builtin__.set": _names,
     "copyreg._reconstructor": _instance,
+    "copy_reg._reconstructor": _instance,
 }
 # Held as values, never called: torch's layers, number types and storages, the solvers that AMED's loss remembers.
 _NAMES = re.compile(
     r"torch\.nn\.modules\.\w+\.\w+|torch\.(bool|u?int\d+|b?float\d+)|torch\.\w+Storage|torch\.storage\.TypedStorage"
-    r"|solvers(_amed)?\.\w+_sampler|builtins\.object"
+    r"|solvers(_amed)?\.\w+_sampler|(builtins|__builtin__)\.object"
 )

@@ -11,12 +11,14 @@ from typing import Any
 import click
 
 from amed_engine.commands.shared import default_device, make_sampler, parse_pairs
+from amed_engine.commands.weights import weights_option
 
 BUNDLED = "digits"
 
 
 @click.command()
-@click.option("--model", "--network", "model", default=BUNDLED, help="A bundled model's name, or a path.")
+@click.option("--model", "--network", "model", default=BUNDLED, help="A bundled or published model's name, or a path.")
+@weights_option
 @click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
 @click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
 @click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")

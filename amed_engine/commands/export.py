@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import click
 
+from amed_engine.commands.weights import weights_option
+
 
 @click.command()
-@click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path.")
+@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
+@weights_option
 @click.option("--device", help="Where it is to run: cpu, cuda ...", show_default="a GPU if there is one")
 @click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
 @click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")

@@ -8,9 +8,12 @@ from typing import Any
 
 import click
 
+from amed_engine.commands.weights import weights_option
+
 
 @click.command()
-@click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path.")
+@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
+@weights_option
 @click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
 @click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")

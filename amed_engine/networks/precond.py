@@ -78,6 +78,11 @@ class EDMPrecond(nn.Module):
         size = int(name.split("x")[0])
         return width(block), size, size
 
+    @property
+    def bottleneck_size(self) -> tuple[int, int]:
+        """(h, w) of the same."""
+        return self.bottleneck_shape[1:]
+
     def forward(
         self,
         x: Tensor,

@@ -184,3 +184,51 @@ def test_a_zip_is_no_pickle(tmp_path):
         archive.writestr("x", "y")
     with pytest.raises(UnsafeFileError, match=r"a\.pkl"):
         read_published(tmp_path / "a.pkl")
+
+
+def test_bytes_of_the_early_protocols_are_read(tmp_path, publish, monkeypatch):
+    """Protocols 0 to 2 write bytes as `_codecs.encode(text, "latin1")`."""
+    from amed_engine import AMEDPredictor
+    from amed_engine.checkpoints.conversion import module_tensors
+    from amed_engine.checkpoints.published import read_published
+
+    predictor, dumps = AMEDPredictor(bottleneck=(4, 4)), pickle.dumps
+    for protocol in (0, 1, 2):
+        monkeypatch.setattr(pickle, "dumps", lambda data, protocol=protocol: dumps(data, protocol))
+        file = publish.amed(predictor, tmp_path / f"p{protocol}.pkl", {})
+        assert b"_codecs" in file.read_bytes()
+        tensors = module_tensors(read_published(file)["model"])
+        assert tensors.keys() == predictor.state_dict().keys()
+        assert all(torch.equal(value, tensors[name]) for name, value in predictor.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        b"(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.",  # another codec, which may be code
+        b"(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.",
+        b"(X\x01\x00\x00\x00atR.",  # the default is not latin1
+        b"(C\x01aX\x06\x00\x00\x00latin1tR.",  # bytes of bytes
+        b"(X\x03\x00\x00\x00\xe2\x82\xacX\x06\x00\x00\x00latin1tR.",  # not in latin1
+        b"(X\x01\x00\x00\x00aX\x06\x00\x00\x00latin1X\x06\x00\x00\x00ignoretR.",
+    ],
+)
+def test_the_codec_of_early_protocols_is_good_for_nothing_else(tmp_path, arguments):
+    from amed_engine.checkpoints.published import read_published
+    from amed_engine.errors import UnsafeFileError
+
+    (tmp_path / "p.pkl").write_bytes(b"\x80\x02c_codecs\nencode\n" + arguments)
+    with pytest.raises(UnsafeFileError):
+        read_published(tmp_path / "p.pkl")
+
+
+def test_early_bytes_cannot_outgrow_their_file(tmp_path):
+    """One text, remembered, made into bytes again and again: gigabytes from kilobytes."""
+    from amed_engine.checkpoints.published import read_published
+    from amed_engine.errors import UnsafeFileError
+
+    text = b"X\x00\x10\x00\x00" + b"a" * 4096 + b"q\x000X\x06\x00\x00\x00latin1q\x010"
+    again = b"c_codecs\nencode\n(h\x00h\x01tR"
+    (tmp_path / "p.pkl").write_bytes(b"\x80\x02]" + text + b"(" + again * 1000 + b"e.")
+    with pytest.raises(UnsafeFileError, match="its bytes are larger than itself"):
+        read_published(tmp_path / "p.pkl")

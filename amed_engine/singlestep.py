@@ -63,7 +63,7 @@ class AMED(Solver):
     midpoint: ClassVar[UseOfMidpoint] = "required"
 
     def __post_init__(self):
-        in_range("amed", "points", self.points, 1, 8)
+        in_range("amed", "points", self.points, 1, 7)  # x, K points and K answers are at most 16 sources of `combine`
 
     def evaluations(self, with_midpoint: bool) -> int:
         return 1 + self.points
@@ -89,4 +89,14 @@ class AMED(Solver):
     def _point(self, midpoint: Midpoint, k: int) -> Midpoint:
         if self.points == 1:
             return midpoint
-        return Midpoint(*(field[k] if isinstance(field, Tensor) else field for field in midpoint))
+        if sizes := [n for n in map(_entries, midpoint) if n != self.points]:
+            raise ConfigError(
+                f"amed with points={self.points} needs {self.points} leading entries in r, scale_dir and scale_time, got "
+                f"{sizes[0] or 'a number'}; pass a tensor ({self.points},) or ({self.points}, B) for each"
+            )
+        return Midpoint(*(field[k] for field in midpoint))  # type: ignore[index]
+
+
+def _entries(field: Tensor | float) -> int:
+    """Leading entries of a field of a midpoint, 0 for a number."""
+    return len(field) if isinstance(field, Tensor) and field.dim() else 0

@@ -192,8 +192,9 @@ def test_cuda_is_refused_where_it_was_not_built(tools, library):
 
 
 @needs("nvcc")
-def test_the_cuda_device_compiles(tmp_path):
-    options = ["-std=c++17", "-O1", "-c", "-arch=sm_90", "-Werror=all-warnings", "-DAMED_WITH_CUDA"]
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_cuda_device_compiles(tmp_path, architecture):
+    options = ["-std=c++17", "-O1", "-c", f"-arch={architecture}", "-Werror=all-warnings", "-DAMED_WITH_CUDA"]
     source = ROOT / "csrc" / "library" / "cuda_device.cu"
     run(["nvcc", *options, f"-I{ROOT / 'csrc' / 'include'}", source, "-o", tmp_path / "device.o"])
 

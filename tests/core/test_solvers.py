@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from amed_engine import AMEDPredictor, Midpoint, make_schedule, make_solver, sample
+from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding, thresholded
 from amed_engine.loop import Program, integrate
 from amed_engine.program import Layout, Row, Stage, fold
@@ -298,3 +298,32 @@ def test_the_loop_exports_with_a_dynamic_batch(name):
     exported = torch.export.export(Loop(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
     other = torch.randn(7, 1, 4, 4) * 10
     torch.testing.assert_close(exported.module()(other), Loop()(other))
+
+
+@pytest.mark.parametrize(
+    ("points", "middle", "got"),
+    [
+        (2, Midpoint(0.5), "a number"),
+        (3, Midpoint(torch.full((3,), 0.5), 1 / 3, torch.ones(3)), "a number"),
+        (3, Midpoint(*(torch.ones(2) / 2,) * 3), "got 2"),
+    ],
+)
+def test_parallel_points_need_an_entry_each(points, middle, got):
+    with pytest.raises(ConfigError, match=rf"needs {points} leading entries .*{got}"):
+        Program.build(make_solver("amed", points=points), SIGMAS, [middle] * (len(SIGMAS) - 1))
+
+
+def test_as_many_points_as_one_update_can_read():
+    """Seven equal points are one; an eighth would need seventeen sources."""
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 80
+    count = len(SIGMAS) - 1
+
+    def denoise(x, sigma):
+        return x / (1 + sigma.reshape(-1, 1) ** 2)
+
+    seven = [Midpoint(torch.full((7,), 0.4), torch.full((7,), 1 / 7), torch.ones(7))] * count
+    together = sample(denoise, x, SIGMAS, make_solver("amed", points=7), seven)
+    alone = sample(denoise, x, SIGMAS, make_solver("amed"), [Midpoint(torch.tensor(0.4))] * count)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="points must be an integer from 1 to 7, got 8"):
+        make_solver("amed", points=8)

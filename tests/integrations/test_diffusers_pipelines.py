@@ -296,3 +296,49 @@ def test_stable_diffusion_from_an_image_starts_in_the_middle(stable_diffusion, p
     )
     assert len(steps) == 4
     assert steps == pytest.approx(pipe.scheduler.timesteps[4:].tolist())
+
+
+def afs_from_image(stable_diffusion):
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(stable_diffusion, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = AMEDScheduler.from_config({**SD, "final_sigmas_type": "sigma_min", "afs": True})
+    return pipe
+
+
+def test_an_analytic_first_step_is_taken_from_the_highest_level_only(stable_diffusion, prompt):
+    """At full strength the noised image is where it would be at sigma_max; below that there is no analytic step."""
+    pipe, options = afs_from_image(stable_diffusion), {**prompt, "output_type": "latent", "num_inference_steps": 3}
+    image, noises = torch.rand(2, 3, 16, 16), []
+    scheduler = pipe.scheduler
+    plain = scheduler.add_noise
+
+    def keep(samples, noise, timesteps):
+        noises.append((samples, noise))
+        return plain(samples, noise, timesteps)
+
+    scheduler.add_noise = keep
+    drawn = pipe(image=image, strength=1.0, guidance_scale=4.0, **options).images
+    samples, noise = noises[0]
+    denoiser = guided(pipe.unet, prompt, 4.0)
+    x, levels = samples + noise * float(scheduler.levels[0]), scheduler.levels
+    with torch.no_grad():
+        expected = sample(denoiser, x, levels, make_solver("amed"), [(0.5, 1.0, 1.0)] * 3, afs=True)
+    assert (drawn - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ConfigError, match="set afs=False: image-to-image"):
+        pipe(image=image, strength=0.5, **options)
+
+
+def test_a_scheduler_with_afs_may_start_at_a_later_interval(unet, latents):
+    """Without its analytic step: as the same levels without afs."""
+    with_afs, without = (AMEDScheduler(final_sigmas_type="sigma_min", afs=afs) for afs in (True, False))
+    ends = []
+    for scheduler, begin in ((with_afs, 3), (without, 4)):
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(begin)
+        x = latents * scheduler.sigmas[begin].float()
+        for t in scheduler.timesteps[begin:]:
+            with torch.no_grad():
+                output = unet(scheduler.scale_model_input(x, t), t.expand(len(x))).sample
+            x = scheduler.step(output, t, x).prev_sample
+        ends.append(x)
+    assert torch.equal(*ends)

@@ -182,7 +182,12 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x + sigma·noise, with the noise level of each timestep (B,), or of the present step in a pipeline."""
+        """x + sigma·noise, with the noise level of each timestep (B,), or of the present step in a pipeline.
+
+        At the start of a pipeline with afs: at the highest level, and scaled as the first latents are.
+        """
+        if self.config["afs"] and self._begin_index == 0 and not self._step_index:
+            return (original_samples + noise * float(self.levels[0])) * self._stretch
         if self._begin_index is None:
             indices = [self.index_for_timestep(timestep) for timestep in timesteps]
         else:
@@ -252,15 +257,16 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _from(self, index: int) -> list[Evaluation]:
         """The evaluations of a trajectory that starts here, without a history."""
         assert self._program is not None
-        if self.config["afs"] or index % 2:
+        interval, inside = divmod(index + int(self._program.afs), 2)
+        if inside:
             raise ConfigError(
-                f"a trajectory can only start where an interval does, without an analytic first step; got index {index} of "
-                f"{len(self.timesteps)}{'; set afs=False' if self.config['afs'] else ''}"
+                f"a trajectory can only start where an interval does; got index {index} of {len(self.timesteps)}"
+                f"{'; set afs=False: image-to-image has no analytic first step' if self._program.afs else ''}"
             )
-        rest, program = self.levels[index // 2 :], self._program
+        rest, program = self.levels[interval:], self._program
         if len(rest) == 1:
             return self._evaluations[index:]
-        fixed = program.predictor[index // 2 :]  # type: ignore[index]
+        fixed = program.predictor[interval:]  # type: ignore[index]
         return evaluations(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero))
 
     def _analytic(self, x: Tensor) -> State:
@@ -275,7 +281,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         state = self._state
         if state is None:
             # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
-            state = self._analytic(y / self._stretch) if self.config["afs"] else State.start(y)
+            analytic = self.config["afs"] and self._step_index == 0
+            state = self._analytic(y / self._stretch) if analytic else State.start(y)
         # The pipeline's sample counts: a callback may have changed it. A view, should the caller pass one tensor for both.
         rests = state.y[0] is state.x
         state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)

@@ -233,3 +233,15 @@ def test_coeff_grad_operator_has_its_own_gradient():
         return combine_coeff_grad(tensors[:2], tensors[2:])
 
     assert torch.autograd.gradcheck(call, (*grads, *sources))
+
+
+def test_gradients_take_nothing_from_the_host():
+    """On pretended CUDA tensors, where mixing devices or making a tensor from host numbers is refused."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, y = (torch.empty(4, 3, 8, 8, device="cuda", requires_grad=True) for _ in range(2))
+        coeffs = torch.empty(3, 2, 4, device="cuda", requires_grad=True)
+        outputs = combine([x, y], coeffs)
+        grads = torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), (x, y, coeffs))
+    assert [grad.device.type for grad in grads] == ["cuda"] * 3

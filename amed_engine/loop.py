@@ -15,7 +15,19 @@ from torch import Tensor
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.program import Choice, Layout, Row, Stage, Update, fold, is_zero, levels, map_choice, retained
+from amed_engine.program import (
+    Choice,
+    Layout,
+    Midpoint,
+    Row,
+    Stage,
+    Update,
+    fold,
+    is_zero,
+    levels,
+    map_choice,
+    retained,
+)
 from amed_engine.schedule import check_sigmas
 from amed_engine.solver import Solver
 from amed_engine.solvers import count_evaluations
@@ -223,7 +235,11 @@ class Trajectory:
         choice = predictor[i] if isinstance(predictor, Sequence) else predictor
         if callable(choice):
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
-            choice = choice(features, sigma, sigma_next)
+            fused = getattr(choice, "fused", None)
+            step = None if fused is None else fused(features, sigma, sigma_next)
+            if step is not None and (updates := program.solver.fused(step)) is not None:
+                return updates
+            choice = choice(features, sigma, sigma_next) if step is None else Midpoint(*step[:3])
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.program import Midpoint, Stage
+from amed_engine.kernels import MidpointStep
+from amed_engine.program import Midpoint, Stage, Update
 
 Past = tuple[Tensor, ...]
 UseOfMidpoint = Literal["none", "optional", "required"]
@@ -50,6 +51,10 @@ class Solver(ABC):
     def evaluations(self, with_midpoint: bool) -> int:
         """Network evaluations per interval."""
         return 2
+
+    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
+        """The updates of an interval as the fused predictor kernel wrote them; None where it writes other solvers'."""
+        return None
 
     @abstractmethod
     def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:

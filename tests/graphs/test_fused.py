@@ -15,9 +15,21 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled exte
 
 
 class Counting(TorchDispatchMode):
-    """Counts operators that compute; views cost nothing on a device."""
+    """Counts operators that compute; views and questions about dtypes cost nothing on a device."""
 
-    VIEWS = ("view", "expand", "slice", "select", "unsqueeze", "split", "unbind", "reshape", "alias", "detach")
+    VIEWS = (
+        "promote_types",
+        "view",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "split",
+        "unbind",
+        "reshape",
+        "alias",
+        "detach",
+    )
 
     def __init__(self):
         super().__init__()

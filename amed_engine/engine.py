@@ -112,9 +112,10 @@ class Engine:
             return images, how
         # Also after a broken replay: the eager states tell the step.
         self._eager_runs += 1
-        states = integrate(
-            program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
-        )
+        with torch.autocast(self.device.type, enabled=False):
+            states = integrate(
+                program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
+            )
         if self.check_finite and not _finite(states[-1]):
             raise non_finite(states, request)
         return states[-1], "eager"
@@ -143,7 +144,9 @@ class BoundLoop:
 
     def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         x = latents * self.program.sigmas[0]
-        return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
+        # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
+        with torch.autocast(x.device.type, enabled=False):
+            return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
 
 
 def _finite(images: Tensor) -> bool:

@@ -206,7 +206,7 @@ class Contest:
         expected = "graph" if self.device.type == "cuda" else "eager"
 
         def run() -> Tensor:
-            result = sampler.run(self.latents, class_labels=self.classes)
+            result = sampler.run(self.latents, class_labels=self.labels)  # on the device, as the plain loop has them
             assert result.backend == expected
             return result.images
 

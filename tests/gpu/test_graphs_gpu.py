@@ -350,6 +350,16 @@ def test_a_run_never_waits_for_the_device(model, predictor, learned):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_labels_from_the_host_do_not_wait_for_the_device(conditional):
+    sampler, x, labels = graphed(conditional), noise(4), torch.randint(10, (4,))
+    sampler.run(x, class_labels=labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.run(x, class_labels=labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_an_eager_learned_run_never_waits_for_the_device_either(model, predictor):
     """The condition for being captured, told apart from capture itself."""
     sampler, x = eager(model, predictor, nfe=5), noise(4)

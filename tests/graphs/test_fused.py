@@ -123,3 +123,11 @@ def test_a_sampler_draws_by_the_fused_kernel(tiny_conditional):
     assert counted.seen["midpoint"] == sampler.plan.intervals
     with kernels.use("reference"):
         torch.testing.assert_close(images, sampler.run([1, 2, 3], class_labels=4).images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scales", ["bounded", "wide"])
+def test_the_autocast_of_a_caller_does_not_narrow_the_predictor(tiny_model, scales):
+    sampler, x = Sampler(tiny_model, predictor(scales=scales), nfe=5), torch.randn(2, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sampler.run(x).images
+    assert torch.equal(images, sampler.run(x).images)

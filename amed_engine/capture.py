@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import AmedError
+from amed_engine.kernels import backends
 
-# One capture in the process at a time, and no device-wide synchronization during it.
-_CAPTURE = threading.Lock()
+# One capture in the process at a time, and no device-wide synchronization nor release of cached memory during it: the
+# allocator refuses to empty its cache while any thread captures.
+_CAPTURE = threading.RLock()
 
 
 class StaleGraphError(AmedError, RuntimeError):
@@ -87,8 +89,10 @@ class CudaDevice:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     output = work()
             except torch.OutOfMemoryError:
+                self._settle(graph)
                 raise
             except RuntimeError as error:
+                self._settle(graph)
                 raise AmedError(
                     f"this model cannot be captured as a CUDA graph: {error}; use backend='eager'"
                 ) from error
@@ -97,6 +101,17 @@ class CudaDevice:
                 torch.cuda.set_stream(current)
         return graph, output
 
+    def _settle(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell the allocator that a capture is over which could not be ended: torch leaves it believing otherwise, and
+        every later attempt to release memory would fail."""
+        try:
+            graph.pool()  # refuses where no capture was ended
+        except RuntimeError:
+            index = torch.empty(0, device=self.device).device.index
+            with suppress(RuntimeError):  # it never began
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+                torch._C._cuda_releasePool(index, self.pool)
+
     def begin_use(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.used)
 
@@ -104,7 +119,7 @@ class CudaDevice:
         self.used.record(torch.cuda.current_stream(self.device))
 
     def reserved_bytes(self) -> int:
-        torch.cuda.empty_cache()
+        release_cached_memory()
         return torch.cuda.memory_reserved(self.device)
 
     def drop(self, recordings: list[Recording]) -> None:
@@ -114,6 +129,12 @@ class CudaDevice:
                 recording.reset()
             self.pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
+
+
+def release_cached_memory() -> None:
+    """`torch.cuda.empty_cache`, after whatever another thread is capturing."""
+    with _CAPTURE:
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -148,6 +169,7 @@ def numerics(module: nn.Module | None) -> tuple[Any, ...]:
         torch.backends.cuda.cudnn_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         module.training if module is not None else None,
+        backends()["cuda"],
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.capture import CudaDevice
+from amed_engine.capture import CudaDevice, release_cached_memory
 from amed_engine.errors import ConfigError
 from amed_engine.graph import (
     WARMUPS,
@@ -57,7 +57,7 @@ class Engine:
         if device.type == "cuda" and backend != "eager":
             scripted = isinstance(model.module, torch.jit.ScriptModule)
             warmups = WARMUPS_TORCHSCRIPT if scripted else WARMUPS
-            self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, warmups)
+            self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, warmups, insist=backend == "graph")
 
     @property
     def stats(self) -> Stats:
@@ -87,12 +87,13 @@ class Engine:
             try:
                 images, how = self._draw(program, request.rows(start, start + size), scale, observe)
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or size == 1:
+                # Whoever insists on graphs is told, and gets no smaller pieces without them.
+                if not _is_out_of_memory(error) or size == 1 or self.backend == "graph":
                     raise
                 if size == total:
                     warnings.warn(_short_of_memory(total), RuntimeWarning, stacklevel=3)
                 size = (size + 1) // 2
-                torch.cuda.empty_cache()
+                release_cached_memory()
                 continue
             pieces.append(images)
             ran.add(how)
@@ -111,9 +112,10 @@ class Engine:
             return images, how
         # Also after a broken replay: the eager states tell the step.
         self._eager_runs += 1
-        states = integrate(
-            program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
-        )
+        with torch.autocast(self.device.type, enabled=False):
+            states = integrate(
+                program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
+            )
         if self.check_finite and not _finite(states[-1]):
             raise non_finite(states, request)
         return states[-1], "eager"
@@ -142,7 +144,9 @@ class BoundLoop:
 
     def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
         x = latents * self.program.sigmas[0]
-        return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
+        # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
+        with torch.autocast(x.device.type, enabled=False):
+            return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
 
 
 def _finite(images: Tensor) -> bool:

@@ -99,6 +99,7 @@ class GraphCache:
     module: nn.Module | None
     warmups: int = WARMUPS
     max_graphs: int = 16
+    insist: bool = False  # try again after running out of memory
     stats: Stats = field(default_factory=Stats)
 
     def __post_init__(self):
@@ -178,10 +179,10 @@ class GraphCache:
         # A warm-up shares workspaces with replays that may still run on another stream.
         self.device.begin_use()
         try:
-            expected = {size: self._warm_up(loop, *inputs[size]) for size in self.batch_sizes}
+            expected = self._warm_up(loop, inputs)
             report = tuple(self._capture(loop, size, inputs[size], expected[size], graphs) for size in self.batch_sizes)
         except BaseException as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) and not self.insist:
                 self._refused.add(family)
             self._abandon(graphs)
             raise
@@ -198,11 +199,16 @@ class GraphCache:
         else:
             self.device.drop(recordings)
 
-    def _warm_up(self, loop: Loop, latents: Tensor, labels: Tensor | None) -> Tensor:
-        """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more."""
-        for _ in range(self.warmups - 1):
-            self.device.side_stream(lambda: loop(latents, labels))
-        return self.device.side_stream(lambda: loop(latents, labels))
+    def _warm_up(self, loop: Loop, inputs: dict[int, tuple[Tensor, Tensor | None]]) -> dict[int, Tensor]:
+        """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more.
+
+        All sizes in turns: what a later size makes torch.compile replace must have run for the earlier ones too.
+        """
+        results: dict[int, Tensor] = {}
+        for _ in range(self.warmups):
+            for size, arguments in inputs.items():
+                results[size] = self.device.side_stream(lambda arguments=arguments: loop(*arguments))
+        return results
 
     def _capture(
         self, loop: Loop, size: int, inputs: tuple[Tensor, Tensor | None], expected: Tensor, graphs: dict[int, Graph]

@@ -15,7 +15,7 @@ from torch import Tensor
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.program import Choice, Layout, Row, Stage, Update, fold, is_zero, levels, map_choice, retained
+from amed_engine.program import Choice, Layout, Midpoint, Stage, Update, fold, levels, map_choice, retained, trimmed
 from amed_engine.schedule import check_sigmas
 from amed_engine.solver import Solver
 from amed_engine.solvers import count_evaluations
@@ -140,7 +140,7 @@ class Walk:
             )
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]
         stages = self.solver.step(self.past, sigma, sigma_next, choice, i, self.intervals)
-        stages = [_trimmed(stage) for stage in stages]
+        stages = [trimmed(stage) for stage in stages]
         evaluated = sigma
         folded = []
         for s, stage in enumerate(stages):
@@ -159,20 +159,6 @@ class Walk:
         update = fold(stage, layout, keep)
         self.directions, self.y_is_x = update.keep, update.x_is_y
         return update
-
-
-def _trimmed(stage: Stage) -> Stage:
-    """Without trailing coefficients that are exactly zero (DPM-Solver-2 at r = 1/2 does not read its first direction)."""
-
-    def trim(row: Row) -> Row:
-        b = list(row.b)
-        while len(b) > 1 and is_zero(b[-1]):
-            b.pop()
-        return Row(row.a, tuple(b))
-
-    y = tuple(trim(row) for row in stage.y)
-    x = None if stage.x is None else y[0] if stage.x is stage.y[0] else trim(stage.x)
-    return stage._replace(y=y, x=x)
 
 
 def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State:
@@ -223,7 +209,11 @@ class Trajectory:
         choice = predictor[i] if isinstance(predictor, Sequence) else predictor
         if callable(choice):
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
-            choice = choice(features, sigma, sigma_next)
+            fused = getattr(choice, "fused", None)
+            step = None if fused is None else fused(features, sigma, sigma_next)
+            if step is not None and (updates := program.solver.fused(step)) is not None:
+                return updates
+            choice = choice(features, sigma, sigma_next) if step is None else Midpoint(*step[:3])
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 

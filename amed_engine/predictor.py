@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from amed_engine import kernels
 from amed_engine.coefficients import ConstantPredictor
 from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
+from amed_engine.kernels import MidpointStep
 from amed_engine.loop import sample
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint
@@ -116,6 +118,26 @@ class AMEDPredictor(nn.Module):
         frozen.plan = plan
         return frozen
 
+    def fused(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> MidpointStep | None:
+        """`forward` and AMED-Solver's coefficients by one kernel; sigma, sigma_next: (B,). None where there is none for it:
+        "wide" scales, a gradient that is wanted, a program that is being traced, another precision, plain torch."""
+        weight = self.enc_layer0.weight
+        if self.scales == "wide" or kernels.backends().get(weight.device.type, "reference") == "reference":
+            return None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return None
+        learning = (features is not None and features.requires_grad) or any(p.requires_grad for p in self.parameters())
+        if (learning and torch.is_grad_enabled()) or weight.dtype != sigma.dtype or weight.device != sigma.device:
+            return None
+        if features is not None:
+            self._check(features)
+        return kernels.midpoint(features, sigma, sigma_next, self._weights(), self.scale_dir, self.scale_time)
+
+    def _weights(self) -> kernels.MidpointWeights:
+        layers = (self.map_layer0, self.enc_layer0, self.enc_layer1, self.fc_r, self.fc_scale_dir, self.fc_scale_time)
+        pairs = [(None, None) if layer is None else (layer.weight, layer.bias) for layer in layers]
+        return kernels.MidpointWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
+
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
         z = self._encode(features, sigma, sigma_next)
         r = self.fc_r(z).squeeze(1).sigmoid()
@@ -132,12 +154,15 @@ class AMEDPredictor(nn.Module):
         return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
 
     def _mean(self, features: Tensor) -> Tensor:
+        self._check(features)
+        return features.mean(dim=1).flatten(1)
+
+    def _check(self, features: Tensor) -> None:
         if features.dim() != 4 or tuple(features.shape[2:]) != self.bottleneck:
             raise ConfigError(
                 f"predictor expects bottleneck features (B, C, {self.bottleneck[0]}, {self.bottleneck[1]}), got "
                 f"{tuple(features.shape)}; it was made for another network"
             )
-        return features.mean(dim=1).flatten(1)
 
     def _embed(self, sigma: Tensor) -> Tensor:
         """silu(map_layer0(sinusoidal embedding)), (1 or B, embedding_dim)."""

@@ -190,3 +190,17 @@ def retained(stages: list[Stage], index: int, memory: int) -> int:
         counts.append(longest - points)
         points = len(stage.y)
     return max(counts)
+
+
+def trimmed(stage: Stage) -> Stage:
+    """Without trailing coefficients that are exactly zero (DPM-Solver-2 at r = 1/2 does not read its first direction)."""
+
+    def trim(row: Row) -> Row:
+        b = list(row.b)
+        while len(b) > 1 and is_zero(b[-1]):
+            b.pop()
+        return Row(row.a, tuple(b))
+
+    y = tuple(trim(row) for row in stage.y)
+    x = None if stage.x is None else y[0] if stage.x is stage.y[0] else trim(stage.x)
+    return stage._replace(y=y, x=x)

@@ -58,9 +58,9 @@ def make_request(
     else:
         seeds = _seeds(batch, generator)
         noise, drawn = draw(seeds, _shape(model), model.label_dim)
-        latents = noise.to(device, dtype)
+        latents = _sent(noise, device, dtype)
     classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents), look)
-    labels = None if classes is None else vectors(classes, model.label_dim).to(device, dtype)
+    labels = None if classes is None else vectors(_sent(classes, device), model.label_dim).to(dtype)
     return Request(latents, labels, seeds, classes)
 
 
@@ -146,6 +146,13 @@ def _check_vectors(labels: Tensor, label_dim: int, batch: int, look: bool) -> Te
     if look and not bool(torch.isfinite(labels).all()):
         raise ConfigError("class_labels hold NaN or infinite values")
     return labels if labels.is_floating_point() else labels.float()
+
+
+def _sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """On the device; from the host by pinned memory, since an ordinary copy would wait for all the device has to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True).to(dtype or values.dtype)
 
 
 def vectors(classes: Tensor, label_dim: int) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from amed_engine import rules
 from amed_engine.errors import ConfigError
-from amed_engine.program import Midpoint, Row, Stage
+from amed_engine.kernels import MidpointStep
+from amed_engine.program import Midpoint, Row, Stage, Update
 from amed_engine.solver import Past, Solver, UseOfMidpoint, in_range
 
 
@@ -85,6 +86,13 @@ class AMED(Solver):
             Stage(y, None, m, tuple(p.scale_time * level for p, level in zip(points, m, strict=True))),
             Stage((row,), row),
         ]
+
+    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
+        """y from [x, D], then x' from [x, y, D at y]: the same two matrices that `fold` makes of `step`."""
+        if self.points > 1:
+            return None
+        middle = Update(step.to_midpoint, (0, 1), 0, 0, False, False, (step.sigma,), (step.sigma_net,))
+        return middle, Update(step.to_next, (0, 1, 2), 0, 0, True, True, None, None)
 
     def _point(self, midpoint: Midpoint, k: int) -> Midpoint:
         if self.points == 1:

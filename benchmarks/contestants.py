@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from workloads import Workload
 
 from amed_engine import Sampler, make_solver, sample
+from amed_engine.capture import CudaDevice
 from amed_engine.networks import EDMPrecond
 
 NFE = 5
@@ -206,7 +207,7 @@ class Contest:
         expected = "graph" if self.device.type == "cuda" else "eager"
 
         def run() -> Tensor:
-            result = sampler.run(self.latents, class_labels=self.classes)
+            result = sampler.run(self.latents, class_labels=self.labels)  # on the device, as the plain loop has them
             assert result.backend == expected
             return result.images
 
@@ -288,14 +289,10 @@ def warm(run: Callable[[], Tensor], times: int = 4) -> Callable[[], Tensor]:
 
 def graphed(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same work as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        warm(run, 3)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        output = run()
+    device = CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        device.side_stream(run)
+    graph, output = device.record(run)
 
     def replay() -> Tensor:
         graph.replay()

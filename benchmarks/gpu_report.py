@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,10 @@ def _guarded(run, left: float) -> dict[str, Any]:
 
 def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     """pytest's verdict on the tests marked gpu, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    command += ["--collect-only"] if dry_run else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # The engine's own first, should time run out; several processes where pytest-xdist is there.
+    command += [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
+    command += ["--collect-only"] if dry_run else ["-n", "6"] if find_spec("xdist") else []
     started = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
@@ -132,11 +135,13 @@ def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     except subprocess.TimeoutExpired as stopped:
         output, code = _text(stopped.stdout) + "\nstopped: out of time", None
     lines = output.strip().splitlines()
-    notable = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  "))]
+    # The summary's lines, and while they run those of single tests: a run that is cut off has no summary.
+    notable = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  ")) or " FAILED" in line]
     return {
         "returncode": code,
         "seconds": time.monotonic() - started,
         "summary": lines[-1] if lines else "",
+        "passed": sum(" PASSED" in line or line.startswith("PASSED") for line in lines),
         "notable": notable[:200],
         "tail": lines[-60:] if code else [],
     }

@@ -239,11 +239,13 @@ def _combine_backward(ctx, grads):
     present = [grads[m] for m in used]
     if not present:
         return [None] * len(sources), None
-    grad_sources = _transposed(present, coeffs[used], sources, wanted)
+    grad_sources = _transposed(present, torch.stack([coeffs.unbind(0)[m] for m in used]), sources, wanted)
     if not coeffs_wanted:
         return grad_sources, None
     dots = combine_coeff_grad(present, sources)
-    grad_coeffs = coeffs.new_zeros((coeffs.shape[0], *dots.shape[1:])).index_copy(0, torch.tensor(used), dots)
+    # Not index_copy: an index made here would lie on the host.
+    rows = dict(zip(used, dots.unbind(0), strict=True))
+    grad_coeffs = torch.stack([rows[m] if m in rows else torch.zeros_like(rows[used[0]]) for m in range(len(grads))])
     return grad_sources, grad_coeffs.sum(2, keepdim=True) if coeffs.shape[2] == 1 else grad_coeffs
 
 
@@ -253,7 +255,7 @@ def _transposed(grads, coeffs, sources, wanted) -> list[Tensor | None]:
     needed = [j for j, flag in enumerate(wanted) if flag]
     for start in range(0, len(needed), MAX_OUTPUTS):
         rows = needed[start : start + MAX_OUTPUTS]
-        for j, grad in zip(rows, combine(grads, coeffs.transpose(0, 1)[rows]), strict=True):
+        for j, grad in zip(rows, combine(grads, torch.stack([coeffs.unbind(1)[j] for j in rows])), strict=True):
             result[j] = grad.to(sources[j].dtype)
     return result
 

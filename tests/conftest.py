@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from amed_engine import cli
 from amed_engine.networks import EDMPrecond
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,18 @@ def goldens_dir() -> Path:
     if not GOLDENS.is_dir():
         pytest.skip(f"recorded numbers are not at {GOLDENS}")
     return GOLDENS
+
+
+@pytest.fixture
+def amed(capsys):
+    """Runs the command line in this process: arguments -> exit code, stdout, stderr."""
+
+    def run(*args) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(arg) for arg in args])
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 def make_tiny(label_dim: int = 0, seed: int = 0) -> EDMPrecond:

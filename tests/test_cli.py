@@ -22,18 +22,6 @@ from amed_engine.networks import EDMPrecond
 from amed_engine.solvers import SOLVERS
 
 
-@pytest.fixture
-def amed(capsys):
-    """Runs the command line in this process: arguments -> exit code, stdout, stderr."""
-
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A small class-conditional network with random weights."""

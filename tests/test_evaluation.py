@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import amed_engine
-from amed_engine import cli, evaluation
+from amed_engine import evaluation
 from amed_engine.compare import REFERENCES, Setting
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.images import save_each, to_uint8
@@ -118,16 +118,6 @@ def test_bad_arguments_are_named(euler, monkeypatch):
 
 
 # ---- the command
-
-
-@pytest.fixture
-def amed(capsys):
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 def test_the_bundled_model_is_evaluated_with_all_there_is(amed, tmp_path):

@@ -17,7 +17,6 @@ from amed_engine import (
     FileFormatError,
     Sampler,
     UnsafeFileError,
-    cli,
     load_predictor,
     make_plan,
     networks,
@@ -389,16 +388,6 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 # ---- the command line
-
-
-@pytest.fixture
-def amed(capsys):
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 def test_the_command_converts_and_says_what_it_was(tmp_path, publish, amed):

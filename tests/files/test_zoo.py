@@ -14,7 +14,6 @@ from amed_engine import (
     ConfigError,
     FileFormatError,
     Sampler,
-    cli,
     make_plan,
     networks,
     save_predictor,
@@ -237,16 +236,6 @@ def test_a_predictor_of_another_recipe_is_refused(weights):
         recipe_sampler(load_recipe("cifar10-amed-5"), predictor=predictor)
     with pytest.raises(ConfigError, match="training-free"):
         recipe_sampler(load_recipe("cifar10-ipndm-5"), predictor=predictor)
-
-
-@pytest.fixture
-def amed(capsys):
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 def test_the_command_draws_and_reports(weights, amed, tmp_path):

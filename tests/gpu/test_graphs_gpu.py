@@ -22,6 +22,12 @@ TRAINING_FREE = ("euler", "heun", "dpm", "ipndm", "deis", "dpmpp", "unipc")
 PLUGINS = ("amed", "euler", "dpm", "ipndm", "deis", "dpmpp", "unipc")
 
 
+@pytest.fixture(autouse=True)
+def _exact_float32(monkeypatch):
+    """TensorFloat-32 or not is cuDNN's choice by batch size, and worth 1e-3: no comparison would hold."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 @pytest.fixture
 def model(tiny_model):
     return tiny_model.to(CUDA).requires_grad_(False)
@@ -279,7 +285,8 @@ def test_small_batch_sizes_share_the_memory_of_the_largest(wide_model):
 
 
 def test_clearing_gives_the_memory_back(wide_model):
-    sampler, used = reserved_by(wide_model, (64, 8))
+    # Large beside the workspaces of libraries, which stay: other graphs may use them.
+    sampler, used = reserved_by(wide_model, (256, 8))
     with_graphs = torch.cuda.memory_reserved()
     sampler.clear_graphs()
     assert torch.cuda.memory_reserved() <= with_graphs - 0.9 * used
@@ -299,7 +306,6 @@ def test_a_thousand_mixed_runs_do_not_grow_memory(conditional):
     assert some(1000) == before
 
 
-@pytest.mark.filterwarnings("ignore:out of memory")
 def test_out_of_memory_during_capture_leaves_the_engine_usable(wide_model):
     sampler = graphed(wide_model, batch_sizes=(64,))
     device, total = sampler._engine.cache.device, torch.cuda.get_device_properties(CUDA).total_memory
@@ -340,6 +346,16 @@ def test_a_run_never_waits_for_the_device(model, predictor, learned):
         for x in inputs:
             sampler.run(x)
         sampler.run(inputs[2], out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_labels_from_the_host_do_not_wait_for_the_device(conditional):
+    sampler, x, labels = graphed(conditional), noise(4), torch.randint(10, (4,))
+    sampler.run(x, class_labels=labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sampler.run(x, class_labels=labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -474,7 +490,7 @@ def test_inside_a_capture_of_the_caller_the_loop_is_recorded_into_it(model):
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        sampler.run(x)
+        eager(model).run(x)  # what will be recorded, not a replay: it makes workspaces of this stream
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph, stream=stream):
         result = sampler.run(x)

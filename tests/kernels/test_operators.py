@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from amed_engine import kernels
-from amed_engine.kernels import combine, combine_coeff_grad, native
+from amed_engine.kernels import combine, combine_coeff_grad, native, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -233,3 +233,18 @@ def test_coeff_grad_operator_has_its_own_gradient():
         return combine_coeff_grad(tensors[:2], tensors[2:])
 
     assert torch.autograd.gradcheck(call, (*grads, *sources))
+
+
+def test_gradients_take_nothing_from_the_host():
+    """On pretended CUDA tensors, where torch refuses to mix devices; the formula alone, since autograd wants a real one."""
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        x, y, grad = (torch.empty(4, 3, 8, 8, device="cuda") for _ in range(3))
+        coeffs = torch.empty(3, 2, 4, device="cuda")
+        saved = SimpleNamespace(saved_tensors=(coeffs, x, y), needs_input_grad=([True, True], True))
+        grad_sources, grad_coeffs = ops._combine_backward(saved, [grad, None, grad])
+    assert [g.device.type for g in (*grad_sources, grad_coeffs)] == ["cuda"] * 3
+    assert grad_coeffs.shape == coeffs.shape

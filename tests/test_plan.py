@@ -165,7 +165,7 @@ def test_nfe_of_three_intervals(solver, midpoint, cost, afs, to_zero):
     assert plan.nfe == cost - afs + to_zero
 
 
-@pytest.mark.parametrize("points", [1, 2, 3, 8])
+@pytest.mark.parametrize("points", [1, 2, 3, 7])
 def test_parallel_points_cost_one_evaluation_each(points):
     plan = Plan("amed", (80.0, 1.0, 0.1), options=(("points", points),), midpoint=True)
     assert plan.nfe == 2 * (1 + points)

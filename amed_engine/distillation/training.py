@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -110,14 +111,20 @@ class Trainer:
         total = self.ranks.total(total)  # type: ignore[arg-type]
         if bool(torch.isfinite(total).all()):
             # Downhill on log(loss): the first interval's loss starts a hundred times above the others', and Adam, whose
-            # memory is longer than the run, would follow it alone and leave theirs where sigmoids are flat.
-            self._step(total[1:] / total[0].clamp_min(torch.finfo(total.dtype).tiny))
+            # memory is longer than the run, would follow it alone and leave theirs where sigmoids are flat. A loss far
+            # below the largest is as good as none: without the floor it would pull ever harder as it vanishes.
+            self._step(total[1:] / (total[0] + self._floor()).clamp_min(torch.finfo(total.dtype).tiny))
             self.bad = 0
         else:
             self.skipped, self.bad = self.skipped + 1, self.bad + 1
         if self.bad == MAX_SKIPPED:
             raise NonFiniteError(f"loss or gradient was NaN or infinite {MAX_SKIPPED} times in a row", self.rounds, [])
         return total[0].item()
+
+    def _floor(self) -> float:
+        """A hundredth of the last round's largest loss."""
+        losses = self.history[-1].losses if self.history else []
+        return 0.01 * max(filter(math.isfinite, losses), default=0.0)
 
     def _step(self, gradient: Tensor) -> None:
         pieces = gradient.split([p.numel() for p in self.parameters])

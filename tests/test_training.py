@@ -15,6 +15,7 @@ import torch
 from amed_engine import ConfigError, FileFormatError, NonFiniteError, distill, make_schedule, make_solver, sample
 from amed_engine.distillation import PRESETS
 from amed_engine.distillation.settings import Settings, choose
+from amed_engine.distillation.training import Trainer
 
 SHAPE = (1, 4, 4)
 
@@ -200,7 +201,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(objective, accumulat
     Trained weights may drift apart: Adam divides by the gradient's own size, so that where one is near zero its rounding
     error becomes a step of full length.
     """
-    from amed_engine.distillation.training import Trainer
 
     def gradients(parts):
         steps, rounds = [], []
@@ -259,21 +259,36 @@ def test_a_batch_that_does_not_split_is_named():
 # ---- objectives
 
 
-def test_every_interval_has_the_same_voice():
-    """One interval's loss 1024 times larger, another's 128 times smaller: the same bits."""
+def scaled(factors):
+    """The squared distance, each interval's times its own factor."""
+    calls = []
 
-    def scaled(factors):
-        calls = []
+    def loss(x, target):
+        calls.append(1)
+        return (x - target).square().flatten(1).sum(1) * factors[(len(calls) - 1) % len(factors)]
 
-        def loss(x, target):
-            calls.append(1)
-            return (x - target).square().flatten(1).sum(1) * factors[(len(calls) - 1) % len(factors)]
+    return loss
 
-        return loss
 
-    plain = weights(train(nfe=5, loss=scaled([1.0])))
-    # Powers of two, so that not even rounding differs.
-    assert equal(weights(train(nfe=5, loss=scaled([1.0, 1024.0, 1 / 128]))), plain)
+def test_the_unit_of_the_loss_does_not_matter():
+    """Powers of two, so that not even rounding differs."""
+    assert equal(weights(train(nfe=5, loss=scaled([1024.0]))), weights(train(nfe=5, loss=scaled([1.0]))))
+
+
+def test_intervals_have_the_same_voice_until_their_loss_is_next_to_nothing(monkeypatch):
+    """A step along grad / (loss + floor), the floor a hundredth of the largest loss of the round before."""
+    voices, losses = {}, {}
+    for factors in ((1.0, 1.0, 1.0), (1.0, 8.0, 2.0**-30)):
+        norms, seen = [], []
+        monkeypatch.setattr(Trainer, "_step", lambda self, gradient, norms=norms: norms.append(gradient.norm().item()))
+        train(nfe=5, loss=scaled(factors), total_kimg=0.016, on_round=seen.append)
+        voices[factors], losses[factors] = norms[3:], [r.losses for r in seen]
+    (plain, before), (other, after) = zip(voices.values(), losses.values(), strict=True)
+    for i in range(3):
+        gradient = plain[i] * (before[1][i] + 0.01 * max(before[0]))
+        factor = after[1][i] / before[1][i]
+        assert other[i] == pytest.approx(gradient * factor / (after[1][i] + 0.01 * max(after[0])), rel=1e-4)
+    assert other[2] < 0.01 * plain[2]
 
 
 def test_an_interval_is_not_dragged_into_saturation_by_a_steeper_one():

@@ -256,13 +256,15 @@ def server(tmp_path):
         command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert process.poll() is None, (tmp_path / "log").read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
                 break
             except OSError:
                 time.sleep(0.1)
+        else:
+            pytest.fail(f"no answer after minutes; the server said: {(tmp_path / 'log').read_text()}")
         yield port
     finally:
         os.killpg(process.pid, signal.SIGKILL)

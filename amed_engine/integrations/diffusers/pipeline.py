@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel  # type: ignore[attr-defined]
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 
@@ -105,10 +105,7 @@ class AMEDPipeline(DiffusionPipeline):
             predictor = AMEDPredictorModel.of(open_predictor(predictor))  # type: ignore[arg-type]
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
-        if vae is not None and vae.config.latent_channels != unet.config.in_channels:
-            raise ConfigError(
-                f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}"
-            )
+        _check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
             scheduler = AMEDScheduler.from_config(scheduler.config)
         rest = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
@@ -174,7 +171,7 @@ class AMEDPipeline(DiffusionPipeline):
         if self.vae is not None and output_type != "latent":
             images = decode_latents(self.vae, images)
         self.maybe_free_model_hooks()
-        pictures = self.image_processor.postprocess(images, output_type)
+        pictures: Any = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def encode_prompt(
@@ -276,6 +273,14 @@ class AMEDPipeline(DiffusionPipeline):
                 if self._interrupt:
                     return state.y[0]
         return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0 if program.denoise_to_zero else state.y[0]
+
+
+def _check_channels(unet: Any, vae: Any) -> None:
+    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
+        raise ConfigError(
+            f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}: they "
+            "belong to different models"
+        )
 
 
 def _replaced(state: State, latents: Tensor) -> State:

@@ -259,6 +259,8 @@ def test_the_pipeline_can_be_wrapped_for_the_engine(stable_diffusion, pipe):
             {"prompt": "a", "prompt_embeds": torch.zeros(1, 8, 16), "guidance_scale": 4.0},
             "either prompt or prompt_embeds",
         ),
+        ({"negative_prompt": "a", "guidance_scale": 4.0}, "either prompt or prompt_embeds"),
+        ({"prompt_embeds": [[0.0]], "guidance_scale": 4.0}, "must be tensors"),
         ({"prompt_embeds": torch.zeros(1, 8, 12), "guidance_scale": 4.0}, r"shape \(B, L, 16\)"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3, "guidance_scale": 4.0}, "the shape of prompt_embeds"),
         ({"prompt": ["a", "b"], "batch_size": 3, "guidance_scale": 4.0}, "got 2 prompts or class_labels for 3 images"),

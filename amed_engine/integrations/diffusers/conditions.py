@@ -106,7 +106,8 @@ def of_classes(
     labels = torch.as_tensor(labels).reshape(-1)
     known = labels if labels.device.type == "cpu" else labels[:0]  # others are not waited for
     if labels.is_floating_point() or (count and bool(((known < 0) | (known >= count)).any())):
-        raise ConfigError(f"class_labels must be integers in 0 .. {count - 1}, got {labels.tolist()}")
+        known_range = f" in 0 .. {count - 1}" if count else ""
+        raise ConfigError(f"class_labels must be integers{known_range}, got {labels.tolist()}")
     if scale is None:
         return Conditions({"class_labels": labels}, {})
     if null_class is None:
@@ -118,9 +119,10 @@ def of_classes(
 
 def of_prompts(embeds: Tensor, negative: Tensor | None, width: int | None, scale: float | None) -> Conditions:
     """Embeddings of prompts (B, L, D), and of what guidance leads away from, as conditions. Raises ConfigError."""
-    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or width not in (None, embeds.shape[-1]):
-        got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise ConfigError(f"prompt_embeds must have shape (B, L, {width or 'D'}), as this model takes, got {got}")
+    if embeds.dim() != 3 or width not in (None, embeds.shape[-1]):
+        raise ConfigError(
+            f"prompt_embeds must have shape (B, L, {width or 'D'}), as this model takes, got {tuple(embeds.shape)}"
+        )
     if scale is None:
         return Conditions({"encoder_hidden_states": embeds}, {})
     if negative is None:

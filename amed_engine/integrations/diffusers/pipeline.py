@@ -155,13 +155,12 @@ class AMEDPipeline(DiffusionPipeline):
         """
         _check(output_type, callback_on_step_end_tensor_inputs)
         scale = self._guidance(guidance_scale)
+        given = (negative_prompt, prompt_embeds, negative_prompt_embeds)
         texts = None
-        if any(text is not None for text in (prompt, prompt_embeds)):
-            negative = {"negative_prompt": negative_prompt, "negative_prompt_embeds": negative_prompt_embeds}
-            asked = {"num_images_per_prompt": num_images_per_prompt, "do_classifier_free_guidance": scale is not None}
-            texts = self.encode_prompt(prompt, **asked, prompt_embeds=prompt_embeds, **negative)
+        if any(text is not None for text in (prompt, *given)):
+            texts = self.encode_prompt(prompt, None, num_images_per_prompt, scale is not None, *given)
         conditions = self._conditions(class_labels, texts, scale)
-        latents = self._latents(batch_size or conditions.rows or 1, generator, latents)
+        latents = self._latents((conditions.rows or 1) if batch_size is None else batch_size, generator, latents)
         program = self._program(num_inference_steps, latents)
         self._interrupt, self._num_timesteps = False, program.intervals
         with self._tap() as tap:

@@ -26,6 +26,9 @@ class Prompts(NamedTuple):
             raise ConfigError("pass either prompt or prompt_embeds")
         if self.negative_prompt is not None and self.negative_prompt_embeds is not None:
             raise ConfigError("pass negative_prompt or negative_prompt_embeds, not both")
+        for embeds in (self.prompt_embeds, self.negative_prompt_embeds):
+            if embeds is not None and not isinstance(embeds, Tensor):
+                raise ConfigError(f"embeddings of prompts must be tensors (P, L, D), got {type(embeds).__name__}")
         embeds, negative = self.prompt_embeds, self.negative_prompt_embeds
         if embeds is None:
             embeds = _encode(tokenizer, text_encoder, _texts("prompt", self.prompt), device)
@@ -34,7 +37,9 @@ class Prompts(NamedTuple):
         if negative is None and (self.negative_prompt is not None or text_encoder is not None):
             texts = _texts("negative_prompt", "" if self.negative_prompt is None else self.negative_prompt)
             negative = _encode(tokenizer, text_encoder, texts, device)
-        return embeds, negative.expand(len(embeds), -1, -1) if negative is not None and len(negative) == 1 else negative
+        if negative is not None and len(negative) == 1:
+            negative = negative.expand(len(embeds), *negative.shape[1:])
+        return embeds, negative
 
 
 def _texts(name: str, prompt: Any) -> list[str]:

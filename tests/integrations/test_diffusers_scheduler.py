@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,6 +244,55 @@ def test_noise_is_added_per_timestep(config, dummy):
     noised = scheduler.add_noise(dummy, noise, scheduler.timesteps[at])
     expected = dummy + noise * scheduler.sigmas[at].float().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(noised, expected)
+
+
+def test_any_number_of_steps_survives_saving(dummy, tmp_path):
+    for steps in (2, 5, 50):
+        scheduler = AMEDScheduler(**SD)
+        scheduler.save_config(tmp_path)
+        one, two = scheduler, AMEDScheduler.from_pretrained(tmp_path)
+        for made in (one, two):
+            made.set_timesteps(steps)
+        t = one.timesteps[0]
+        assert torch.equal(one.timesteps, two.timesteps)
+        assert torch.equal(*(made.step(0.1 * dummy, t, dummy).prev_sample for made in (one, two)))
+
+
+def test_noise_is_added_on_the_samples_device(config, dummy):
+    scheduler = AMEDScheduler(**config)
+    scheduler.set_timesteps(steps_of(config))
+    away = dummy.to("meta")  # where a tensor of another device cannot be added to
+    noised = scheduler.add_noise(away, away, scheduler.timesteps[2][None])
+    assert (noised.device, noised.shape) == (away.device, dummy.shape)
+
+
+@pytest.mark.parametrize("kind", [np.array, list])
+def test_trained_betas_are_kept(kind, tmp_path):
+    scheduler = AMEDScheduler(trained_betas=kind([0.1, 0.2, 0.3]), num_train_timesteps=3)
+    scheduler.save_pretrained(tmp_path)
+    again = AMEDScheduler.from_pretrained(tmp_path)
+    expected = torch.tensor([0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7], dtype=torch.float64)
+    for made in (scheduler, again):
+        torch.testing.assert_close(made.alphas_cumprod, expected)
+    assert AMEDScheduler().alphas_cumprod is None
+
+
+def test_attributes_are_its_own_and_the_configuration_s_only_with_a_warning():
+    scheduler = AMEDScheduler()
+    scheduler.own = 5
+    scheduler.register_to_config(configured=5)
+    assert scheduler.own == 5
+    with pytest.warns(FutureWarning, match="configured"):
+        assert scheduler.configured == 5
+    with pytest.raises(AttributeError, match="'AMEDScheduler' object has no attribute 'absent'"):
+        _ = scheduler.absent
+
+
+def test_no_argument_is_swallowed_or_deprecated():
+    """**kwargs would hide a misspelt one; diffusers allows them for deprecated names only."""
+    kinds = {p.kind for p in inspect.signature(AMEDScheduler.__init__).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+    assert not AMEDScheduler._deprecated_kwargs
 
 
 def test_deepcopies_are_independent(network, latents):

@@ -6,20 +6,31 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel  # type: ignore[attr-defined]
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.image_processor import VaeImageProcessor
 
 # ModelMixin by this name, in this module: so diffusers recognises the class when it loads a saved pipeline.
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
-from amed_engine.denoiser import Denoiser
+from amed_engine.adapters.facts import facts_of
+from amed_engine.adapters.latents import decode_latents
+from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
-from amed_engine.images import to_uint8
 from amed_engine.integrations.common import Tap, make_program, open_predictor
+from amed_engine.integrations.diffusers.conditions import (
+    Ask,
+    Conditions,
+    check_asked,
+    check_guidance,
+    of_classes,
+    of_prompts,
+)
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
+from amed_engine.integrations.diffusers.text import Prompts
 from amed_engine.loop import Program, State, Trajectory, evaluate
 from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
@@ -64,26 +75,43 @@ class AMEDPredictorModel(ModelMixin, ConfigMixin):
 
 
 class AMEDPipeline(DiffusionPipeline):
-    """Images from a UNet2DModel, or a model called like one, in the predictor's number of evaluations.
+    """Images from a U-Net, or a model called like one, in the predictor's number of evaluations.
 
-    unet: (sample, timestep (B,), class_labels) -> output; its `mid_block`, if there is one, is the bottleneck. scheduler:
-    an AMEDScheduler, or another whose configuration says what the model predicts. predictor: an AMEDPredictor with a
-    plan, a path to one, or None: then the scheduler's constants decide.
+    unet: (sample, timestep (B,), class_labels or encoder_hidden_states) -> output; its `mid_block`, if there is one, is the
+    bottleneck. scheduler: an AMEDScheduler, or another whose configuration says what the model predicts. predictor: an
+    AMEDPredictor with a plan, a path to one, or None: then the scheduler's constants decide. vae: decodes what the loop ends
+    with. text_encoder, tokenizer: Stable Diffusion's, for prompts. null_class: the class that means none, for guidance.
+
+    `AMEDPipeline.from_pipe(pipe, predictor=predictor)` takes the components of a pipeline, such as Stable Diffusion's.
     """
 
-    model_cpu_offload_seq = "unet"
-    _optional_components: ClassVar = ["predictor"]
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components: ClassVar = ["predictor", "vae", "text_encoder", "tokenizer"]
     _callback_tensor_inputs: ClassVar = ["latents"]
 
-    def __init__(self, unet: Any, scheduler: Any, predictor: Any = None):
+    def __init__(
+        self,
+        # By these types `from_pipe` knows which components it may take over.
+        unet: UNet2DModel | UNet2DConditionModel | DiTTransformer2DModel,
+        scheduler: Any,
+        predictor: Any = None,
+        vae: AutoencoderKL | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        null_class: int | None = None,
+    ):
         super().__init__()
         if predictor is not None and not isinstance(predictor, AMEDPredictorModel):
             predictor = AMEDPredictorModel.of(open_predictor(predictor))  # type: ignore[arg-type]
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
+        _check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
             scheduler = AMEDScheduler.from_config(scheduler.config)
-        self.register_modules(unet=unet, scheduler=scheduler, predictor=predictor)
+        rest = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        self.register_modules(unet=unet, scheduler=scheduler, predictor=predictor, **rest)
+        self.register_to_config(null_class=null_class)
+        self.image_processor = VaeImageProcessor()
         self._interrupt, self._num_timesteps = False, 0
 
     @property
@@ -98,8 +126,14 @@ class AMEDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        prompt: str | list[str] | None = None,
+        batch_size: int | None = None,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         latents: Tensor | None = None,
@@ -110,39 +144,97 @@ class AMEDPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
-        batch_size: how many, unless latents or class_labels say. generator: one, or one per image. num_inference_steps:
-        intervals; a predictor has its own number, and another raises. latents: (B, C, H, W) of unit variance.
-        output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" as the loop ends.
+        prompt, negative_prompt, num_images_per_prompt, prompt_embeds and negative_prompt_embeds (B, L, D): as Stable
+        Diffusion's pipeline takes them. class_labels: of a class-conditional model, one for all images or one each.
+        guidance_scale: D_u + g (D_c - D_u), where None and 1 are no guidance; a predictor is for the one it was trained with.
+        batch_size: how many images, where latents, prompts and class_labels do not say. generator: one, or one per image.
+        num_inference_steps: intervals; a predictor has its own number, and another raises. latents: (B, C, H, W) of unit
+        variance. output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "latent" as the loop ends.
         callback_on_step_end: (pipeline, interval, timestep, {"latents": x}) -> {} or {"latents": changed}, after each
         interval; `pipeline._interrupt = True` ends after it. Raises ConfigError.
         """
         _check(output_type, callback_on_step_end_tensor_inputs)
-        labels = (
-            None if class_labels is None else torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        )
-        latents = self._latents(batch_size if labels is None else len(labels), generator, latents)
+        scale = self._guidance(guidance_scale)
+        given = (negative_prompt, prompt_embeds, negative_prompt_embeds)
+        texts = None
+        if any(text is not None for text in (prompt, *given)):
+            texts = self.encode_prompt(prompt, None, num_images_per_prompt, scale is not None, *given)
+        conditions = self._conditions(class_labels, texts, scale)
+        latents = self._latents((conditions.rows or 1) if batch_size is None else batch_size, generator, latents)
         program = self._program(num_inference_steps, latents)
         self._interrupt, self._num_timesteps = False, program.intervals
-        names = callback_on_step_end_tensor_inputs
-        reads = self.predictor is not None and getattr(self.unet, "mid_block", None) is not None
-        with Tap(self.unet, "mid_block" if reads else None) as tap:
-            denoiser = tap.denoiser(self.denoiser(labels))
+        with self._tap() as tap:
+            denoiser = conditions.expand(len(latents)).bind(self._tapped(tap))
+            names = callback_on_step_end_tensor_inputs
             images = self._loop(program, denoiser, latents * program.sigmas[0], callback_on_step_end, names)
+        if self.vae is not None and output_type != "latent":
+            images = decode_latents(self.vae, images)
         self.maybe_free_model_hooks()
-        pictures = _postprocess(images, output_type)
+        pictures: Any = self.image_processor.postprocess(images, output_type)
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def denoiser(self, class_labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (P·num_images_per_prompt, L, D) of prompts and of what guidance leads away from, "" if not said."""
+        device = device or self._execution_device
+        given = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        embeds, negative = given.encode(self.tokenizer, self.text_encoder, device, do_classifier_free_guidance)
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.to(device, self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+
+        return repeated(embeds), None if negative is None else repeated(negative)
+
+    def denoiser(self, class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None) -> Denoiser:
         """The model as (x, sigma (B,)) -> D, for any sampler of noise levels."""
-        ask, options = self.scheduler.model, {} if class_labels is None else {"class_labels": class_labels}
+        texts = None if prompt_embeds is None else self.encode_prompt(None, prompt_embeds=prompt_embeds)
+        told = self._conditions(class_labels, texts, None)
+        return lambda x, sigma: told.expand(len(x)).bind(self._ask)(x, sigma)
 
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            scaled = ask.scaled(x, sigma).to(self.unet.dtype)
-            output = self.unet(scaled, ask.timestep(sigma), **options, return_dict=False)[0]
-            # Some models estimate variances as well, in as many channels again.
-            return ask.denoised(x, output[:, : x.shape[1]].to(x.dtype), sigma)
+    def _ask(self, x: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Denoised:
+        model = self.scheduler.model
+        scaled = model.scaled(x, sigma).to(self.unet.dtype)
+        output = self.unet(scaled, model.timestep(sigma), **told, return_dict=False)[0]
+        # Some models estimate variances as well, in as many channels again.
+        return Denoised(model.denoised(x, output[:, : x.shape[1]].to(x.dtype), sigma))
 
-        return denoise
+    def _tap(self) -> Tap:
+        reads = self.predictor is not None and getattr(self.unet, "mid_block", None) is not None
+        return Tap(self.unet, "mid_block" if reads else None)
+
+    def _tapped(self, tap: Tap) -> Ask:
+        """The model with its bottleneck: of both halves of a guided batch, which part again round it."""
+        return lambda x, sigma, told: as_denoised(tap.denoiser(lambda x, sigma: self._ask(x, sigma, told))(x, sigma))
+
+    def _guidance(self, guidance_scale: Any) -> float | None:
+        scale = check_guidance(guidance_scale)
+        own = None if self.predictor is None else self.predictor.predictor.plan.guidance_scale
+        if self.predictor is not None and (scale or 1) != (own or 1):
+            raise ConfigError(
+                f"this predictor was trained with guidance_scale={own}, got {guidance_scale}; pass that value, or a predictor "
+                "for this one"
+            )
+        return scale
+
+    def _conditions(self, labels: Any, texts: tuple[Tensor, Tensor | None] | None, scale: float | None) -> Conditions:
+        """What the model is told, checked against what it says of itself."""
+        facts = facts_of(self.unet)
+        check_asked(facts, labels is not None, texts is not None, scale is not None)
+        if texts is not None:
+            return of_prompts(*texts, facts.conditions.get("encoder_hidden_states"), scale)
+        if labels is None:
+            return Conditions({}, {})
+        null = facts.null_class if self.config["null_class"] is None else self.config["null_class"]
+        told = of_classes(labels, facts.label_dim, null, scale)
+        return told.to(self._execution_device)
 
     def _program(self, steps: int | None, latents: Tensor) -> Program:
         if self.predictor is None:
@@ -182,6 +274,14 @@ class AMEDPipeline(DiffusionPipeline):
         return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0 if program.denoise_to_zero else state.y[0]
 
 
+def _check_channels(unet: Any, vae: Any) -> None:
+    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
+        raise ConfigError(
+            f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}: they "
+            "belong to different models"
+        )
+
+
 def _replaced(state: State, latents: Tensor) -> State:
     """The state with what a callback made of it."""
     return State(latents if state.y[0] is state.x else state.x, (latents,), state.directions)
@@ -192,12 +292,3 @@ def _check(output_type: str, names: Sequence[str]) -> None:
         raise ConfigError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
     if unknown := sorted(set(names) - set(AMEDPipeline._callback_tensor_inputs)):
         raise ConfigError(f"callback_on_step_end_tensor_inputs may name latents, got {', '.join(unknown)}")
-
-
-def _postprocess(images: Tensor, output_type: str) -> Any:
-    if output_type == "latent":
-        return images
-    if output_type == "pil":
-        return [Image.fromarray(p[:, :, 0] if p.shape[2] == 1 else p) for p in to_uint8(images)]
-    unit = (images / 2 + 0.5).clamp(0, 1)
-    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().float().numpy()

@@ -112,6 +112,11 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         return float(self.levels[0]) * self._stretch
 
     @property
+    def alphas_cumprod(self) -> Tensor | None:
+        """alpha² of each training step, (num_train_timesteps,) float64; None for a model without steps."""
+        return None if self.model.time is None else (2 * self.model.time.log_alpha).exp()
+
+    @property
     def step_index(self) -> int | None:
         return self._step_index
 

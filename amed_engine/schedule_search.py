@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.batches import Batches, Condition
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
-from amed_engine.distillation import Batches
-from amed_engine.distillation.data import Condition
 from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, integrate
 from amed_engine.models import resolve

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from amed_engine.batches import Batches, Condition
 from amed_engine.checkpoints import fingerprint
 from amed_engine.denoiser import as_denoised
 from amed_engine.distillation import report
-from amed_engine.distillation.data import Batches, Condition, Loss, Teacher, squared_error
+from amed_engine.distillation.data import Loss, Teacher, squared_error
 from amed_engine.distillation.parallel import join
 from amed_engine.distillation.saving import Checkpoints
 from amed_engine.distillation.settings import OPTIONS, Settings, choose

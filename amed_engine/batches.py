@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amed_engine.denoiser import Denoiser
+from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan import Plan
 from amed_engine.requests import bind_labels, vectors
 
 Condition = Tensor | Denoiser
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
+
+    model: Model
+    labels: Tensor | None
+    guidance_scale: float | None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        return as_denoised(bind_labels(self.model, self.labels, self.guidance_scale)(x, sigma))
 
 
 class Batches:
@@ -74,7 +87,7 @@ class Batches:
 
     def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
         if condition is None:
-            return self.model.denoise
+            return Bound(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
             return _whole(condition, part, self.batch)
         rows = condition[part].to(self.model.device)
@@ -84,7 +97,7 @@ class Batches:
             raise ConfigError(
                 f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
             )
-        return bind_labels(self.model, rows, self.plan.guidance_scale)
+        return Bound(self.model, rows, self.plan.guidance_scale)
 
 
 def _classes(rows: Tensor, label_dim: int) -> Tensor:

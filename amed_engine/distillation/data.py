@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from amed_engine.batches import Bound
 from amed_engine.denoiser import Denoiser
-from amed_engine.errors import ConfigError
-from amed_engine.loop import sample
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.graph import GraphCache, family_of
+from amed_engine.loop import Program, integrate
 from amed_engine.plan import Plan, make_plan
 from amed_engine.schedule import make_schedule
 
+logger = logging.getLogger("amed_engine")
 
-class Teacher(NamedTuple):
-    """A training-free solver on a refinement of the student's noise levels."""
+
+@dataclass
+class Teacher:
+    """A training-free solver on a refinement of the student's noise levels.
+
+    cache: of graphs of the whole trajectory, for denoisers that are the model's own; None runs eagerly.
+    """
 
     plan: Plan
     stride: int
+    cache: GraphCache | None = None
 
     @classmethod
     def of(
@@ -45,9 +56,37 @@ class Teacher(NamedTuple):
 
     def states(self, denoiser: Denoiser, x: Tensor) -> Tensor:
         """The teacher's states at the student's noise levels, (intervals + 1, B, ...)."""
+        program = Program.build(self.plan.make_solver(), self.plan.levels).on(x.device, x.dtype)
         with torch.no_grad():
-            states = sample(denoiser, x, self.plan.levels, self.plan.make_solver(), trajectory=True)
-        return states[:: self.stride]
+            states = self._captured(Course(program, self.stride, denoiser), x)
+        return states.transpose(0, 1).contiguous()
+
+    def _captured(self, course: Course, x: Tensor) -> Tensor:
+        """The course by graph where one may be; a denoiser with its own conditions has no input for others."""
+        bound = course.denoiser
+        if self.cache is None or not isinstance(bound, Bound):
+            return course(x)
+        family = family_of(bound.guidance_scale, x, bound.labels, bound.model.module)
+        try:
+            return self.cache.run(family, course, x, bound.labels)[0]
+        except (AmedError, torch.OutOfMemoryError) as error:
+            logger.warning("the teacher runs eagerly from here on, as its trajectories cannot be captured: %s", error)
+            self.cache.clear()
+            self.cache = None
+        return course(x)
+
+
+@dataclass(frozen=True)
+class Course:
+    """(x, labels) -> the states (B, intervals / stride + 1, ...): samples first, as graphs pad and split them."""
+
+    program: Program
+    stride: int
+    denoiser: Denoiser
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        denoiser = self.denoiser if labels is None else replace(self.denoiser, labels=labels)  # type: ignore[type-var]
+        return torch.stack(integrate(self.program, denoiser, x)[:: self.stride], dim=1)
 
 
 def _refined(student: Plan, stride: int) -> Tensor:

@@ -6,7 +6,7 @@ samples, end to end. A few hundred latents and some minutes on a CPU do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.batches import Batches, Condition
 from amed_engine.candidate import Candidate, Fitted, nonstationary
 from amed_engine.checkpoints import fingerprint
 from amed_engine.coefficients import ConstantPredictor
+from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
 from amed_engine.loop import Program, sample
 from amed_engine.models import Model, resolve
 from amed_engine.plan import Plan, clamp_range, make_plan
-from amed_engine.requests import bind_labels, vectors
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)
@@ -92,6 +93,7 @@ def fit(
     codes: int = 32,
     ridge: float = 0.05,
     learn_sigmas: bool | None = None,
+    conditions: Iterable[Condition] | None = None,
     guidance_scale: float | None = None,
     samples: int = 512,
     batch: int = 64,
@@ -115,6 +117,7 @@ def fit(
     learn_sigmas: None learns noise levels where the rows do not depend on them. samples: latents solved by a teacher of
     teacher_nfe evaluations, `batch` at a time. starts, early, late: iterations on the first latents from each of the best
     training-free solvers, then on all of them. seed: of latents and labels; the global generators are untouched.
+    conditions: None draws class labels where the model has any; else one entry per batch, as `distill` takes them.
     Returns predictors with their plan set. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
@@ -123,7 +126,7 @@ def fit(
     task = Task(
         variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
     )
-    examples = draw_examples(resolved, task, effort)
+    examples = draw_examples(resolved, task, effort, conditions)
     fitted: dict[int, Fitted] = {}
     for number in numbers:
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
@@ -159,34 +162,29 @@ def learn(
 
 def _finished(candidate: Candidate, model: Model, task: Task) -> Fitted:
     predictor = candidate.predictor
-    predictor.plan = replace(candidate.plan, model=fingerprint(model.module), guidance_scale=task.guidance_scale)
+    made_for = {"model": fingerprint(model.module), "dtype": model.precision, "guidance_scale": task.guidance_scale}
+    predictor.plan = replace(candidate.plan, **made_for)
     return predictor.eval()
 
 
-def draw_examples(model: Model, task: Task, effort: Effort) -> list[Example]:
-    """Latents with conditions, solved by the teacher, `batch` at a time."""
-    if model.shape is None:
-        raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+def draw_examples(
+    model: Model, task: Task, effort: Effort, conditions: Iterable[Condition] | None = None
+) -> list[Example]:
+    """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
     if task.guidance_scale is not None and not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     low, high = clamp_range(model.sigma_min, model.sigma_max)
-    teacher = make_plan(effort.teacher_nfe, afs=False, sigma_min=low, sigma_max=high, **TEACHER)
-    generator = torch.Generator().manual_seed(effort.seed)
-    examples = []
-    for start in range(0, effort.samples, effort.batch):
-        examples.append(_draw(model, task, teacher, min(effort.batch, effort.samples - start), generator))
-    return examples
+    span = {"sigma_min": low, "sigma_max": high, "guidance_scale": task.guidance_scale}
+    teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
+    batch = min(effort.batch, effort.samples)
+    data = Batches(model, teacher, batch, torch.Generator().manual_seed(effort.seed), conditions)
+    counts = [min(batch, effort.samples - start) for start in range(0, effort.samples, batch)]
+    drawn = [data.draw([slice(0, count)], count)[0] for count in counts]
+    return [_solved(denoiser, x, teacher) for denoiser, x in drawn]
 
 
 @torch.no_grad()
-def _draw(model: Model, task: Task, teacher: Plan, count: int, generator: torch.Generator) -> Example:
-    assert model.shape is not None
-    x = torch.randn((count, *model.shape), generator=generator).to(model.device) * teacher.sigmas[0]
-    labels: Tensor | None = None
-    if model.label_dim:
-        classes = torch.randint(model.label_dim, (count,), generator=generator)
-        labels = vectors(classes, model.label_dim).to(x)
-    denoiser = bind_labels(model, labels, task.guidance_scale)
+def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
     return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
 
 

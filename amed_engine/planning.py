@@ -132,7 +132,8 @@ def _check_levels(model: Model, plan: Plan) -> None:
 def check_dtype(model: Model, plan: Plan) -> None:
     """The network's arithmetic must be that of the training; plans from before it was noted say nothing."""
     if None not in (plan.dtype, model.precision) and plan.dtype != model.precision:
+        remedy = "convert the network" if model.autocast is None else f"leave autocast={model.autocast} out"
         raise ConfigError(
-            f"this predictor was trained for a network in {plan.dtype}, got one in {model.precision}; leave autocast out, or "
-            "pass verify=False to use it all the same"
+            f"this predictor was trained for a network in {plan.dtype}, got one in {model.precision}, whose rounding it knows "
+            f"nothing of; {remedy}, or pass verify=False to use it all the same"
         )

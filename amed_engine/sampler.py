@@ -103,6 +103,7 @@ class Sampler:
             check_range(self.plan, sigma_min, sigma_max)
         if predictor is not None and verify:
             check_model(self.model, self.plan)
+        if predictor is not None and verify and not bundled:  # nobody who asks for autocast alone chose a predictor
             check_dtype(replace(self.model, autocast=autocast), self.plan)
         self._program = self._build(self.plan, predictor)
         if predictor is not None:

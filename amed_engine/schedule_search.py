@@ -12,6 +12,7 @@ training: the teacher's evaluations are all.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,9 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.batches import Batches, Condition
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
-from amed_engine.distillation import Batches
-from amed_engine.distillation.data import Condition
 from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, integrate
 from amed_engine.models import resolve
@@ -31,6 +31,8 @@ from amed_engine.plan import Plan, clamp_range, make_plan
 from amed_engine.schedule import check_sigmas, make_schedule
 from amed_engine.solver import Solver, in_range
 from amed_engine.solvers import make_solver
+
+logger = logging.getLogger("amed_engine")
 
 COSTS = ("euler", "solver")
 COEFFICIENT = 1.15  # the paper's for pixels; 1.2 for Stable Diffusion
@@ -68,6 +70,7 @@ def search_schedule(
     every step that precedes it. grid: from how many levels to choose, spaced as `polynomial` spaces them, or the levels
     themselves, both ends included. samples: latents, drawn by `seed` in whole batches; the global generators are
     untouched. conditions, guidance_scale: as `distill` takes them.
+    Solvers that extrapolate in log sigma (dpmpp, unipc) may do worse on these levels: a warning says so.
     Returns (intervals + 1,) float64, decreasing, on the CPU. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
@@ -178,6 +181,11 @@ def cheapest_path(cost: Tensor, steps: int, coefficient: float = COEFFICIENT) ->
 
 # ---- what was asked for ----
 
+_EULER_IS_NO_GUIDE = (
+    "the costs are those of Euler steps; %s extrapolates in log sigma, where these levels may do worse than its own schedule: "
+    "compare before use"
+)
+
 
 def _check_numbers(samples: int, batch: int, coefficient: float) -> None:
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in (samples, batch)):
@@ -208,6 +216,8 @@ def _step(cost: str, plan: Plan) -> Step:
     if cost not in COSTS:
         raise ConfigError(f"cost must be one of {', '.join(COSTS)}; got {cost!r}")
     if cost == "euler":
+        if plan.solver in ("dpmpp", "unipc") and solver.memory:
+            logger.warning(_EULER_IS_NO_GUIDE, plan.describe())
         return euler_step
     if solver.memory or solver.corrects:
         raise ConfigError(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan
+from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan, zoo
 from amed_engine.candidate import Candidate, nonstationary, unrolled
 from amed_engine.checkpoints import load_predictor, save_predictor
 from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
@@ -25,6 +25,7 @@ from amed_engine.loop import Program, integrate, sample
 from amed_engine.models import resolve
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint, Row
+from amed_engine.requests import bind_labels
 from amed_engine.solvers import make_solver
 
 SHAPE = (1, 4, 4)
@@ -247,6 +248,109 @@ def test_one_run_serves_several_numbers_of_evaluations():
     assert {nfe: predictor.plan.nfe for nfe, predictor in many.items()} == {3: 3, 4: 4}
     alone = fit(mixture, nfe=4, **one)
     assert torch.equal(alone.coefficients, many[4].coefficients)
+
+
+def test_latents_come_before_labels_from_one_generator(tiny_conditional):
+    """The order that fits were made in: another one would change every fit of a seed."""
+    model, effort = resolve(tiny_conditional), Effort(samples=10, batch=4, teacher_nfe=4, seed=5)
+    task = Task("nonstationary", guidance_scale=2.0)
+    generator = torch.Generator().manual_seed(5)
+    for example, count in zip(draw_examples(model, task, effort), (4, 4, 2), strict=True):
+        x = torch.randn((count, 1, 8, 8), generator=generator) * 80.0
+        labels = torch.nn.functional.one_hot(
+            torch.randint(model.label_dim, (count,), generator=generator), model.label_dim
+        )
+        assert torch.equal(example.x, x)
+        sigma = torch.full((count,), 80.0)
+        expected = bind_labels(model, labels.float(), 2.0)(x, sigma)
+        assert torch.equal(example.denoiser(x, sigma).x0, expected.x0)
+
+
+QUICK = {
+    "shape": SHAPE,
+    "samples": 8,
+    "batch": 4,
+    "starts": 1,
+    "early": 0,
+    "late": 1,
+    "teacher_nfe": 6,
+    "progress": False,
+}
+
+
+def test_conditions_may_be_classes_tensors_or_denoisers(tiny_conditional):
+    model, effort = resolve(tiny_conditional), Effort(samples=8, batch=4, teacher_nfe=4)
+    dim = tiny_conditional.label_dim
+    classes = [torch.arange(4) % dim, torch.zeros(4, dtype=torch.int64)]
+    rows = [torch.nn.functional.one_hot(c, dim).float() for c in classes]
+    bound = [lambda x, sigma, r=r: tiny_conditional(x, sigma, r) for r in rows]
+    drawn = [draw_examples(model, Task("constants"), effort, c) for c in (classes, rows, bound, classes[1:])]
+    targets = [torch.cat([example.target for example in examples]) for examples in drawn]
+    assert torch.equal(targets[0], targets[1])
+    assert torch.equal(targets[0], targets[2])
+    assert not torch.equal(targets[0][:4], targets[3][:4])
+    assert torch.equal(targets[0][4:], targets[3][4:])
+
+
+def test_every_condition_is_fitted_to_and_begun_anew():
+    asked = []
+
+    def prompt(name):
+        def denoise(x, sigma):
+            asked.append(name)
+            return mixture(x, sigma)
+
+        return denoise
+
+    fit(mixture, nfe=3, conditions=[prompt("cat"), prompt("dog")], **QUICK | {"samples": 12})
+    assert set(asked) == {"cat", "dog"}
+    assert asked[:12] == ["cat"] * 6 + ["dog"] * 6  # the teacher's evaluations, batch by batch
+    assert asked[12:18] == ["cat"] * 6
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ([], "conditions gave no batch; pass a list"),
+        ([3], "conditions must give tensors or denoisers"),
+        ([torch.zeros(2, 3)], "conditions gave 2 rows for a batch of 4"),
+    ],
+)
+def test_conditions_that_cannot_be_used_are_named(conditions, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(mixture, conditions=conditions, **QUICK)
+
+
+def test_denoisers_that_would_be_cut_are_refused_before_any_network_runs():
+    asked = []
+    with pytest.raises(ConfigError, match=r"cannot be cut;.* samples that are a multiple of batch"):
+        fit(mixture, conditions=[lambda x, sigma: asked.append(x)], **QUICK | {"samples": 10})
+    assert asked == []
+
+
+def test_the_plan_keeps_the_precision_of_the_network(tiny_model, tmp_path):
+    predictor = fit(tiny_model, variant="constants", nfe=2, **QUICK | {"shape": None})
+    save_predictor(predictor, tmp_path / "p.safetensors")
+    assert load_predictor(tmp_path / "p.safetensors").plan.dtype == "float32"
+    with pytest.raises(ConfigError, match=r"leave autocast=torch.bfloat16 out, or pass verify=False"):
+        Sampler(tiny_model, predictor, autocast=torch.bfloat16)
+    assert Sampler(tiny_model, predictor, autocast=torch.bfloat16, verify=False).plan == predictor.plan
+    with pytest.raises(ConfigError, match=r"got one in float64.*convert the network, or pass verify=False"):
+        Sampler(tiny_model.double(), replace_plan(predictor, model=None))
+
+
+def replace_plan(predictor, **changes):
+    predictor.plan = replace(predictor.plan, **changes)
+    return predictor
+
+
+def test_a_bundled_predictor_is_no_obstacle_to_autocast(monkeypatch):
+    """Whoever did not choose the predictor cannot be told to choose another."""
+    bundled = zoo.bundled_predictor("digits", 5)
+    monkeypatch.setattr(zoo, "bundled_predictor", lambda *_: replace_plan(bundled, dtype="float32"))
+    assert Sampler("digits", nfe=5, autocast=torch.bfloat16).plan.dtype == "float32"
+    with pytest.raises(ConfigError, match=r"leave autocast=torch.bfloat16 out"):
+        Sampler("digits", bundled, autocast=torch.bfloat16)
 
 
 def test_freeze_draws_latents_for_a_network_that_tells_its_shape(tiny_model):

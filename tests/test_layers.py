@@ -18,7 +18,7 @@ ENGINE = (
     *("solver", "singlestep", "multistep", "nonstationary", "solvers", "plan", "seeds"),
     *("denoiser", "loop", "coefficients", "predictor"),
     *("networks", "adapters", "checkpoints", "zoo"),
-    *("models", "arrays", "requests", "planning", "results", "capture", "graph", "engine"),
+    *("models", "arrays", "requests", "batches", "planning", "results", "capture", "graph", "engine"),
     *("packages", "export_plan", "export", "sampler"),
     *("candidate", "fitting", "learned", "distillation", "schedule_search", "schedule_file", "reproduce"),
     "__init__",  # the public names

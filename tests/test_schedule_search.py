@@ -324,3 +324,9 @@ def test_the_code_block_of_the_page_runs():
     exec(compile(source, "schedules.md", "exec"), names)
     assert names["images"].isfinite().all()
     assert len(names["levels"]) == 7
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ipndm", "deis", "dpmpp", "unipc"])
+def test_those_that_extrapolate_in_log_sigma_are_warned_of(solver, caplog):
+    search(solver=solver, samples=2, batch=2, grid=9)
+    assert ("extrapolates in log sigma" in caplog.text) == (solver in ("dpmpp", "unipc"))

@@ -1,7 +1,8 @@
 """Training a predictor against a teacher's trajectories: the paper's algorithm and its variants."""
 
+from amed_engine.batches import Batches
 from amed_engine.distillation.api import distill
-from amed_engine.distillation.data import Batches, Teacher
+from amed_engine.distillation.data import Teacher
 from amed_engine.distillation.settings import PRESETS
 from amed_engine.distillation.training import Round
 

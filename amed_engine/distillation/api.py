@@ -13,15 +13,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from amed_engine.batches import Batches, Condition
 from amed_engine.checkpoints import fingerprint
 from amed_engine.denoiser import as_denoised
 from amed_engine.distillation import report
-from amed_engine.distillation.data import Batches, Condition, Loss, Teacher, squared_error
+from amed_engine.distillation.data import Loss, Teacher, squared_error
 from amed_engine.distillation.parallel import join
 from amed_engine.distillation.saving import Checkpoints
 from amed_engine.distillation.settings import OPTIONS, Settings, choose
 from amed_engine.distillation.training import Round, Trainer
+from amed_engine.engine import Engine
 from amed_engine.errors import ConfigError, NonFiniteError
+from amed_engine.graph import GraphCache
 from amed_engine.models import Model, resolve
 from amed_engine.plan import Plan, clamp_range, make_plan
 from amed_engine.predictor import AMEDPredictor
@@ -105,6 +108,7 @@ def distill(
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
     with _frozen(resolved.module), torch.enable_grad(), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
+        teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
         predictor = _new_predictor(data, settings, scales, seed)
         rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
@@ -119,6 +123,11 @@ def distill(
         ranks.wait()
     predictor.plan = plan
     return predictor.eval()
+
+
+def _graphs(model: Model, rows: int) -> GraphCache | None:
+    """For the teacher's trajectories of one part of a batch, on a GPU."""
+    return Engine(model, model.device, "auto", (rows,), check_finite=False).cache
 
 
 class _Reports:

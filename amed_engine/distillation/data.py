@@ -1,28 +1,37 @@
-"""What the student learns from: starting points, conditions, and the teacher's states."""
+"""What the student learns from: the teacher's states, and a distance to them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from amed_engine.batches import Bound
 from amed_engine.denoiser import Denoiser
-from amed_engine.errors import ConfigError
-from amed_engine.loop import sample
-from amed_engine.models import Model
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.graph import GraphCache, family_of
+from amed_engine.loop import Program, integrate
 from amed_engine.plan import Plan, make_plan
-from amed_engine.requests import bind_labels, vectors
 from amed_engine.schedule import make_schedule
 
+logger = logging.getLogger("amed_engine")
 
-class Teacher(NamedTuple):
-    """A training-free solver on a refinement of the student's noise levels."""
+
+@dataclass
+class Teacher:
+    """A training-free solver on a refinement of the student's noise levels.
+
+    cache: of graphs of the whole trajectory, for denoisers that are the model's own; None runs eagerly.
+    """
 
     plan: Plan
     stride: int
+    cache: GraphCache | None = None
 
     @classmethod
     def of(
@@ -47,9 +56,37 @@ class Teacher(NamedTuple):
 
     def states(self, denoiser: Denoiser, x: Tensor) -> Tensor:
         """The teacher's states at the student's noise levels, (intervals + 1, B, ...)."""
+        program = Program.build(self.plan.make_solver(), self.plan.levels).on(x.device, x.dtype)
         with torch.no_grad():
-            states = sample(denoiser, x, self.plan.levels, self.plan.make_solver(), trajectory=True)
-        return states[:: self.stride]
+            states = self._captured(Course(program, self.stride, denoiser), x)
+        return states.transpose(0, 1).contiguous()
+
+    def _captured(self, course: Course, x: Tensor) -> Tensor:
+        """The course by graph where one may be; a denoiser with its own conditions has no input for others."""
+        bound = course.denoiser
+        if self.cache is None or not isinstance(bound, Bound):
+            return course(x)
+        family = family_of(bound.guidance_scale, x, bound.labels, bound.model.module)
+        try:
+            return self.cache.run(family, course, x, bound.labels)[0]
+        except (AmedError, torch.OutOfMemoryError) as error:
+            logger.warning("the teacher runs eagerly from here on, as its trajectories cannot be captured: %s", error)
+            self.cache.clear()
+            self.cache = None
+        return course(x)
+
+
+@dataclass(frozen=True)
+class Course:
+    """(x, labels) -> the states (B, intervals / stride + 1, ...): samples first, as graphs pad and split them."""
+
+    program: Program
+    stride: int
+    denoiser: Denoiser
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        denoiser = self.denoiser if labels is None else replace(self.denoiser, labels=labels)  # type: ignore[type-var]
+        return torch.stack(integrate(self.program, denoiser, x)[:: self.stride], dim=1)
 
 
 def _refined(student: Plan, stride: int) -> Tensor:
@@ -67,110 +104,6 @@ def _inside(student: Plan, stride: int, schedule: str, rho: float | None) -> Ten
         for high, low in itertools.pairwise(student.sigmas)
     ]
     return torch.cat([*parts, student.levels[-1:]])
-
-
-Condition = Tensor | Denoiser
-
-
-class Batches:
-    """Endless batches: starting points x = sigma_0 · noise and a denoiser with its conditions bound.
-
-    conditions: None draws class labels where the model has any; or an iterable that gives one entry per batch, class
-    numbers (B,), condition tensors (B, ...), or a denoiser (x, sigma) -> D with its own conditions bound. It is
-    started anew when it ends.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        plan: Plan,
-        batch: int,
-        generator: torch.Generator,
-        conditions: Iterable[Condition] | None = None,
-    ):
-        if model.shape is None:
-            raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
-        self.model, self.plan, self.batch, self.generator = model, plan, batch, generator
-        self.shape: tuple[int, ...] = model.shape
-        self.conditions = None if conditions is None else _endless(conditions)
-
-    def skip(self, rounds: int) -> None:
-        """Leave out the conditions of batches that were trained on before; the generator's state says the rest."""
-        if self.conditions is not None:
-            next(itertools.islice(self.conditions, rounds, rounds), None)
-
-    def probe(self) -> tuple[Denoiser, Tensor]:
-        """A denoiser and a starting point for a first look at what the network returns; no condition is used up."""
-        if self.conditions is None:
-            ((denoiser, x),) = self.draw([slice(0, 1)], 1)
-            return denoiser, x
-        first = next(self.conditions)
-        self.conditions = itertools.chain([first], self.conditions)
-        x = self._noise(self.batch)
-        return self._bind(first, slice(0, self.batch), 1), x
-
-    def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
-        """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
-        batch = batch or self.batch
-        x, condition = self._noise(batch), self._condition(batch)
-        return [(self._bind(condition, part, len(parts)), x[part]) for part in parts]
-
-    def _noise(self, batch: int) -> Tensor:
-        x = torch.randn((batch, *self.shape), generator=self.generator)
-        return x.to(self.model.device) * self.plan.sigmas[0]
-
-    def _condition(self, batch: int) -> Condition | None:
-        if self.conditions is not None:
-            return next(self.conditions)
-        if not self.model.label_dim:
-            return None
-        return torch.randint(self.model.label_dim, (batch,), generator=self.generator)
-
-    def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
-        if condition is None:
-            return self.model.denoise
-        if not isinstance(condition, Tensor):
-            return _whole(condition, part, self.batch)
-        rows = condition[part].to(self.model.device)
-        if not rows.is_floating_point():
-            rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
-        if len(condition) < (part.stop or 0):
-            raise ConfigError(
-                f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
-            )
-        return bind_labels(self.model, rows, self.plan.guidance_scale)
-
-
-def _classes(rows: Tensor, label_dim: int) -> Tensor:
-    if not label_dim or rows.dim() != 1 or bool(((rows < 0) | (rows >= label_dim)).any()):
-        raise ConfigError(
-            f"whole-number conditions must be classes (B,) in 0 .. {label_dim - 1}, got {tuple(rows.shape)} from "
-            f"{rows.min().item()} to {rows.max().item()}; the model has label_dim {label_dim}"
-        )
-    return rows.long()
-
-
-def _whole(condition: Any, part: slice, batch: int) -> Denoiser:
-    if not callable(condition):
-        raise ConfigError(
-            f"conditions must give tensors or denoisers (x, sigma) -> D, got {type(condition).__name__} for a batch"
-        )
-    if (part.start, part.stop) != (0, batch):
-        raise ConfigError("a denoiser with its conditions bound cannot be cut; train in one process with accumulate=1")
-    return condition  # type: ignore[return-value]
-
-
-def _endless(conditions: Iterable[Condition]) -> Iterator[Condition]:
-    """Over and over again; an iterator, which cannot start again, ends with an error."""
-    for turn in itertools.count():
-        empty = True
-        for condition in conditions:
-            empty = False
-            yield condition
-        if empty:
-            raise ConfigError(
-                f"conditions gave no batch{' any more' if turn else ''}; pass a list, or an iterable that starts anew"
-            )
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]

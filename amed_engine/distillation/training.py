@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from amed_engine.batches import Batches
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
-from amed_engine.distillation.data import Batches, Loss, Teacher
+from amed_engine.distillation.data import Loss, Teacher
 from amed_engine.distillation.parallel import Ranks
 from amed_engine.errors import NonFiniteError
 from amed_engine.loop import Program, State, Trajectory

@@ -3,13 +3,27 @@
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from amed_engine import AmedError, ConfigError, NonFiniteError, Sampler, StaleGraphError, kernels
+from amed_engine import (
+    AmedError,
+    ConfigError,
+    NonFiniteError,
+    Sampler,
+    StaleGraphError,
+    distill,
+    kernels,
+    make_plan,
+    sample,
+)
+from amed_engine.batches import Batches
+from amed_engine.distillation import Teacher
 from amed_engine.graph import GraphCache, family_of
+from amed_engine.models import resolve
 
 SIZES = (2, 8, 4)
 
@@ -365,3 +379,65 @@ def test_another_implementation_of_the_kernels_is_another_family(cache):
     with kernels.use("reference"):
         forced = family_of(None, latents, None, cache.module)
     assert (plain == forced) == (kernels.backends()["cuda"] == "reference")
+
+
+# ---- the teacher's trajectories, in training
+
+
+def batches(model, conditions=None, guidance=None):
+    plan = make_plan(3, solver="amed", afs=True, guidance_scale=guidance)
+    return plan, Batches(model, plan, 4, torch.Generator().manual_seed(0), conditions)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_a_teacher_is_captured_once_and_gives_the_eager_states(tiny_conditional, guidance):
+    plan, data = batches(resolve(tiny_conditional), guidance=guidance)
+    teacher = Teacher.of(plan, "heun", None, 1)
+    eager, teacher.cache = replace(teacher), GraphCache(Double(), (4,), tiny_conditional)
+    for _ in range(3):  # other latents and labels every time
+        ((denoiser, x),) = data.draw([slice(0, 4)])
+        states = teacher.states(denoiser, x)
+        assert states.shape == (plan.intervals + 1, *x.shape)
+        assert torch.equal(states, eager.states(denoiser, x))
+        exact = sample(denoiser, x, teacher.plan.levels, teacher.plan.make_solver(), trajectory=True)
+        assert torch.equal(states, exact[::2])
+    assert (teacher.cache.stats.captures, teacher.cache.stats.replays) == (1, 3)
+
+
+def test_conditions_given_as_denoisers_are_not_captured(tiny_model):
+    plan, data = batches(resolve(tiny_model), [lambda x, sigma: 0.5 * x, lambda x, sigma: 0.25 * x])
+    teacher = Teacher.of(plan, "euler", None, 0)
+    teacher.cache = GraphCache(Double(), (4,), tiny_model)
+    for _ in range(2):
+        ((denoiser, x),) = data.draw([slice(0, 4)])
+        exact = sample(denoiser, x, teacher.plan.levels, teacher.plan.make_solver(), trajectory=True)
+        assert torch.equal(teacher.states(denoiser, x), exact)
+    assert teacher.cache.device.log == []
+
+
+@pytest.mark.parametrize("trouble", ["memory", "broken"])
+def test_a_teacher_that_cannot_be_captured_says_so_and_runs_eagerly(tiny_model, trouble, caplog):
+    plan, data = batches(resolve(tiny_model))
+    teacher = Teacher.of(plan, "euler", None, 0)
+    teacher.cache = cache = GraphCache(Double(), (4,), tiny_model)
+    cache.device.fail_at, cache.device.broken = (0, False) if trouble == "memory" else (None, True)
+    for _ in range(2):
+        ((denoiser, x),) = data.draw([slice(0, 4)])
+        exact = sample(denoiser, x, teacher.plan.levels, teacher.plan.make_solver(), trajectory=True)
+        assert torch.equal(teacher.states(denoiser, x), exact)
+    assert caplog.text.count("the teacher runs eagerly from here on") == 1
+
+
+def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional, monkeypatch):
+    caches = []
+
+    def doubled(model, rows):
+        caches.append(GraphCache(Double(), (rows,), model.module))
+        return caches[-1]
+
+    run = {"nfe": 3, "total_kimg": 0.008, "batch": 4, "accumulate": 2, "teacher_intermediate": 1, "progress": False}
+    eager = distill(tiny_conditional, **run).state_dict()
+    monkeypatch.setattr("amed_engine.distillation.api._graphs", doubled)
+    captured = distill(tiny_conditional, **run).state_dict()
+    assert all(torch.equal(captured[name], value) for name, value in eager.items())
+    assert [(c.batch_sizes, c.stats.captures, c.stats.replays) for c in caches] == [([2], 1, 4)]

@@ -111,9 +111,9 @@ class _Encoder(nn.Module):
         """x in the dtype of the network's arithmetic; half precision is worth nothing on a CPU."""
         return x.to(torch.float16 if self.use_fp16 and x.is_cuda else self._stored)
 
-    def _finish(self, h: Tensor, x: Tensor) -> Tensor:
-        """The last layers, of h in the wider dtype of x and the parameters, in x's dtype."""
-        return self.out(h.to(torch.promote_types(x.dtype, self._stored))).to(x.dtype)
+    def _finish(self, head: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        """The head of h in the wider dtype of x and the parameters; in x's dtype."""
+        return head(h.to(torch.promote_types(x.dtype, self._stored))).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != self.in_channels):  # pyright: ignore
@@ -172,7 +172,7 @@ class OpenAIUNet(_Encoder):
         h = bottleneck = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self._finish(h, x), bottleneck.to(x.dtype)
+        return self._finish(self.out, h, x), bottleneck.to(x.dtype)
 
     def _embed_classes(self, y: Tensor | None, emb: Tensor) -> Tensor | None:
         if (y is None) != (self.num_classes is None):
@@ -224,7 +224,7 @@ class OpenAIClassifier(_Encoder):
             h = block(h, emb)
             means.append(h.mean(dim=(2, 3)))
         h = torch.cat(means, dim=1) if self.pool.startswith("spatial") else h
-        return self._finish(h, x)
+        return self._finish(self.out, h, x)
 
 
 def _resampler(channels: int, style: Style, direction: str) -> nn.Module:

@@ -99,10 +99,8 @@ def test_latents_become_the_images_of_their_first_stage(bedroom, amed, tmp_path,
     assert (facts["published_fid"], facts["images"], facts["guidance_scale"]) == (recipe.fid, 3, None)
     betas = alphas_cumprod("scaled_linear", 1000, 0.0015, 0.0195)
     levels = torch.tensor(recipe.plan().sigmas, dtype=torch.float64)
-    sampler = Sampler(
-        *(wrap(network, "epsilon", shape=(3, 8, 8), betas=betas),), solver=recipe.solver, solver_options=recipe.options,
-        schedule=levels, afs=False,
-    )  # fmt: skip
+    denoiser = wrap(network, "epsilon", shape=(3, 8, 8), betas=betas)
+    sampler = Sampler(denoiser, solver=recipe.solver, solver_options=recipe.options, schedule=levels, afs=False)
     with torch.no_grad():
         expected = vae.decode(sampler.run([0, 1, 2]).images).sample
     assert expected.shape == (3, 3, 16, 16)
@@ -144,7 +142,9 @@ def stable(monkeypatch, tmp_path):
         text_encoder=transformers.CLIPTextModel(text).eval(),
         tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8),
         unet=diffusers.UNet2DConditionModel(**small).eval(),
-        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False
+        ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(tmp_path / "weights" / SD)

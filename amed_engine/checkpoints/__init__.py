@@ -1,6 +1,6 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
-from amed_engine.checkpoints.conversion import Converted, convert, load_published
+from amed_engine.checkpoints.conversion import Converted, convert, load_first_stage, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.fingerprints import fingerprint, is_model
 from amed_engine.checkpoints.native import (
@@ -21,6 +21,7 @@ __all__ = [
     "fingerprint",
     "from_pretrained",
     "is_model",
+    "load_first_stage",
     "load_model",
     "load_predictor",
     "load_program",

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amed_engine.checkpoints import latent, openai_state
+from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed_pickle import to_predictor
-from amed_engine.checkpoints.files import check_values
+from amed_engine.checkpoints.files import check_values, save_diffusers
 from amed_engine.checkpoints.native import build_network, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.published import read_published
@@ -195,15 +195,40 @@ def _latent_parts(
 
 
 def _latent(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    tensors, plain = _latent_parts(data, path, settings)
-    if plain is not None:
-        return _openai(tensors, path, out, plain)
-    return latent.save(latent.build(tensors, path, settings), out)
+    """The network, and beside it the first stage where the file has one; neither is written unless both can be."""
+    own = {name: value for name, value in settings.items() if name != "first_stage"}
+    tensors, plain = _latent_parts(data, path, own)
+    vae = first_stage_of(data["state_dict"], path) if settings.get("first_stage", True) else None
+    said = latent.save(latent.build(tensors, path, own), out) if plain is None else _openai(tensors, path, out, plain)
+    if vae is None:
+        return said
+    folder = first_stage.folder_beside(out)
+    save_diffusers(vae, folder)
+    return f"{said}; its first stage, a {type(vae).__name__} of diffusers, is in {folder}"
 
 
 def _load_latent(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
     tensors, plain = _latent_parts(data, path, settings)
     return latent.build(tensors, path, settings) if plain is None else _load_openai(tensors, path, plain)
+
+
+def first_stage_of(state: Mapping[str, Any], path: Path) -> Any:
+    """The autoencoder in a latent-diffusion state dict, None where it has none."""
+    tensors = first_stage.tensors_of(state)
+    return first_stage.build(_finite(tensors, path), state.get("scale_factor"), path) if tensors else None
+
+
+def load_first_stage(path: str | os.PathLike) -> nn.Module:
+    """The autoencoder (AutoencoderKL or VQModel of diffusers) of latents: out of a latent-diffusion checkpoint (.ckpt), or
+    from the directory that `convert` wrote beside the network. Raises ConfigError, FileFormatError, UnsafeFileError.
+    """
+    if Path(path).is_dir():
+        return first_stage.load(Path(path))
+    layout, data = _open(Path(path))
+    found = first_stage_of(data["state_dict"], Path(path)) if layout.convert is _latent else None
+    if found is None:
+        raise FileFormatError(f"{path} holds no first stage of latent diffusion (first_stage_model.*)")
+    return found
 
 
 def _no_settings(settings: Mapping[str, Any]) -> None:

@@ -50,6 +50,14 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
         raise
 
 
+def save_diffusers(model: Any, folder: Path) -> None:
+    """Save a model of diffusers to its directory, each file whole or not at all, readable as the umask says."""
+    with tempfile.TemporaryDirectory() as whole:
+        model.save_pretrained(whole)
+        for file in sorted(Path(whole).iterdir()):
+            atomic_write(folder / file.name, file.read_bytes())
+
+
 def _umask() -> int:
     """The process's umask, read where that needs no change to it (os.umask would race with other threads)."""
     with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amed_engine.checkpoints.files import save_diffusers
 from amed_engine.errors import ConfigError, FileFormatError
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
@@ -84,7 +85,7 @@ def save(unet: Any, out: Path) -> str:
     """Write a directory that diffusers' UNet2DConditionModel loads."""
     if out.suffix == ".safetensors":
         raise ConfigError(f"{out} must be a directory: diffusers keeps a model in one")
-    unet.save_pretrained(out)
+    save_diffusers(unet, out)
     return f"U-Net of Stable Diffusion, for diffusers' UNet2DConditionModel.from_pretrained({str(out)!r})"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from amed_engine.commands.shared import default_device
+
 
 @click.command()
 @click.argument("name", required=False)
@@ -18,6 +20,9 @@ import click
 @click.option(
     "--predictor", type=click.Path(exists=True), help="Of a learned method.", show_default="beside the weights"
 )
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False), help="File of a text-to-image recipe, .csv or .txt."
+)
 @click.option("--statistics", type=click.Path(exists=True, dir_okay=False), help="Reference statistics, EDM's .npz.")
 @click.option("--features", default="inception", help="What the distance is over: inception, pixels.")
 @click.option("--images", type=click.IntRange(min=2), help="How many samples.", show_default="as published")
@@ -25,7 +30,7 @@ import click
 @click.option("--device", help="Where to run.", show_default="a GPU where there is one")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write the images too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def reproduce(name, show, weights, predictor, statistics, features, images, batch, device, outdir, as_json) -> None:
+def reproduce(name, show, statistics, features, images, batch, outdir, as_json, **parts) -> None:
     """Run a published evaluation, e.g. cifar10-amed-5, and compare with the number in the table."""
     from amed_engine.zoo.recipes import load_recipe, recipe_names
 
@@ -35,31 +40,28 @@ def reproduce(name, show, weights, predictor, statistics, features, images, batc
     if name is None:
         raise click.UsageError("name a recipe, e.g. cifar10-amed-5, or --list them")
     recipe = load_recipe(name)
-    sampler = _sampler(recipe, weights, predictor, device)
+    drawing = _prepare(recipe, batch=batch, **parts)
     seeds = range(images or recipe.images)
-    stream = _counted(_stream(sampler, seeds, batch, outdir), len(seeds))
-    measured = None if statistics is None else _distance(stream, statistics, features, sampler.device)
+    stream = _counted(_stream(drawing, seeds, batch, outdir), len(seeds))
+    measured = None if statistics is None else _distance(stream, statistics, features, drawing.sampler.device)
     if statistics is None:
         for _ in stream:
             pass
-    _report(recipe, sampler, len(seeds), measured, features, as_json)
+    _report(recipe, drawing.sampler, len(seeds), measured, features, as_json)
 
 
-def _sampler(recipe: Any, weights: str | None, predictor: str | None, device: str | None) -> Any:
-    import torch
+def _prepare(recipe: Any, *, device: str | None, **parts: Any) -> Any:
+    from amed_engine.reproduce import prepare
 
-    from amed_engine.reproduce import recipe_sampler
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return recipe_sampler(recipe, weights=weights, predictor=predictor, device=device)
+    return prepare(recipe, device=device or default_device(), **parts)
 
 
-def _stream(sampler: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
+def _stream(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
     from amed_engine import images
     from amed_engine.reproduce import draw
 
     done = 0
-    for pictures in draw(sampler, seeds, batch):
+    for pictures in draw(drawing, seeds, batch):
         if outdir:
             rows = list(pictures.permute(0, 2, 3, 1).numpy())
             images.save_each(outdir, rows, list(seeds[done : done + len(rows)]), True)
@@ -86,6 +88,7 @@ def _report(recipe: Any, sampler: Any, count: int, measured: float | None, featu
     facts = {
         "recipe": recipe.name,
         "plan": sampler.plan.describe(),
+        "guidance_scale": recipe.guidance,
         "images": count,
         "features": features,
         "frechet_distance": measured,

@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from amed_engine.commands.shared import default_device, parse_pairs
+from amed_engine.commands.weights import weights_option
 
 
 @click.command("search-schedule")
-@click.option("--model", "--network", "model", default="digits", help="A bundled model's name, or a path.")
+@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
+@weights_option
 @click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--solver", default="ipndm", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.")

@@ -7,6 +7,7 @@ are the published ones, and ``load_state_dict(..., strict=True)`` of a published
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -33,40 +34,53 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # of the classifier's head over spatial means
 
 
+@dataclass(eq=False, repr=False)
 class _Encoder(nn.Module):
-    """What both networks share: the embedding of time, the descending half and the middle."""
+    """What both networks share: arguments, the embedding of time, the descending half and the middle."""
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-        dims: int,
-        use_fp16: bool,
-        style: Style,
-    ):
-        super().__init__()
-        if dims != 2:
-            raise ConfigError(f"dims must be 2 (images), got {dims}")
-        self.image_size, self.in_channels, self.model_channels = image_size, in_channels, model_channels
-        self.use_fp16, self.style, self.attention_resolutions = use_fp16, style, tuple(attention_resolutions)
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        self.levels, width = len(widths), style.emb_channels
-        self.time_embed = nn.Sequential(Dense(model_channels, width), nn.SiLU(), Dense(width, width))
-        self.input_blocks = nn.ModuleList([Stack(Conv(in_channels, widths[0], 3, padding=1))])
-        self.skips = [widths[0]]  # channels that each input block puts out
-        for level, channels in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self._push(ResBlock(self.skips[-1], channels, style), channels, 2**level)
-            if level != len(widths) - 1:
-                self._push(_resampler(channels, style, "down"), channels)
+    image_size: int
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    dropout: float = 0.0
+    channel_mult: Sequence[float] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    use_checkpoint: bool = False
+    use_fp16: bool = False
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+
+    def __post_init__(self):
+        super().__init__()  # the arguments are plain attributes, which may be there before it
+        self.config: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.dims != 2:
+            raise ConfigError(f"dims must be 2 (images), got {self.dims}")
+        shared = (self.dropout, self.use_scale_shift_norm, self.resblock_updown, self.conv_resample)
+        width = 4 * self.model_channels
+        self.style = Style(width, *shared, self.num_head_channels, self.num_heads, self.use_new_attention_order)
+        self.widths = [int(mult * self.model_channels) for mult in self.channel_mult]
+        self.time_embed = nn.Sequential(Dense(self.model_channels, width), nn.SiLU(), Dense(width, width))
+        self._build_descent()
         bottom = self.skips[-1]
         self.middle_block = Stack(
-            ResBlock(bottom, bottom, style), self._attention(bottom), ResBlock(bottom, bottom, style)
+            ResBlock(bottom, bottom, self.style), self._attention(bottom), ResBlock(bottom, bottom, self.style)
         )
+
+    def _build_descent(self) -> None:
+        self.input_blocks = nn.ModuleList([Stack(Conv(self.in_channels, self.widths[0], 3, padding=1))])
+        self.skips = [self.widths[0]]  # channels that each input block puts out
+        for level, channels in enumerate(self.widths):
+            for _ in range(self.num_res_blocks):
+                self._push(ResBlock(self.skips[-1], channels, self.style), channels, 2**level)
+            if level != len(self.widths) - 1:
+                self._push(_resampler(channels, self.style, "down"), channels)
 
     def _push(self, layer: nn.Module, channels: int, factor: int = 0) -> None:
         attention = [self._attention(channels)] if factor in self.attention_resolutions else []
@@ -80,7 +94,7 @@ class _Encoder(nn.Module):
     @property
     def bottleneck_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the middle block's output."""
-        size = self.image_size >> (self.levels - 1)
+        size = self.image_size >> (len(self.widths) - 1)
         return self.skips[-1], size, size
 
     @property
@@ -97,11 +111,16 @@ class _Encoder(nn.Module):
         """x in the dtype of the network's arithmetic; half precision is worth nothing on a CPU."""
         return x.to(torch.float16 if self.use_fp16 and x.is_cuda else self._stored)
 
+    def _finish(self, head: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        """The head of h in the wider dtype of x and the parameters; in x's dtype."""
+        return head(h.to(torch.promote_types(x.dtype, self._stored))).to(x.dtype)
+
     def _check(self, x: Tensor) -> None:
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != self.in_channels):  # pyright: ignore
             raise ConfigError(f"x must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
 
 
+@dataclass(eq=False, repr=False)
 class OpenAIUNet(_Encoder):
     """U-Net F(x, timesteps, y) -> (F, bottleneck), the bottleneck being the output of the middle block.
 
@@ -112,53 +131,28 @@ class OpenAIUNet(_Encoder):
     Raises ConfigError for channels that do not divide.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-    ):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        shared = (dropout, use_scale_shift_norm, resblock_updown, conv_resample, num_head_channels)
-        style = Style(4 * model_channels, *shared, num_heads, use_new_attention_order)
-        super().__init__(
-            *(image_size, in_channels, model_channels, num_res_blocks),
-            *(attention_resolutions, channel_mult, dims, use_fp16, style),
-        )
-        self.config: dict[str, Any] = config
-        self.out_channels, self.num_classes = out_channels, num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, style.emb_channels)
-        ascending = style if num_heads_upsample == -1 else style._replace(heads=num_heads_upsample)
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        self.output_blocks = self._build_decoder(widths, num_res_blocks, ascending)
-        self.out = nn.Sequential(Norm(widths[0]), nn.SiLU(), zero(Conv(widths[0], out_channels, 3, padding=1)))
+    num_classes: int | None = field(default=None, kw_only=True)
 
-    def _build_decoder(self, widths: list[int], num_res_blocks: int, style: Style) -> nn.ModuleList:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_classes is not None:
+            self.label_emb = nn.Embedding(self.num_classes, self.style.emb_channels)
+        same = self.num_heads_upsample == -1
+        self.output_blocks = self._build_ascent(
+            self.style if same else self.style._replace(heads=self.num_heads_upsample)
+        )
+        first = self.widths[0]
+        self.out = nn.Sequential(Norm(first), nn.SiLU(), zero(Conv(first, self.out_channels, 3, padding=1)))
+
+    def _build_ascent(self, style: Style) -> nn.ModuleList:
         skips, blocks, current = list(self.skips), nn.ModuleList(), self.skips[-1]
-        for level, channels in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
+        for level, channels in reversed(list(enumerate(self.widths))):
+            for i in range(self.num_res_blocks + 1):
                 layers: list[nn.Module] = [ResBlock(current + skips.pop(), channels, style)]
                 current = channels
                 if 2**level in self.attention_resolutions:
                     layers.append(self._attention(channels, style))
-                if level and i == num_res_blocks:
+                if level and i == self.num_res_blocks:
                     layers.append(_resampler(channels, style, "up"))
                 blocks.append(Stack(*layers))
         return blocks
@@ -178,8 +172,7 @@ class OpenAIUNet(_Encoder):
         h = bottleneck = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        wide = torch.promote_types(x.dtype, self._stored)
-        return self.out(h.to(wide)).to(x.dtype), bottleneck.to(x.dtype)
+        return self._finish(self.out, h, x), bottleneck.to(x.dtype)
 
     def _embed_classes(self, y: Tensor | None, emb: Tensor) -> Tensor | None:
         if (y is None) != (self.num_classes is None):
@@ -192,6 +185,7 @@ class OpenAIUNet(_Encoder):
         return one_hot(y, self.num_classes, emb) @ self.label_emb.weight
 
 
+@dataclass(eq=False, repr=False)
 class OpenAIClassifier(_Encoder):
     """Classifier of noisy images: the first half of `OpenAIUNet` under a head, (x, timesteps) -> logits.
 
@@ -199,43 +193,16 @@ class OpenAIClassifier(_Encoder):
     block under a small network). The other arguments are `OpenAIUNet`'s; num_heads_upsample has no meaning here.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        pool: str = "adaptive",
-    ):
-        if pool not in POOLS or (pool == "attention" and num_head_channels == -1):
+    pool: str = field(default="adaptive", kw_only=True)
+
+    def __post_init__(self):
+        if self.pool not in POOLS or (self.pool == "attention" and self.num_head_channels == -1):
             raise ConfigError(
-                f"pool must be one of {', '.join(POOLS)}, and 'attention' needs num_head_channels; got {pool!r}, "
-                f"{num_head_channels}"
+                f"pool must be one of {', '.join(POOLS)}, and 'attention' needs num_head_channels; got {self.pool!r}, "
+                f"{self.num_head_channels}"
             )
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        shared = (dropout, use_scale_shift_norm, resblock_updown, conv_resample, num_head_channels)
-        style = Style(4 * model_channels, *shared, num_heads, use_new_attention_order)
-        super().__init__(
-            *(image_size, in_channels, model_channels, num_res_blocks),
-            *(attention_resolutions, channel_mult, dims, use_fp16, style),
-        )
-        self.config: dict[str, Any] = config
-        self.out_channels, self.pool = out_channels, pool
-        self.out = self._build_head(out_channels)
+        super().__post_init__()
+        self.out = self._build_head(self.out_channels)
 
     def _build_head(self, out_channels: int) -> nn.Sequential:
         channels, size, _ = self.bottleneck_shape
@@ -257,8 +224,7 @@ class OpenAIClassifier(_Encoder):
             h = block(h, emb)
             means.append(h.mean(dim=(2, 3)))
         h = torch.cat(means, dim=1) if self.pool.startswith("spatial") else h
-        wide = torch.promote_types(x.dtype, self._stored)
-        return self.out(h.to(wide)).to(x.dtype)
+        return self._finish(self.out, h, x)
 
 
 def _resampler(channels: int, style: Style, direction: str) -> nn.Module:

@@ -10,8 +10,9 @@ from torch import nn
 from amed_engine.checkpoints import Predictor, load_model, load_predictor
 from amed_engine.errors import ConfigError
 from amed_engine.zoo.catalogue import CATALOGUE
-from amed_engine.zoo.weights import load_weights
+from amed_engine.zoo.weights import load_decoder, load_weights
 
+__all__ = ["bundled_predictor", "load", "load_decoder", "names", "predictor_nfes", "published"]
 ROOT = Path(__file__).parent
 
 

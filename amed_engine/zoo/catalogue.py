@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from amed_engine.adapters import alphas_cumprod
+
 _EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 _DDPMPP = {
     "model_type": "SongUNet",
@@ -52,6 +56,10 @@ class Entry:
     def __post_init__(self):
         if not self.file:
             object.__setattr__(self, "file", self.url.rsplit("/", 1)[-1])
+
+    def alphas_cumprod(self) -> Tensor | None:
+        """Of its 1000 steps, float64; None for a model of continuous time."""
+        return None if self.betas is None else alphas_cumprod(self.betas[0], 1000, *self.betas[1:])
 
 
 def _edm(name: str, size: int, labels: int, network: Mapping[str, Any], **rest: Any) -> Entry:

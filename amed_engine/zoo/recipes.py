@@ -14,6 +14,7 @@ from typing import Any
 
 from amed_engine.errors import ConfigError
 from amed_engine.plan import Plan, make_plan
+from amed_engine.zoo.catalogue import CATALOGUE
 
 FOLDER = Path(__file__).parent / "recipes"
 
@@ -24,7 +25,9 @@ class Recipe:
 
     fid: as published, over `images` samples, with the statistics file of EDM's form named `statistics`. learned: None for a
     training-free method, else how the predictor is trained: scale_dir, scale_time, teacher, teacher_intermediate.
-    afs: whether the first evaluation is analytic.
+    afs: whether the first evaluation is analytic. latent: whether samples are latents, which the model's first stage turns
+    into images. guidance: the scale of classifier-free guidance; nfe then counts solver steps, in each of which the network
+    answers twice. prompts: the published file of captions, one for each image.
     """
 
     name: str
@@ -41,9 +44,14 @@ class Recipe:
     afs: bool
     options: Mapping[str, Any]
     learned: Mapping[str, Any] | None
+    latent: bool = False
+    guidance: float | None = None
+    prompts: str | None = None
 
     def plan(self) -> Plan:
-        """What runs, on the noise levels 80 to 0.002 that all of these are published for."""
+        """What runs, on the noise levels 80 to 0.002 that models of continuous time are published for, or those of the
+        model's own discrete time.
+        """
         return make_plan(
             self.nfe,
             solver=self.solver,
@@ -52,7 +60,16 @@ class Recipe:
             rho=self.rho,
             afs=self.afs,
             midpoint=self.learned is not None,
+            guidance_scale=self.guidance,
+            **self._levels(),
         )
+
+    def _levels(self) -> dict[str, Any]:
+        betas = CATALOGUE[self.model].alphas_cumprod()
+        if self.schedule != "discrete" or betas is None:
+            return {}
+        low, high = ((1 - betas[[0, -1]]) / betas[[0, -1]]).sqrt().tolist()
+        return {"alphas_cumprod": betas, "sigma_min": low, "sigma_max": high}
 
 
 def recipe_names() -> list[str]:
@@ -90,6 +107,7 @@ def _recipe(name: str, data: Mapping[str, Any], row: Mapping[str, Any], nfe: int
         afs=nfe % 2 == 1 if row["afs"] == "odd" else row["afs"],
         options=row.get("options", {}),
         learned=row.get("learned"),
+        **{key: data[key] for key in ("latent", "guidance", "prompts") if key in data},
     )
 
 

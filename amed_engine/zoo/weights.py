@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from amed_engine import adapters
-from amed_engine.checkpoints import latent, load_model, load_published
+from amed_engine.checkpoints import latent, load_first_stage, load_model, load_published
+from amed_engine.checkpoints.first_stage import folder_beside
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.zoo.catalogue import CATALOGUE, Entry
 
@@ -50,7 +51,7 @@ def load_weights(name: str, weights: str | os.PathLike | None = None) -> nn.Modu
     """
     entry, path = CATALOGUE[name], find(name, weights)
     network = _open(path, entry)
-    _check(network, entry, name, path)
+    check_network(network, name, path)
     return network if entry.prediction == "denoised" else _denoiser(network, entry)
 
 
@@ -64,8 +65,9 @@ def _open(path: Path, entry: Entry) -> nn.Module:
     return load_published(path, **{key: entry.arguments[key] for key in untold})
 
 
-def _check(network: nn.Module, entry: Entry, name: str, path: Path) -> None:
-    """Compare what the network says of itself with what the model is known to be."""
+def check_network(network: nn.Module, name: str, path: Path) -> None:
+    """Compare what the network says of itself with what the model is known to be. Raises FileFormatError."""
+    entry = CATALOGUE[name]
     if type(network).__name__ != entry.network:
         raise FileFormatError(f"{path} holds a {type(network).__name__}, but {name} is a {entry.network}")
     config = getattr(network, "config", None)
@@ -80,9 +82,20 @@ def _listed(value: Any) -> Any:
 
 
 def _denoiser(network: nn.Module, entry: Entry) -> nn.Module:
-    if entry.betas is None:
-        return adapters.wrap(network, entry.prediction, shape=entry.shape)
-    kind, start, end = entry.betas
-    return adapters.wrap(
-        network, entry.prediction, shape=entry.shape, betas=adapters.alphas_cumprod(kind, 1000, start, end)
-    )
+    return adapters.wrap(network, entry.prediction, shape=entry.shape, betas=entry.alphas_cumprod())
+
+
+def load_decoder(name: str, weights: str | os.PathLike | None = None) -> nn.Module:
+    """The first stage of a latent model, of diffusers, which turns its samples into images: what `amed convert` wrote beside
+    the network, or what the published checkpoint holds. Raises ConfigError, FileFormatError.
+    """
+    path = find(name, weights)
+    if not (path.is_dir() or path.suffix == ".safetensors"):
+        return load_first_stage(path)
+    folder = folder_beside(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{name} draws latents, and their first stage is not at {folder}; `amed convert` of the published checkpoint "
+            "writes it there"
+        )
+    return load_first_stage(folder)

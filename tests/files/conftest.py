@@ -6,6 +6,7 @@ import collections
 import pickle
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from amed_engine import AMEDPredictor
 from amed_engine.networks import EDMPrecond
+from amed_engine.zoo.catalogue import CATALOGUE
 
 
 class Publisher:
@@ -109,3 +111,14 @@ def canary(tmp_path) -> Path:
 @pytest.fixture
 def publish(monkeypatch, canary) -> Publisher:
     return Publisher(monkeypatch, canary)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, tiny_model) -> EDMPrecond:
+    """A published name that stands for a small network; AMED_WEIGHTS names an empty folder."""
+    name = "edm-cifar10-32x32-uncond-vp"
+    facts = {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 1]}
+    monkeypatch.setitem(CATALOGUE, name, replace(CATALOGUE[name], arguments=facts, shape=(1, 8, 8)))
+    monkeypatch.setenv("AMED_WEIGHTS", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    return tiny_model

@@ -340,7 +340,7 @@ def test_averaged_weights_of_a_latent_checkpoint_come_first(tmp_path, monkeypatc
     state = {f"model.diffusion_model.{name}": value for name, value in unet_state().items()}
     ones = {"model_ema.diffusion_model" + name.replace(".", ""): torch.ones_like(v) for name, v in unet_state().items()}
     torch.save(
-        {"state_dict": {**state, **ones, "first_stage_model.x": torch.zeros(1)}, "global_step": 3},
+        {"state_dict": {**state, **ones, "cond_stage_model.x": torch.zeros(1)}, "global_step": 3},
         tmp_path / "model.ckpt",
     )
     config, tensors = read(convert(tmp_path / "model.ckpt").path)

@@ -76,16 +76,6 @@ def test_the_noise_levels_of_a_discrete_model_are_those_of_its_betas(name):
 # ---- weights
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path, tiny_model) -> EDMPrecond:
-    """A published name that stands for a small network; AMED_WEIGHTS names an empty folder."""
-    facts = {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 1]}
-    monkeypatch.setitem(CATALOGUE, NAME, replace(CATALOGUE[NAME], arguments=facts, shape=(1, 8, 8)))
-    monkeypatch.setenv("AMED_WEIGHTS", str(tmp_path / "weights"))
-    (tmp_path / "weights").mkdir()
-    return tiny_model
-
-
 @pytest.mark.parametrize("form", ["published", "converted", "directory"])
 @pytest.mark.parametrize("how", ["variable", "folder", "path"])
 def test_weights_are_found_in_every_form(tmp_path, publish, small, form, how, monkeypatch):

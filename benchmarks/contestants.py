@@ -1,113 +1,19 @@
-"""The ways to draw a sample that this engine is measured against, and its own.
-
-Everything here is written from formulas: the update of AMED-Solver (arXiv:2312.00094) as separate tensor operations, and
-the loops that the users of diffusers and k-diffusion write.
-"""
+"""The ways to draw a sample that this engine is measured against, and its own."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Contestant, Unavailable
+from harness import Contestant
+from others import diffusers_loop, k_diffusion_loop, multistep
+from plain_loop import INTERVALS, NFE, Evaluate, hooked, image_of, plain_loop, returned
 from torch import Tensor, nn
 from workloads import Workload
 
-from amed_engine import Sampler, make_solver, sample
+from amed_engine import Sampler
 from amed_engine.capture import CudaDevice
-from amed_engine.networks import EDMPrecond
-
-NFE = 5
-INTERVALS = 3  # two evaluations each, the first of all replaced by its analytic estimate
-EPSILON_T = 1e-3
-
-# ---- the loop as published code writes it
-
-
-def vp_levels(count: int, low: float, high: float, device: torch.device) -> Tensor:
-    """sigma(t) = sqrt(exp(b_d t²/2 + b_0 t) - 1) at equally spaced t from 1 to 1e-3, made anew for every sample."""
-    a, b = math.log1p(low**2), math.log1p(high**2)
-    beta_d = 2 * (a / EPSILON_T - b) / (EPSILON_T - 1)
-    t = torch.linspace(1, EPSILON_T, count, dtype=torch.float64, device=device)
-    return ((beta_d * t**2 / 2 + (b - beta_d / 2) * t).exp() - 1).sqrt().float()
-
-
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x, sigma) -> D, bottleneck
-
-
-@contextmanager
-def _bottleneck(network: nn.Module) -> Iterator[list[Tensor]]:
-    """What the last encoder block puts out, read by a hook."""
-    seen: list[Tensor] = []
-    block = list(network.model.enc.values())[-1] if hasattr(network, "model") else None
-    handle = block.register_forward_hook(lambda module, args, output: seen.append(output)) if block else None
-    yield seen
-    if handle is not None:
-        handle.remove()
-
-
-def hooked(network: nn.Module, labels: Tensor | None) -> Evaluate:
-    """One evaluation, its forward hook added before and removed after."""
-
-    def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        with _bottleneck(network) as seen:
-            denoised = _first(network(x, sigma) if labels is None else network(x, sigma, labels))
-        return denoised, seen[-1] if seen else None
-
-    return evaluate
-
-
-def returned(network: Callable, labels: Tensor | None, *, clone: bool = False) -> Evaluate:
-    """One evaluation of a network that returns its bottleneck: hooks do not fire in a compiled one."""
-
-    def evaluate(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        if clone:
-            torch.compiler.cudagraph_mark_step_begin()
-        output = network(x, sigma) if labels is None else network(x, sigma, labels)
-        denoised, features = (output, None) if isinstance(output, Tensor) else output
-        if not clone:
-            return denoised, features
-        # The next call of a captured network writes over its outputs.
-        return denoised.clone(), None if features is None else features.clone()
-
-    return evaluate
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def plain_loop(workload: Workload, evaluate: Evaluate, predictor: nn.Module, latents: Tensor) -> Tensor:
-    """AMED-Solver at NFE 5 with an analytic first step, one tensor operation after the other."""
-    sigmas = vp_levels(INTERVALS + 1, *workload.sigmas, latents.device)
-    batch = latents.shape[0]
-    x = latents * sigmas[0]
-    for i in range(INTERVALS):
-        sigma, sigma_next = sigmas[i].expand(batch), sigmas[i + 1].expand(batch)
-        features = None
-        if i == 0:
-            d = x / (1 + wide(sigma) ** 2).sqrt()
-        else:
-            denoised, features = evaluate(x, sigma)
-            d = (x - denoised) / wide(sigma)
-        r, scale_dir, scale_time = predictor(features, sigma, sigma_next)
-        middle = sigma_next**r * sigma ** (1 - r)
-        y = x + wide(middle - sigma) * d
-        denoised, _ = evaluate(y, scale_time * middle)
-        d = (y - denoised) / wide(middle)
-        x = x + wide(scale_dir) * wide(sigma_next - sigma) * d
-    return x
-
-
-def wide(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)
-
-
-# ---- contestants
 
 
 class Contest:
@@ -223,61 +129,18 @@ class Contest:
                 torch.no_grad(),
                 torch.autocast(self.device.type, autocast, enabled=autocast is not None, cache_enabled=False),
             ):
-                return [_first(self.network(*arguments)) for _ in range(NFE)][-1]
+                return [image_of(self.network(*arguments)) for _ in range(NFE)][-1]
 
         return graphed(run) if self.device.type == "cuda" else run
 
     def multistep(self) -> Tensor:
-        """What DPM-Solver++ 2M of other libraries must give: NFE - 1 steps, then the denoised image."""
-        solver = make_solver("dpmpp", max_order=2, thresholding=False, lower_order_final=False)
-        levels = karras_levels(*self.workload.sigmas)
-        evaluate = returned(self.network, self.labels)
-        with torch.no_grad():
-            return sample(evaluate, self.latents * float(levels[0]), levels, solver, denoise_to_zero=True)
+        return multistep(returned(self.network, self.labels), self.latents, self.workload.sigmas)
 
     def diffusers(self) -> Callable[[], Tensor]:
-        if find_spec("diffusers") is None:
-            raise Unavailable("diffusers is not installed")
-        if not isinstance(self.network, EDMPrecond):
-            raise Unavailable("its EDM scheduler wants a network with EDM's preconditioning")
-        from diffusers import EDMDPMSolverMultistepScheduler
-
-        low, high = self.workload.sigmas
-        raw, sd = self.network.model, self.network.sigma_data
-
-        def run() -> Tensor:
-            scheduler = EDMDPMSolverMultistepScheduler(sigma_min=low, sigma_max=high, sigma_data=sd)
-            scheduler.set_timesteps(NFE, device=self.device)
-            x = self.latents * levels_0
-            with torch.no_grad():
-                for t in scheduler.timesteps:
-                    output, _ = raw(scheduler.scale_model_input(x, t), t.expand(self.batch), self.labels)
-                    x = scheduler.step(output, t, x, return_dict=False)[0]
-            return x
-
-        levels_0 = float(karras_levels(low, high)[0])
-        return run
+        return diffusers_loop(self.network, self.labels, self.latents, self.workload.sigmas)
 
     def k_diffusion(self) -> Callable[[], Tensor]:
-        if find_spec("k_diffusion") is None:
-            raise Unavailable("k-diffusion is not installed")
-        from k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
-
-        evaluate = returned(self.network, self.labels)
-        low, high = self.workload.sigmas
-
-        def run() -> Tensor:
-            sigmas = get_sigmas_karras(NFE, low, high, device=self.device)
-            with torch.no_grad():
-                return sample_dpmpp_2m(lambda x, s: evaluate(x, s)[0], self.latents * sigmas[0], sigmas, disable=True)
-
-        return run
-
-
-def karras_levels(low: float, high: float, rho: float = 7.0) -> Tensor:
-    """Both libraries' schedule without the zero they append."""
-    ramp = torch.linspace(0, 1, NFE, dtype=torch.float64)
-    return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+        return k_diffusion_loop(returned(self.network, self.labels), self.latents, self.workload.sigmas)
 
 
 def warm(run: Callable[[], Tensor], times: int = 4) -> Callable[[], Tensor]:

@@ -103,7 +103,8 @@ def _cases(suite: str, device: torch.device, options: argparse.Namespace):
             )
             yield bench_kernels.label(case), run
         return
-    for case in [("tiny", 2)] if tiny else bench_sampler.cases(device):
+    trials = [("tiny", 2), ("tiny-labels", 2), ("tiny-latent", 2)]
+    for case in trials if tiny else bench_sampler.cases(device):
         run = lambda left, case=case: bench_sampler.run(  # noqa: E731
             case, device, full=options.full, time_left=left, **settings
         )

@@ -41,6 +41,14 @@ ADM = {
     "sigma_max": 80.0,
 }
 TINY = DDPMPP | {"img_resolution": 8, "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "augment_dim": 0}
+TINY_LATENT = {
+    "sample_size": 16,
+    "block_out_channels": (8, 8, 8, 8),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "layers_per_block": 1,
+    "cross_attention_dim": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -84,18 +92,21 @@ def digits() -> nn.Module:
 
 
 class LatentUNet(nn.Module):
-    """A U-Net of Stable Diffusion 1's size from diffusers, random weights, predicting noise; D = x - sigma·F."""
+    """A U-Net of Stable Diffusion 1's size from diffusers, random weights, predicting noise; D = x - sigma·F.
+
+    config replaces arguments of diffusers' UNet2DConditionModel, whose defaults are that size.
+    """
 
     label_dim = 0
 
-    def __init__(self):
+    def __init__(self, **config: Any):
         super().__init__()
         if find_spec("diffusers") is None:
             raise Unavailable("diffusers is not installed")
         from diffusers import UNet2DConditionModel
 
-        self.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        self.register_buffer("context", torch.randn(1, 77, 768))
+        self.unet = UNet2DConditionModel(**({"sample_size": 64, "cross_attention_dim": 768} | config))
+        self.register_buffer("context", torch.randn(1, 77, self.unet.config["cross_attention_dim"]))
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         level = sigma.reshape(-1, 1, 1, 1)
@@ -106,10 +117,13 @@ class LatentUNet(nn.Module):
         return x - level * noise
 
 
-def latent() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LatentUNet().eval().requires_grad_(False)
+def latent(**config: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return LatentUNet(**config).eval().requires_grad_(False)
+
+    return build
 
 
 WORKLOADS = {
@@ -118,7 +132,10 @@ WORKLOADS = {
         Workload("digits", digits, (1, 8, 8), bottleneck=(4, 4), classes=10),
         Workload("cifar10", random_network(**DDPMPP), (3, 32, 32)),
         Workload("imagenet64", random_network(**ADM), (3, 64, 64), classes=1000),
-        Workload("latent", latent, (4, 64, 64), sigmas=(0.03, 14.6), bottleneck=None),
-        Workload("tiny", random_network(**TINY), (3, 8, 8), bottleneck=(4, 4)),  # for trying the benchmarks out
+        Workload("latent", latent(), (4, 64, 64), sigmas=(0.03, 14.6), bottleneck=None),
+        # For trying the benchmarks out.
+        Workload("tiny", random_network(**TINY), (3, 8, 8), bottleneck=(4, 4)),
+        Workload("tiny-labels", random_network(**TINY, label_dim=10), (3, 8, 8), bottleneck=(4, 4), classes=10),
+        Workload("tiny-latent", latent(**TINY_LATENT), (4, 16, 16), sigmas=(0.03, 14.6), bottleneck=None),
     )
 }

@@ -166,7 +166,7 @@ def constants(
         "K": triton.next_power_of_2(encoded),
         "NOISE": noise,
         "E": triton.next_power_of_2(noise),
-        "ROWS": max(1, TILE // padded),
+        "ROWS": max(1, TILE // max(padded, triton.next_power_of_2(encoded))),  # a side of both matrices, in registers
         "ACC": TL_DTYPES[dtype],
         "FEATURES": features,
         "FREQUENCIES": frequency_values(noise),

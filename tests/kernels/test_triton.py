@@ -133,6 +133,26 @@ weights = MidpointWeights(*(torch.ones(shape) for shape in shapes))
 triton_backend.midpoint_table(torch.randn(3, 256, 8, 8), torch.ones(3), torch.ones(1), weights, 0.01, 0.0)
 for name, ptx in built:
     print(name, ptx.count("ld.global.v4"), ".f64" in ptx)
+built.clear()
+
+# What Triton specializes on: a size, a stride or a count of one becomes a constant of its own type.
+single, half, double = torch.float32, torch.float16, torch.float64
+for shape, dtype in [((1, 1, 1, 1), single), ((5, 1), single), ((1, 3, 5, 5), half), ((1, 1), double)]:
+    x, acc = torch.ones(shape, dtype=dtype), torch.promote_types(dtype, torch.float32)
+    triton_backend.combine_into([x, x], torch.ones(1, 2, 1, dtype=acc), [torch.empty_like(x)])
+    triton_backend.combine_coeff_grad([x], [x])
+cases = [
+    (1, 1, 1, single, (0.0, 0.0)),
+    (1, 256, 2, single, (0.05, 0.2)),
+    (2, 0, 1, double, (0.0, 0.2)),
+]
+for side, channels, batch, dtype, scales in cases:
+    shapes[2] = (128, side**2)
+    weights = MidpointWeights(*(torch.ones(shape, dtype=dtype) for shape in [*shapes, (1, 20), (1,)]))
+    features = torch.ones(batch, channels, side, side) if channels else None
+    sigma = torch.ones(batch, dtype=dtype)
+    triton_backend.midpoint_table(features, sigma, sigma[:1], weights, *scales)
+print("odd", len(built))
 """
 
 
@@ -140,7 +160,8 @@ def test_launchers_specialize_without_a_device():
     """Through the real launch path up to the launch: pointers and strides in tuples count as aligned, loads are wide."""
     run = subprocess.run([sys.executable, "-c", STAND_IN], capture_output=True, text=True, cwd="/")
     assert run.returncode == 0, run.stderr[-3000:]
-    lines = [line.split() for line in run.stdout.splitlines()]
+    *lines, odd = [line.split() for line in run.stdout.splitlines()]
+    assert odd == ["odd", "11"]
     assert [line[0] for line in lines] == ["combine_kernel", "dot_kernel", "midpoint_kernel"]
     # Two float32 sources of two loads each and one bfloat16 source of one.
     assert int(lines[0][1]) == 5

@@ -53,8 +53,8 @@ def _row(route: Route, engine: dict[str, Any], measured: dict[str, Any]) -> dict
 
 def table(rows: list[dict[str, Any]]) -> str:
     """For the README."""
-    head = "| route | needs | lines of code | largest difference | latency, ms | `Sampler.run` beside it, ms |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *map(_line, rows)])
+    head = "| route | needs | lines of code | largest difference | latency, ms | `Sampler.run` beside it, ms |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *map(_line, rows)])
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -234,6 +234,7 @@ def test_a_route_that_cannot_run_says_why_in_the_table(integrations, harness):
 def test_lines_of_code_are_those_that_do_something(integrations):
     from routes import code_lines
 
-    python = '"""A\npage.\n"""\n\nimport os  # why\n\n# a comment\ndef f(x):\n    """Doc."""\n    return """two\nlines""" + x(\n        os)\n'
+    function = 'def f(x):\n    """Doc."""\n    return """two\nlines""" + x(\n        os)\n'
+    python = '"""A\npage.\n"""\n\nimport os  # why\n\n# a comment\n' + function
     assert code_lines(python, ".py") == 5
     assert code_lines("/* a\n b */\n#include <x>\n\n// no\nint f(void) { /* no */\n    return 1; }\n", ".c") == 3

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+MODULES = [file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "conftest"]
 
 
 @pytest.fixture
@@ -222,3 +223,61 @@ def test_dpm_solver_of_the_other_libraries_is_the_expected_one(harness):
         drawn += 1
     if not drawn:
         pytest.skip("neither diffusers nor k-diffusion is installed")
+
+
+@pytest.fixture
+def integrations(harness):
+    import bench_integrations
+
+    return bench_integrations
+
+
+def test_every_route_is_measured_beside_the_engine_and_tabulated(integrations, tmp_path, capsys):
+    """What needs no compiler and no other process; the tiny network stands for the bundled one."""
+    file, names = tmp_path / "new" / "routes.json", "arrays,stepper,k-diffusion,triton"
+    arguments = ["--out", str(file), "--model", "tiny", "--batch", "1", "--rounds", "5", "--routes", names]
+    assert integrations.main(arguments) == 0
+    data = json.loads(file.read_text())
+    assert (data["model"], data["batch"], data["environment"]["torch"]) == ("tiny", 1, torch.__version__)
+    assert [row["route"].lower().partition(" ")[0].strip(",") for row in data["routes"]] == names.split(",")
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(data["routes"])
+    for row, line in zip(data["routes"], printed[2:], strict=True):
+        assert row["difference"] <= row["tolerance"]
+        assert row["wall_ms"]["median"] > 0
+        assert row["sampler_run_ms"]["median"] > 0
+        assert line.startswith(f"| [{row['route']}](docs/{row['docs']}) | {row['needs']} | {row['lines']} |")
+    assert {row["group"]: row["sampler_run_ms"] for row in data["routes"]}.keys() >= {"per_sample", "by_seeds"}
+
+
+def test_the_routes_are_those_of_the_documentation(integrations):
+    """Every page about embedding has its route, every route its page, and its code is found."""
+    docs = BENCHMARKS.parent / "docs"
+    pages = {f"integrations/{page.name}" for page in (docs / "integrations").glob("*.md")}
+    assert {route.docs for route in integrations.ROUTES} == pages | {"export.md", "c-api.md", "cupy.md", "arrays.md"}
+    for route in integrations.ROUTES:
+        assert (docs / route.docs).is_file()
+        assert route.lines > 10, route.name
+        assert all(list(BENCHMARKS.parent.glob(pattern)) for pattern in route.files), route.name
+
+
+def test_a_route_that_cannot_run_says_why_in_the_table(integrations, harness):
+    def missing(bench, stack):
+        raise harness.Unavailable("not installed")
+
+    from routes import Bench, Route
+
+    route = Route("a", "a.md", "b", ("README.md",), "per_sample", missing)
+    wrong = Route("c", "a.md", "b", (), "per_sample", lambda bench, stack: lambda: 1.01 * bench.per_sample()())
+    rows = integrations.measure_group(Bench("tiny", 1), "per_sample", [route, wrong], rounds=5)
+    assert "not measured: not installed" in integrations.table(rows)
+    assert "not measured: wrong result: off by 1.0e-02" in integrations.table(rows)
+
+
+def test_lines_of_code_are_those_that_do_something(integrations):
+    from routes import code_lines
+
+    function = 'def f(x):\n    """Doc."""\n    return """two\nlines""" + x(\n        os)\n'
+    python = '"""A\npage.\n"""\n\nimport os  # why\n\n# a comment\n' + function
+    assert code_lines(python, ".py") == 5
+    assert code_lines("/* a\n b */\n#include <x>\n\n// no\nint f(void) { /* no */\n    return 1; }\n", ".c") == 3

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -24,8 +25,9 @@ STRICT = ["-Wall", "-Wextra", "-Werror"]
 
 
 def run(command, **options) -> str:
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    options = {"stderr": subprocess.PIPE, **options}
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, **options)
+    assert result.returncode == 0, result.stdout[-3000:] + (result.stderr or "")[-3000:]
     return result.stdout
 
 
@@ -193,10 +195,18 @@ def test_cuda_is_refused_where_it_was_not_built(tools, library):
 
 @needs("nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_the_cuda_device_compiles(tmp_path, architecture):
-    options = ["-std=c++17", "-O1", "-c", f"-arch={architecture}", "-Werror=all-warnings", "-DAMED_WITH_CUDA"]
+def test_the_cuda_device_compiles_without_spills(tmp_path, architecture):
+    options = ["-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
     source = ROOT / "csrc" / "library" / "cuda_device.cu"
-    run(["nvcc", *options, f"-I{ROOT / 'csrc' / 'include'}", source, "-o", tmp_path / "device.o"])
+    includes = ["-DAMED_WITH_CUDA", f"-I{ROOT / 'csrc' / 'include'}"]
+    log = run(["nvcc", *options, *includes, source, "-o", tmp_path / "device.cubin"], stderr=subprocess.STDOUT)
+    kernels = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    assert len(kernels) == 3
+    spills = re.findall(r"(\d+) bytes spill", log)
+    assert spills
+    assert not any(map(int, spills))
+    # 128 threads a block: 64 registers leave eight blocks on a processor.
+    assert all(int(registers) <= 64 for _, registers in kernels), kernels
 
 
 class DeviceArray:

@@ -300,7 +300,7 @@ def batching(max_batch_size, batch_wait_timeout_s):
     """`serve.batch`: calls that arrive within the wait are one call with a list."""
 
     def decorate(method):
-        waiting, sizes = [], []
+        waiting = []
 
         async def call(self, item):
             future = asyncio.get_running_loop().create_future()
@@ -309,12 +309,10 @@ def batching(max_batch_size, batch_wait_timeout_s):
                 await asyncio.sleep(batch_wait_timeout_s)
                 batch = waiting[:max_batch_size]
                 del waiting[:max_batch_size]
-                sizes.append(len(batch))
                 for result, (_, done) in zip(await method(self, [i for i, _ in batch]), batch, strict=True):
                     done.set_result(result)
             return await future
 
-        call.sizes = sizes
         return call
 
     return decorate
@@ -322,30 +320,47 @@ def batching(max_batch_size, batch_wait_timeout_s):
 
 @pytest.fixture
 def ray(monkeypatch):
-    serve = SimpleNamespace(deployment=Deployment, batch=batching)
-    responses = SimpleNamespace(JSONResponse=lambda content, status_code: SimpleNamespace(**locals()))
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
-    monkeypatch.setitem(sys.modules, "ray.serve", serve)
-    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
-    monkeypatch.setitem(sys.modules, "starlette.responses", responses)
+    """The example, on the real package or on the part of it that it needs."""
+    if importlib.util.find_spec("ray") is None:
+        serve = SimpleNamespace(deployment=Deployment, batch=batching)
+        responses = SimpleNamespace(JSONResponse=lambda content, status_code: SimpleNamespace(**locals()))
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+        monkeypatch.setitem(sys.modules, "ray.serve", serve)
+        monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
+        monkeypatch.setitem(sys.modules, "starlette.responses", responses)
     monkeypatch.delitem(sys.modules, "amed_engine.integrations.serving.ray", raising=False)
-    module = importlib.import_module("amed_engine.integrations.serving.ray")
-    yield module
+    yield importlib.import_module("amed_engine.integrations.serving.ray")
     sys.modules.pop("amed_engine.integrations.serving.ray", None)
 
 
-def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected):
-    app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
-
-    async def json_of(payload):
-        return payload
+def ask_together(serve, app, requests) -> list:
+    """Answers to requests that arrive at once; the real package runs the application in this process, without a cluster."""
+    if hasattr(serve, "run"):
+        handle = serve.run(app, _local_testing_mode=True)
+        return [waiting.result() for waiting in [handle.remote(request) for request in requests]]
 
     async def all_at_once():
-        requests = [SimpleNamespace(json=lambda payload=payload: json_of(payload)) for payload in PAYLOADS]
         return await asyncio.gather(*(app(request) for request in requests))
 
-    answers = asyncio.run(all_at_once())
-    assert type(app).draw.sizes == [4]
+    return asyncio.run(all_at_once())
+
+
+class Request:
+    def __init__(self, payload):
+        self.payload = payload
+
+    async def json(self):
+        return self.payload
+
+
+def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monkeypatch):
+    sizes, draw = [], ray.answer
+    monkeypatch.setattr(
+        ray, "answer", lambda sampler, payloads: (sizes.append(len(payloads)), draw(sampler, payloads))[1]
+    )
+    app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
+    answers = ask_together(ray.serve, app, [Request(payload) for payload in PAYLOADS])
+    assert sizes == [4]
     for output, images in zip(answers, expected, strict=True):
         if images is None:
             assert output.status_code == 422

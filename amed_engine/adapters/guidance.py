@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.coefficients import spread
-from amed_engine.adapters.settings import keep_settings
+from amed_engine.adapters.settings import Settled, keep_settings
 from amed_engine.denoiser import Denoised, as_denoised, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.networks.layers import one_hot
@@ -19,7 +19,7 @@ from amed_engine.networks.layers import one_hot
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
 
-class _Around(nn.Module):
+class _Around(Settled):
     """A module round a denoiser, with its facts."""
 
     sample_shape: tuple[int, ...] | None = None
@@ -53,6 +53,8 @@ class ClassifierFree(_Around):
     None for all. batched: one evaluation of a doubled batch, or two. Ho & Salimans 2022 (arXiv:2207.12598); the interval:
     Kynkäänniemi et al. 2024 (arXiv:2404.07724). Raises ConfigError for a denoiser that knows no "no class".
     """
+
+    fixed = ("scale", "low", "high", "batched")
 
     def __init__(
         self,
@@ -126,6 +128,8 @@ class ClassifierGuided(_Around):
     clamp: D is clamped to -clamp .. clamp, None for not. Dhariwal & Nichol 2021 (arXiv:2105.05233).
     """
 
+    fixed = ("scale", "clamp")
+
     def __init__(
         self,
         denoiser: Adapter,
@@ -176,6 +180,8 @@ class Thresholded(_Around):
 
     For data in -floor .. floor, not for latents. Saharia et al. 2022 (arXiv:2205.11487).
     """
+
+    fixed = ("quantile", "floor")
 
     def __init__(self, denoiser: Any, quantile: float = 0.995, floor: float = 1.0):
         super().__init__(denoiser)

@@ -32,9 +32,12 @@ def prediction_of(scheduler: Any) -> str:
     return NAMES[told]
 
 
+def has_betas(scheduler: Any) -> bool:
+    return isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
+
+
 def betas_of(scheduler: Any) -> Tensor:
     """alphas_cumprod of the scheduler, float64. Raises ConfigError where it has none."""
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alphas, Tensor):
+    if not has_betas(scheduler):
         raise ConfigError(f"{type(scheduler).__name__} has no alphas_cumprod; pass betas=... as well")
-    return alphas.detach().to("cpu", torch.float64).clamp_min(SMALLEST)
+    return scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clamp_min(SMALLEST)

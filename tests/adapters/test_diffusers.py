@@ -273,7 +273,9 @@ def test_flux_makes_what_its_own_pipeline_makes(flux):
         ["a cat", "dogs"], negative_prompt=["bad", "bad"], true_cfg_scale=4.0, guidance_scale=2.0, height=16, width=12,
         latents=pack(latents), sigmas=times.tolist(), output_type="latent",
     ).images  # fmt: skip
-    guided = ClassifierFree(wrap_pipeline(flux, ["a cat", "dogs"], negative_prompt="bad", shape=shape, guidance=2.0), 4.0)
+    guided = ClassifierFree(
+        wrap_pipeline(flux, ["a cat", "dogs"], negative_prompt="bad", shape=shape, guidance=2.0), 4.0
+    )
     sigmas = shift_of(flux.scheduler, shape) * times / (1 - times)
     got = amed_engine.sample(
         lambda x, sigma: guided(x, sigma, torch.tensor([0, 1])),

@@ -21,7 +21,7 @@ def wrap_pipeline(
     *,
     negative_prompt: str = "",
     shape: tuple[int, ...] | None = None,
-    guidance: float = 3.5,
+    guidance: float | None = None,
 ) -> Adapter:
     """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
 
@@ -29,7 +29,7 @@ def wrap_pipeline(
     Stable Diffusion 3, Flux). negative_prompt: what guidance leads away from. shape: (C, H, W) of the latents, where it is
     not the network's own. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
     `flow_levels(n, shift=shift_of(pipeline.scheduler, denoiser.sample_shape))`. Guidance is the sampler's:
-    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead.
+    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
     """
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
@@ -42,6 +42,8 @@ def wrap_pipeline(
     if not prompts:
         raise ConfigError("prompts are empty; pass a text or a list of them")
     is_flux = type(network).__name__ == "FluxTransformer2DModel"
+    if guidance is not None and not is_flux:
+        raise ConfigError(f"{type(network).__name__} is not told a guidance; pass guidance_scale={guidance} to Sampler.run")
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
@@ -49,7 +51,7 @@ def wrap_pipeline(
     if is_flux:
         size = pipeline.default_sample_size  # the transformer itself takes any
         conditions, null = _encode_flux(pipeline, network, prompts, negative_prompt)
-        network, shape = Flux(network, guidance), shape or (channels, size, size)
+        network, shape = Flux(network, 3.5 if guidance is None else guidance), shape or (channels, size, size)
     else:
         conditions, null = _encode(pipeline, network, prompts, negative_prompt)
     return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)

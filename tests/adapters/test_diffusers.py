@@ -301,6 +301,8 @@ def test_shifts_are_those_of_the_scheduler():
 def test_pipelines_that_do_not_fit_together_are_refused(pipeline):
     with pytest.raises(ConfigError, match="must be a text-to-image pipeline"):
         wrap_pipeline(pipeline.unet, "a cat")
+    with pytest.raises(ConfigError, match="is not told a guidance; pass guidance_scale=2.0 to"):
+        wrap_pipeline(pipeline, "a cat", guidance=2.0)
     with pytest.raises(ConfigError, match="prompts are empty"):
         wrap_pipeline(pipeline, [])
     with pytest.raises(ConfigError, match="the latents have 3 channels, the VAE 4"):

@@ -43,7 +43,9 @@ def wrap_pipeline(
         raise ConfigError("prompts are empty; pass a text or a list of them")
     is_flux = type(network).__name__ == "FluxTransformer2DModel"
     if guidance is not None and not is_flux:
-        raise ConfigError(f"{type(network).__name__} is not told a guidance; pass guidance_scale={guidance} to Sampler.run")
+        raise ConfigError(
+            f"{type(network).__name__} is not told a guidance; pass guidance_scale={guidance} to Sampler.run"
+        )
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:

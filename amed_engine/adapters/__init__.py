@@ -10,6 +10,7 @@ from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
 from amed_engine.adapters.latents import decode_latents, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.packages import Compiled, is_package, load_package, save_package
+from amed_engine.adapters.schedulers import shift_of
 from amed_engine.adapters.signature import Signature
 from amed_engine.adapters.wrapping import PREDICTIONS, wrap
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_onnx",
     "load_package",
     "save_package",
+    "shift_of",
     "wrap",
     "wrap_pipeline",
 ]

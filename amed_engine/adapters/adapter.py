@@ -77,8 +77,8 @@ class Adapter(nn.Module):
         Returns D (B, C, H, W) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
         is called for a wrong shape, or a condition that is missing, unknown or of another batch.
         """
-        self._check_state(x, sigma)
-        sigma = sigma.to(x.dtype).expand(x.shape[0])
+        self._check_state(x)
+        sigma = level_rows(sigma, x).to(x.dtype)
         compute = self._dtype(x)
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0], compute)
@@ -119,9 +119,7 @@ class Adapter(nn.Module):
         if labels is not None and has_conditions:
             raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
         if labels is not None:
-            rows = one_hot(labels, self.label_dim, x)
-            self._check_rows("class_labels", rows, x)
-            return rows.expand(x.shape[0], self.label_dim)
+            return label_rows(labels, self.label_dim, x)
         if has_conditions:
             return None
         if self.conditions.count == 1:
@@ -132,21 +130,13 @@ class Adapter(nn.Module):
             )
         return x.new_zeros(x.shape[0], self.label_dim)
 
-    def _check_state(self, x: Tensor, sigma: Tensor) -> None:
+    def _check_state(self, x: Tensor) -> None:
         if is_tracing():
             return
         shape = self.sample_shape
         if x.dim() < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
             expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
             raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
-        if sigma.dim() > 1:
-            raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
-        if sigma.dim() == 1 and sigma.shape[0] != 1:
-            self._check_rows("sigma", sigma, x)
-
-    def _check_rows(self, name: str, value: Tensor, x: Tensor) -> None:
-        if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
-            raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
 
     def _cut(self, raw: Tensor, x: Tensor) -> Tensor:
         channels = x.shape[1]
@@ -172,6 +162,36 @@ class Adapter(nn.Module):
                 f"the network needs {', '.join(self.conditions.names)}, which a sampler cannot know; bind them with "
                 "wrap(..., conditions={...}), rows being chosen by class_labels"
             )
+
+
+def level_rows(sigma: Tensor, x: Tensor) -> Tensor:
+    """Noise levels () or (B,) as (B,). Raises ConfigError for another shape."""
+    if not is_tracing() and sigma.dim() > 1:
+        raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
+    if sigma.dim() == 1:
+        _check_rows("sigma", sigma, x)
+    return sigma.expand(x.shape[0])
+
+
+def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
+    """Integers (B,) or one-hot rows (B, count), one for all allowed, as rows (B, count) like x. Raises ConfigError."""
+    if not isinstance(class_labels, Tensor):
+        raise ConfigError(
+            f"class_labels must be a tensor of integers (B,) or rows (B, {count}), got {type(class_labels).__name__}"
+        )
+    integers = class_labels.dim() == 1 and not class_labels.is_floating_point()
+    if not is_tracing() and not integers and tuple(class_labels.shape[1:]) != (count,):
+        raise ConfigError(
+            f"class_labels must be integers (B,) or rows (B, {count}), got {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}"
+        )
+    _check_rows("class_labels", class_labels, x)
+    return one_hot(class_labels, count, x).expand(x.shape[0], count)
+
+
+def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
+    if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
+        raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
 
 
 def class_index(labels: Tensor, null_class: int | None) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from amed_engine.adapters.settings import Settled
 
 
 class Coefficients(NamedTuple):
@@ -20,7 +22,7 @@ class Coefficients(NamedTuple):
     time: Tensor
 
 
-class Family(nn.Module):
+class Family(Settled):
     """sigma (B,) -> Coefficients, with the range of noise levels that the network knows."""
 
     name = ""

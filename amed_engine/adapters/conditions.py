@@ -106,8 +106,19 @@ class Conditions(nn.Module):
             index = torch.where((labels != 0).any(dim=1), index, self.count)
         return {name: getattr(self, f"table_{name}").index_select(0, index) for name in self.names}
 
-    def null_rows(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """For conditions given in a call, the rows that mean "none", in their shapes. Raises ConfigError without any."""
-        if given and not self.has_null:
+    def with_null(self, given: Mapping[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Conditions given in a call, and what means "none" in their place, (B, ...) each. Raises ConfigError."""
+        self._check_names(given, "conditions")
+        if not self.has_null:
             raise ConfigError("guidance needs null_conditions={...} in wrap: what the network is given for no prompt")
-        return {name: getattr(self, f"table_{name}")[-1:].expand_as(value).to(value) for name, value in given.items()}
+        full = {name: self._expanded(name, value, batch) for name, value in given.items()}
+        return full, {name: self._null_like(name, value) for name, value in full.items()}
+
+    def _null_like(self, name: str, value: Tensor) -> Tensor:
+        row = getattr(self, f"table_{name}")[-1:]
+        if not is_tracing() and row.shape[1:] != value.shape[1:]:
+            raise ConfigError(
+                f"condition {name!r} has rows of shape {tuple(value.shape[1:])}, null_conditions of {tuple(row.shape[1:])}; "
+                "guidance needs both alike"
+            )
+        return row.expand_as(value).to(value)

@@ -51,6 +51,8 @@ class DiscreteSteps(Family):
 
     log_alpha: Tensor
 
+    fixed = ("name", "steps")
+
     def __init__(self, prediction: str, alphas: Any):
         super().__init__()
         self.name, self._table = prediction, DiscreteTime.of(alphas).log_alpha

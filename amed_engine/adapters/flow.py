@@ -20,6 +20,8 @@ class Flow(Family):
     name = "flow"
     sigma_min, sigma_max = 0.001, 999.0  # t from 0.001 to 0.999
 
+    fixed = ("steps",)
+
     def __init__(self, steps: float = 1000):
         super().__init__()
         self.steps = steps

@@ -6,19 +6,22 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from amed_engine.adapters.settings import Settled
 from amed_engine.errors import ConfigError
 from amed_engine.networks.layers import is_tracing
 
 
-class Flux(nn.Module):
+class Flux(Settled):
     """(x (B, C, H, W), time (B,), encoder_hidden_states (B, L, D), pooled_projections (B, P)) -> velocity (B, C, H, W).
 
     transformer: diffusers' FluxTransformer2DModel. It sees every 2 x 2 pixels as one token of 4C numbers, told its row and
     column (img_ids); tokens of text are at 0 (txt_ids). Time is 1000·t, as for `Flow`. guidance: what a guidance-distilled
     model is told, None for one that is not. Raises ConfigError where the transformer and guidance do not fit.
     """
+
+    fixed = ("guidance",)
 
     def __init__(self, transformer: Any, guidance: float | None = 3.5):
         super().__init__()

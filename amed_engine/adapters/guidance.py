@@ -7,19 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.adapter import Adapter, label_rows, level_rows
 from amed_engine.adapters.coefficients import spread
-from amed_engine.adapters.settings import keep_settings
+from amed_engine.adapters.settings import Settled, keep_settings
 from amed_engine.denoiser import Denoised, as_denoised, dynamic_thresholding
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import one_hot
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
 
-class _Around(nn.Module):
+class _Around(Settled):
     """A module round a denoiser, with its facts."""
 
     sample_shape: tuple[int, ...] | None = None
@@ -54,6 +53,8 @@ class ClassifierFree(_Around):
     Kynkäänniemi et al. 2024 (arXiv:2404.07724). Raises ConfigError for a denoiser that knows no "no class".
     """
 
+    fixed = ("scale", "low", "high", "batched")
+
     def __init__(
         self,
         denoiser: Any,
@@ -80,9 +81,9 @@ class ClassifierFree(_Around):
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
         """As `Adapter.forward`."""
-        sigma = sigma.expand(x.shape[0])
+        sigma = level_rows(sigma, x)
         labels = self._labels(class_labels, x, bool(conditions))
-        null = self._null(conditions)
+        conditions, null = self._with_null(conditions, x.shape[0])
         if self.batched:
             unconditional, conditional, features = self._once(x, sigma, labels, conditions, null)
         else:
@@ -92,27 +93,30 @@ class ClassifierFree(_Around):
         scale = torch.where((sigma > self.low) & (sigma <= self.high), self.scale, 1.0).to(x.dtype)
         return Denoised(unconditional + spread(scale, x) * (conditional - unconditional), features)
 
-    def _null(self, conditions: dict[str, Tensor]) -> dict[str, Tensor]:
-        if conditions and not isinstance(self.denoiser, Adapter):
+    def _with_null(self, conditions: dict[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if not conditions:
+            return {}, {}
+        if not isinstance(self.denoiser, Adapter):
             raise ConfigError(
                 f"conditions in the call need guidance right round what wrap returns, not round {type(self.denoiser).__name__}"
             )
-        return self.denoiser.conditions.null_rows(conditions) if conditions else {}
+        return self.denoiser.conditions.with_null(conditions, batch)
 
     def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
+        if labels is not None and has_conditions:
+            raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
         if has_conditions:
             return None
         if labels is None and self.label_dim == 1:
             return x.new_ones(x.shape[0], 1)
         if labels is None:
             raise ConfigError(f"guidance needs class_labels (of {self.label_dim}) or conditions in the call")
-        return one_hot(labels, self.label_dim, x).expand(x.shape[0], self.label_dim)
+        return label_rows(labels, self.label_dim, x)
 
     def _once(self, x, sigma, labels, conditions, null) -> tuple[Tensor, Tensor, Tensor | None]:
         """(unconditional, conditional, its bottleneck) from one doubled batch, the unconditional half first."""
         both = None if labels is None else torch.cat([torch.zeros_like(labels), labels])
-        full = {name: v.expand(x.shape[0], *v.shape[1:]) for name, v in conditions.items()}
-        doubled = {name: torch.cat([null[name].expand_as(v), v]) for name, v in full.items()}
+        doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
         x0, features = as_denoised(self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled))
         unconditional, conditional = x0.chunk(2)
         return unconditional, conditional, None if features is None else features.chunk(2)[1]
@@ -125,6 +129,8 @@ class ClassifierGuided(_Around):
     labels the adapter's: one-hot rows, a zero row guiding nowhere. classifier: (x_in, time) -> logits (B, label_dim).
     clamp: D is clamped to -clamp .. clamp, None for not. Dhariwal & Nichol 2021 (arXiv:2105.05233).
     """
+
+    fixed = ("scale", "clamp")
 
     def __init__(
         self,
@@ -156,8 +162,8 @@ class ClassifierGuided(_Around):
         """As `Adapter.forward`; class_labels must be given. Works under no_grad, not under inference_mode."""
         if class_labels is None:
             raise ConfigError(f"classifier guidance needs class_labels, integers (B,) below {self.label_dim}")
-        sigma = sigma.to(x.dtype).expand(x.shape[0])
-        rows = one_hot(class_labels, self.label_dim, x).expand(x.shape[0], self.label_dim)
+        sigma = level_rows(sigma, x).to(x.dtype)
+        rows = label_rows(class_labels, self.label_dim, x)
         x0, features = as_denoised(self.denoiser(x, sigma, rows if self.denoiser.label_dim else None))
         push = self.scale * sigma**2 / (1 + sigma**2).sqrt()
         guided = x0 + spread(push, x) * self._gradient(x, sigma, rows)
@@ -176,6 +182,8 @@ class Thresholded(_Around):
 
     For data in -floor .. floor, not for latents. Saharia et al. 2022 (arXiv:2205.11487).
     """
+
+    fixed = ("quantile", "floor")
 
     def __init__(self, denoiser: Any, quantile: float = 0.995, floor: float = 1.0):
         super().__init__(denoiser)

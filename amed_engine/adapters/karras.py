@@ -33,6 +33,8 @@ class EDM(Family):
     name = "edm"
     time_scale = 0.25
 
+    fixed = ("sigma_data",)
+
     def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0):
         super().__init__()
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
@@ -63,6 +65,8 @@ class VP(Family):
     """
 
     name = "vp"
+
+    fixed = ("vp", "steps")
 
     def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 1000, epsilon_t: float = 1e-5):
         super().__init__()
@@ -106,6 +110,8 @@ class IDDPM(Family):
 
     name = "iddpm"
     levels: Tensor
+
+    fixed = ("steps",)
 
     def __init__(self, steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008):
         super().__init__()

@@ -9,19 +9,27 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.wrapping import wrap
 from amed_engine.errors import ConfigError
 
 
 @torch.no_grad()
 def wrap_pipeline(
-    pipeline: Any, prompts: str | Sequence[str], *, negative_prompt: str = "", shape: tuple[int, ...] | None = None
+    pipeline: Any,
+    prompts: str | Sequence[str],
+    *,
+    negative_prompt: str = "",
+    shape: tuple[int, ...] | None = None,
+    guidance: float | None = None,
 ) -> Adapter:
     """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
 
     pipeline: one of diffusers with an `encode_prompt` and a U-Net or MMDiT that `wrap` knows (Stable Diffusion, SDXL,
-    Stable Diffusion 3). negative_prompt: what guidance leads away from. shape: (C, H, W) of the latents, where it is not the
-    network's own. Prediction and betas are read from the pipeline's scheduler. Guidance is the sampler's: guidance_scale=7.5.
+    Stable Diffusion 3, Flux). negative_prompt: what guidance leads away from. shape: (C, H, W) of the latents, where it is
+    not the network's own. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
+    `flow_levels(n, shift=shift_of(pipeline.scheduler, denoiser.sample_shape))`. Guidance is the sampler's:
+    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
     """
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
@@ -33,10 +41,21 @@ def wrap_pipeline(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ConfigError("prompts are empty; pass a text or a list of them")
+    is_flux = type(network).__name__ == "FluxTransformer2DModel"
+    if guidance is not None and not is_flux:
+        raise ConfigError(
+            f"{type(network).__name__} is not told a guidance; pass guidance_scale={guidance} to Sampler.run"
+        )
+    channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
-        _check_latent_channels(vae, network.config.in_channels, "the network takes")
-    conditions, null = _encode(pipeline, network, prompts, negative_prompt)
+        _check_latent_channels(vae, channels, "the network takes")
+    if is_flux:
+        size = pipeline.default_sample_size  # the transformer itself takes any
+        conditions, null = _encode_flux(pipeline, network, prompts, negative_prompt)
+        network, shape = Flux(network, 3.5 if guidance is None else guidance), shape or (channels, size, size)
+    else:
+        conditions, null = _encode(pipeline, network, prompts, negative_prompt)
     return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
 
 
@@ -59,6 +78,13 @@ def _encode(pipeline: Any, network: Any, prompts: list[str], negative: str) -> t
         ids = _time_ids(pipeline, network, pooled[0])
         conditions["time_ids"], null["time_ids"] = ids.expand(len(prompts), -1), ids
     return conditions, null
+
+
+def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str) -> tuple[dict, dict]:
+    """The same for Flux, whose encoder knows no negative prompts: they are prompts like any other."""
+    text, pooled, _ = pipeline.encode_prompt([*prompts, negative], device=network.device)
+    rows = {"encoder_hidden_states": text, "pooled_projections": pooled}
+    return {name: value[:-1] for name, value in rows.items()}, {name: value[-1:] for name, value in rows.items()}
 
 
 def _time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,9 +34,36 @@ def prediction_of(scheduler: Any) -> str:
     return NAMES[told]
 
 
+def has_betas(scheduler: Any) -> bool:
+    return isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
+
+
 def betas_of(scheduler: Any) -> Tensor:
     """alphas_cumprod of the scheduler, float64. Raises ConfigError where it has none."""
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alphas, Tensor):
+    if not has_betas(scheduler):
         raise ConfigError(f"{type(scheduler).__name__} has no alphas_cumprod; pass betas=... as well")
-    return alphas.detach().to("cpu", torch.float64).clamp_min(SMALLEST)
+    return scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clamp_min(SMALLEST)
+
+
+def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:
+    """The shift of a FlowMatchEulerDiscreteScheduler for samples (C, H, W), as `flow_levels` takes it.
+
+    A fixed one, or exp(mu) with mu linear in the number of tokens of patch x patch pixels (Flux):
+
+        mu = base_shift + (tokens - base_seq)/(max_seq - base_seq)·(max_shift - base_shift)
+
+    Raises ConfigError for another scheduler, or one that shifts otherwise.
+    """
+    config = getattr(scheduler, "config", None)
+    if config is None or not type(scheduler).__name__.startswith("FlowMatch"):
+        raise ConfigError(f"a shift is that of a flow-matching scheduler of diffusers, got {type(scheduler).__name__}")
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift") or 1.0)
+    if config.get("time_shift_type", "exponential") != "exponential" or len(shape) != 3:
+        raise ConfigError(
+            f"need an exponential shift and a shape (C, H, W), got {config.get('time_shift_type')!r}, {tuple(shape)}"
+        )
+    tokens = shape[1] * shape[2] / patch**2
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return math.exp(low + (tokens - least) / (most - least) * (high - low))

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from amed_engine.errors import ConfigError
+
 BUFFER = "amed_settings"
+
+
+class Settled(nn.Module):
+    """A module whose `fixed` attributes are set once: fingerprints and captured graphs hold what they were."""
+
+    fixed: ClassVar[tuple[str, ...]] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.fixed and name in self.__dict__:
+            raise ConfigError(
+                f"{name} of {type(self).__name__} is fixed once it is made: predictors and captured graphs are for "
+                f"{name}={getattr(self, name)!r}; make another with {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
 
 def keep_settings(module: nn.Module, **settings: Any) -> None:

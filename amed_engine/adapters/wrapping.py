@@ -19,7 +19,7 @@ from amed_engine.adapters.facts import Facts, facts_of
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
-from amed_engine.adapters.schedulers import betas_of, prediction_of
+from amed_engine.adapters.schedulers import betas_of, has_betas, prediction_of
 from amed_engine.errors import ConfigError
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -57,7 +57,8 @@ def wrap(
     prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
         "iddpm", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
     scheduler: the diffusers scheduler it was trained with, for prediction and betas.
-    betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor.
+    betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor; beside a scheduler that
+        has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
         is none, for which predictors read zeros.
     shape: (C, H, W) of a sample, where the network does not tell. label_dim: its number of classes; they reach a network that
@@ -140,15 +141,27 @@ def _choose_family(prediction: Any, facts: Facts, scheduler: Any, betas: Any) ->
 
 
 def _choose_betas(betas: Any, facts: Facts, scheduler: Any) -> tuple[Tensor, str]:
-    if isinstance(betas, Tensor):
-        return betas, "given as alphas_cumprod"
     if betas is not None:
-        return alphas_cumprod(betas), f"{betas}, given"
+        given = betas if isinstance(betas, Tensor) else alphas_cumprod(betas)
+        _check_scheduler(given, scheduler)
+        return given, "given as alphas_cumprod" if given is betas else f"{betas}, given"
     if scheduler is not None:
         return betas_of(scheduler), "from the scheduler"
     if facts.betas is not None:
         return alphas_cumprod(facts.betas), f"{facts.betas}, the custom for this network"
     return alphas_cumprod("linear"), "linear, assumed: pass betas=... if it was trained otherwise"
+
+
+def _check_scheduler(alphas: Tensor, scheduler: Any) -> None:
+    """Betas that are given beside a scheduler must be its own, up to the rounding of its float32."""
+    if scheduler is None or not has_betas(scheduler):
+        return
+    own, given = betas_of(scheduler), alphas.detach().to("cpu", torch.float64)
+    if given.shape != own.shape or not torch.allclose(given, own, rtol=1e-3, atol=0):
+        raise ConfigError(
+            f"betas contradict the scheduler: alphas_cumprod of {len(given)} steps ending at {float(given[-1]):.3g} were "
+            f"given, {type(scheduler).__name__} has {len(own)} ending at {float(own[-1]):.3g}; leave one of them out"
+        )
 
 
 def _check_channels(model: Any, facts: Facts) -> None:

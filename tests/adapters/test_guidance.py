@@ -117,6 +117,57 @@ def test_thresholding_is_a_quantile_of_each_sample(denoiser):
     assert amed_engine.Sampler(Thresholded(denoiser)).run(2).images.shape == (2, 1, 8, 8)
 
 
+def refused(model, *inputs, message, **conditions):
+    with pytest.raises(ConfigError, match=message):
+        model(*inputs, **conditions)
+
+
+def never(x, t, *_, **__):
+    raise AssertionError("the network ran")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_conditions_that_guidance_cannot_use_are_refused_before_the_network_runs(batched):
+    prompts, null = torch.randn(2, 5, 4), torch.zeros(1, 5, 4)
+    bound = wrap(never, "epsilon", shape=(1, 8, 8), conditions={"prompt": prompts}, null_conditions={"prompt": null})
+    guided = ClassifierFree(bound, 2.0, batched=batched)
+    three = torch.randn(3, 5, 4)
+    refused(guided, X, SIGMA, message="guidance needs class_labels")
+    refused(guided, X, SIGMA, torch.tensor([0, 1]), message="class_labels has 2 rows for a batch of 3")
+    refused(
+        guided, X, SIGMA, torch.zeros(3, 5), message=r"integers \(B,\) or rows \(B, 2\), got torch.float32 of shape"
+    )
+    refused(guided, X, SIGMA, [0, 1, 1], message="must be a tensor of integers .* got list")
+    refused(guided, X, SIGMA[:2], LABELS, message="sigma has 2 rows for a batch of 3")
+    refused(guided, X, SIGMA[:, None], LABELS, message=r"sigma must have shape \(\) or \(B,\), got \(3, 1\)")
+    refused(guided, X, SIGMA, prompt=prompts, message="'prompt' has 2 rows for a batch of 3")
+    refused(guided, X, SIGMA, prompt=three[:, :4], message=r"rows of shape \(4, 4\), null_conditions of \(5, 4\)")
+    refused(guided, X, SIGMA, text=three, message="conditions lack prompt")
+    refused(guided, X, SIGMA, prompt=three, text=three, message="conditions hold text")
+    refused(guided, X, SIGMA, prompt=3.0, message="must be a tensor with a row per prompt")
+    refused(guided, X, SIGMA, LABELS, prompt=three, message="not both")
+    refused(guided, torch.zeros(3, 4, 8, 8), SIGMA, LABELS, message=r"x must have shape \(B, 1, 8, 8\), got")
+
+
+def test_labels_that_no_wrapper_can_use_are_refused_before_the_network_runs():
+    classed = wrap(never, "epsilon", shape=(1, 8, 8), label_dim=3)
+    for model in (classed, Thresholded(classed), ClassifierGuided(classed, never, 2.0)):
+        refused(model, X, SIGMA, torch.tensor([0, 1]), message="class_labels has 2 rows for a batch of 3")
+        refused(model, X, SIGMA, torch.zeros(3, 5), message=r"rows \(B, 3\), got torch.float32 of shape \(3, 5\)")
+        refused(model, X, SIGMA, 3, message="must be a tensor of integers .* got int")
+        refused(model, X, torch.ones(2), LABELS, message="sigma has 2 rows for a batch of 3")
+        refused(model, torch.zeros(3, 4, 8, 8), SIGMA, LABELS, message="x must have shape")
+
+
+def test_a_sampler_refuses_labels_before_the_network_runs(make_unet):
+    network = make_unet(num_classes=3)
+    network.register_forward_pre_hook(never)
+    sampler = amed_engine.Sampler(wrap(network, "epsilon"))
+    for labels, message in (([0, 1, 2], r"got torch.int64 of shape \(3,\)"), ([0, 3], r"must be in 0 \.\. 2, got 3")):
+        with pytest.raises(ConfigError, match=message):
+            sampler.run(2, class_labels=labels)
+
+
 def test_wrappers_explain_themselves(denoiser):
     text = Thresholded(ClassifierFree(denoiser, 3.0, interval=(0.1, 2.0))).explain()
     assert "MiddleUNet" in text

@@ -82,6 +82,27 @@ def test_what_does_not_change_the_answer_is_the_same_model(make_unet):
         assert fingerprint(given) == fingerprint(wrap(make_unet(), "epsilon", betas=name)), name
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        *(("guided", attribute) for attribute in ("scale", "low", "high", "batched")),
+        *(("classifier", attribute) for attribute in ("scale", "clamp")),
+        *(("thresholded", attribute) for attribute in ("quantile", "floor")),
+        *(("sigma_data", "family.sigma_data"), ("steps", "family.steps"), ("epsilon", "family.name")),
+    ],
+)
+def test_a_setting_cannot_change_under_a_predictor_or_a_graph(make_unet, name, attribute):
+    """Both would go on with the old one without a word."""
+    owner, before = wrappings(make_unet())[name], fingerprint(wrappings(make_unet())[name])
+    path, _, last = attribute.rpartition(".")
+    target = owner.get_submodule(path)
+    value = getattr(target, last)
+    with pytest.raises(ConfigError, match=f"{last} of {type(target).__name__} is fixed once it is made"):
+        setattr(target, last, 7.5)
+    assert getattr(target, last) == value
+    assert fingerprint(owner) == before
+
+
 def test_every_form_of_a_wrapping_has_its_fingerprint(make_unet):
     guided = Thresholded(wrap(make_unet(), "epsilon", betas="cosine"))
     inputs = torch.zeros(2, 1, 8, 8), torch.ones(2)

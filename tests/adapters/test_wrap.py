@@ -192,6 +192,19 @@ def test_a_scheduler_that_says_otherwise_is_an_error(make_unet):
         wrap(make_unet(), scheduler="ddim")
 
 
+def test_betas_that_contradict_the_scheduler_are_an_error(make_unet):
+    scheduler = Scheduler(prediction_type="epsilon")
+    for betas in ("scaled_linear", "cosine", scheduler.alphas_cumprod[:500], scheduler.alphas_cumprod**1.01):
+        with pytest.raises(
+            ConfigError, match=r"betas contradict the scheduler: .* Scheduler has 1000 ending at 4\.04e-05"
+        ):
+            wrap(make_unet(), scheduler=scheduler, betas=betas)
+    for betas in ("linear", scheduler.alphas_cumprod):
+        assert wrap(make_unet(), scheduler=scheduler, betas=betas).family.steps == 1000
+    scheduler.alphas_cumprod = None
+    assert "cosine, given" in wrap(make_unet(), scheduler=scheduler, betas="cosine").explain()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -28,59 +28,6 @@ from amed_engine.models import resolve
 SIZES = (2, 8, 4)
 
 
-class Recording:
-    """Recomputes into the same memory, as a replayed graph does."""
-
-    def __init__(self, work, output):
-        self.work, self.output, self.alive = work, output, True
-
-    def replay(self):
-        assert self.alive, "replayed after reset"
-        with torch.no_grad():
-            self.output.copy_(self.work())
-
-    def reset(self):
-        self.alive = False
-
-
-class Double:
-    """`amed_engine.capture.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
-
-    def __init__(self):
-        self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
-
-    def capturing(self):
-        return self.outer
-
-    def side_stream(self, work):
-        result = work()
-        self.log.append(("warm", len(result)))
-        return result
-
-    def record(self, work):
-        if self.fail_at == len(self.recordings):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        output = torch.full_like(work(), float("nan"))
-        recording = Recording((lambda: torch.zeros_like(output)) if self.broken else work, output)
-        self.recordings.append(recording)
-        self.log.append(("record", len(output)))
-        return recording, output
-
-    def begin_use(self):
-        self.log.append(("begin", None))
-
-    def end_use(self):
-        self.log.append(("end", None))
-
-    def reserved_bytes(self):
-        return 100 * len(self.recordings)
-
-    def drop(self, recordings):
-        for recording in recordings:
-            recording.reset()
-        self.log.append(("drop", None))
-
-
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -92,8 +39,8 @@ class Scale(nn.Module):
 
 
 @pytest.fixture
-def cache():
-    return GraphCache(Double(), SIZES, Scale())
+def cache(double):
+    return GraphCache(double, SIZES, Scale())
 
 
 def draw(cache, batch, labels=None, guidance=None):
@@ -171,8 +118,8 @@ def test_weights_that_left_their_place_raise_instead_of_replaying(cache, change)
     assert draw(cache, 2) == "graph"
 
 
-def test_above_the_cap_a_batch_runs_eagerly_and_is_counted():
-    cache = GraphCache(Double(), SIZES, Scale(), max_graphs=5)
+def test_above_the_cap_a_batch_runs_eagerly_and_is_counted(double):
+    cache = GraphCache(double, SIZES, Scale(), max_graphs=5)
     assert draw(cache, 2) == "graph"
     assert draw(cache, 2, guidance=2.0) == "eager"
     assert (cache.stats.captures, cache.stats.eager_runs) == (3, 1)
@@ -280,16 +227,16 @@ def test_threads_get_what_one_thread_gets(cache):
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (-1, 4), (2.5,), (True,)])
-def test_batch_sizes_must_be_positive_integers(sizes):
+def test_batch_sizes_must_be_positive_integers(double, sizes):
     with pytest.raises(ConfigError, match="batch_sizes must be positive integers"):
-        GraphCache(Double(), sizes, None)
+        GraphCache(double, sizes, None)
 
 
 @pytest.fixture
-def sampler(tiny_conditional):
+def sampler(tiny_conditional, double):
     """A Sampler whose engine captures through the double."""
     sampler = Sampler(tiny_conditional, solver="ipndm", nfe=3, backend="eager")
-    sampler._engine.cache = GraphCache(Double(), (1, 4), tiny_conditional)
+    sampler._engine.cache = GraphCache(double, (1, 4), tiny_conditional)
     return sampler
 
 
@@ -363,8 +310,8 @@ def test_autocast_and_memory_format_change_the_network_not_the_state(tiny_model)
         Sampler(tiny_model, solver="euler", nfe=3, autocast=torch.float64)
 
 
-def test_whoever_insists_on_graphs_may_try_again_after_running_out_of_memory():
-    cache = GraphCache(Double(), SIZES, Scale(), insist=True)
+def test_whoever_insists_on_graphs_may_try_again_after_running_out_of_memory(double):
+    cache = GraphCache(double, SIZES, Scale(), insist=True)
     cache.device.fail_at = 0
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):

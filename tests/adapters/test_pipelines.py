@@ -1,0 +1,180 @@
+"""Pipelines of diffusers, tiny and with random weights: from a text to an image, as they make it themselves."""
+
+import string
+
+import pytest
+import torch
+
+import amed_engine
+from amed_engine.adapters import ClassifierFree, decode_latents, flow_levels, shift_of, wrap_pipeline
+from amed_engine.adapters.flux import pack, unpack
+from amed_engine.errors import ConfigError
+
+diffusers = pytest.importorskip("diffusers", reason="needs pip install 'amed-engine[diffusers]'")
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def unet():
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    ).eval()  # fmt: skip
+
+
+def clip():
+    """CLIP in miniature, (text encoder, tokenizer)."""
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'amed-engine[diffusers]'")
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    vocabulary = {word: i for i, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=52, eos_token_id=53,
+    )  # fmt: skip
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+    return transformers.CLIPTextModel(config).eval(), tokenizer
+
+
+def t5():
+    """T5 in miniature, (text encoder, tokenizer)."""
+    transformers = pytest.importorskip("transformers", reason="needs pip install 'amed-engine[diffusers]'")
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=40, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    words = [(letter, -3.0) for letter in string.ascii_lowercase]
+    tokenizer = transformers.T5Tokenizer(vocab=special + words, extra_ids=0, model_max_length=8)
+    return transformers.T5EncoderModel(config).eval(), tokenizer
+
+
+def autoencoder(**options):
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, scaling_factor=0.3, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Stable Diffusion in miniature: every component of its own class, random weights."""
+    text_encoder, tokenizer = clip()
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
+    )
+    made = diffusers.StableDiffusionPipeline(
+        vae=autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet(), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_text_to_image_in_five_evaluations(pipeline):
+    denoiser = wrap_pipeline(pipeline, ["a cat", "dogs"])
+    result = amed_engine.Sampler(denoiser, nfe=5).run([1, 1, 2], class_labels=[0, 1, 1], guidance_scale=7.5)
+    assert result.nfe == 5
+    images = decode_latents(pipeline.vae, result.images)
+    assert images.shape == (3, 3, 16, 16)
+    assert images.abs().max() <= 1
+    assert (images[0] - images[1]).abs().max() > 1e-4  # the same noise, another prompt
+    assert "encoder_hidden_states, 2 bound, with null" in repr(denoiser)
+
+
+@torch.no_grad()
+def test_text_to_image_is_what_the_pipeline_itself_makes(pipeline):
+    """Euler on the same noise levels, with guidance and a negative prompt: every number from diffusers but ours."""
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    expected = pipeline(
+        ["a cat", "dogs"], negative_prompt=["bad", "bad"], num_inference_steps=5, guidance_scale=4.0, latents=latents,
+        output_type="latent",
+    ).images  # fmt: skip
+    guided = ClassifierFree(wrap_pipeline(pipeline, ["a cat", "dogs"], negative_prompt="bad"), 4.0)
+    sigmas = pipeline.scheduler.sigmas[:-1].double()
+    got = amed_engine.sample(
+        lambda x, sigma: guided(x, sigma, torch.tensor([0, 1])),
+        latents * pipeline.scheduler.init_noise_sigma,
+        sigmas,
+        amed_engine.make_solver("euler"),
+        denoise_to_zero=True,
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    decoded = pipeline.vae.decode(expected / 0.3).sample.clamp(-1, 1)
+    torch.testing.assert_close(decode_latents(pipeline.vae, got), decoded, rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["distilled", "plain"])
+def flux(request):
+    """Flux in miniature, told a guidance or not, with the shift of the published one."""
+    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(), t5()
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=16, guidance_embeds=request.param, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    made = diffusers.FluxPipeline(
+        scheduler=scheduler, vae=autoencoder(shift_factor=0.1), text_encoder=text_encoder, tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, transformer=transformer.eval(),
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_flux_makes_an_image_of_a_text_in_five_evaluations(flux):
+    denoiser = wrap_pipeline(flux, ["a cat", "dogs"], shape=(4, 8, 6))
+    levels = flow_levels(5, shift=shift_of(flux.scheduler, denoiser.sample_shape))
+    result = amed_engine.Sampler(denoiser, solver="euler", schedule=levels, afs=False).run([1, 1], class_labels=[0, 1])
+    assert result.nfe == 5
+    images = decode_latents(flux.vae, result.images)
+    assert images.shape == (2, 3, 16, 12)
+    assert images.isfinite().all()
+    assert (result.images[0] - result.images[1]).abs().max() > 1e-4  # the same noise, another prompt
+    assert wrap_pipeline(flux, "a cat").sample_shape == (4, 128, 128)
+
+
+@torch.no_grad()
+def test_flux_makes_what_its_own_pipeline_makes(flux):
+    """Euler on the same shifted times, with a negative prompt: every number from diffusers but ours."""
+    shape, times = (4, 8, 6), torch.linspace(0.999, 0.2, 5, dtype=torch.float64)
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+    expected = flux(
+        ["a cat", "dogs"], negative_prompt=["bad", "bad"], true_cfg_scale=4.0, guidance_scale=2.0, height=16, width=12,
+        latents=pack(latents), sigmas=times.tolist(), output_type="latent",
+    ).images  # fmt: skip
+    guided = ClassifierFree(
+        wrap_pipeline(flux, ["a cat", "dogs"], negative_prompt="bad", shape=shape, guidance=2.0), 4.0
+    )
+    sigmas = shift_of(flux.scheduler, shape) * times / (1 - times)
+    got = amed_engine.sample(
+        lambda x, sigma: guided(x, sigma, torch.tensor([0, 1])),
+        (latents * (1 + sigmas[0])).float(),  # x = x_t/(1 - t)
+        sigmas,
+        amed_engine.make_solver("euler"),
+        denoise_to_zero=True,
+    )
+    torch.testing.assert_close(got, unpack(expected, 8, 6), rtol=1e-3, atol=1e-3)
+    decoded = flux.vae.decode(got / 0.3 + 0.1).sample.clamp(-1, 1)
+    torch.testing.assert_close(decode_latents(flux.vae, got), decoded, rtol=1e-4, atol=1e-4)
+
+
+def test_shifts_are_those_of_the_scheduler():
+    assert shift_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), (16, 128, 128)) == 3.0
+    with pytest.raises(ConfigError, match="flow-matching scheduler of diffusers, got DDIMScheduler"):
+        shift_of(diffusers.DDIMScheduler(), (4, 8, 8))
+    linear = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    with pytest.raises(ConfigError, match="need an exponential shift"):
+        shift_of(linear, (4, 8, 8))
+
+
+def test_pipelines_that_do_not_fit_together_are_refused(pipeline):
+    with pytest.raises(ConfigError, match="must be a text-to-image pipeline"):
+        wrap_pipeline(pipeline.unet, "a cat")
+    with pytest.raises(ConfigError, match=r"is not told a guidance; pass guidance_scale=2\.0 to"):
+        wrap_pipeline(pipeline, "a cat", guidance=2.0)
+    with pytest.raises(ConfigError, match="prompts are empty"):
+        wrap_pipeline(pipeline, [])
+    with pytest.raises(ConfigError, match="the latents have 3 channels, the VAE 4"):
+        decode_latents(pipeline.vae, torch.zeros(1, 3, 8, 8))

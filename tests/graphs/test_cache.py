@@ -337,10 +337,10 @@ def batches(model, conditions=None, guidance=None):
 
 
 @pytest.mark.parametrize("guidance", [None, 2.0])
-def test_a_teacher_is_captured_once_and_gives_the_eager_states(tiny_conditional, guidance):
+def test_a_teacher_is_captured_once_and_gives_the_eager_states(tiny_conditional, guidance, double):
     plan, data = batches(resolve(tiny_conditional), guidance=guidance)
     teacher = Teacher.of(plan, "heun", None, 1)
-    eager, teacher.cache = replace(teacher), GraphCache(Double(), (4,), tiny_conditional)
+    eager, teacher.cache = replace(teacher), GraphCache(double, (4,), tiny_conditional)
     for _ in range(3):  # other latents and labels every time
         ((denoiser, x),) = data.draw([slice(0, 4)])
         states = teacher.states(denoiser, x)
@@ -351,10 +351,10 @@ def test_a_teacher_is_captured_once_and_gives_the_eager_states(tiny_conditional,
     assert (teacher.cache.stats.captures, teacher.cache.stats.replays) == (1, 3)
 
 
-def test_conditions_given_as_denoisers_are_not_captured(tiny_model):
+def test_conditions_given_as_denoisers_are_not_captured(tiny_model, double):
     plan, data = batches(resolve(tiny_model), [lambda x, sigma: 0.5 * x, lambda x, sigma: 0.25 * x])
     teacher = Teacher.of(plan, "euler", None, 0)
-    teacher.cache = GraphCache(Double(), (4,), tiny_model)
+    teacher.cache = GraphCache(double, (4,), tiny_model)
     for _ in range(2):
         ((denoiser, x),) = data.draw([slice(0, 4)])
         exact = sample(denoiser, x, teacher.plan.levels, teacher.plan.make_solver(), trajectory=True)
@@ -363,10 +363,10 @@ def test_conditions_given_as_denoisers_are_not_captured(tiny_model):
 
 
 @pytest.mark.parametrize("trouble", ["memory", "broken"])
-def test_a_teacher_that_cannot_be_captured_says_so_and_runs_eagerly(tiny_model, trouble, caplog):
+def test_a_teacher_that_cannot_be_captured_says_so_and_runs_eagerly(tiny_model, trouble, caplog, double):
     plan, data = batches(resolve(tiny_model))
     teacher = Teacher.of(plan, "euler", None, 0)
-    teacher.cache = cache = GraphCache(Double(), (4,), tiny_model)
+    teacher.cache = cache = GraphCache(double, (4,), tiny_model)
     cache.device.fail_at, cache.device.broken = (0, False) if trouble == "memory" else (None, True)
     for _ in range(2):
         ((denoiser, x),) = data.draw([slice(0, 4)])
@@ -375,11 +375,11 @@ def test_a_teacher_that_cannot_be_captured_says_so_and_runs_eagerly(tiny_model, 
     assert caplog.text.count("the teacher runs eagerly from here on") == 1
 
 
-def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional, monkeypatch):
+def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional, monkeypatch, double):
     caches = []
 
     def doubled(model, rows):
-        caches.append(GraphCache(Double(), (rows,), model.module))
+        caches.append(GraphCache(double, (rows,), model.module))
         return caches[-1]
 
     run = {"nfe": 3, "total_kimg": 0.008, "batch": 4, "accumulate": 2, "teacher_intermediate": 1, "progress": False}

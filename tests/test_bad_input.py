@@ -304,8 +304,8 @@ def test_noise_levels_that_cannot_be(tiny_model, gaussian_denoiser, sigmas, mess
         ("dpm", {"r": 1.5}, r"dpm: r must be in \(0, 1\], got 1\.5"),
         ("dpm", {"r": NAN}, r"dpm: r must be in \(0, 1\], got nan"),
         ("dpm", {"r": "half"}, r"dpm: r must be in \(0, 1\], got 'half'"),
-        ("amed", {"points": 0}, "amed: points must be an integer from 1 to 8, got 0"),
-        ("amed", {"points": 9}, "amed: points must be an integer from 1 to 8, got 9"),
+        ("amed", {"points": 0}, "amed: points must be an integer from 1 to 7, got 0"),
+        ("amed", {"points": 9}, "amed: points must be an integer from 1 to 7, got 9"),
         ("euler", {"max_order": 1}, "solver 'euler' has no option max_order; valid options: none"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path as File
 import pytest
 import torch
 
-from amed_engine import ConfigError, FileFormatError, Sampler, cli, make_schedule, make_solver, sample, search_schedule
+from amed_engine import ConfigError, FileFormatError, Sampler, make_schedule, make_solver, sample, search_schedule
 from amed_engine.checkpoints import save_model
 from amed_engine.plan import make_plan
 from amed_engine.schedule_file import read_levels, write_levels
@@ -232,16 +232,6 @@ def test_bad_arguments_are_named(options, message):
 
 
 # ---- its file, and the command line
-
-
-@pytest.fixture
-def amed(capsys):
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([str(arg) for arg in args])
-        return (ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

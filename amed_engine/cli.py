@@ -189,6 +189,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
 @click.option("--teacher-option", "teacher_options", help="Option of the teacher.", **_pairs)
 @click.option("--teacher-intermediate", type=int, help="Its extra noise levels per interval.", **_preset)
 @click.option("--objective", default="greedy", help="greedy, or end_to_end through all evaluations.")
+@click.option("--learn-sigmas", is_flag=True, help="With end_to_end: train the inner noise levels too.")
 @click.option("--kimg", "total_kimg", type=float, help="Thousands of trajectories to train on.", **_preset)
 @click.option("--batch", type=int, help="Trajectories at once.", **_preset)
 @click.option("--accumulate", type=int, default=1, help="Parts a batch is computed in, to save memory.")

@@ -15,7 +15,7 @@ import torch
 from amed_engine import ConfigError, FileFormatError, NonFiniteError, distill, make_schedule, make_solver, sample
 from amed_engine.distillation import PRESETS
 from amed_engine.distillation.settings import Settings, choose
-from amed_engine.distillation.training import Trainer
+from amed_engine.distillation.training import Levels, Trainer
 
 SHAPE = (1, 4, 4)
 
@@ -55,17 +55,24 @@ def killer(after: int):
 # ---- killed and resumed
 
 
-@pytest.mark.parametrize("objective", ["greedy", "end_to_end"])
-def test_a_run_killed_ten_times_ends_in_the_same_bits(objective, tmp_path):
-    options = {"objective": objective, "scale_time": 0.1, "total_kimg": 0.16}
+@pytest.mark.parametrize(
+    "options",
+    [{"objective": "greedy"}, {"objective": "end_to_end"}, {"objective": "end_to_end", "learn_sigmas": True}],
+    ids=["greedy", "end_to_end", "levels"],
+)
+def test_a_run_killed_ten_times_ends_in_the_same_bits(options, tmp_path):
+    options = {**options, "scale_time": 0.1, "total_kimg": 0.16}
     expected = []
-    whole = weights(train(on_round=expected.append, **options))
+    uninterrupted = train(on_round=expected.append, **options)
+    whole = weights(uninterrupted)
     kills = sorted(torch.randperm(19, generator=torch.Generator().manual_seed(3))[:10].add(1).tolist())
     for after in kills:
         with pytest.raises(Killed):
             train(on_round=killer(after), checkpoint_dir=tmp_path, checkpoint_seconds=0, **options)
     seen = []
-    assert equal(weights(train(checkpoint_dir=tmp_path, on_round=seen.append, **options)), whole)
+    resumed = train(checkpoint_dir=tmp_path, on_round=seen.append, **options)
+    assert equal(weights(resumed), whole)
+    assert resumed.plan == uninterrupted.plan
     assert seen == expected[-len(seen) :]
     assert len(seen) < 20 - kills[-2]
 
@@ -321,6 +328,30 @@ def test_recomputed_activations_give_the_same_gradient(monkeypatch):
     assert equal(weights(train(objective="end_to_end")), recomputing)
 
 
+def test_levels_start_where_they_were_and_stay_in_order():
+    sigmas = make_schedule("time_uniform", 5, 0.002, 80.0)
+    levels = Levels(sigmas)
+    torch.testing.assert_close(levels(), sigmas, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        levels.shares.copy_(torch.tensor([3.0, -4.0, 5.0, -6.0]))
+    moved = levels()
+    assert bool((moved.diff() < 0).all())
+    torch.testing.assert_close(moved[[0, -1]], sigmas[[0, -1]], rtol=1e-12, atol=0)
+
+
+def test_learned_levels_come_nearer_to_the_teacher_than_fixed_ones():
+    """The same batches; the levels move, and what they become is what the plan samples at."""
+    fixed, learned = [], []
+    options = {"objective": "end_to_end", "nfe": 5, "total_kimg": 4, "batch": 64}
+    before = train(on_round=fixed.append, **options).plan
+    after = train(on_round=learned.append, learn_sigmas=True, **options).plan
+    assert learned[0].losses == pytest.approx(fixed[0].losses, rel=1e-4)
+    assert learned[-1].losses[0] < 0.9 * fixed[-1].losses[0]
+    assert (after.sigmas[0], after.sigmas[-1], after.nfe) == (before.sigmas[0], before.sigmas[-1], before.nfe)
+    assert after.sigmas[1:-1] != pytest.approx(before.sigmas[1:-1], rel=0.01)
+    assert (after.schedule, after.rho) == ("custom", None)
+
+
 def test_end_to_end_ends_nearer_to_the_teacher_than_it_began():
     seen = []
     train(objective="end_to_end", nfe=5, total_kimg=3, batch=32, lr=0.03, on_round=seen.append)
@@ -376,6 +407,7 @@ def test_a_condition_may_be_a_denoiser_of_its_own():
         ({"conditions": iter([denoise])}, "conditions gave no batch any more"),
         ({"preset": "fast"}, "unknown preset 'fast'; valid names: amed-solver, amed-plugin"),
         ({"objective": "gan"}, "objective must be one of greedy, end_to_end, got 'gan'"),
+        ({"learn_sigmas": True}, "learn_sigmas needs objective='end_to_end', got 'greedy'"),
         ({"accumulate": 0}, "accumulate must be a positive integer, got 0"),
         ({"resume": True, "checkpoint_dir": "x"}, "resume must be 'auto' or 'never', got True"),
         ({"checkpoint_seconds": -1}, "checkpoint_seconds must not be negative"),

@@ -52,6 +52,7 @@ def distill(
     teacher_schedule: str | None = None,
     teacher_rho: float | None = None,
     objective: str = "greedy",
+    learn_sigmas: bool = False,
     loss: Loss = squared_error,
     conditions: Iterable[Condition] | None = None,
     guidance_scale: float | None = None,
@@ -83,10 +84,11 @@ def distill(
     preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on euler, dpm, ipndm, deis,
     dpmpp, unipc. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
     training-free solver, with teacher_intermediate extra noise levels inside every interval, spaced as the student's or
-    by teacher_schedule. loss: (x, target) -> (B,), not negative, in place of the squared distance. conditions: None
-    draws class labels; else see `Batches`. total_kimg: thousands of trajectories, `batch` at a time, computed in
-    `accumulate` parts. lr: of Adam, falling to zero over the second half. seed: of the weights, latents and labels; the
-    global generators are untouched. on_round: called after every batch. out_dir: gets history.csv and history.png.
+    by teacher_schedule. learn_sigmas: with end_to_end, train the inner noise levels too. loss: (x, target) -> (B,), not
+    negative, in place of the squared distance. conditions: None draws class labels; else see `Batches`. total_kimg:
+    thousands of trajectories, `batch` at a time, computed in `accumulate` parts. lr: of Adam, falling to zero over the
+    second half. seed: of the weights, latents and labels; the global generators are untouched. on_round: called after
+    every batch. out_dir: gets history.csv and history.png.
     checkpoint_dir: gets the whole state of the run every checkpoint_seconds (default: in out_dir, if there is one);
     with resume="auto" a run goes on from the newest, to the same bits on a CPU. Under torchrun the processes share the
     work; the first one reports and writes.
@@ -97,8 +99,7 @@ def distill(
     student = (solver, solver_options, schedule, rho, scale_dir, scale_time)
     given = (*student, teacher, teacher_options, teacher_intermediate, total_kimg, batch, lr)
     settings = choose(preset, dict(zip(OPTIONS, given, strict=True)))
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    _check_objective(objective, learn_sigmas)
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
     teach = Teacher.of(
         plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, teacher_schedule, teacher_rho
@@ -112,7 +113,8 @@ def distill(
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
         predictor = _new_predictor(data, settings, scales, seed)
         rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
-        trainer = Trainer(predictor, plan, teach, data, loss, ranks, lr=settings.lr, length=rounds)
+        course: dict[str, Any] = {"lr": settings.lr, "length": rounds, "learn_sigmas": learn_sigmas}
+        trainer = Trainer(predictor, plan, teach, data, loss, ranks, **course)
         identity = _identity(trainer, settings, objective, seed)
         saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=ranks.rank == 0)
         saved.resume(trainer, resume)
@@ -121,8 +123,17 @@ def distill(
         after = _Reports(saved, out_dir, on_round) if leads else None
         _train(trainer, parts, objective == "end_to_end", after, progress and leads)
         ranks.wait()
-    predictor.plan = plan
+    predictor.plan = trainer.plan_of(plan)
     return predictor.eval()
+
+
+def _check_objective(objective: str, learn_sigmas: bool) -> None:
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if learn_sigmas and objective != "end_to_end":
+        raise ConfigError(
+            f"learn_sigmas needs objective='end_to_end', got {objective!r}: the teacher's states are at fixed noise levels"
+        )
 
 
 def _graphs(model: Model, rows: int) -> GraphCache | None:
@@ -178,6 +189,7 @@ def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -
         "predictor": trainer.predictor.config,
         "shape": list(trainer.data.shape),
         "objective": objective,
+        "learn_sigmas": trainer.levels is not None,
         "loss": getattr(trainer.loss, "__qualname__", type(trainer.loss).__qualname__),
         "seed": seed,
     }

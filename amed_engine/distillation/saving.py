@@ -85,9 +85,11 @@ class Checkpoints:
 
 def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     """All that changes while it trains, as tensors."""
-    names = [name for name, _ in trainer.predictor.named_parameters()]
+    names = list(trainer.named)
     moments = trainer.optimizer.state_dict()["state"]
     tensors = {f"weights/{name}": value for name, value in trainer.predictor.state_dict().items()}
+    if trainer.levels is not None:
+        tensors |= {f"levels/{name}": value for name, value in trainer.levels.state_dict().items()}
     tensors |= {f"adam/{names[k]}/{key}": value for k, state in moments.items() for key, value in state.items()}
     rows = [[seen.images, seen.skipped, *seen.losses, *sum(seen.midpoints, ())] for seen in trainer.history]
     # As bits: a skipped step's loss is no number, which a file of ours may not hold.
@@ -106,6 +108,8 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], rounds: int, path: Pat
         history = groups["history"][""].view(torch.float64).tolist()
         check_tensors(trainer.predictor, groups["weights"], path)
         trainer.predictor.load_state_dict(groups["weights"])
+        if trainer.levels is not None:
+            trainer.levels.load_state_dict(groups["levels"])
         _restore_adam(trainer, groups["adam"])
         trainer.data.generator.set_state(groups["generator"][""])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
@@ -116,7 +120,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], rounds: int, path: Pat
 
 
 def _restore_adam(trainer: Trainer, moments: dict[str, Tensor]) -> None:
-    names = [name for name, _ in trainer.predictor.named_parameters()]
+    names = list(trainer.named)
     keys = ("step", "exp_avg", "exp_avg_sq")
     # Before the first good step there is none.
     state = {k: {key: moments[f"{name}/{key}"] for key in keys} for k, name in enumerate(names)} if moments else {}

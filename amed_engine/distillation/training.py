@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amed_engine.batches import Batches
@@ -49,10 +50,28 @@ class Watched:
         return midpoint
 
 
-class Trainer:
-    """A predictor in training, `length` rounds of it.
+class Levels(nn.Module):
+    """Noise levels to learn that stay in order: log sigma falls from the first to the last by shares.
 
-    Everything that changes from round to round is in `predictor`, `optimizer`, the data's generator, `rounds`,
+    log sigma_i = log sigma_0 - (log sigma_0 - log sigma_N) (s_1 + ... + s_i),   s = softmax(shares)
+    """
+
+    def __init__(self, sigmas: Tensor):
+        super().__init__()
+        logs = sigmas.double().log()
+        self.first, self.span = logs[0].item(), (logs[0] - logs[-1]).item()
+        self.shares = nn.Parameter((-logs.diff() / self.span).log().float())
+
+    def forward(self) -> Tensor:
+        """(N + 1,) float64."""
+        fallen = self.shares.double().softmax(0).cumsum(0)
+        return (self.first - self.span * torch.cat([fallen.new_zeros(1), fallen])).exp()
+
+
+class Trainer:
+    """A predictor in training, `length` rounds of it, and with learn_sigmas the noise levels between the first and last.
+
+    Everything that changes from round to round is in `predictor`, `levels`, `optimizer`, the data's generator, `rounds`,
     `skipped` and `history`.
     """
 
@@ -67,17 +86,35 @@ class Trainer:
         *,
         lr: float,
         length: int,
+        learn_sigmas: bool = False,
     ):
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
         self.watched = Watched(predictor, plan.intervals, data.model.device)
         program = Program.build(plan.make_solver(), plan.levels, self.watched, afs=plan.afs)
         self.program = program.on(data.model.device, torch.float32)
-        self.parameters = list(predictor.parameters())
+        self.levels = Levels(plan.levels).to(data.model.device) if learn_sigmas else None
+        self.named = dict(predictor.named_parameters())
+        if self.levels is not None:
+            self.named |= {f"levels.{name}": parameter for name, parameter in self.levels.named_parameters()}
+        self.parameters = list(self.named.values())
         self.lr, self.length = lr, length
         # A run has some hundred steps: the usual 0.999 would remember the steep first ones to its end.
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, betas=(0.9, 0.95))
         self.rounds = self.skipped = self.bad = 0
         self.history: list[Round] = []
+
+    def current(self) -> Program:
+        """The student's program on the noise levels of now; on a graph of its own each time, where they are learned."""
+        if self.levels is None:
+            return self.program
+        return replace(self.program, sigmas=self.levels().to(self.program.sigmas))
+
+    def plan_of(self, plan: Plan) -> Plan:
+        """The plan with what was learned in it."""
+        if self.levels is None:
+            return plan
+        inner = self.levels().detach().cpu()[1:-1].tolist()
+        return replace(plan, sigmas=(plan.sigmas[0], *inner, plan.sigmas[-1]), schedule="custom", rho=None)
 
     def round(self, parts: list[slice], end_to_end: bool) -> Round:
         """Train on one batch, a backward pass per part. Raises NonFiniteError after three bad steps in a row.
@@ -140,7 +177,7 @@ class Run:
     def __init__(self, trainer: Trainer, denoiser: Denoiser, x: Tensor, end_to_end: bool):
         self.trainer, self.targets = trainer, trainer.teacher.states(denoiser, x)
         # A whole trajectory's activations would not fit; those of one evaluation at a time do.
-        self.trajectory = Trajectory(trainer.program, recomputed(denoiser) if end_to_end else denoiser)
+        self.trajectory = Trajectory(trainer.current(), recomputed(denoiser) if end_to_end else denoiser)
         self.state = State.start(x)
 
     def interval(self, i: int) -> Tensor:

@@ -230,10 +230,10 @@ def test_the_litserve_example_is_short():
         assert len(file.readlines()) < 60
 
 
-def post(port, payload):
+def post(port, payload, path="predict"):
     body = json.dumps(payload).encode()
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/predict", body, {"Content-Type": "application/json"}, method="POST"
+        f"http://127.0.0.1:{port}/{path}", body, {"Content-Type": "application/json"}, method="POST"
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
@@ -320,24 +320,20 @@ def batching(max_batch_size, batch_wait_timeout_s):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """The example, on the real package or on the part of it that it needs."""
-    if importlib.util.find_spec("ray") is None:
-        serve = SimpleNamespace(deployment=Deployment, batch=batching)
-        responses = SimpleNamespace(JSONResponse=lambda content, status_code: SimpleNamespace(**locals()))
-        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
-        monkeypatch.setitem(sys.modules, "ray.serve", serve)
-        monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
-        monkeypatch.setitem(sys.modules, "starlette.responses", responses)
+    """The example on the part of Ray that it needs, in this process, where batches can be seen."""
+    serve = SimpleNamespace(deployment=Deployment, batch=batching)
+    responses = SimpleNamespace(JSONResponse=lambda content, status_code: SimpleNamespace(**locals()))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+    monkeypatch.setitem(sys.modules, "ray.serve", serve)
+    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
+    monkeypatch.setitem(sys.modules, "starlette.responses", responses)
     monkeypatch.delitem(sys.modules, "amed_engine.integrations.serving.ray", raising=False)
     yield importlib.import_module("amed_engine.integrations.serving.ray")
     sys.modules.pop("amed_engine.integrations.serving.ray", None)
 
 
-def ask_together(serve, app, requests) -> list:
-    """Answers to requests that arrive at once; the real package runs the application in this process, without a cluster."""
-    if hasattr(serve, "run"):
-        handle = serve.run(app, _local_testing_mode=True)
-        return [waiting.result() for waiting in [handle.remote(request) for request in requests]]
+def ask_together(app, requests) -> list:
+    """Answers to requests that arrive at once."""
 
     async def all_at_once():
         return await asyncio.gather(*(app(request) for request in requests))
@@ -359,13 +355,41 @@ def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monke
         ray, "answer", lambda sampler, payloads: (sizes.append(len(payloads)), draw(sampler, payloads))[1]
     )
     app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
-    answers = ask_together(ray.serve, app, [Request(payload) for payload in PAYLOADS])
+    answers = ask_together(app, [Request(payload) for payload in PAYLOADS])
     assert sizes == [4]
     for output, images in zip(answers, expected, strict=True):
         if images is None:
             assert output.status_code == 422
         else:
             assert same_pictures(output, images)
+
+
+@pytest.fixture
+def ray_port():
+    """The port of the example on a cluster of its own."""
+    real = pytest.importorskip("ray", reason="ray is not installed")
+    serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    from amed_engine.integrations.serving.ray import build
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    real.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build({"model": "digits", "nfe": "5", "device": "cpu"}))
+        yield port
+    finally:
+        serve.shutdown()
+        real.shutdown()
+
+
+def test_ray_serve_answers_over_http(ray_port, digits, expected):
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda payload: post(ray_port, payload, ""), PAYLOADS))
+    for (status, output), images in zip(answers, expected, strict=True):
+        assert status == (422 if images is None else 200)
+        assert images is None or same_pictures(output, images)
 
 
 def test_ray_build_refuses_unknown_arguments(ray):

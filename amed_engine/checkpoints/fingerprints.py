@@ -23,8 +23,9 @@ def fingerprint(model: Any) -> str | None:
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
-    parameters = _parameters(model)
-    return recorded in (_digest(parameters | _settings(model)), _digest(parameters))
+    parameters, settings = _parameters(model), _settings(model)
+    # Hashing reads every weight: the older form only where it differs and the newer one did not match.
+    return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:

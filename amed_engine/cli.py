@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -25,10 +22,19 @@ from amed_engine.commands.fit import fit
 from amed_engine.commands.info import info
 from amed_engine.commands.reproduce import reproduce
 from amed_engine.commands.search_schedule import search_schedule
-from amed_engine.commands.shared import make_sampler, parse_pairs, with_levels
-from amed_engine.commands.weights import weights_option
+from amed_engine.commands.shared import (
+    PAIRS,
+    check_writable,
+    default_device,
+    drawing_options,
+    grid_options,
+    make_sampler,
+    plan_options,
+    typed,
+    where_options,
+    with_levels,
+)
 from amed_engine.console import App, run
-from amed_engine.errors import AmedError
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -48,62 +54,19 @@ def app(debug: bool) -> None:
     """Samples from a diffusion model in about five network evaluations."""
 
 
-# ---- options that commands share ----
-
-Decorator = Callable[[Callable], Callable]
-
-
-def _options(*decorators: Decorator) -> Decorator:
-    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
-
-
-_pairs: dict[str, Any] = {"multiple": True, "callback": parse_pairs, "metavar": "NAME=VALUE"}
 _preset: dict[str, Any] = {"show_default": "the preset's"}
-_where = _options(
-    click.option(
-        "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
-    ),
-    weights_option,
-    click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
-)
-_grid = _options(
-    click.option(
-        "--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform"
-    ),
-    click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
-)
-_plan = _options(
-    click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **_pairs),
-    _grid,
-    click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
-)
-_drawing = _options(
-    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
-    click.option("--guidance", type=float, help="Strength of classifier-free guidance.", show_default="none"),
-    click.option(
-        "--predictor",
-        "--predictor_path",
-        "predictor",
-        help="Path of a predictor, or none to sample without.",
-        show_default="the bundled one",
-    ),
-    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
-    click.option(
-        "--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Of the sampling state."
-    ),
-)
 
 
 # ---- commands ----
 
 
 @app.command()
-@_where
+@where_options
 @click.option("--seeds", default="0-63", help="One sample each, e.g. 0-63 or 1,5,9.")
 @click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
 @click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
-@_plan
-@_drawing
+@plan_options
+@drawing_options
 @click.option("--out", type=click.Path(dir_okay=False), help="Write all samples as one PNG.")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write a PNG per seed, 000042.png, to a folder.")
 @click.option("--subdirs", is_flag=True, help="With --outdir: a folder per thousand seeds.")
@@ -117,9 +80,9 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     from amed_engine.seeds import parse_seeds
 
     numbers = parse_seeds(seeds)
-    sampler = make_sampler(**_typed(asked))
+    sampler = make_sampler(**typed(asked))
     images.check_pictures(sampler.model.shape)
-    _check_writable(out, outdir and images.seed_path(outdir, 0, False))
+    check_writable(out, outdir and images.seed_path(outdir, 0, False))
     pictures, seconds = [], 0.0
     for result in _drawn(sampler, numbers, batch, class_labels, guidance):
         seconds += result.seconds
@@ -137,11 +100,11 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
 
 
 @app.command()
-@_where
+@where_options
 @click.option("--seeds", default="0-7", help="Columns of the picture.")
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
-@_grid
-@_drawing
+@grid_options
+@drawing_options
 @click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
 @click.option("--curve-samples", type=int, default=16, help="The same for the curves; 0 for no curves.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
@@ -156,7 +119,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
     numbers = parse_seeds(seeds)
     if out:
         figure.import_matplotlib()
-    _check_writable(out, None if json_file == "-" else json_file)
+    check_writable(out, None if json_file == "-" else json_file)
     comparison = work.compare(
         model,
         nfe,
@@ -164,7 +127,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
         samples=samples,
         curve_samples=curve_samples,
         predictor=predictor,
-        setting=work.Setting(**_typed(with_levels(shared))),
+        setting=work.Setting(**typed(with_levels(shared))),
         progress=sys.stderr.isatty(),
     )
     if out:
@@ -176,17 +139,17 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
 
 
 @app.command()
-@_where
+@where_options
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--preset", default="amed-solver", help="The paper's settings: amed-solver or amed-plugin.")
 @click.option("--solver", help="amed, or one to refine: euler, dpm, ipndm, deis, dpmpp, unipc.", **_preset)
-@_plan
+@plan_options
 @click.option("--guidance", "guidance_scale", type=float, help="Train for this guidance.", show_default="none")
 @click.option("--scale-dir", type=float, help="Half-width of the direction's scale, 0 for none.", **_preset)
 @click.option("--scale-time", type=float, help="Half-width of the time's scale, 0 for none.", **_preset)
 @click.option("--scales", default="bounded", help="bounded, or wide: exp(s tanh) instead of 1 +- s.")
 @click.option("--teacher", help="Solver of the teacher.", **_preset)
-@click.option("--teacher-option", "teacher_options", help="Option of the teacher.", **_pairs)
+@click.option("--teacher-option", "teacher_options", help="Option of the teacher.", **PAIRS)
 @click.option("--teacher-intermediate", type=int, help="Its extra noise levels per interval.", **_preset)
 @click.option("--objective", default="greedy", help="greedy, or end_to_end through all evaluations.")
 @click.option("--learn-sigmas", is_flag=True, help="With end_to_end: train the inner noise levels too.")
@@ -204,8 +167,8 @@ def distill(model, device, out, **options) -> None:
     from amed_engine.models import place, resolve
 
     resolved = resolve(model)
-    place(resolved, _device(device))
-    _check_writable(out)
+    place(resolved, device or default_device())
+    check_writable(out)
     given = {name: value for name, value in options.items() if value not in (None, {})}
     rounds: list[Any] = []
     predictor = amed_engine.distill(resolved.network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)
@@ -219,35 +182,6 @@ def distill(model, device, out, **options) -> None:
 
 
 # ---- what they need ----
-
-
-def _device(device: str | None) -> str:
-    import torch
-
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return device or (gpu if torch.cuda.is_available() else "cpu")
-
-
-def _typed(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options with device and dtype as the engine takes them, and its names."""
-    import torch
-
-    typed = {**asked, "device": _device(asked["device"]), "dtype": getattr(torch, asked["dtype"])}
-    if "guidance" in typed:
-        typed["guidance_scale"] = typed.pop("guidance")
-    return typed
-
-
-def _check_writable(*paths: str | Path | None) -> None:
-    """Before the work rather than after it: make the folders and try to write to them."""
-    for path in filter(None, paths):
-        folder = Path(path).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
 
 
 def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engine.SampleResult]:

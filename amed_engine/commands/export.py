@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import click
 
-from amed_engine.commands.weights import weights_option
+from amed_engine.commands.shared import default_device, where_options
 
 
 @click.command()
-@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
-@weights_option
-@click.option("--device", help="Where it is to run: cpu, cuda ...", show_default="a GPU if there is one")
+@where_options
 @click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
 @click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
 @click.option("--schedule", help="time_uniform, polynomial or logsnr.", show_default="time_uniform")
@@ -29,8 +27,9 @@ def export(model, predictor, device, dtype, guidance_scale, format, max_batch, v
 
     import amed_engine
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = amed_engine.Sampler(model, predictor, device=device, dtype=getattr(torch, dtype), **wishes)
+    sampler = amed_engine.Sampler(
+        model, predictor, device=device or default_device(), dtype=getattr(torch, dtype), **wishes
+    )
     done = sampler.export(out, format, guidance_scale=guidance_scale, max_batch=max_batch, verify=verify)
     click.echo(sampler.plan.describe())
     for batch, difference in done.differences.items():

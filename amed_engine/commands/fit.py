@@ -8,13 +8,11 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.weights import weights_option
+from amed_engine.commands.shared import default_device, where_options
 
 
 @click.command()
-@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
-@weights_option
-@click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
+@where_options
 @click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
 @click.option("--solver", default="amed", help="Of constants: amed, or a solver to refine.")
@@ -31,14 +29,12 @@ from amed_engine.commands.weights import weights_option
 )
 def fit(model, device, nfe, out, **options) -> None:
     """Fit a predictor to a model by Gauss-Newton, and save it."""
-    import torch
-
     import amed_engine
     from amed_engine.models import place, resolve
     from amed_engine.seeds import parse_seeds
 
     resolved = resolve(model)
-    place(resolved, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place(resolved, device or default_device())
     numbers = parse_seeds(nfe)
     made: Any = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():

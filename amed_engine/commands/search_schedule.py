@@ -7,14 +7,11 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.shared import default_device, parse_pairs
-from amed_engine.commands.weights import weights_option
+from amed_engine.commands.shared import default_device, parse_pairs, where_options
 
 
 @click.command("search-schedule")
-@click.option("--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path.")
-@weights_option
-@click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one")
+@where_options
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--solver", default="ipndm", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.")
 @click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")

@@ -1,13 +1,20 @@
-"""What commands share: values of options, and the sampler that they ask for. Nothing heavy is imported before it is needed."""
+"""What commands share: options and their values, and the sampler that they ask for. Nothing heavy is imported before it is
+needed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
+
+from amed_engine.commands.weights import weights_option
+from amed_engine.errors import AmedError
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
@@ -24,10 +31,77 @@ def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence
     return options
 
 
+Decorator = Callable[[Callable], Callable]
+
+
+def options(*decorators: Decorator) -> Decorator:
+    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
+
+
+PAIRS: dict[str, Any] = {"multiple": True, "callback": parse_pairs, "metavar": "NAME=VALUE"}
+where_options = options(
+    click.option(
+        "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
+    ),
+    weights_option,
+    click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
+)
+grid_options = options(
+    click.option(
+        "--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform"
+    ),
+    click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
+)
+plan_options = options(
+    click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **PAIRS),
+    grid_options,
+    click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
+)
+drawing_options = options(
+    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
+    click.option("--guidance", type=float, help="Strength of classifier-free guidance.", show_default="none"),
+    click.option(
+        "--predictor",
+        "--predictor_path",
+        "predictor",
+        help="Path of a predictor, or none to sample without.",
+        show_default="the bundled one",
+    ),
+    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Of the sampling state."
+    ),
+)
+
+
 def default_device() -> str:
+    """A GPU if there is one, under torchrun this process's own."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return gpu if torch.cuda.is_available() else "cpu"
+
+
+def typed(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options with device and dtype as the engine takes them, and its names."""
+    import torch
+
+    done = {**asked, "device": asked["device"] or default_device(), "dtype": getattr(torch, asked["dtype"])}
+    if "guidance" in done:
+        done["guidance_scale"] = done.pop("guidance")
+    return done
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Before the work rather than after it: make the folders and try to write to them."""
+    for path in filter(None, paths):
+        folder = Path(path).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
 
 
 def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:

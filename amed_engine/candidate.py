@@ -71,10 +71,7 @@ class Candidate:
         return replace(self, plan=self._moved(theta[count:]), predictor=predictor)
 
     def _moved(self, inner: Tensor) -> Plan:
-        if not self.learn_sigmas:
-            return self.plan
-        sigmas = (self.plan.sigmas[0], *inner.exp().tolist(), self.plan.sigmas[-1])
-        return replace(self.plan, sigmas=sigmas, schedule="custom", rho=None)
+        return self.plan.through(inner.exp().tolist()) if self.learn_sigmas else self.plan
 
     def nudges(self) -> Tensor:
         """How far to move each number for a finite difference: small against the noise where it acts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -61,6 +61,10 @@ class Plan:
         """Network calls one after another; fewer than the NFE where parallel points share one, as in EPD-Solver."""
         rounds = self.make_solver().rounds(self.midpoint) * self.intervals
         return rounds - int(self.afs) + int(self.denoise_to_zero)
+
+    def through(self, inner: Sequence[float]) -> Plan:
+        """The plan on other noise levels between its first and last."""
+        return replace(self, sigmas=(self.sigmas[0], *inner, self.sigmas[-1]), schedule="custom", rho=None)
 
     def describe(self) -> str:
         """One line for people: solver, options, schedule, intervals."""

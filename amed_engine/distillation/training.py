@@ -111,10 +111,7 @@ class Trainer:
 
     def plan_of(self, plan: Plan) -> Plan:
         """The plan with what was learned in it."""
-        if self.levels is None:
-            return plan
-        inner = self.levels().detach().cpu()[1:-1].tolist()
-        return replace(plan, sigmas=(plan.sigmas[0], *inner, plan.sigmas[-1]), schedule="custom", rho=None)
+        return plan if self.levels is None else plan.through(self.levels().tolist()[1:-1])
 
     def round(self, parts: list[slice], end_to_end: bool) -> Round:
         """Train on one batch, a backward pass per part. Raises NonFiniteError after three bad steps in a row.

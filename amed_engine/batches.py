@@ -14,7 +14,7 @@ from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan import Plan
-from amed_engine.requests import bind_labels, vectors
+from amed_engine.requests import bind_labels, check_guidance, vectors
 
 Condition = Tensor | Denoiser
 
@@ -49,6 +49,7 @@ class Batches:
     ):
         if model.shape is None:
             raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+        check_guidance(model, plan.guidance_scale)
         self.model, self.plan, self.batch, self.generator = model, plan, batch, generator
         self.shape: tuple[int, ...] = model.shape
         self.conditions = None if conditions is None else _endless(conditions)

@@ -171,8 +171,6 @@ def draw_examples(
     model: Model, task: Task, effort: Effort, conditions: Iterable[Condition] | None = None
 ) -> list[Example]:
     """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
-    if task.guidance_scale is not None and not model.label_dim:
-        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     low, high = clamp_range(model.sigma_min, model.sigma_max)
     span = {"sigma_min": low, "sigma_max": high, "guidance_scale": task.guidance_scale}
     teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)

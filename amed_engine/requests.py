@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,25 @@ def _sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None
 def vectors(classes: Tensor, label_dim: int) -> Tensor:
     """Class numbers as one-hot rows; vectors as they are."""
     return classes if classes.is_floating_point() else torch.nn.functional.one_hot(classes, label_dim)
+
+
+def check_guidance(model: Model, guidance_scale: Any) -> None:
+    """Whether a model can be guided at all, by a number. Raises ConfigError."""
+    if guidance_scale is None:
+        return
+    if not _is_number(guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    if not model.label_dim:
+        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+    if not getattr(model.network, "can_guide", True):
+        raise ConfigError(
+            'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
+            "or null_class, or leave guidance_scale out"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def bind_labels(model: Model, labels: Tensor | None, guidance_scale: float | None) -> Denoiser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
 from amed_engine.plan import Plan, clamp_range
 from amed_engine.planning import Wishes, check_bottleneck, check_dtype, check_model, check_range, choose_plan
-from amed_engine.requests import make_request
+from amed_engine.requests import check_guidance, make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
 
 logger = logging.getLogger("amed_engine")
@@ -218,15 +217,7 @@ class Sampler:
 
     def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
         """The program for this guidance: a predictor is only right for the one it was trained with."""
-        if guidance_scale is not None and not _is_number(guidance_scale):
-            raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
-        if guidance_scale is not None and not self.model.label_dim:
-            raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
-        if guidance_scale is not None and not getattr(self.model.network, "can_guide", True):
-            raise ConfigError(
-                'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
-                "or null_class, or leave guidance_scale out"
-            )
+        check_guidance(self.model, guidance_scale)
         # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
         if self._program.predictor is None or (guidance_scale or 1) == (self.plan.guidance_scale or 1):
             return self._program, self.plan
@@ -247,7 +238,3 @@ def _check_out(out: Tensor | None, latents: Tensor) -> None:
     got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
     if got != expected:
         raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -86,8 +86,6 @@ def search_schedule(
     )
     levels, step = _grid(grid, plan, low, high), _step(cost, plan)
     _check_numbers(samples, batch, coefficient)
-    if guidance_scale is not None and not resolved.label_dim:
-        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     batch = min(batch, samples)
     data = Batches(resolved, plan, batch, torch.Generator().manual_seed(seed), conditions)
     total = torch.zeros(len(levels), len(levels), dtype=torch.float64)

@@ -201,8 +201,6 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         raise ConfigError(
             f"solver {solver!r} takes no predictor; students are amed, euler, dpm, ipndm, deis, dpmpp, unipc"
         )
-    if guidance_scale is not None and not model.label_dim:
-        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     if options.get("points", 1) != 1:
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     low, high = clamp_range(model.sigma_min, model.sigma_max)

@@ -7,7 +7,7 @@ from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux, flow_levels
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
-from amed_engine.adapters.latents import decode_latents, wrap_pipeline
+from amed_engine.adapters.latents import decode_latents, encode_texts, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.packages import Compiled, is_package, load_package, save_package
 from amed_engine.adapters.schedulers import shift_of
@@ -35,6 +35,7 @@ __all__ = [
     "Thresholded",
     "alphas_cumprod",
     "decode_latents",
+    "encode_texts",
     "flow_levels",
     "is_package",
     "load_onnx",

@@ -96,6 +96,16 @@ def _time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def encode_texts(tokenizer: Any, text_encoder: Any, texts: list[str], device: torch.device) -> Tensor:
+    """A CLIP encoder's last states (P, L, D), each text cut or padded to the tokenizer's length."""
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    tokens = tokenizer(texts, **length, return_tensors="pt")
+    masked = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if masked else None
+    return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+
+
+@torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) in -1 .. 1 from latents (B, C, h, w) in the scale that the network was trained in.
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amed_engine import adapters
@@ -47,14 +46,9 @@ class TextToImage:
             null_conditions={"encoder_hidden_states": null},
         )
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(P, length, width); a prompt that is too long is cut."""
-        length = self._tokenizer.model_max_length
-        told = self._tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return self._encoder(told.input_ids.to(self._encoder.device))[0]
+        return adapters.encode_texts(self._tokenizer, self._encoder, list(prompts), self._encoder.device)
 
     def bind(self, prompts: Sequence[str]) -> None:
         """Make these the prompts of the labels 0, 1, ... In place: a graph that was captured reads the new ones."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.latents import encode_texts
 from amed_engine.errors import ConfigError
 
 
@@ -52,16 +53,9 @@ def _texts(name: str, prompt: Any) -> list[str]:
     return list(prompts)
 
 
-@torch.no_grad()
 def _encode(tokenizer: Any, text_encoder: Any, prompts: list[str], device: torch.device) -> Tensor:
-    """The encoder's last states (P, L, D), each prompt cut or padded to the tokenizer's length."""
     if tokenizer is None or text_encoder is None:
         raise ConfigError(
             "prompts need the pipeline's tokenizer and text_encoder; build it with both, or pass prompt_embeds"
         )
-    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    tokens = tokenizer(prompts, **length, return_tensors="pt")
-    masked = getattr(text_encoder.config, "use_attention_mask", False)
-    return text_encoder(
-        tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device) if masked else None
-    )[0]
+    return encode_texts(tokenizer, text_encoder, prompts, device)

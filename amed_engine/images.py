@@ -28,13 +28,17 @@ def check_pictures(shape: Sequence[int] | None) -> None:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] as (B, H, W, C) bytes: clip(127.5 x + 128, 0, 255), cut to an integer, as EDM does.
+    """(B, C, H, W) in [-1, 1] as (B, H, W, C) bytes, rounded as EDM does.
 
     Raises ConfigError unless C is 1 or 3.
     """
     check_pictures(images.shape[1:])
-    levels = (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).cpu().numpy()
+    return rounded(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as bytes, in their shape and on their device: clip(127.5 x + 128, 0, 255), cut to an integer."""
+    return (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def magnification(height: int, width: int) -> int:

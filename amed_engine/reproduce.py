@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from amed_engine import adapters, zoo
 from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.errors import ConfigError
+from amed_engine.images import rounded
 from amed_engine.sampler import Sampler
 from amed_engine.zoo.recipes import Recipe
 from amed_engine.zoo.text_to_image import TextToImage, read_prompts
@@ -136,4 +136,4 @@ def draw(source: Sampler | Drawing, seeds: Sequence[int], batch: int = 64) -> It
     drawing.check(seeds)
     for start in range(0, len(seeds), batch):
         images = drawing.images(seeds[start : start + batch])
-        yield (images * 127.5 + 128).clip(0, 255).to(torch.uint8).cpu()
+        yield rounded(images).cpu()

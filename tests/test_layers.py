@@ -20,9 +20,9 @@ ENGINE = (
     *("networks", "adapters", "checkpoints", "zoo"),
     *("models", "arrays", "requests", "batches", "planning", "results", "capture", "graph", "engine"),
     *("packages", "export_plan", "export", "sampler"),
-    *("candidate", "fitting", "learned", "distillation", "schedule_search", "schedule_file", "reproduce"),
+    *("candidate", "fitting", "learned", "distillation", "schedule_search", "schedule_file", "images", "reproduce"),
     "__init__",  # the public names
-    *("images", "integrations", "metrics", "compare", "evaluation", "figure"),
+    *("integrations", "metrics", "compare", "evaluation", "figure"),
     *("environment", "console", "commands", "cli"),
     "__main__",
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from amed_engine.candidate import Candidate
 from amed_engine.coefficients import CoefficientPredictor, summary
-from amed_engine.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, State, Trajectory, integrate
 
@@ -66,14 +66,9 @@ class Run(NamedTuple):
 
     def branch(self, program: Program, denoiser: Denoiser, start: int, again: bool) -> Tensor:
         """Where another program ends that differs from interval `start` on; again: also in what is evaluated first."""
-        known = None if again or not (start or not program.afs) else self.evaluations[start]
-
-        def resuming(y: Tensor, sigma: Tensor) -> Denoised:
-            nonlocal known
-            answer, known = known, None
-            return as_denoised(denoiser(y, sigma)) if answer is None else answer
-
-        run, state = Trajectory(program, resuming), self.states[start]
+        if not again and (start or not program.afs):
+            denoiser = known_first(denoiser, self.evaluations[start])
+        run, state = Trajectory(program, denoiser), self.states[start]
         walk = self.walks[start]
         run.walk.past, run.walk.directions, run.walk.y_is_x = walk.past, walk.directions, walk.y_is_x
         for i in range(start, program.intervals):

@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.batches import Batches, Condition
-from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
+from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, known_first
 from amed_engine.errors import ConfigError
+from amed_engine.learned import TEACHER
 from amed_engine.loop import Program, integrate
 from amed_engine.models import resolve
 from amed_engine.plan import Plan, clamp_range, make_plan
@@ -36,8 +37,6 @@ logger = logging.getLogger("amed_engine")
 
 COSTS = ("euler", "solver")
 COEFFICIENT = 1.15  # the paper's for pixels; 1.2 for Stable Diffusion
-# One evaluation per level, at the state itself: its answers are the directions that steps from there need.
-TEACHER: dict[str, Any] = {"max_order": 4}
 
 
 def search_schedule(
@@ -117,7 +116,8 @@ class Path:
             answers.append(as_denoised(denoiser(x, sigma)).x0)
             return Denoised(answers[-1])
 
-        program = Program.build(make_solver("deis", **TEACHER), levels).on(x.device, x.dtype)
+        # One evaluation per level, at the state itself: its answers are the directions that steps from there need.
+        program = Program.build(make_solver(TEACHER["solver"], **TEACHER["options"]), levels).on(x.device, x.dtype)
         states = integrate(program, recorded, x)
         if afs:
             answers[0] = analytic_first_step(x, program.sigmas[0].expand(len(x))).x0
@@ -142,14 +142,9 @@ def step_of(solver: Solver) -> Step:
     def to(path: Path, i: int, j: int) -> Tensor:
         x = path.states[i]
         program = Program.build(solver, path.levels[[i, j]]).on(x.device, x.dtype)
-        return integrate(program, _known_first(path.denoiser, path.answers[i]), x)[-1]
+        return integrate(program, known_first(path.denoiser, Denoised(path.answers[i])), x)[-1]
 
     return lambda path, i: torch.stack([to(path, i, j) for j in range(i + 1, len(path.levels))])
-
-
-def _known_first(denoiser: Denoiser, answer: Tensor) -> Denoiser:
-    known = [Denoised(answer)]
-    return lambda x, sigma: known.pop() if known else as_denoised(denoiser(x, sigma))
 
 
 @torch.no_grad()

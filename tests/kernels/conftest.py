@@ -4,8 +4,13 @@ With TRITON_INTERPRET=1 the only implementation is Triton's interpreter on the C
 files so in a process of its own, on fewer shapes.
 """
 
+import ctypes
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +20,7 @@ from torch import Tensor
 from amed_engine import kernels
 from amed_engine.kernels import cuda, native
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # (rtol, atol) for each output dtype, against float64.
@@ -24,7 +30,8 @@ TOLERANCES = {
     torch.float16: (1e-3, 1e-3),
     torch.bfloat16: (1.6e-2, 1e-2),
 }
-CPU = ["triton"] if INTERPRETED else ["reference", "native"]
+# emulated: the CUDA C++ sources, compiled for the CPU by csrc/tests/emulated.
+CPU = ["triton"] if INTERPRETED else ["reference", "native", "emulated"]
 GPU = [] if INTERPRETED else [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu-triton", "gpu-cuda")]
 
 
@@ -44,8 +51,36 @@ def device(request) -> Iterator[torch.device]:
         pytest.importorskip("triton")
     if name == "cuda" and cuda.why_not():
         pytest.skip(cuda.why_not())
+    if name == "emulated":
+        name = request.getfixturevalue("on_host")
     with kernels.use(name):
         yield torch.device("cuda" if "gpu-" in request.param else "cpu")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    """amed_cuda.so of the same sources for host memory; undefined behaviour, unaligned accesses among it, ends the process."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    library = tmp_path_factory.mktemp("emulated") / "amed_cuda.so"
+    options = ["-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    sources = [*CSRC.glob("cuda/*.cu"), f"-I{CSRC / 'include'}"]
+    command = [sys.executable, CSRC / "tests/emulated/nvcc.py", *options, "-shared", "-fPIC", "-o", library, *sources]
+    subprocess.run([str(word) for word in command], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture
+def on_host(emulated, monkeypatch) -> str:
+    """`use("cuda")` runs the emulated kernels on tensors of the CPU."""
+
+    def launch(name: str, args: ctypes.Structure, device: torch.device) -> None:
+        assert device.type == "cpu"
+        assert getattr(emulated, f"amed_cuda_{name}")(ctypes.byref(args), None) == 0
+
+    monkeypatch.setattr(cuda, "why_not", str)
+    monkeypatch.setattr(cuda, "_launch", launch)
+    return "cuda"
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

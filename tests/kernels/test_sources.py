@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def test_unit_tests_under_the_sanitizers(tmp_path, clones):
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-fopenmp"]
     sources = [*CSRC.glob("tests/*.cpp"), *CSRC.glob("cpu/*.cpp")]
     run([COMPILER, *STRICT, *sanitizers, *([] if clones else ["-DAMED_NO_CLONES"]), *sources, "-o", program])
+    assert run([program], timeout=300).strip().endswith("ok")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_unit_tests_of_the_cuda_sources_under_the_sanitizers(tmp_path):
+    """The same tests and sanitizers, the kernels' threads run in turns on the CPU."""
+    program = tmp_path / "test_kernels"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-DAMED_TEST_CUDA"]
+    compiler = [sys.executable, CSRC / "tests" / "emulated" / "nvcc.py"]
+    run([*compiler, *STRICT, *sanitizers, *CSRC.glob("cuda/*.cu"), *CSRC.glob("tests/*.cpp"), "-o", program])
     assert run([program], timeout=300).strip().endswith("ok")
 
 

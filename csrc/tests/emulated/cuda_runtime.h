@@ -1,6 +1,7 @@
-// The part of CUDA that csrc uses, on the CPU: a thread is a fiber, blocks run one after another. For tests; nvcc.py beside
-// this file compiles against it. Stricter than a GPU where that is possible: shared memory is NaN before each block and
-// of the size asked for, the threads' order is reversed at every second launch, a barrier that not all reach is an error.
+// The part of CUDA that csrc uses, on the CPU: a thread is a fiber, blocks run one after another. For tests; nvcc.py
+// beside this file compiles against it. Stricter than a GPU where that is possible: shared memory is NaN before each
+// block and of the size asked for, the threads' order is reversed at every second launch, a barrier that not all reach
+// is an error.
 #pragma once
 
 #include <ucontext.h>
@@ -56,8 +57,8 @@ struct Fiber {
 };
 
 // The builtins, since swapcontext asks the system at every switch.
-[[gnu::noinline]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
-[[gnu::noinline]] inline void swap(void** from, void** to) {
+[[gnu::noinline, gnu::no_sanitize_address]] inline void jump(void** to) { __builtin_longjmp(to, 1); }
+[[gnu::noinline, gnu::no_sanitize_address]] inline void swap(void** from, void** to) {
     if (__builtin_setjmp(from) == 0) jump(to);
 }
 
@@ -128,7 +129,7 @@ class Block {
         }
     }
 
-    [[gnu::noinline]] void create() {
+    [[gnu::noinline, gnu::no_sanitize_address]] void create() {
         fibers_.emplace_back(new Fiber);
         Fiber& fiber = *fibers_.back();
         getcontext(&fiber.start);

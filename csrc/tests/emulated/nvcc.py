@@ -38,7 +38,14 @@ def main(words: list[str]) -> int:
             translate(header, Path(name))
         sources = [str(translate(Path(word), Path(name))) if word.endswith(".cu") else word for word in words]
         includes = [f"-I{folder}" for folder in (name, HERE, *folders)]
-        options = ["-std=c++17", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-include", "cuda_runtime.h", *includes]
+        options = [
+            "-std=c++17",
+            "-fno-strict-aliasing",
+            "-Wno-unknown-pragmas",
+            "-include",
+            "cuda_runtime.h",
+            *includes,
+        ]
         return subprocess.run([os.environ.get("CXX", "g++"), *options, "-x", "c++", *sources]).returncode
 
 

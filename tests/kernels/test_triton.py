@@ -90,10 +90,10 @@ def test_midpoint_compiles_without_spills(architecture, size, heads):
     padded = triton.next_power_of_2(pixels)
     constants = {
         **{"PIXELS": pixels, "P": padded, "HIDDEN": 128, "ENCODED": 4, "K": 4, "NOISE": 8, "E": 8},
-        **{"ROWS": triton_midpoint.TILE // padded, "ACC": tl.float32, "FEATURES": True},
+        **{"ROWS": triton_midpoint.TILE // padded, "ACC": tl.float32, "CHANNELS": 256},
         **{"FREQUENCIES": frequency_values(8), "SCALE_DIR": heads[0], "SCALE_TIME": heads[1]},
     }
-    integers = {"batch_stride", "channel_stride", "channels", "sigma_stride", "sigma_next_stride", "batch"}
+    integers = {"batch_stride", "channel_stride", "sigma_stride", "sigma_next_stride", "batch"}
     names = list(inspect.signature(triton_midpoint.midpoint_kernel.fn).parameters)
     signature = {n: "constexpr" if n in constants else "i32" if n in integers else "*fp32" for n in names}
     aligned = {"batch_stride", "channel_stride"} if pixels % 16 == 0 else set()

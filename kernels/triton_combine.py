@@ -107,6 +107,7 @@ def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Te
             for j, source in enumerate(sources):
                 dot_kernel[(first.shape[0],)](
                     grad, grad.stride(0), source, source.stride(0), result[m, j], size,
-                    BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS, enable_fp_fusion=False,
+                    BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
                 )  # fmt: skip
     return result

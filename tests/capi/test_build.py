@@ -151,7 +151,7 @@ def test_the_real_nvcc_makes_both_libraries(build, tmp_path, tools, open_library
     np.testing.assert_array_equal(got, sample(tools.denoise, x, tools.SIGMAS, program.solver).numpy())
     if torch.cuda.is_available():
         return
-    with pytest.raises(Exception, match="allocating: .*(driver|device)") as caught:
+    with pytest.raises(Exception, match=r"allocating: .*(driver|device)") as caught:
         library.call("sampler_create_cuda", library.parse(text), 1, 1, None, ctypes.byref(ctypes.c_void_p()))
     assert caught.value.status == 7
     kernels = ctypes.CDLL(str(tmp_path / "lib" / TARGETS[0]))

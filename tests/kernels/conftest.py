@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import kernels
-from amed_engine.kernels import cuda, native
+from amed_engine.kernels import cuda, native, ops
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,13 +42,15 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(params=[*CPU, *GPU])
-def device(request) -> Iterator[torch.device]:
+def device(request, monkeypatch) -> Iterator[torch.device]:
     """Where to put the tensors, with one implementation forced."""
     name = request.param.removeprefix("gpu-")
     if name == "native" and not native.available():
         pytest.skip(f"no compiled extension: {native.why_not()}")
     if name == "triton":
         pytest.importorskip("triton")
+    if INTERPRETED:
+        monkeypatch.setitem(ops._DEVICES, "triton", "cpu")
     if name == "cuda" and cuda.why_not():
         pytest.skip(cuda.why_not())
     if name == "emulated":
@@ -79,6 +81,7 @@ def on_host(emulated, monkeypatch) -> str:
         assert getattr(emulated, f"amed_cuda_{name}")(ctypes.byref(args), None) == 0
 
     monkeypatch.setattr(cuda, "why_not", str)
+    monkeypatch.setitem(ops._DEVICES, "cuda", "cpu")
     monkeypatch.setattr(cuda, "_launch", launch)
     return "cuda"
 

@@ -155,6 +155,25 @@ def test_a_coefficient_off_by_a_thousandth_is_noticed(device, make_case, assert_
                 assert_matches(combine(case.sources, wrong), case)
 
 
+def test_offsets_beyond_two_to_the_31(device, make_case, assert_matches):
+    """Samples lie more than 2^31 elements apart; the memory between them is reserved and never touched."""
+    if device.type != "cpu":
+        pytest.skip("a GPU has no memory to spare; the test below fills it")
+    case, apart = make_case((2, 3, 4, 5), (F16,), 1, 2, 10, device), 2**31 + 8
+    try:
+        buffers = [torch.empty(apart + 64, dtype=F16) for _ in range(2)]
+    except RuntimeError as error:
+        pytest.skip(f"no 8 GiB of address space: {error}")
+    far = [buffer.as_strided((2, 3, 4, 5), (apart, 20, 5, 1)) for buffer in buffers]
+    for view, source in zip(far, case.sources, strict=True):
+        view.copy_(source)
+    dots = combine_coeff_grad(far, far)
+    stacked = torch.stack(case.sources).double().flatten(2)
+    torch.testing.assert_close(dots.double(), torch.einsum("mbn,jbn->mjb", stacked, stacked), rtol=1e-5, atol=1e-5)
+    combine(far, case.coeffs, out=far[1:])
+    assert_matches(far[1:], case)
+
+
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(make_case):
     """Offsets are 64-bit: rows on either side of the boundary are right."""

@@ -137,6 +137,8 @@ def midpoint_table(
     """`reference.midpoint_table` in one launch, without gradients; ValueError for a predictor too large for a block."""
     batch = sigma.shape[0] if features is None else features.shape[0]
     result = torch.empty(10, batch, dtype=sigma.dtype, device=sigma.device)
+    if batch == 0:
+        return result
     kept = [None if tensor is None else tensor.contiguous() for tensor in weights]
     args = MidpointArgs(batch=batch, pixels=weights.enc_layer0_weight.shape[1], wide=sigma.dtype == torch.float64)
     args.noise_channels, args.hidden, args.encoded = (len(bias) for bias in weights[1:6:2])  # pyright: ignore

@@ -50,7 +50,8 @@ class CudaDevice final : public Device {
         return {memory, [](void* p) { cudaFree(p); }};
     }
 
-    // In order with everything else on the stream: a plain copy is not, where that stream does not wait for the default.
+    // In order with everything else on the stream: a plain copy is not, where that stream does not wait for the
+    // default.
     void upload(void* to, const void* from, std::size_t bytes) override {
         check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying constants");
         check(cudaStreamSynchronize(stream_), "copying constants");

@@ -6,11 +6,7 @@ files so in a process of its own, on fewer shapes.
 
 import ctypes
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +16,6 @@ from torch import Tensor
 from amed_engine import kernels
 from amed_engine.kernels import cuda, native, ops
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # (rtol, atol) for each output dtype, against float64.
@@ -57,19 +52,6 @@ def device(request, monkeypatch) -> Iterator[torch.device]:
         name = request.getfixturevalue("on_host")
     with kernels.use(name):
         yield torch.device("cuda" if "gpu-" in request.param else "cpu")
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    """amed_cuda.so of the same sources for host memory; undefined behaviour, unaligned accesses among it, ends the process."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    library = tmp_path_factory.mktemp("emulated") / "amed_cuda.so"
-    options = ["-O2", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    sources = [*CSRC.glob("cuda/*.cu"), f"-I{CSRC / 'include'}"]
-    command = [sys.executable, CSRC / "tests/emulated/nvcc.py", *options, "-shared", "-fPIC", "-o", library, *sources]
-    subprocess.run([str(word) for word in command], check=True)
-    return ctypes.CDLL(str(library))
 
 
 @pytest.fixture

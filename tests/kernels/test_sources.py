@@ -1,16 +1,20 @@
 """csrc/ compiles strictly: C++ under the sanitizers, CUDA for three architectures, and at run time through NVRTC."""
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from amed_engine import kernels
 from amed_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,11 +90,11 @@ def test_cuda_compiles_without_spills(tmp_path, name, architecture):
     cubin = tmp_path / f"{name}.cubin"
     options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
     log = run(["nvcc", *options, f"-I{CSRC / 'include'}", "-o", cubin, CSRC / "cuda" / f"{name}.cu"])
-    kernels = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
-    assert len(kernels) == {"combine": 10, "midpoint": 2}[name]
+    entries = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    assert len(entries) == {"combine": 10, "midpoint": 2}[name]
     assert re.findall(r"(\d+) bytes spill", log)
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", log))
-    for kernel, registers in kernels:
+    for kernel, registers in entries:
         # 256 threads a block: 128 registers leave two blocks on a processor, 64 leave four.
         limit = 64 if kernel in ("amed_combine_float_1", "amed_combine_float_2", "amed_midpoint_float") else 255
         assert int(registers) <= limit, (kernel, registers)
@@ -135,6 +139,47 @@ def test_cuda_compiles_at_run_time(name, architecture):
     library.nvrtcGetProgramLog(program, log)
     assert code == 0, log.value.decode()
     library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@pytest.fixture
+def stand_in(monkeypatch, emulated_kernel):
+    """`cupy` with emulated kernels; what it was asked to compile."""
+    asked = []
+
+    def raw_module(code: str, options: tuple[str, ...]):
+        asked.append((code, options))
+        return SimpleNamespace(get_function=emulated_kernel)
+
+    streams = SimpleNamespace(ExternalStream=nullcontext)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=raw_module, cuda=streams))
+    cuda._kernel.cache_clear()
+    yield asked
+    cuda._kernel.cache_clear()
+
+
+def test_cupy_launches_what_the_library_does(stand_in, on_host, monkeypatch, make_case):
+    """Grid, shared memory and arguments by value, bit for bit, for every instance of the kernels."""
+
+    def answers():
+        for dtype in (torch.float32, torch.float64):
+            for rows in range(1, 9):
+                case = make_case((3, 3, 31, 33), (dtype,), rows, 3, rows, torch.device("cpu"), ("sliced",))
+                yield from kernels.combine(case.sources, case.coeffs)
+            yield kernels.combine_coeff_grad(case.sources[:2], case.sources)
+            for side, noise in ((5, 8), (32, 64), (48, 8)):
+                shapes = [(noise, noise), (noise,), (16, side**2), (16,), (4, 16), (4,), (1, 4 + 2 * noise), (1,)]
+                weights = [torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape) for shape in shapes]
+                levels = torch.tensor([5.0, 1.0], dtype=dtype)
+                yield kernels.midpoint(
+                    torch.ones(2, 3, side, side), levels, levels / 3, kernels.MidpointWeights(*weights)
+                ).sigma
+
+    with kernels.use(on_host):
+        expected = list(answers())
+        monkeypatch.setattr(cuda, "_launch", lambda name, args, device: cuda._launch_cupy(name, args, 0))
+        assert all(torch.equal(a, b) for a, b in zip(answers(), expected, strict=True))
+    assert {code for code, _ in stand_in} == {path.read_text() for path in CSRC.glob("cuda/*.cu")}
+    assert {options for _, options in stand_in} == {("-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}")}
 
 
 @pytest.mark.gpu

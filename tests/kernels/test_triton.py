@@ -29,7 +29,7 @@ ARCHITECTURES = [80, 90, 100]
 
 def test_every_property_holds_under_the_interpreter():
     """The flag is read when a kernel is defined, hence the other process."""
-    files = [str(HERE / name) for name in ("test_combine.py", "test_midpoint.py", "test_fuzz.py")]
+    files = [str(HERE / name) for name in ("test_combine.py", "test_midpoint.py", "test_fuzz.py", "test_mutants.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]

@@ -181,7 +181,7 @@ def in_format(tensor: Tensor, order: torch.memory_format) -> Tensor:
 
 def targets_in(order: torch.memory_format, out: Sequence[Tensor]) -> list[Tensor]:
     """What a kernel may write to in that order: the given outputs, new memory for those of another order."""
-    return [t if in_format(t, order) is t else torch.empty_like(t, memory_format=order) for t in out]
+    return [t if _dense(t, order) else torch.empty_like(t, memory_format=order) for t in out]
 
 
 def hand_over(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:

@@ -74,6 +74,10 @@ AMED_CLONES void narrow_bf16(const float* in, std::uint16_t* out, std::int64_t n
     for (std::int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat(in[i]);
 }
 
+AMED_CLONES void narrow_f64(const double* in, float* out, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(in[i]);
+}
+
 AMED_CLONES void widen_f32(const float* in, double* out, std::int64_t n) {
     for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(in[i]);
 }
@@ -109,6 +113,7 @@ void load(const View& view, std::int64_t offset, float* row, std::int64_t n) {
     switch (view.dtype) {
         case DType::f16: return widen_f16(at<std::uint16_t>(view, offset), row, n);
         case DType::bf16: return widen_bf16(at<std::uint16_t>(view, offset), row, n);
+        case DType::f64: return narrow_f64(at<double>(view, offset), row, n);
         default: std::memcpy(row, at<float>(view, offset), static_cast<std::size_t>(n) * sizeof(float));
     }
 }

@@ -22,7 +22,7 @@ double dot(const double* a, const double* b, std::int64_t n);
 void add(const float* row, float* total, std::int64_t n);
 void add(const double* row, double* total, std::int64_t n);
 
-// n elements of any type, `offset` elements behind data, widened to float or double.
+// n elements of any type, `offset` elements behind data, as float or double.
 void load(const View& view, std::int64_t offset, float* row, std::int64_t n);
 void load(const View& view, std::int64_t offset, double* row, std::int64_t n);
 

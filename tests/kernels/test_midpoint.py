@@ -119,7 +119,7 @@ def test_no_features_are_zero_features(device):
 
 
 def test_forms_of_the_same_features(device):
-    """Channels-last, a slice, an averaged map, half precision: the same predictor sees the same picture."""
+    """Channels-last, a slice, an averaged map, half and double precision: the same predictor sees the same picture."""
     predictor = Predictor(64, (0.01, 0.2), 2)
     weights = predictor.weights(torch.float32, device)
     maps = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(3)).to(device).bfloat16().float()
@@ -127,7 +127,7 @@ def test_forms_of_the_same_features(device):
     wanted = midpoint(maps, sigma, sigma_next, weights, 0.01, 0.2)
     sliced = torch.full((4, 9, 8, 8), float("nan"), device=device)
     sliced[:, 2:8] = maps
-    forms = [maps.to(memory_format=torch.channels_last), sliced[:, 2:8], maps.mean(1), maps.bfloat16()]
+    forms = [maps.to(memory_format=torch.channels_last), sliced[:, 2:8], maps.mean(1), maps.bfloat16(), maps.half(), maps.double()]
     for form in forms:
         step = midpoint(form, sigma, sigma_next, weights, 0.01, 0.2)
         for a, b in zip(step, wanted, strict=True):

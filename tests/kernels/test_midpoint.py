@@ -127,7 +127,14 @@ def test_forms_of_the_same_features(device):
     wanted = midpoint(maps, sigma, sigma_next, weights, 0.01, 0.2)
     sliced = torch.full((4, 9, 8, 8), float("nan"), device=device)
     sliced[:, 2:8] = maps
-    forms = [maps.to(memory_format=torch.channels_last), sliced[:, 2:8], maps.mean(1), maps.bfloat16(), maps.half(), maps.double()]
+    forms = [
+        maps.to(memory_format=torch.channels_last),
+        sliced[:, 2:8],
+        maps.mean(1),
+        maps.bfloat16(),
+        maps.half(),
+        maps.double(),
+    ]
     for form in forms:
         step = midpoint(form, sigma, sigma_next, weights, 0.01, 0.2)
         for a, b in zip(step, wanted, strict=True):

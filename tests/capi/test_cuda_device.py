@@ -24,7 +24,7 @@ def on_stream(tmp_path_factory, open_library):
         pytest.skip("no g++")
     path = tmp_path_factory.mktemp("emulated") / "libamed.so"
     sources = [*CSRC.glob("*/*.cu"), *CSRC.glob("library/*.cpp"), *CSRC.glob("cpu/*.cpp"), f"-I{CSRC / 'include'}"]
-    options = ["-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    options = ["-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     options += ["-DAMED_WITH_CUDA", "-fvisibility=hidden", "-shared", "-fPIC", "-o", path]
     command = [sys.executable, CSRC / "tests/emulated/nvcc.py", *options, *sources]
     subprocess.run([str(word) for word in command], check=True)

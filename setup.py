@@ -1,8 +1,8 @@
 """Packages and the optional compiled parts; the metadata is in pyproject.toml.
 
 CPU: the pybind11 extension amed_engine._native and on Linux the C library csrc/lib/libamed.so, wherever a C++ compiler is
-found. CUDA: kernels/amed_cuda.so and a part of libamed.so, wherever nvcc and a GPU are found; AMED_CUDA=1 insists,
-AMED_CUDA=0 forbids. Without any the package works on plain torch and Triton.
+found. CUDA: kernels/amed_cuda.so and a part of libamed.so, wherever nvcc is found; AMED_CUDA=1 insists, AMED_CUDA=0
+forbids. Without any the package works on plain torch and Triton.
 """
 
 import os
@@ -60,7 +60,7 @@ class BuildOptional(build_ext):
         if sys.platform != "linux":
             return
         kernels, library = self.place("kernels", "amed_cuda.so"), self.place("csrc", "lib", "libamed.so")
-        wanted, device = os.environ.get("AMED_CUDA", "" if shutil.which("nvidia-smi") else "0"), []
+        wanted, device = os.environ.get("AMED_CUDA") or ("" if shutil.which("nvcc") else "0"), []
         if wanted != "0":
             with optional("the CUDA part", insist=wanted == "1"):
                 device = self.build_cuda(kernels)

@@ -3,7 +3,6 @@
 g++ reads the sources as they are, but for three spellings that C++ lacks: launches, dynamic shared memory, PTX.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def main(words: list[str]) -> int:
             "cuda_runtime.h",
             *includes,
         ]
-        return subprocess.run([os.environ.get("CXX", "g++"), *options, "-x", "c++", *sources]).returncode
+        return subprocess.run(["g++", *options, "-x", "c++", *sources]).returncode
 
 
 if __name__ == "__main__":

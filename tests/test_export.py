@@ -201,6 +201,8 @@ def test_a_program_without_python_draws_the_samples_of_the_seeds(sampler, files,
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for step in ([cmake, "-S", source, "-B", tmp_path / "build", prefix], [cmake, "--build", tmp_path / "build"]):
         done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if torch.version.cuda and "cannot find the CUDA" in done.stderr:
+            pytest.skip("a torch built for CUDA wants the CUDA toolkit beside it, which CMake does not find here")
         assert done.returncode == 0, done.stdout + done.stderr
     program, seeds = tmp_path / "build/run_package", [7, 0, 2**32 - 1, 5, 1, 2, 3, 4, 9]
     command = [program, files["pt2"], tmp_path / "samples.npy", *map(str, seeds)]

@@ -1,14 +1,15 @@
 """Packages and the optional compiled parts; the metadata is in pyproject.toml.
 
-CPU: the pybind11 extension amed_engine._native, wherever a C++ compiler is found. CUDA: the library
-kernels/amed_cuda.so, wherever nvcc and a GPU are found; AMED_CUDA=1 or 0 decides it instead. On Linux either compiler
-also makes the C library csrc/lib/libamed.so. Without any the package works on plain torch and Triton.
+CPU: the pybind11 extension amed_engine._native and on Linux the C library csrc/lib/libamed.so, wherever a C++ compiler is
+found. CUDA: kernels/amed_cuda.so and a part of libamed.so, wherever nvcc and a GPU are found; AMED_CUDA=1 insists,
+AMED_CUDA=0 forbids. Without any the package works on plain torch and Triton.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -23,9 +24,12 @@ except ImportError:  # an installation without build isolation, on a machine wit
 
 WINDOWS = sys.platform == "win32"
 OPENMP = [] if sys.platform == "darwin" else ["/openmp" if WINDOWS else "-fopenmp"]
-# Clones for newer processors ignore -fvisibility, so the linker is told as well what to show.
-LIBRARY = ["-s", "-soname=libamed.so", "--version-script=csrc/library/amed.map"]
 OPTIMIZE = ["/std:c++17", "/O2"] if WINDOWS else ["-std=c++17", "-O3", "-fvisibility=hidden"]
+# Clones for newer processors ignore -fvisibility, so the linker is told as well what to show.
+LINKER = ["-s", "-soname=libamed.so", "--version-script=csrc/library/amed.map"]
+NVCC = ["nvcc", "-std=c++17", "-O3", "-Xcompiler=-fPIC", "-cudart=static", "-Icsrc/include"]
+# Machine code for two families, and PTX that the driver compiles for whatever comes after them.
+FAMILIES = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=0"]
 
 native = get_include and Extension(
     "amed_engine._native",
@@ -39,53 +43,59 @@ native = get_include and Extension(
 )
 
 
-class BuildOptional(build_ext):
+@contextmanager
+def optional(part: str, insist: bool = False):
     """A part that does not compile is left out with a warning: every operation also exists in plain torch."""
+    try:
+        yield
+    except Exception as error:
+        if insist:
+            raise RuntimeError(f"AMED_CUDA=1 insists on {part}, which was not built: {error}") from error
+        print(f"warning: {part} was not built: {error}", file=sys.stderr)
 
+
+class BuildOptional(build_ext):
     def run(self):
         super().run()
-        wanted = os.environ.get("AMED_CUDA", "1" if shutil.which("nvidia-smi") else "0") == "1"
-        nvcc = shutil.which("nvcc") if wanted else None
-        if nvcc:
-            self.run_nvcc(nvcc, self.folder("kernels") / "amed_cuda.so", sorted(glob("csrc/cuda/*.cu")))
-        if sys.platform == "linux":
-            self.build_library(nvcc)
+        if sys.platform != "linux":
+            return
+        wanted, device = os.environ.get("AMED_CUDA", "" if shutil.which("nvidia-smi") else "0"), []
+        if wanted != "0":
+            with optional("the CUDA part", insist=wanted == "1"):
+                device = self.build_cuda()
+        with optional("libamed.so"):
+            self.build_library(device)
 
     def build_extension(self, ext):
-        try:
+        with optional(ext.name):
             super().build_extension(ext)
-        except Exception as error:
-            print(f"warning: {ext.name} was not built, plain torch runs instead: {error}", file=sys.stderr)
 
-    def folder(self, *parts):
-        root = Path(*parts) if self.inplace else Path(self.build_lib, "amed_engine", *parts)
-        root.mkdir(parents=True, exist_ok=True)
-        return root
+    def place(self, *parts):
+        path = Path(*parts) if self.inplace else Path(self.build_lib, "amed_engine", *parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
 
-    def build_library(self, nvcc):
-        """The C API for programs without Python; with nvcc it also runs on CUDA streams."""
-        target = self.folder("csrc", "lib") / "libamed.so"
+    def build_cuda(self):
+        """kernels/amed_cuda.so; returns the objects of all CUDA sources."""
+        objects = {source: Path(self.build_temp, source + ".o") for source in sorted(glob("csrc/*/*.cu"))}
+        for source, target in objects.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*NVCC, *FAMILIES, "-c", "-o", str(target), source], check=True)
+        kernels = [str(path) for source, path in objects.items() if source.startswith("csrc/cuda/")]
+        subprocess.run([*NVCC, "-shared", "-o", self.place("kernels", "amed_cuda.so"), *kernels], check=True)
+        return [str(path) for path in objects.values()]
+
+    def build_library(self, device):
+        """The C API for programs without Python; with the objects of the CUDA part it also runs on streams."""
         sources = sorted(glob("csrc/library/*.cpp") + glob("csrc/cpu/*.cpp"))
-        if nvcc:
-            host = [
-                "-DAMED_WITH_CUDA",
-                "-Xcompiler=-fopenmp,-fvisibility=hidden",
-                *(f"-Xlinker={option}" for option in LIBRARY),
-            ]
-            return self.run_nvcc(nvcc, target, sorted(glob("csrc/*/*.cu")) + sources, host)
-        try:
-            options = {"output_dir": self.build_temp, "include_dirs": ["csrc/include"]}
-            objects = self.compiler.compile(sources, extra_postargs=OPTIMIZE + OPENMP, **options)
-            link = [*OPENMP, *(f"-Wl,{option}" for option in LIBRARY)]
-            self.compiler.link_shared_object(objects, str(target), extra_postargs=link, target_lang="c++")
-        except Exception as error:
-            print(f"warning: {target.name} was not built: {error}", file=sys.stderr)
-
-    def run_nvcc(self, nvcc, target, sources, options=()):
-        architectures = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90)]
-        common = ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", "-Icsrc/include"]
-        if subprocess.run([nvcc, *common, *architectures, *options, "-o", str(target), *sources]).returncode:
-            print(f"warning: {target.name} was not built by nvcc", file=sys.stderr)
+        if device:
+            link = [f"-Xlinker={option}" for option in LINKER]
+            command = [*NVCC, "-DAMED_WITH_CUDA", "-Xcompiler=-fopenmp,-fvisibility=hidden", *link, *device]
+        else:
+            compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
+            command = [*compiler.split(), *OPTIMIZE, *OPENMP, "-fPIC", "-Icsrc/include"]
+            command += [f"-Wl,{option}" for option in LINKER]
+        subprocess.run([*command, "-shared", "-o", self.place("csrc", "lib", "libamed.so"), *sources], check=True)
 
 
 setup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from importlib import metadata
@@ -11,7 +12,9 @@ import torch
 
 import amed_engine
 from amed_engine import kernels, zoo
-from amed_engine.kernels import native
+from amed_engine.errors import ConfigError
+from amed_engine.kernels import cuda, native
+from amed_engine.locations import get_library
 
 
 def facts() -> dict[str, dict[str, Any]]:
@@ -27,9 +30,23 @@ def facts() -> dict[str, dict[str, Any]]:
             "cpu": f"{torch.get_num_threads()} threads of {os.cpu_count()}",
             **{f"cuda:{gpu}": torch.cuda.get_device_name(gpu) for gpu in gpus},
         },
-        "kernels": {**kernels.backends(), "extension": native.why_not() or "active"},
+        "kernels": {
+            **kernels.backends(),
+            "extension": native.why_not() or "active",
+            "cuda_c++": ", ".join(part for part in (cuda.maker(), cuda.why_not() or "active") if part),
+            "libamed": _library(),
+        },
         "predictors": {name: zoo.predictor_nfes(name) for name in zoo.names()},
     }
+
+
+def _library() -> str:
+    """The C library and what it can do, or why it cannot be loaded."""
+    try:
+        library = ctypes.CDLL(get_library())
+    except (ConfigError, OSError) as error:
+        return str(error)
+    return "active, with CUDA" if library.amed_has_cuda() else "active, without CUDA"
 
 
 def _version(package: str) -> str:

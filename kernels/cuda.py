@@ -21,6 +21,7 @@ _LIBRARY = Path(__file__).with_name("amed_cuda.so")
 _SOURCES = Path(__file__).parents[1] / "csrc"  # beside kernels/, in a checkout and in an installation
 _CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _THREADS, _VEC = 256, 8  # kThreads and kVec of csrc/cuda
+_MAX_NOISE_CHANNELS, _MAX_SHARED = 64, 48 << 10  # what fits the arguments and, in bytes, one block of any GPU
 
 
 # The structures of csrc/include/amed, field for field.
@@ -79,13 +80,16 @@ class Frequencies(Structure):
     _fields_ = (("values", c_double * 32),)
 
 
+def maker() -> str:
+    """Whose kernels these are: of the library that nvcc made, of CuPy, or of nobody ("")."""
+    return _LIBRARY.name if _LIBRARY.exists() else "CuPy" if find_spec("cupy") else ""
+
+
 def why_not() -> str:
     """Why this implementation cannot be used; empty where it can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if not _LIBRARY.exists() and find_spec("cupy") is None:
+    if not maker():
         return f"neither {_LIBRARY.name} (reinstall with nvcc and AMED_CUDA=1) nor CuPy is there"
-    return ""
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 # ---- operations ----
@@ -130,12 +134,19 @@ def midpoint_table(
     scale_dir: float,
     scale_time: float,
 ) -> Tensor:
-    """`reference.midpoint_table` in one launch, without gradients."""
+    """`reference.midpoint_table` in one launch, without gradients; ValueError for a predictor too large for a block."""
     batch = sigma.shape[0] if features is None else features.shape[0]
     result = torch.empty(10, batch, dtype=sigma.dtype, device=sigma.device)
+    if batch == 0:
+        return result
     kept = [None if tensor is None else tensor.contiguous() for tensor in weights]
     args = MidpointArgs(batch=batch, pixels=weights.enc_layer0_weight.shape[1], wide=sigma.dtype == torch.float64)
     args.noise_channels, args.hidden, args.encoded = (len(bias) for bias in weights[1:6:2])  # pyright: ignore
+    if args.noise_channels > _MAX_NOISE_CHANNELS or _shared_bytes(args) > _MAX_SHARED:
+        raise ValueError(
+            f"a predictor of {args.noise_channels} noise channels on {args.pixels} pixels is too large for one block of "
+            "CUDA C++ (64 channels, 48 KiB in all); use Triton or the plain definition"
+        )
     if features is not None:
         features = in_format(features if features.dim() == 4 else features.unsqueeze(1), torch.contiguous_format)
         args.features, args.channels, args.channel_stride = _view(features), features.shape[1], args.pixels
@@ -146,11 +157,18 @@ def midpoint_table(
     args.map_weight, args.map_bias, args.enc0_weight, args.enc0_bias, args.enc1_weight, args.enc1_bias = addresses[:6]
     args.head_weight[:], args.head_bias[:] = addresses[6::2], addresses[7::2]
     args.width[:] = (0.0, scale_dir, scale_time)
-    table = (c_double * 32)(*frequency_values(args.noise_channels))
+    table = (c_double * (_MAX_NOISE_CHANNELS // 2))(*frequency_values(args.noise_channels))
     args.frequencies = table
     args.result = result.data_ptr()
     _launch("midpoint", args, sigma.device)
     return result
+
+
+def _shared_bytes(args: MidpointArgs) -> int:
+    """Shared memory of one block, as `amed_cuda_midpoint` counts it."""
+    slices = max(1, _THREADS // -(-args.pixels // _VEC))
+    values = args.encoded + 4 * args.noise_channels + 3 + args.hidden + slices * args.pixels
+    return values * (8 if args.wide else 4)
 
 
 def _operands(sources: Sequence[Tensor], outputs: Sequence[Tensor], wide: bool) -> CombineArgs:
@@ -202,9 +220,7 @@ def _launch_cupy(name: str, args: Any, stream: int) -> None:
         grid = (operands.batch, operands.outputs * operands.sources)
         kernel, shared, arguments = _kernel("combine", f"amed_dot_{kind}"), 0, (args,)
     else:
-        slices = max(1, _THREADS // -(-args.pixels // _VEC))
-        values = args.encoded + 4 * args.noise_channels + 3 + args.hidden + slices * args.pixels
-        grid, shared = (args.batch,), values * (8 if args.wide else 4)
+        grid, shared = (args.batch,), _shared_bytes(args)
         table = Frequencies()
         table.values[: args.noise_channels // 2] = args.frequencies[: args.noise_channels // 2]
         kernel, arguments = _kernel("midpoint", f"amed_midpoint_{kind}"), (args, table)

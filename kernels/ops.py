@@ -37,6 +37,8 @@ _library.define(
 # A module global, not a ContextVar: torch.compile can read and guard on this one.
 _forced: str | None = None
 _NAMES = ("reference", "native", "triton", "cuda")
+# Where the memory must be that the compiled ones are given addresses of.
+_DEVICES = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 # ---- what callers use ----
@@ -151,6 +153,8 @@ def _default(device: str) -> str:
 def _implementation(device: torch.device) -> ModuleType:
     """The module whose combine_into, combine_coeff_grad and midpoint_table run on that device."""
     name = _active(device.type)
+    if _DEVICES.get(name, device.type) != device.type:
+        raise ValueError(f"implementation {name!r} reads {_DEVICES[name]} memory, got tensors on {device}; move them")
     if name in ("native", "cuda"):
         return native if name == "native" else cuda
     # Not imported above: triton costs a second and is needed on a GPU only.

@@ -26,7 +26,7 @@ TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 def combine_kernel(sources, source_strides, outputs, output_strides, coeffs, stride_m, stride_j, stride_b, size,
                    BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: BLOCK elements of one sample, every source read once and every output written once."""
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = (size - 1) // BLOCK + 1  # tl.cdiv adds first, which leaves 32 bits for sizes near 2^31
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     offsets = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
@@ -48,16 +48,18 @@ def combine_kernel(sources, source_strides, outputs, output_strides, coeffs, str
 
 
 @triton.jit
-def dot_kernel(left, left_stride, right, right_stride, result, size, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def dot_kernel(left, left_stride, right, right_stride, result, size,
+               BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: the dot product of one sample, summed in a fixed order."""
     sample = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK).to(tl.int64)
     total = tl.zeros((BLOCK,), ACC)
-    for first in range(0, size, BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
+    for _ in range(BLOCKS):
         inside = offsets < size
         a = tl.load(left + sample * left_stride + offsets, mask=inside, other=0.0).to(ACC)
         b = tl.load(right + sample * right_stride + offsets, mask=inside, other=0.0).to(ACC)
         total = tl.fma(a, b, total)
+        offsets += BLOCK
     tl.store(result + sample, tl.sum(total, axis=0))
 
 
@@ -105,6 +107,7 @@ def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Te
             for j, source in enumerate(sources):
                 dot_kernel[(first.shape[0],)](
                     grad, grad.stride(0), source, source.stride(0), result[m, j], size,
-                    BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS, enable_fp_fusion=False,
+                    BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
                 )  # fmt: skip
     return result

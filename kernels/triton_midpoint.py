@@ -46,17 +46,17 @@ def _sine(angle, quadrant, ACC: tl.constexpr):
 
 
 @triton.jit
-def _average(features, channels, channel_stride, PIXELS: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-             ACC: tl.constexpr):  # fmt: skip
+def _average(features, channel_stride, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, P: tl.constexpr,
+             ROWS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Mean over channels: (P,), zero beyond PIXELS."""
     pixel = tl.arange(0, P)
     total = tl.zeros((P,), ACC)
-    for first in range(0, channels, ROWS):
+    for first in range(0, CHANNELS, ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < channels)[:, None] & (pixel < PIXELS)[None, :]
+        inside = (row < CHANNELS)[:, None] & (pixel < PIXELS)[None, :]
         tile = tl.load(features + row[:, None] * channel_stride + pixel[None, :], mask=inside, other=0.0)
         total += tl.sum(tile.to(ACC), axis=0)
-    return total / channels
+    return total / CHANNELS
 
 
 @triton.jit
@@ -106,20 +106,20 @@ def _head(weight, bias, encoded, now, later, ENCODED: tl.constexpr, K: tl.conste
 
 
 @triton.jit
-def midpoint_kernel(features, batch_stride, channel_stride, channels, sigmas, sigma_stride, sigmas_next,
+def midpoint_kernel(features, batch_stride, channel_stride, sigmas, sigma_stride, sigmas_next,
                     sigma_next_stride, map_weight, map_bias, enc0_weight, enc0_bias, enc1_weight, enc1_bias,
                     r_weight, r_bias, dir_weight, dir_bias, time_weight, time_bias, result, batch,
                     PIXELS: tl.constexpr, P: tl.constexpr, HIDDEN: tl.constexpr, ENCODED: tl.constexpr,
                     K: tl.constexpr, NOISE: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
-                    FEATURES: tl.constexpr, FREQUENCIES: tl.constexpr, SCALE_DIR: tl.constexpr,
+                    CHANNELS: tl.constexpr, FREQUENCIES: tl.constexpr, SCALE_DIR: tl.constexpr,
                     SCALE_TIME: tl.constexpr):  # fmt: skip
     """One program: one sample, from its bottleneck to the ten rows of `reference.midpoint_table`."""
     sample = tl.program_id(0).to(tl.int64)
     mean = tl.zeros((P,), ACC)
-    if FEATURES:
-        mean = _average(features + sample * batch_stride, channels, channel_stride, PIXELS, P, ROWS, ACC)
+    if CHANNELS > 0:
+        mean = _average(features + sample * batch_stride, channel_stride, CHANNELS, PIXELS, P, ROWS, ACC)
     encoded = _encode(mean, enc0_weight, enc0_bias, enc1_weight, enc1_bias, PIXELS, P, HIDDEN, ROWS, ENCODED, K, ACC,
-                      FEATURES)  # fmt: skip
+                      CHANNELS > 0)  # fmt: skip
     sigma = tl.load(sigmas + sample * sigma_stride)
     sigma_next = tl.load(sigmas_next + sample * sigma_next_stride)
     now = _embed(sigma, map_weight, map_bias, FREQUENCIES, NOISE, E, ACC)
@@ -152,9 +152,12 @@ def midpoint_kernel(features, batch_stride, channel_stride, channels, sigmas, si
 
 
 def constants(
-    weights: MidpointWeights, dtype: torch.dtype, features: bool, scale_dir: float, scale_time: float
+    weights: MidpointWeights, dtype: torch.dtype, channels: int, scale_dir: float, scale_time: float
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernel for one predictor: its shape, frequencies and ranges of scales."""
+    """The compile-time arguments of the kernel for one predictor: its shape, frequencies and ranges of scales.
+
+    channels: those of the features, 0 for none.
+    """
     hidden, pixels = weights.enc_layer0_weight.shape
     encoded, noise = weights.enc_layer1_weight.shape[0], weights.map_layer0_weight.shape[0]
     padded = triton.next_power_of_2(pixels)
@@ -168,7 +171,7 @@ def constants(
         "E": triton.next_power_of_2(noise),
         "ROWS": max(1, TILE // max(padded, triton.next_power_of_2(encoded))),  # a side of both matrices, in registers
         "ACC": TL_DTYPES[dtype],
-        "FEATURES": features,
+        "CHANNELS": channels,
         "FREQUENCIES": frequency_values(noise),
         "SCALE_DIR": float(scale_dir),
         "SCALE_TIME": float(scale_time),
@@ -197,7 +200,6 @@ def midpoint_table(
             maps,
             maps.stride(0),
             weights.enc_layer0_weight.shape[1],
-            0 if features is None else maps.shape[1],
             sigma,
             sigma.stride(0) if sigma.shape[0] > 1 else 0,
             sigma_next,
@@ -205,7 +207,7 @@ def midpoint_table(
             *parameters,
             result,
             batch,
-            **constants(weights, sigma.dtype, features is not None, scale_dir, scale_time),
+            **constants(weights, sigma.dtype, 0 if features is None else maps.shape[1], scale_dir, scale_time),
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )

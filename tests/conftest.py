@@ -1,6 +1,10 @@
 """What several test files share: small models with known answers, and what to skip where."""
 
+import ctypes
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +125,44 @@ def gaussian(sd: float = 0.5, mean: float = 0.25) -> Callable[[Tensor, Tensor], 
 def gaussian_denoiser() -> Callable[[Tensor, Tensor], Tensor]:
     """Of N(0.25, 0.5²), where the probability-flow ODE has the solution x - mean ∝ sqrt(sd² + sigma²)."""
     return gaussian()
+
+
+# ---- CUDA without a GPU
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    """amed_cuda.so of the same sources for host memory; undefined behaviour, unaligned accesses among it, ends the process."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    tools, library = ROOT / "csrc/tests/emulated", tmp_path_factory.mktemp("emulated") / "amed_cuda.so"
+    options = [
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsanitize=undefined",
+        "-fno-sanitize-recover=all",
+        "-shared",
+        "-fPIC",
+    ]
+    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), tools / "by_name.cpp", f"-I{ROOT / 'csrc/include'}"]
+    command = [sys.executable, tools / "nvcc.py", *options, "-o", library, *sources]
+    subprocess.run([str(word) for word in command], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernel(emulated) -> Callable[[str], Callable]:
+    """name -> kernel(grid, block, arguments, shared_mem=0), as CuPy's RawModule.get_function gives it."""
+
+    def get_function(name: str):
+        def kernel(grid, block, arguments, shared_mem=0):
+            shape = (ctypes.c_uint * 4)(grid[0], grid[1] if len(grid) > 1 else 1, block[0], shared_mem)
+            address = ctypes.cast(getattr(emulated, name), ctypes.c_void_p)
+            values = [argument.tobytes() for argument in arguments]
+            assert getattr(emulated, f"launch_{name.split('_')[1]}")(address, shape, *values) == 0
+
+        return kernel
+
+    return get_function

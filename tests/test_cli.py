@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import amed_engine
-from amed_engine import cli, distillation, sampler, zoo
+from amed_engine import cli, distillation, kernels, sampler, zoo
 from amed_engine.checkpoints import load_predictor, save_model, save_predictor
 from amed_engine.networks import EDMPrecond
 from amed_engine.solvers import SOLVERS
@@ -205,7 +205,10 @@ def test_info_tells_versions_devices_kernels_and_models(amed):
     facts = json.loads(out)
     assert facts["versions"]["torch"] == metadata.version("torch")
     assert facts["versions"]["python"] == sys.version.split()[0]
-    assert facts["kernels"].keys() == {"cpu", "cuda", "extension"}
+    assert facts["kernels"].keys() == {"cpu", "cuda", "extension", "cuda_c++", "libamed"}
+    built = (Path(kernels.__file__).parent / "amed_cuda.so").exists()
+    assert built == facts["kernels"]["cuda_c++"].startswith("amed_cuda.so, ")
+    assert facts["kernels"]["libamed"].startswith("active, with") or "not built" in facts["kernels"]["libamed"]
     assert (facts["kernels"]["extension"] == "active") == (facts["kernels"]["cpu"] == "native")
     assert len(facts["devices"]) == 1 + torch.cuda.device_count()
     assert facts["predictors"].keys() == set(zoo.names())

@@ -50,8 +50,11 @@ class CudaDevice final : public Device {
         return {memory, [](void* p) { cudaFree(p); }};
     }
 
+    // In order with everything else on the stream: a plain copy is not, where that stream does not wait for the
+    // default.
     void upload(void* to, const void* from, std::size_t bytes) override {
-        check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying constants");
+        check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying constants");
+        check(cudaStreamSynchronize(stream_), "copying constants");
     }
 
     void copy(float* to, const float* from, std::int64_t count) override {

@@ -1,5 +1,6 @@
-// Unit tests of the CPU kernels without any framework; built with the address and undefined-behaviour sanitizers.
-// Every buffer is allocated at its exact size, so that one element read or written too many is a failure.
+// Unit tests of the kernels without any framework; built with the address and undefined-behaviour sanitizers, once for
+// the CPU and once, with AMED_TEST_CUDA, for the CUDA sources as emulated/ makes them run on host memory. Every buffer
+// is allocated at its exact size, so that one element read or written too many is a failure.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,9 +10,20 @@
 
 #include "../cpu/half.h"
 #include "amed/cpu.h"
+#include "amed/cuda.h"
 #include "check.h"
 
 namespace {
+
+#ifdef AMED_TEST_CUDA
+void combine(const amed::CombineArgs& args, int) { CHECK(amed_cuda_combine(&args, nullptr) == 0, "combine"); }
+void combine_coeff_grad(const amed::DotArgs& args, int) {
+    CHECK(amed_cuda_combine_coeff_grad(&args, nullptr) == 0, "combine_coeff_grad");
+}
+void midpoint(const amed::MidpointArgs& args, int) { CHECK(amed_cuda_midpoint(&args, nullptr) == 0, "midpoint"); }
+#else
+using amed::cpu::combine, amed::cpu::combine_coeff_grad, amed::cpu::midpoint;
+#endif
 
 std::size_t width(amed::DType dtype) { return dtype == amed::DType::f64 ? 8 : dtype == amed::DType::f32 ? 4 : 2; }
 
@@ -115,7 +127,7 @@ void bind(Problem& p) {
 
 void check_combine(Problem& p) {
     bind(p);
-    amed::cpu::combine(p.args, 2);
+    combine(p.args, 2);
     const double limit = tolerance(p.outputs[0].dtype);
     for (int m = 0; m < p.args.outputs; ++m)
         for (std::int64_t b = 0; b < p.args.batch; ++b)
@@ -152,11 +164,11 @@ void test_in_place() {
     std::mt19937 random(2);
     Problem p = make(random, 3, 2, 4, 1500, {amed::DType::f32}, 3, false), q = p;
     bind(p);
-    amed::cpu::combine(p.args, 1);
+    combine(p.args, 1);
     bind(q);
     q.args.output[0] = q.args.source[1];
     q.args.output[1] = q.args.source[0];
-    amed::cpu::combine(q.args, 2);
+    combine(q.args, 2);
     for (std::int64_t b = 0; b < 4; ++b)
         for (std::int64_t i = 0; i < 1500; ++i) {
             CHECK(p.outputs[0].get(b, i) == q.sources[1].get(b, i), "output 0 over source 1");
@@ -169,9 +181,9 @@ void test_threads_and_batch_do_not_matter() {
     const std::int64_t batch = 40, size = 12289;
     Problem p = make(random, 5, 2, batch, size, {amed::DType::f32}, 0, false), q = p;
     bind(p);
-    amed::cpu::combine(p.args, 1);
+    combine(p.args, 1);
     bind(q);
-    amed::cpu::combine(q.args, 4);
+    combine(q.args, 4);
     CHECK(p.outputs[0].bytes == q.outputs[0].bytes && p.outputs[1].bytes == q.outputs[1].bytes, "threads");
     for (std::int64_t b = 0; b < batch; b += 13) {
         Samples alone(amed::DType::f32, 1, size, 0);
@@ -181,7 +193,7 @@ void test_threads_and_batch_do_not_matter() {
         args.output[0] = alone.view();
         args.coeffs = p.coeffs32.data() + b * args.coeff_stride[2];
         for (int j = 0; j < args.sources; ++j) args.source[j].data = p.sources[static_cast<std::size_t>(j)].at(b, 0);
-        amed::cpu::combine(args, 1);
+        combine(args, 1);
         CHECK(std::memcmp(alone.bytes.data(), p.outputs[0].at(b, 0), alone.bytes.size()) == 0, "sample alone");
     }
 }
@@ -197,7 +209,7 @@ void test_dots() {
         std::vector<double> wide(30);
         std::vector<float> narrow(30);
         const amed::DotArgs args = {p.args, p.args.wide ? static_cast<void*>(wide.data()) : narrow.data()};
-        amed::cpu::combine_coeff_grad(args, 3);
+        combine_coeff_grad(args, 3);
         for (std::size_t k = 0; k < 30; ++k) {
             const std::size_t m = k / 15, j = k / 5 % 3;
             const auto b = static_cast<std::int64_t>(k % 5);
@@ -242,7 +254,7 @@ void test_midpoint() {
     args.head_bias[0] = args.head_bias[2] = head_bias.data();
     args.width[2] = 0.2;
     args.result = result.data();
-    amed::cpu::midpoint(args, 2);
+    midpoint(args, 2);
 
     const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
     for (std::size_t b = 0; b < 2; ++b) {

@@ -224,6 +224,11 @@ class CLibrary:
 
 
 @pytest.fixture(scope="session")
+def open_library() -> type[CLibrary]:
+    return CLibrary
+
+
+@pytest.fixture(scope="session")
 def library() -> CLibrary:
     try:
         return CLibrary(amed_engine.get_library())

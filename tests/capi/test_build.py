@@ -9,12 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import setuptools
+import torch
+
+from amed_engine import sample
+from amed_engine.export_plan import make_static_plan
+from amed_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA = {"csrc/cuda/combine.cu", "csrc/cuda/midpoint.cu"}
+CUDA, DEVICE = {"csrc/cuda/combine.cu", "csrc/cuda/midpoint.cu"}, "csrc/library/cuda_device.cu"
 TARGETS = ["amed_engine/kernels/amed_cuda.so", "amed_engine/csrc/lib/libamed.so"]
+
+needs_gcc = pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
 
 # Keeps its command line, and has g++ build what is plain C++ in it with nvcc's options spelled for g++.
 NOTES = """#!{python}
@@ -30,9 +38,9 @@ for word in words:
         spelled += word.partition("=")[2].split(",")
     elif word.startswith("-Xlinker="):
         spelled.append("-Wl," + word.partition("=")[2])
-    elif not word.startswith(("-gencode", "-cudart", "-O")) and not word.endswith(".cu"):
+    elif not word.startswith(("-gencode", "-cudart", "-O", "--threads")) and not word.endswith(".cu"):
         spelled.append(word)
-os.execvp("g++", ["g++", "-O0", "-x", "c++", *spelled, "-xc++", os.devnull])
+os.execvp("g++", ["g++", "-O0", *spelled, "-xc++", os.devnull])
 """
 
 
@@ -60,68 +68,95 @@ def compiler(tmp_path, monkeypatch, broken: bool = False) -> Path:
     return log
 
 
+def library_without_building(build, monkeypatch) -> list[list[str]]:
+    """What objects of the CUDA part the C library would be made with."""
+    given = []
+    monkeypatch.setattr(type(build), "build_library", lambda self, device: given.append(device))
+    return given
+
+
 def sources(words: list[str]) -> set[str]:
     return {word for word in words if word.endswith((".cu", ".cpp"))}
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
-def test_nvcc_is_asked_for_both_libraries(build, tmp_path, monkeypatch):
+@needs_gcc
+def test_nvcc_compiles_every_source_once(build, tmp_path, monkeypatch):
+    """And the host's linker, which understands its options for it, hides everything but the C API."""
     log = compiler(tmp_path, monkeypatch)
     build.run()
-    kernels, library = map(json.loads, log.read_text().splitlines())
-    for words, target in ((kernels, TARGETS[0]), (library, TARGETS[1])):
-        assert words[words.index("-o") + 1] == str(tmp_path / "lib" / target)
+    *compiled, kernels, library = map(json.loads, log.read_text().splitlines())
+    assert [sources(words) for words in compiled] == [{source} for source in sorted({*CUDA, DEVICE})]
+    for words in compiled:
         assert [w for w in words if w.startswith("-gencode")] == [
             "-gencode=arch=compute_80,code=sm_80",
-            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=[sm_90,compute_90]",
         ]
-        assert {"-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", "-Icsrc/include"} <= set(words)
-    assert sources(kernels) == CUDA
+    for words, target, parts in ((kernels, TARGETS[0], CUDA), (library, TARGETS[1], {*CUDA, DEVICE})):
+        assert words[words.index("-o") + 1] == str(tmp_path / "lib" / target)
+        assert {"-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static"} <= set(words)
+        assert {w for w in words if w.endswith(".o")} == {str(tmp_path / "temp" / f"{part}.o") for part in parts}
     host = {str(p.relative_to(ROOT)) for part in ("library", "cpu") for p in (ROOT / "csrc" / part).glob("*.cpp")}
-    assert sources(library) == CUDA | {"csrc/library/cuda_device.cu"} | host
+    assert sources(library) == host
     assert {"-DAMED_WITH_CUDA", "-Xcompiler=-fopenmp,-fvisibility=hidden"} <= set(library)
     assert "-DAMED_WITH_CUDA" not in kernels
-
-
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs Linux and g++")
-def test_its_link_options_hide_everything_but_the_c_api(build, tmp_path, monkeypatch):
-    """As the host linker understands them; the device's part is missing from what g++ makes here."""
-    compiler(tmp_path, monkeypatch)
-    build.run()
     check_symbols(tmp_path / "lib" / TARGETS[1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the library is built on Linux")
-def test_a_failing_nvcc_is_a_warning(build, tmp_path, monkeypatch, capfd):
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA part is built on Linux")
+def test_a_failing_nvcc_is_a_warning_and_costs_only_the_cuda_part(build, tmp_path, monkeypatch, capfd):
     compiler(tmp_path, monkeypatch, broken=True)
+    monkeypatch.setenv("AMED_CUDA", "")  # as on a machine with a GPU
+    given = library_without_building(build, monkeypatch)
     build.run()
     said = capfd.readouterr().err
     assert "Unsupported gpu architecture" in said
-    assert [f"warning: {Path(target).name} was not built by nvcc" in said for target in TARGETS] == [True, True]
+    assert "warning: the CUDA part was not built" in said
+    assert given == [[]], "the C library of the CPU is built all the same"
     assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA part is built on Linux")
+def test_who_insists_on_cuda_is_not_given_less(build, tmp_path, monkeypatch, found):
+    """A broken nvcc, and none."""
+    compiler(tmp_path, monkeypatch, broken=True)
+    if not found:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="AMED_CUDA=1 insists on the CUDA part, which was not built"):
+        build.run()
 
 
 @pytest.mark.parametrize("decided", ["0", None])
 def test_without_a_gpu_nvcc_is_left_alone(build, tmp_path, monkeypatch, decided):
-    log = compiler(tmp_path, monkeypatch)
+    log, given = compiler(tmp_path, monkeypatch), library_without_building(build, monkeypatch)
     monkeypatch.delenv("AMED_CUDA")
     if decided:
         monkeypatch.setenv("AMED_CUDA", decided)
     elif shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(type(build), "build_library", lambda self, nvcc: None if nvcc is None else pytest.fail(nvcc))
     build.run()
     assert not log.exists()
+    assert given == [[]]
 
 
-@pytest.mark.gpu  # takes minutes; machines with a GPU are those that build it
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nvcc") is None, reason="no nvcc")
-def test_the_real_nvcc_makes_a_library_with_cuda(build, tmp_path):
-    """It loads, and says that it has CUDA."""
-    build.build_library(shutil.which("nvcc"))
-    path = tmp_path / "lib" / TARGETS[1]
-    check_symbols(path)
-    assert ctypes.CDLL(str(path)).amed_has_cuda() == 1
+def test_the_real_nvcc_makes_both_libraries(build, tmp_path, tools, open_library):
+    """The C API with CUDA samples on the CPU as without; where no driver is, both say so and go on."""
+    build.run()
+    check_symbols(tmp_path / "lib" / TARGETS[1])
+    library, program, x = open_library(str(tmp_path / "lib" / TARGETS[1])), tools.program("ipndm"), tools.latents()
+    assert library.raw.amed_has_cuda() == 1
+    text = make_static_plan(program).dumps()
+    got = library.sample(text, x.numpy(), lambda points, sigma: (tools.on_numpy(points, sigma), None))
+    np.testing.assert_array_equal(got, sample(tools.denoise, x, tools.SIGMAS, program.solver).numpy())
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(Exception, match=r"allocating: .*(driver|device)") as caught:
+        library.call("sampler_create_cuda", library.parse(text), 1, 1, None, ctypes.byref(ctypes.c_void_p()))
+    assert caught.value.status == 7
+    kernels = ctypes.CDLL(str(tmp_path / "lib" / TARGETS[0]))
+    args = cuda.CombineArgs(sources=1, outputs=1, batch=1, size=8)
+    assert kernels.amed_cuda_combine(ctypes.byref(args), None) > 0
 
 
 def check_symbols(path: Path) -> None:

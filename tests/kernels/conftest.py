@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 the only implementation is Triton's interpreter on the C
 files so in a process of its own, on fewer shapes.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import kernels
-from amed_engine.kernels import cuda, native
+from amed_engine.kernels import cuda, native, ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,7 +25,8 @@ TOLERANCES = {
     torch.float16: (1e-3, 1e-3),
     torch.bfloat16: (1.6e-2, 1e-2),
 }
-CPU = ["triton"] if INTERPRETED else ["reference", "native"]
+# emulated: the CUDA C++ sources, compiled for the CPU by csrc/tests/emulated.
+CPU = ["triton"] if INTERPRETED else ["reference", "native", "emulated"]
 GPU = [] if INTERPRETED else [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu-triton", "gpu-cuda")]
 
 
@@ -35,17 +37,35 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(params=[*CPU, *GPU])
-def device(request) -> Iterator[torch.device]:
+def device(request, monkeypatch) -> Iterator[torch.device]:
     """Where to put the tensors, with one implementation forced."""
     name = request.param.removeprefix("gpu-")
     if name == "native" and not native.available():
         pytest.skip(f"no compiled extension: {native.why_not()}")
     if name == "triton":
         pytest.importorskip("triton")
+    if INTERPRETED:
+        monkeypatch.setitem(ops._DEVICES, "triton", "cpu")
     if name == "cuda" and cuda.why_not():
         pytest.skip(cuda.why_not())
+    if name == "emulated":
+        name = request.getfixturevalue("on_host")
     with kernels.use(name):
         yield torch.device("cuda" if "gpu-" in request.param else "cpu")
+
+
+@pytest.fixture
+def on_host(emulated, monkeypatch) -> str:
+    """`use("cuda")` runs the emulated kernels on tensors of the CPU."""
+
+    def launch(name: str, args: ctypes.Structure, device: torch.device) -> None:
+        assert device.type == "cpu"
+        assert getattr(emulated, f"amed_cuda_{name}")(ctypes.byref(args), None) == 0
+
+    monkeypatch.setattr(cuda, "why_not", str)
+    monkeypatch.setitem(ops._DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(cuda, "_launch", launch)
+    return "cuda"
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from amed_engine import kernels
-from amed_engine.kernels import combine, combine_coeff_grad, midpoint
+from amed_engine.kernels import combine, combine_coeff_grad, cuda, midpoint, native, ops
 
 F32 = torch.float32
 
@@ -95,7 +95,8 @@ DOTS = {
     ("call", "message"), [*COMBINE.values(), *OUT.values(), *DOTS.values()], ids=[*COMBINE, *OUT, *DOTS]
 )
 @pytest.mark.parametrize("name", ["default", "reference"])
-def test_refused(call, message, name):
+def test_refused(call, message, name, monkeypatch):
+    monkeypatch.setattr(ops, "_implementation", lambda device: pytest.fail("launched"))
     with (
         kernels.use(name) if name == "reference" else nullcontext(),
         pytest.raises(ValueError, match=re.escape(message)),
@@ -144,6 +145,35 @@ MIDPOINT = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MIDPOINT.values(), ids=list(MIDPOINT))
-def test_midpoint_refuses(arguments, message):
+def test_midpoint_refuses(arguments, message, monkeypatch):
+    monkeypatch.setattr(ops, "_implementation", lambda device: pytest.fail("launched"))
     with pytest.raises(ValueError, match=re.escape(message)):
         midpoint(*arguments)
+
+
+@pytest.mark.parametrize(("name", "device"), [("native", "cuda:0"), ("triton", "cpu"), ("cuda", "cpu")])
+def test_addresses_of_another_device_are_never_handed_on(name, device, monkeypatch):
+    for module in (native, cuda):
+        monkeypatch.setattr(module, "why_not", str)
+    with kernels.use(name):
+        with pytest.raises(
+            ValueError, match=re.escape(f"'{name}' reads {ops._DEVICES[name]} memory, got tensors on {device}")
+        ):
+            ops._implementation(torch.device(device))
+        if device == "cpu":
+            for call in (
+                lambda: combine(sources(), coeffs()),
+                lambda: combine_coeff_grad(sources(1), sources(1)),
+                lambda: midpoint(MAPS, ONE, ONE, WEIGHTS, 0.1),
+            ):
+                with pytest.raises(ValueError, match="got tensors on cpu; move them"):
+                    call()
+
+
+@pytest.mark.parametrize(("noise", "side"), [(66, 5), (8, 111)])
+def test_a_predictor_too_large_for_a_block_of_cuda(noise, side, monkeypatch):
+    monkeypatch.setattr(cuda, "_launch", lambda *arguments: pytest.fail("launched"))
+    shapes = [(noise, noise), (noise,), (16, side * side), (16,), (4, 16), (4,), (1, 4 + 2 * noise), (1,)]
+    weights = kernels.MidpointWeights(*(torch.ones(shape) for shape in shapes))
+    with pytest.raises(ValueError, match="too large for one block of CUDA"):
+        cuda.midpoint_table(torch.ones(1, 2, side, side), ONE, ONE, weights, 0.0, 0.0)

@@ -10,7 +10,7 @@ from amed_engine import kernels
 from amed_engine.kernels import combine
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-COUNT = int(os.environ.get("AMED_FUZZ_N", "8" if INTERPRETED else "2000"))
+COUNT = int(os.environ.get("AMED_FUZZ_N", "20" if INTERPRETED else "2000"))
 ONLY = os.environ.get("AMED_FUZZ_ONLY_SEED")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last", "batch_last", "sliced", "offset", "cropped"]

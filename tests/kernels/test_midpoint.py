@@ -11,8 +11,8 @@ from torch import nn
 from amed_engine.kernels import MidpointWeights, combine, midpoint, use
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SIZES = [5, 16] if INTERPRETED else [1, 2, 5, 8, 16, 32]
-HEADS = [(0.0, 0.0), (0.05, 0.2)] if INTERPRETED else [(0.0, 0.0), (0.01, 0.0), (0.0, 0.2), (0.05, 0.2)]
+SIZES = [5, 32] if INTERPRETED else [1, 2, 5, 8, 16, 32]
+HEADS = [(0.0, 0.0), (0.01, 0.0), (0.0, 0.2), (0.05, 0.2)]
 
 
 class Predictor(nn.Module):

@@ -1,21 +1,28 @@
-"""csrc/ compiles strictly: C++ under the sanitizers, CUDA for two architectures, and at run time through NVRTC."""
+"""csrc/ compiles strictly: C++ under the sanitizers, CUDA for three architectures, and at run time through NVRTC."""
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
+import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from amed_engine import kernels
 from amed_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}"]
+
+ARCHITECTURES = [80, 90, 100]
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -35,6 +42,16 @@ def test_unit_tests_under_the_sanitizers(tmp_path, clones):
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-fopenmp"]
     sources = [*CSRC.glob("tests/*.cpp"), *CSRC.glob("cpu/*.cpp")]
     run([COMPILER, *STRICT, *sanitizers, *([] if clones else ["-DAMED_NO_CLONES"]), *sources, "-o", program])
+    assert run([program], timeout=300).strip().endswith("ok")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_unit_tests_of_the_cuda_sources_under_the_sanitizers(tmp_path):
+    """The same tests and sanitizers, the kernels' threads run in turns on the CPU."""
+    program = tmp_path / "test_kernels"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-DAMED_TEST_CUDA"]
+    compiler = [sys.executable, CSRC / "tests" / "emulated" / "nvcc.py"]
+    run([*compiler, *STRICT, *sanitizers, *CSRC.glob("cuda/*.cu"), *CSRC.glob("tests/*.cpp"), "-o", program])
     assert run([program], timeout=300).strip().endswith("ok")
 
 
@@ -67,17 +84,17 @@ def test_python_mirrors_the_structures(tmp_path):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["combine", "midpoint"])
 def test_cuda_compiles_without_spills(tmp_path, name, architecture):
     cubin = tmp_path / f"{name}.cubin"
     options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
     log = run(["nvcc", *options, f"-I{CSRC / 'include'}", "-o", cubin, CSRC / "cuda" / f"{name}.cu"])
-    kernels = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
-    assert len(kernels) == {"combine": 10, "midpoint": 2}[name]
+    entries = re.findall(r"entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    assert len(entries) == {"combine": 10, "midpoint": 2}[name]
     assert re.findall(r"(\d+) bytes spill", log)
     assert not any(int(n) for n in re.findall(r"(\d+) bytes spill", log))
-    for kernel, registers in kernels:
+    for kernel, registers in entries:
         # 256 threads a block: 128 registers leave two blocks on a processor, 64 leave four.
         limit = 64 if kernel in ("amed_combine_float_1", "amed_combine_float_2", "amed_midpoint_float") else 255
         assert int(registers) <= limit, (kernel, registers)
@@ -88,33 +105,14 @@ def test_cuda_compiles_without_spills(tmp_path, name, architecture):
             assert "LDG.E.128" in body, "aligned rows are read 16 bytes at a time"
 
 
-@needs_nvcc
-def test_cuda_links_into_one_library(tmp_path):
-    """The library that setup.py builds: three entry points, no dependency on a CUDA runtime."""
-    library = tmp_path / "amed_cuda.so"
-    options = [
-        "-std=c++17",
-        "-O1",
-        "-shared",
-        "-Xcompiler=-fPIC",
-        "-cudart=static",
-        "-arch=sm_90",
-        f"-I{CSRC / 'include'}",
-    ]
-    run(["nvcc", *options, "-o", library, *CSRC.glob("cuda/*.cu")])
-    loaded = ctypes.CDLL(str(library))
-    for name in ("combine", "combine_coeff_grad", "midpoint"):
-        assert hasattr(loaded, f"amed_cuda_{name}")
-    empty = cuda.CombineArgs(sources=1, outputs=1, batch=0, size=8)
-    assert loaded.amed_cuda_combine(ctypes.byref(empty), None) == 0, "an empty batch launches nothing"
-
-
 def nvrtc():
     """NVRTC of an installed CUDA package or toolkit; skips where there is none."""
     for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
         spec = find_spec(package) if find_spec("nvidia") else None
         for root in spec.submodule_search_locations or [] if spec else []:
             for path in Path(root).glob("lib/libnvrtc.so.*"):
+                for part in path.parent.glob("libnvrtc-builtins.so.*"):  # which it asks for by its bare name
+                    ctypes.CDLL(str(part))
                 return ctypes.CDLL(str(path))
     for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
         try:
@@ -124,12 +122,14 @@ def nvrtc():
     pytest.skip("no NVRTC library")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["combine", "midpoint"])
-def test_cuda_compiles_at_run_time(name):
-    """As CuPy's RawModule does it: one source, our two include folders, no host header."""
+def test_cuda_compiles_at_run_time(name, architecture):
+    """As CuPy's RawModule does it: one source, our two include folders, no host header, and the options that it adds."""
     library, program = nvrtc(), ctypes.c_void_p()
     source = (CSRC / "cuda" / f"{name}.cu").read_bytes()
-    flags = ["-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", "-arch=sm_90"]
+    flags = ["-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}", f"-arch=sm_{architecture}"]
+    flags += ["-ftz=true", "--device-as-default-execution-space"]
     options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None) == 0
     code = library.nvrtcCompileProgram(program, len(flags), options)
@@ -138,6 +138,48 @@ def test_cuda_compiles_at_run_time(name):
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
     assert code == 0, log.value.decode()
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@pytest.fixture
+def stand_in(monkeypatch, emulated_kernel):
+    """`cupy` with emulated kernels; what it was asked to compile."""
+    asked = []
+
+    def raw_module(code: str, options: tuple[str, ...]):
+        asked.append((code, options))
+        return SimpleNamespace(get_function=emulated_kernel)
+
+    streams = SimpleNamespace(ExternalStream=nullcontext)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=raw_module, cuda=streams))
+    cuda._kernel.cache_clear()
+    yield asked
+    cuda._kernel.cache_clear()
+
+
+def test_cupy_launches_what_the_library_does(stand_in, on_host, monkeypatch, make_case):
+    """Grid, shared memory and arguments by value, bit for bit, for every instance of the kernels."""
+
+    def answers():
+        for dtype in (torch.float32, torch.float64):
+            for rows in range(1, 9):
+                case = make_case((3, 3, 31, 33), (dtype,), rows, 3, rows, torch.device("cpu"), ("sliced",))
+                yield from kernels.combine(case.sources, case.coeffs)
+            yield kernels.combine_coeff_grad(case.sources[:2], case.sources)
+            for side, noise in ((5, 8), (32, 64), (48, 8)):
+                shapes = [(noise, noise), (noise,), (16, side**2), (16,), (4, 16), (4,), (1, 4 + 2 * noise), (1,)]
+                weights = [torch.linspace(-1, 1, math.prod(shape), dtype=dtype).view(shape) for shape in shapes]
+                levels = torch.tensor([5.0, 1.0], dtype=dtype)
+                yield kernels.midpoint(
+                    torch.ones(2, 3, side, side), levels, levels / 3, kernels.MidpointWeights(*weights)
+                ).sigma
+
+    with kernels.use(on_host):
+        expected = list(answers())
+        monkeypatch.setattr(cuda, "_launch", lambda name, args, device: cuda._launch_cupy(name, args, 0))
+        assert all(torch.equal(a, b) for a, b in zip(answers(), expected, strict=True))
+    assert {code for code, _ in stand_in} == {path.read_text() for path in CSRC.glob("cuda/*.cu")}
+    assert {options for _, options in stand_in} == {("-std=c++17", f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}")}
 
 
 @pytest.mark.gpu

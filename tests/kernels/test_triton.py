@@ -29,7 +29,7 @@ ARCHITECTURES = [80, 90, 100]
 
 def test_every_property_holds_under_the_interpreter():
     """The flag is read when a kernel is defined, hence the other process."""
-    files = [str(HERE / name) for name in ("test_combine.py", "test_midpoint.py", "test_fuzz.py")]
+    files = [str(HERE / name) for name in ("test_combine.py", "test_midpoint.py", "test_fuzz.py", "test_mutants.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
@@ -90,10 +90,10 @@ def test_midpoint_compiles_without_spills(architecture, size, heads):
     padded = triton.next_power_of_2(pixels)
     constants = {
         **{"PIXELS": pixels, "P": padded, "HIDDEN": 128, "ENCODED": 4, "K": 4, "NOISE": 8, "E": 8},
-        **{"ROWS": triton_midpoint.TILE // padded, "ACC": tl.float32, "FEATURES": True},
+        **{"ROWS": triton_midpoint.TILE // padded, "ACC": tl.float32, "CHANNELS": 256},
         **{"FREQUENCIES": frequency_values(8), "SCALE_DIR": heads[0], "SCALE_TIME": heads[1]},
     }
-    integers = {"batch_stride", "channel_stride", "channels", "sigma_stride", "sigma_next_stride", "batch"}
+    integers = {"batch_stride", "channel_stride", "sigma_stride", "sigma_next_stride", "batch"}
     names = list(inspect.signature(triton_midpoint.midpoint_kernel.fn).parameters)
     signature = {n: "constexpr" if n in constants else "i32" if n in integers else "*fp32" for n in names}
     aligned = {"batch_stride", "channel_stride"} if pixels % 16 == 0 else set()

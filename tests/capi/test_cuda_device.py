@@ -1,0 +1,74 @@
+"""The CUDA part of the C library, executed: its sources compiled for the CPU by csrc/tests/emulated, device memory NaN."""
+
+import shutil
+import subprocess
+import sys
+from ctypes import byref, c_void_p
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from amed_engine import make_solver, sample
+from amed_engine.export_plan import make_static_plan
+from amed_engine.loop import Program
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+@pytest.fixture(scope="session")
+def on_stream(tmp_path_factory, open_library):
+    """The C library with CUDA, whose samplers are all made on a stream."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    path = tmp_path_factory.mktemp("emulated") / "libamed.so"
+    sources = [*CSRC.glob("*/*.cu"), *CSRC.glob("library/*.cpp"), *CSRC.glob("cpu/*.cpp"), f"-I{CSRC / 'include'}"]
+    options = ["-O0", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+    options += ["-DAMED_WITH_CUDA", "-fvisibility=hidden", "-shared", "-fPIC", "-o", path]
+    command = [sys.executable, CSRC / "tests/emulated/nvcc.py", *options, *sources]
+    subprocess.run([str(word) for word in command], check=True)
+
+    class OnStream(open_library):
+        def create(self, plan, batch, size, threads=1):
+            sampler = c_void_p()
+            self.call("sampler_create_cuda", plan, batch, size, None, byref(sampler))
+            return sampler
+
+    return OnStream(str(path))
+
+
+def check(got: np.ndarray, truth: np.ndarray) -> None:
+    np.testing.assert_allclose(got, truth, rtol=1e-5, atol=1e-5 * np.abs(truth).max())
+
+
+def test_every_program_draws_the_engine_s_samples(case, tools, on_stream):
+    assert on_stream.raw.amed_has_cuda() == 1
+    check(on_stream.sample(case.plan.dumps(), case.x, lambda y, s: (tools.on_numpy(y, s), None)), case.truth)
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("name", ["dpm", "amed", "euler", "ipndm"])
+def test_a_predictor_reads_the_bottleneck(tools, on_stream, name, afs):
+    program = Program.build(make_solver(name), tools.SIGMAS, tools.predictor(), afs=afs)
+    x = tools.latents()
+    truth = sample(tools.denoise_with_features, x, tools.SIGMAS, program.solver, program.predictor, afs=afs)
+
+    def denoise(points, sigma):
+        answers = tools.denoise_with_features(torch.from_numpy(points), torch.from_numpy(sigma))
+        return tuple(np.ascontiguousarray(answer.numpy()) for answer in answers)
+
+    check(on_stream.sample(make_static_plan(program).dumps(), x.numpy(), denoise), truth.detach().numpy())
+
+
+def test_what_a_stream_cannot_do_is_refused(tools, on_stream):
+    thresholded = on_stream.parse(make_static_plan(Program.build(make_solver("dpmpp"), tools.SIGMAS)).dumps())
+    with pytest.raises(Exception, match="thresholding is not on this device") as caught:
+        on_stream.create(thresholded, 1, 1)
+    assert caught.value.status == 6
+    plan = on_stream.parse(make_static_plan(tools.program("euler")).dumps())
+    with pytest.raises(Exception, match=r"out of device memory: \d+ bytes") as caught:
+        on_stream.create(plan, 1 << 30, 1 << 13)
+    assert caught.value.status == 5
+    for each in (thresholded, plan):
+        on_stream.raw.amed_plan_free(each)

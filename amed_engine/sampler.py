@@ -200,11 +200,15 @@ class Sampler:
             ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W)
             of unit variance and, for a conditional model, labels (B, label_dim), for every B from 1 to max_batch; the
             output is images. guidance_scale is fixed in the file.
-        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export.
+        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export; for a
+            plan freeze=True, for a schedule alphas_cumprod, as of `write_plan` and `write_schedule`.
         Raises ConfigError, or AmedError where a compiler fails.
         """
         program, plan = self._choose(guidance_scale)
-        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        plan, loop = (
+            replace(plan, guidance_scale=guidance_scale),
+            BoundLoop(self._engine.model, program, guidance_scale),
+        )
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:

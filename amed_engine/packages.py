@@ -216,7 +216,9 @@ def _check_graph(path: Path, facts: Facts, found: list[tuple]) -> None:
     """Whether the graph takes what its facts say: (dtype, sizes of one sample) of every input."""
     rows = [facts.shape, *([(facts.label_dim,)] if facts.label_dim else [])]
     if found != (expected := [(str(DTYPES[facts.dtype]), *row) for row in rows]):
-        raise FileFormatError(f"{path}: its graph takes {found}, its facts say {expected}; it is damaged, export it again")
+        raise FileFormatError(
+            f"{path}: its graph takes {found}, its facts say {expected}; it is damaged, export it again"
+        )
 
 
 def _open_compiled(path: Path) -> Call:
@@ -254,9 +256,14 @@ def _open_onnx(path: Path) -> Package:
         raise _unreadable(path, error) from error
     facts = Facts.from_text(session.get_modelmeta().custom_metadata_map.get(KEY), path)
     if facts.device != "cpu":
-        raise FileFormatError(f"{path}: an ONNX loop is opened on the CPU, its facts say {facts.device!r}; it is damaged")
+        raise FileFormatError(
+            f"{path}: an ONNX loop is opened on the CPU, its facts say {facts.device!r}; it is damaged"
+        )
     inputs = session.get_inputs()
-    names, kinds = [wanted.name for wanted in inputs], {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"}
+    names, kinds = (
+        [wanted.name for wanted in inputs],
+        {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"},
+    )
     _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in inputs])
 
     def call(*inputs: Tensor) -> Tensor:

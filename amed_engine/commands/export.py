@@ -30,6 +30,8 @@ FORMATS = ("pt2", "exported", "onnx", "plan", "schedule")
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="Where to write it, e.g. loop.pt2.")
 def export(guidance, format, freeze, max_batch, verify, out, **asked) -> None:
     """Write the whole sampling loop, network and predictor included, to one file; or without the network as JSON."""
+    if freeze and format != "plan":
+        raise click.UsageError(f"--freeze is for --format plan, got {format}")
     check_writable(out)
     sampler = make_sampler(**typed(asked))
     options = {"freeze": True} if freeze else None

@@ -134,12 +134,23 @@ def write_onnx(job: Job, file: Path) -> None:
     for name in ("onnx", "onnxscript"):
         import_onnx(name)
     names = ["latents", "labels"][: 2 if job.loop.model.label_dim else 1]
-    program = torch.onnx.export(
-        trace(job), (), dynamo=True, input_names=names, output_names=["images"], verbose=False, **job.options
-    )
+    traced = trace(job)
+    try:
+        program = torch.onnx.export(
+            traced, (), dynamo=True, input_names=names, output_names=["images"], verbose=False, **job.options
+        )
+    except (torch.onnx.OnnxExporterError, TypeError) as error:
+        raise ConfigError(
+            f"the loop cannot be written as ONNX: {first_line(_root(error))}; formats 'exported' and 'pt2' know every operator"
+        ) from error
     assert program is not None
     program.model.metadata_props.update(job.facts("onnx").texts())
     program.save(str(file))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 Writer = Callable[[Job, Path], Any]

@@ -236,7 +236,7 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

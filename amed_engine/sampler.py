@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
-from amed_engine.arrays import check_output_type, delivered, imported
+from amed_engine.arrays import check_output_type, delivered, writable
 from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
@@ -151,7 +151,7 @@ class Sampler:
         """
         started = time.perf_counter()
         check_output_type(output_type)
-        out = imported("out", out)
+        out = writable("out", out)
         program, plan = self._choose(guidance_scale)
         look = self._engine.may_wait()
         request = make_request(

@@ -51,7 +51,10 @@ class CudaDevice final : public Device {
     }
 
     void upload(void* to, const void* from, std::size_t bytes) override {
-        check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copying constants");
+        // On the stream that will read it: a plain cudaMemcpy may return before the device has the bytes, and a stream
+        // made with cudaStreamNonBlocking would not wait for it.
+        check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying constants");
+        check(cudaStreamSynchronize(stream_), "copying constants");
     }
 
     void copy(float* to, const float* from, std::int64_t count) override {

@@ -179,6 +179,8 @@ def load_package(path: str | os.PathLike) -> Package:
         raise FileFormatError(f"{path} is not a file; pass what Sampler.export wrote")
     if path.suffix == ".onnx":
         return _open_onnx(path)
+    if path.suffix == ".json":
+        raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
     compiled, text = _look_into(path)
     facts = Facts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():

@@ -192,6 +192,23 @@ def test_an_unknown_output_type_is_refused_before_sampling(gaussian_denoiser):
 
 
 @pytest.mark.gpu
+def test_cupy_in_cupy_out_on_its_own_stream(gaussian_denoiser):
+    """The array is still being made on CuPy's stream when it is handed over, and read on that stream when it comes back."""
+    cupy = pytest.importorskip("cupy")
+    sampler = Sampler(gaussian_denoiser, solver="ipndm", nfe=4, shape=SHAPE, device="cuda")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        given, busy = cupy.zeros((3, *SHAPE), cupy.float32), cupy.ones((4096, 4096), cupy.float32)
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        given += cupy.asarray(latents().numpy()) + 0 * busy[0, 0]
+        images = sampler.run(given, output_type="dlpack").images
+        assert isinstance(images, cupy.ndarray)
+        doubled = cupy.asnumpy(2 * images)
+        stream.synchronize()
+    np.testing.assert_allclose(doubled, 2 * sampler.run(latents().cuda()).images.cpu().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_arrays_share_memory_and_stream(gaussian_denoiser):
     sampler = Sampler(gaussian_denoiser, solver="ipndm", nfe=4, shape=SHAPE, device="cuda")
     expected, stream = sampler.run(latents().cuda()).images, torch.cuda.Stream()

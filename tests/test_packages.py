@@ -60,10 +60,18 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, facts, message):
         load_package(tmp_path / "a.pt2")
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.pt2", b"no archive"), ("a.pt2", b""), ("a.onnx", b"no model")])
-def test_files_of_other_kinds_are_refused(tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.pt2", b"no archive", " is no .pt2 archive"),
+        ("a.pt2", b"", " is no .pt2 archive"),
+        ("a.onnx", b"no model", " cannot be loaded"),
+        ("a.json", b"{}", " holds no network; read a plan with read_plan"),
+    ],
+)
+def test_files_of_other_kinds_are_refused(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(FileFormatError, match=name):
+    with pytest.raises(FileFormatError, match=name + reason):
         load_package(tmp_path / name)
     with pytest.raises(FileFormatError, match="is not a file"):
         load_package(tmp_path / f"missing {name}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, Walk
 from amed_engine.models import Model
 from amed_engine.plan import Plan
@@ -75,10 +75,9 @@ def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> Stat
 
 def _check_readable(static: StaticPlan) -> None:
     """Readers are strict; a plan beyond what they take is refused here, where something else can be chosen."""
-    text = static.dumps()
     try:
-        loads(text)
-    except FileFormatError as error:
+        loads(text := static.dumps())
+    except ValueError as error:  # a FileFormatError, or a NaN, which JSON does not have
         raise ConfigError(f"no reader of plans would take this one: {error}") from error
     if len(text) > MAX_BYTES:
         raise ConfigError(f"this plan has {len(text)} bytes, more than the {MAX_BYTES} that are read; pass freeze=True")

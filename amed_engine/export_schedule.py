@@ -38,7 +38,11 @@ def write_schedule(
         "timestep_type": "log_sigma" if alphas_cumprod is None else "discrete",
         **_levels(program, alphas_cumprod),
     }
-    atomic_write(path, (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(table, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError("the predictor says NaN or infinite numbers; train it again, or pass another") from error
+    atomic_write(path, (text + "\n").encode())
     return table
 
 

@@ -239,6 +239,16 @@ def test_what_a_format_cannot_say_is_refused(predictor, format, message, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["plan", "schedule"])
+def test_a_predictor_of_nan_is_refused(format, tmp_path):
+    predictor = constant("amed")
+    with torch.no_grad():
+        predictor.scale_dir[0] = float("nan")
+    with pytest.raises(ConfigError, match=r"NaN|not JSON compliant"):
+        Sampler(Network(), predictor).export(tmp_path / "a.json", format)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_evaluations_than_a_plan_may_have_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="1 to 1000 entries"):
         Sampler(Network(), solver="euler", nfe=1200).export(tmp_path / "a.json", "plan")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from amed_engine import Midpoint, Sampler, make_schedule, make_solver, plan_file, sample, static_plan
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.export_plan import make_static_plan, write_plan, write_schedule
+from amed_engine.export_plan import make_static_plan, write_plan
+from amed_engine.export_schedule import write_schedule
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
 from amed_engine.loop import Program
 from amed_engine.schedule import DiscreteTime

@@ -59,9 +59,7 @@ def _package() -> Path:
     """The folder of the wheel, whose modules are not imported."""
     spec = find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependency(
-            "this needs the server, which is not installed: pip install --no-deps nvidia-pytriton"
-        )
+        raise MissingDependency("this needs the server, which is not installed: pip install --no-deps nvidia-pytriton")
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
         raise MissingDependency(
             "the server embeds Python, and this one was built without its shared library; use one with --enable-shared"

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,14 +15,14 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from amed_engine import AmedError, ConfigError, NonFiniteError, Sampler
+from amed_engine import ConfigError, NonFiniteError, Sampler
 from amed_engine.images import to_uint8
 from amed_engine.integrations.serving.batching import MAX_IMAGES, answer, as_json
 

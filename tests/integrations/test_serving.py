@@ -159,7 +159,7 @@ def test_the_litserve_example_is_short():
 
 
 def post(port, payload, path="predict"):
-    body = json.dumps(payload).encode()
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/{path}", body, {"Content-Type": "application/json"}, method="POST"
     )
@@ -209,6 +209,7 @@ def test_litserve_answers_concurrent_requests_over_http(server, digits, expected
         else:
             assert status == 200
             assert same_pictures(output, images)
+    assert post(server, b"{not json")[0] == 422
 
 
 # Ray Serve
@@ -273,8 +274,8 @@ class Request:
     def __init__(self, payload):
         self.payload = payload
 
-    async def json(self):
-        return self.payload
+    async def body(self):
+        return self.payload if isinstance(self.payload, bytes) else json.dumps(self.payload).encode()
 
 
 def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monkeypatch):
@@ -290,6 +291,14 @@ def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monke
             assert output.status_code == 422
         else:
             assert same_pictures(output, images)
+
+
+@pytest.mark.parametrize("body", [b"", b"{not json", b"\xff\xfe", b"[" * 100_000, b"[]"])
+def test_ray_serve_answers_what_is_no_request_with_what_one_is(ray, body):
+    app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
+    (answered,) = ask_together(app, [Request(body)])
+    assert answered.status_code == 422
+    assert "a request must be" in answered.content["error"]
 
 
 @pytest.fixture
@@ -318,6 +327,8 @@ def test_ray_serve_answers_over_http(ray_port, digits, expected):
     for (status, output), images in zip(answers, expected, strict=True):
         assert status == (422 if images is None else 200)
         assert images is None or same_pictures(output, images)
+    status, output = post(ray_port, b"{not json", "")
+    assert (status, "a request must be" in output["error"]) == (422, True)
 
 
 def test_ray_build_refuses_unknown_arguments(ray):

@@ -1,8 +1,8 @@
 """AMEDSolver, called as PhysicsNeMo's `sample` calls its solvers."""
 
-import contextlib
 import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from amed_engine import AMEDPredictor, ConfigError, Midpoint, Sampler, make_plan
 from amed_engine.denoiser import as_denoised
 from amed_engine.integrations.physicsnemo import AMEDSolver
 from amed_engine.solvers import make_solver
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def right_hand_side(model):
@@ -53,31 +55,15 @@ class Package:
         return self.samplers.sample(solver.denoiser, x, self.scheduler, 99, solver=solver, time_steps=time_steps)
 
 
-@pytest.fixture(scope="module")
-def _torchvision():
-    """PhysicsNeMo imports torchvision by way of timm, and uses nothing of it here.
-
-    The package index has torchvision for CUDA only: beside a torch for CPUs its library does not load, and its Python part
-    then fails on two operators that are not there. Declaring them is enough to import it.
-    """
-    if torch.version.cuda is not None or importlib.util.find_spec("torchvision") is None:
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _KEPT.append(library)
-
-
-_KEPT: list[torch.library.Library] = []  # an operator lasts as long as its library
-
-
 @pytest.fixture(params=["stand-in", "package"])
 def physicsnemo(request):
     if request.param == "stand-in":
         return StandIn()
     pytest.importorskip("physicsnemo", reason="nvidia-physicsnemo is not installed")
-    request.getfixturevalue("_torchvision")
+    spec = importlib.util.spec_from_file_location("operators", BENCHMARKS / "torchvision_operators.py")
+    operators = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(operators)
+    operators.declare()
     try:
         return Package()
     except ImportError as error:

@@ -32,10 +32,11 @@ SECONDS = 120.0  # until it is ready: each model opens its weights
 
 
 @contextmanager
-def serving(repository: str | os.PathLike, port: int, log: IO[bytes] | None = None) -> Iterator[str]:
+def serving(repository: str | os.PathLike, port: int, log: IO[bytes] | int | None = None) -> Iterator[str]:
     """The server's address on loopback, ready to answer, while the `with` block lasts.
 
-    log: what the server says goes there, else to this process's own output. Raises MissingDependency, ConfigError.
+    log: what the server says goes to that file (or `subprocess.DEVNULL`), else to this process's output. Raises
+    MissingDependency, ConfigError.
     """
     if not Path(repository).is_dir():
         raise ConfigError(f"{os.fspath(repository)!r} is no folder; write_repository(...) makes one")
@@ -46,7 +47,11 @@ def serving(repository: str | os.PathLike, port: int, log: IO[bytes] | None = No
         command += ["--allow-metrics=false", "--http-address=127.0.0.1", f"--http-port={port}"]
         # A group of its own: the server's processes for Python end with it.
         process = subprocess.Popen(
-            command, env=_environment(package), stdout=log, stderr=log and subprocess.STDOUT, start_new_session=True
+            command,
+            env=_environment(package),
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             _await_ready(process, port)

@@ -21,6 +21,7 @@ from amed_engine.adapters.latents import decode_latents
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Tap, make_program, open_predictor
+from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,
     Conditions,
@@ -81,6 +82,7 @@ class AMEDPipeline(DiffusionPipeline):
     bottleneck. scheduler: an AMEDScheduler, or another whose configuration says what the model predicts. predictor: an
     AMEDPredictor with a plan, a path to one, or None: then the scheduler's constants decide. vae: decodes what the loop ends
     with. text_encoder, tokenizer: Stable Diffusion's, for prompts. null_class: the class that means none, for guidance.
+    verify: compare the network with the fingerprint in the predictor's plan.
 
     `AMEDPipeline.from_pipe(pipe, predictor=predictor)` takes the components of a pipeline, such as Stable Diffusion's.
     """
@@ -99,18 +101,21 @@ class AMEDPipeline(DiffusionPipeline):
         text_encoder: Any = None,
         tokenizer: Any = None,
         null_class: int | None = None,
+        verify: bool = True,
     ):
         super().__init__()
         if predictor is not None and not isinstance(predictor, AMEDPredictorModel):
             predictor = AMEDPredictorModel.of(open_predictor(predictor))  # type: ignore[arg-type]
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
-        _check_channels(unet, vae)
+        check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
             scheduler = AMEDScheduler.from_config(scheduler.config)
+        if verify and predictor is not None:
+            check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
         rest = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         self.register_modules(unet=unet, scheduler=scheduler, predictor=predictor, **rest)
-        self.register_to_config(null_class=null_class)
+        self.register_to_config(null_class=null_class, verify=verify)
         self.image_processor = VaeImageProcessor()
         self._interrupt, self._num_timesteps = False, 0
 
@@ -216,8 +221,9 @@ class AMEDPipeline(DiffusionPipeline):
 
     def _guidance(self, guidance_scale: Any) -> float | None:
         scale = check_guidance(guidance_scale)
-        own = None if self.predictor is None else self.predictor.predictor.plan.guidance_scale
-        if self.predictor is not None and (scale or 1) != (own or 1):
+        known = self.predictor is not None
+        own = (self.predictor.predictor.plan.guidance_scale or 1) if known else self.scheduler.config["guidance_scale"]
+        if own is not None and (scale or 1) != own:
             raise ConfigError(
                 f"this predictor was trained with guidance_scale={own}, got {guidance_scale}; pass that value, or a predictor "
                 "for this one"
@@ -272,14 +278,6 @@ class AMEDPipeline(DiffusionPipeline):
                 if self._interrupt:
                     return state.y[0]
         return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0 if program.denoise_to_zero else state.y[0]
-
-
-def _check_channels(unet: Any, vae: Any) -> None:
-    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
-        raise ConfigError(
-            f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}: they "
-            "belong to different models"
-        )
 
 
 def _replaced(state: State, latents: Tensor) -> State:

@@ -50,7 +50,7 @@ class Parameterization:
         """The wished range of noise levels, inside that of a discrete model."""
         if self.time is None:
             return clamp_range(0.002 if sigma_min is None else sigma_min, 80.0 if sigma_max is None else sigma_max)
-        low, high = self.time.sigma(self.time.grid[[0, -1]]).tolist()
+        low, high = self.time.sigma(self.time.grid()[[0, -1]]).tolist()
         return max(low, sigma_min or low), min(high, sigma_max or high)
 
     def levels(self, schedule: str, count: int, low: float, high: float, rho: float) -> Tensor:

@@ -187,6 +187,8 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
 def _check(job: Job, path: Path, format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+    if not isinstance(job.options, Mapping):
+        raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
     suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
     known = OPTIONS.get(format, job.options)
     if not set(job.options) <= set(known):

@@ -15,6 +15,7 @@ import amed_engine
 from amed_engine import (
     AmedError,
     AMEDPredictor,
+    CoefficientPredictor,
     ConfigError,
     Midpoint,
     Sampler,
@@ -255,6 +256,30 @@ def test_a_solver_exports(tmp_path):
 
 def test_a_solver_with_memory_and_a_corrector_exports_under_a_predictor(tmp_path):
     exports(make_sampler(0, "unipc"), tmp_path)
+
+
+def test_coefficients_of_each_sample_export(tmp_path):
+    """Non-stationary ones, with offsets that are read from the bottleneck at every evaluation."""
+    predictor = CoefficientPredictor(3, 80.0, codes=2, inputs=13)
+    predictor.plan = make_plan(3, solver="nonstationary", midpoint=True, afs=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for i in range(3):
+            predictor.coefficients[i, : i + 2] = 1 / (i + 2)
+        for values in (predictor.heads, predictor.basis):
+            values.copy_(0.1 * torch.randn(values.shape, generator=generator))
+    sampler = Sampler(TinyConv(0), predictor)
+    exports(sampler, tmp_path)
+    predictor.heads.data.zero_()
+    assert not torch.allclose(Sampler(sampler.model.network, predictor).run([0, 1]).images, sampler.run([0, 1]).images)
+
+
+def test_wide_scales_export(tmp_path):
+    sampler = make_sampler(0)
+    predictor = AMEDPredictor(0.5, 0.5, scales="wide", bottleneck=(3, 3), hidden_dim=8)
+    predictor.load_state_dict(sampler.program.predictor.state_dict())
+    predictor.plan = sampler.plan
+    exports(Sampler(sampler.model.network, predictor), tmp_path)
 
 
 def test_a_loop_without_labels_takes_none(tmp_path):

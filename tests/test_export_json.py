@@ -273,6 +273,7 @@ def test_what_a_plan_cannot_say_it_says_frozen(options, tmp_path):
         ("a.pt2", "plan", {}, r"format 'plan' is written to a \.json file, got '.*a\.pt2'"),
         ("a.json", "plan", {"alphas_cumprod": 1}, r"format 'plan' takes freeze, got \['alphas_cumprod'\]"),
         ("a.json", "schedule", {"freeze": True}, r"format 'schedule' takes alphas_cumprod, got \['freeze'\]"),
+        ("a.json", "plan", ["freeze"], "options must be a dict"),
         ("a.json", "schedule", {"alphas_cumprod": torch.ones(9)}, "alphas_cumprod must be a vector"),
     ],
 )

@@ -59,34 +59,37 @@ class BuildOptional(build_ext):
         super().run()
         if sys.platform != "linux":
             return
+        kernels, library = self.place("kernels", "amed_cuda.so"), self.place("csrc", "lib", "libamed.so")
         wanted, device = os.environ.get("AMED_CUDA", "" if shutil.which("nvidia-smi") else "0"), []
         if wanted != "0":
             with optional("the CUDA part", insist=wanted == "1"):
-                device = self.build_cuda()
+                device = self.build_cuda(kernels)
         with optional("libamed.so"):
-            self.build_library(device)
+            self.build_library(library, device)
 
     def build_extension(self, ext):
         with optional(ext.name):
             super().build_extension(ext)
 
     def place(self, *parts):
+        """Where a library goes. One of older sources would be called with other arguments: it goes first."""
         path = Path(*parts) if self.inplace else Path(self.build_lib, "amed_engine", *parts)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         return str(path)
 
-    def build_cuda(self):
-        """kernels/amed_cuda.so; returns the objects of all CUDA sources."""
+    def build_cuda(self, library):
+        """amed_cuda.so; returns the objects of all CUDA sources."""
         objects = {source: Path(self.build_temp, source + ".o") for source in sorted(glob("csrc/*/*.cu"))}
         for source, target in objects.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([*NVCC, *FAMILIES, "-c", "-o", str(target), source], check=True)
         kernels = [str(path) for source, path in objects.items() if source.startswith("csrc/cuda/")]
-        subprocess.run([*NVCC, "-shared", "-o", self.place("kernels", "amed_cuda.so"), *kernels], check=True)
+        subprocess.run([*NVCC, "-shared", "-o", library, *kernels], check=True)
         return [str(path) for path in objects.values()]
 
-    def build_library(self, device):
-        """The C API for programs without Python; with the objects of the CUDA part it also runs on streams."""
+    def build_library(self, library, device):
+        """libamed.so, the C API for programs without Python; with the objects of the CUDA part it also runs on streams."""
         sources = sorted(glob("csrc/library/*.cpp") + glob("csrc/cpu/*.cpp"))
         if device:
             link = [f"-Xlinker={option}" for option in LINKER]
@@ -95,7 +98,7 @@ class BuildOptional(build_ext):
             compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
             command = [*compiler.split(), *OPTIMIZE, *OPENMP, "-fPIC", "-Icsrc/include"]
             command += [f"-Wl,{option}" for option in LINKER]
-        subprocess.run([*command, "-shared", "-o", self.place("csrc", "lib", "libamed.so"), *sources], check=True)
+        subprocess.run([*command, "-shared", "-o", library, *sources], check=True)
 
 
 setup(

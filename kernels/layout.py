@@ -98,6 +98,10 @@ def check_midpoint(
         if features.dim() not in (3, 4) or features.dtype not in _FLOATING:
             got = f"{features.dtype} {tuple(features.shape)}"
             raise ValueError(f"features must be floating (B, C, h, w) or (B, h, w), got {got}")
+        if 0 in features.shape[1:]:
+            raise ValueError(
+                f"features must have channels and pixels, got {tuple(features.shape)}; pass None for zeros"
+            )
         if features.device != sigma.device:
             raise ValueError(f"features must be on {sigma.device} like sigma, got {features.device}; move them")
         batch, pixels = features.shape[0], features.shape[-2] * features.shape[-1]
@@ -120,6 +124,11 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
     channels, hidden = weights.map_layer0_weight.shape[0], weights.enc_layer0_weight.shape[0]
     encoded = weights.enc_layer1_weight.shape[0]
     pixels = weights.enc_layer0_weight.shape[1] if pixels is None else pixels
+    if channels < 4 or channels % 2 or pixels < 1:
+        raise ValueError(
+            "a predictor must have an even number of noise channels, 4 or more, and a pixel, "
+            f"got {channels} in map_layer0_weight and {pixels} in enc_layer0_weight"
+        )
     inputs = encoded + 2 * channels
     shapes = [(channels, channels), (channels,), (hidden, pixels), (hidden,), (encoded, hidden), (encoded,)]
     shapes += [(1, inputs), (1,)] * 3

@@ -149,7 +149,7 @@ AMED_MIDPOINT(double)
 
 int amed_cuda_midpoint(const amed::MidpointArgs* args, void* stream) {
     if (args->batch == 0) return cudaSuccess;
-    if (args->batch > 0x7fffffff || args->noise_channels > 64) return cudaErrorInvalidConfiguration;
+    if (args->batch > 0x7fffffff || args->noise_channels > 64 || args->pixels < 1) return cudaErrorInvalidConfiguration;
     amed::gpu::Frequencies frequencies = {};
     for (int k = 0; k < args->noise_channels / 2; ++k) frequencies.values[k] = args->frequencies[k];
     const int groups = (args->pixels + amed::gpu::kVec - 1) / amed::gpu::kVec;

@@ -71,7 +71,7 @@ def compiler(tmp_path, monkeypatch, broken: bool = False) -> Path:
 def library_without_building(build, monkeypatch) -> list[list[str]]:
     """What objects of the CUDA part the C library would be made with."""
     given = []
-    monkeypatch.setattr(type(build), "build_library", lambda self, device: given.append(device))
+    monkeypatch.setattr(type(build), "build_library", lambda self, library, device: given.append(device))
     return given
 
 
@@ -130,6 +130,9 @@ def test_who_insists_on_cuda_is_not_given_less(build, tmp_path, monkeypatch, fou
 def test_without_a_gpu_nvcc_is_left_alone(build, tmp_path, monkeypatch, decided):
     log, given = compiler(tmp_path, monkeypatch), library_without_building(build, monkeypatch)
     monkeypatch.delenv("AMED_CUDA")
+    older = tmp_path / "lib" / TARGETS[0]
+    older.parent.mkdir(parents=True)
+    older.touch()
     if decided:
         monkeypatch.setenv("AMED_CUDA", decided)
     elif shutil.which("nvidia-smi"):
@@ -137,6 +140,7 @@ def test_without_a_gpu_nvcc_is_left_alone(build, tmp_path, monkeypatch, decided)
     build.run()
     assert not log.exists()
     assert given == [[]]
+    assert not older.exists(), "of other sources"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nvcc") is None, reason="no nvcc")

@@ -116,7 +116,24 @@ WEIGHTS = kernels.MidpointWeights(
 )
 ONE = torch.ones(1)
 MAPS = torch.ones(3, 2, 5, 5)
+
+
+def with_noise(channels: int) -> kernels.MidpointWeights:
+    square, heads = torch.ones(channels, channels), torch.ones(1, 4 + 2 * channels)
+    return WEIGHTS._replace(
+        map_layer0_weight=square, map_layer0_bias=square[0], fc_r_weight=heads, fc_scale_dir_weight=heads
+    )
+
+
 MIDPOINT = {
+    "no channels": ((MAPS[:, :0], ONE, ONE, WEIGHTS, 0.1), "must have channels and pixels, got (3, 0, 5, 5)"),
+    "no pixels": ((MAPS[..., :0], ONE, ONE, WEIGHTS, 0.1), "must have channels and pixels, got (3, 2, 5, 0)"),
+    "empty bottleneck": (
+        (None, ONE, ONE, WEIGHTS._replace(enc_layer0_weight=torch.ones(16, 0)), 0.1),
+        "and 0 in enc_layer0_weight",
+    ),
+    "odd noise channels": ((MAPS, ONE, ONE, with_noise(5), 0.1), "even number of noise channels, 4 or more"),
+    "two noise channels": ((MAPS, ONE, ONE, with_noise(2), 0.1), "got 2 in map_layer0_weight"),
     "sigma scalar": ((MAPS, torch.tensor(1.0), ONE, WEIGHTS, 0.1), "sigma must have shape (3,) or (1,)"),
     "sigma batch": ((MAPS, torch.ones(2), ONE, WEIGHTS, 0.1), "sigma must have shape (3,) or (1,), got (2,)"),
     "sigma_next batch": ((None, torch.ones(2), torch.ones(3), WEIGHTS, 0.1), "sigma_next must have shape (2,) or (1,)"),

@@ -68,12 +68,18 @@ def build_combine(architecture, rows, count, state, other):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("rows", "count", "state", "other"),
-    [(1, 3, "*fp32", "*fp32"), (2, 5, "*fp32", "*bf16"), (2, 5, "*fp16", "*fp16"), (3, 8, "*fp32", "*fp32")],
+    [
+        (1, 3, "*fp32", "*fp32"),
+        (2, 5, "*fp32", "*bf16"),
+        (2, 5, "*fp16", "*fp16"),
+        (3, 8, "*fp32", "*fp32"),
+        (8, 16, "*fp32", "*fp32"),
+    ],
 )
 def test_combine_compiles_to_wide_loads_without_spills(architecture, rows, count, state, other):
     ptx, sass, usage = build_combine(architecture, rows, count, state, other)
     assert usage["STACK"] == usage["LOCAL"] == 0, "spilled"
-    assert usage["REG"] <= 72
+    assert usage["REG"] <= (72 if rows <= 3 else 168)
     assert ".f64" not in ptx, "a number became float64"
     # 1024 elements by 128 threads: two 16-byte loads of float32 each, one of a half type.
     widths = {"*fp32": 2, "*fp16": 1, "*bf16": 1}

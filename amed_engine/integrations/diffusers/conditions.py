@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,10 +80,10 @@ def check_guidance(scale: Any) -> float | None:
 def check_asked(facts: Facts, labels: bool, texts: bool, guided: bool) -> None:
     """Raise ConfigError where a model is told what it does not take, or not told what it needs."""
     needs = set(facts.conditions)
-    if needs - {"encoder_hidden_states"}:
+    if needs - {"encoder_hidden_states", "text_embeds", "time_ids"}:
         raise ConfigError(
-            f"this model takes {', '.join(sorted(needs))}; AMEDPipeline tells encoder_hidden_states only: sample it with "
-            "amed_engine.adapters.wrap_pipeline and Sampler"
+            f"this model takes {', '.join(sorted(needs))}; AMEDPipeline tells what Stable Diffusion and SDXL take: sample it "
+            "with amed_engine.adapters.wrap_pipeline and Sampler"
         )
     if labels and texts:
         raise ConfigError("pass prompts or class_labels, not both")
@@ -132,3 +132,21 @@ def of_prompts(embeds: Tensor, negative: Tensor | None, width: int | None, scale
             f"negative_prompt_embeds must have the shape of prompt_embeds {tuple(embeds.shape)}, got {tuple(negative.shape)}"
         )
     return Conditions({"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative.to(embeds)}, scale)
+
+
+def of_pooled_prompts(
+    texts: Sequence[Tensor | None], ids: Tensor, widths: Mapping[str, int | None], scale: float | None
+) -> Conditions:
+    """SDXL's: embeddings (B, L, D) of prompts and of what guidance leads away from, pooled ones (B, P), ids (1, 6) of sizes."""
+    embeds, negative, pooled, negative_pooled = texts
+    assert embeds is not None
+    assert pooled is not None
+    told, none, _ = of_prompts(embeds, negative, widths.get("encoder_hidden_states"), scale)
+    for name, rows in (("pooled_prompt_embeds", pooled), ("negative_pooled_prompt_embeds", negative_pooled)):
+        if rows is not None and (rows.dim() != 2 or len(rows) != len(embeds)):
+            raise ConfigError(f"{name} must have shape ({len(embeds)}, P), got {tuple(rows.shape)}")
+    if scale is not None and negative_pooled is None:
+        raise ConfigError("guidance away from prompt_embeds needs negative_pooled_prompt_embeds beside the others")
+    sizes = {"time_ids": ids.expand(len(embeds), -1)}
+    told |= {"text_embeds": pooled} | sizes
+    return Conditions(told, none if negative_pooled is None else none | {"text_embeds": negative_pooled} | sizes, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,19 +134,15 @@ def of_prompts(embeds: Tensor, negative: Tensor | None, width: int | None, scale
     return Conditions({"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative.to(embeds)}, scale)
 
 
-def of_pooled_prompts(
-    texts: Sequence[Tensor | None], ids: Tensor, widths: Mapping[str, int | None], scale: float | None
-) -> Conditions:
-    """SDXL's: embeddings (B, L, D) of prompts and of what guidance leads away from, pooled ones (B, P), ids (1, 6) of sizes."""
-    embeds, negative, pooled, negative_pooled = texts
-    assert embeds is not None
-    assert pooled is not None
-    told, none, _ = of_prompts(embeds, negative, widths.get("encoder_hidden_states"), scale)
-    for name, rows in (("pooled_prompt_embeds", pooled), ("negative_pooled_prompt_embeds", negative_pooled)):
-        if rows is not None and (rows.dim() != 2 or len(rows) != len(embeds)):
-            raise ConfigError(f"{name} must have shape ({len(embeds)}, P), got {tuple(rows.shape)}")
-    if scale is not None and negative_pooled is None:
+def with_pooled(texts: Conditions, pooled: Sequence[Tensor | None], ids: Tensor) -> Conditions:
+    """SDXL's: with the pooled embeddings (B, P) of prompts and of what guidance leads away from, and ids (1, 6) of sizes."""
+    rows = texts.rows or 0
+    for name, value in zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled, strict=True):
+        if value is not None and (value.dim() != 2 or len(value) != rows):
+            raise ConfigError(f"{name} must have shape ({rows}, P), got {tuple(value.shape)}")
+    told, negative = ({"text_embeds": value, "time_ids": ids.expand(rows, -1)} for value in pooled)
+    if texts.scale is None:
+        return Conditions(texts.told | told, {})
+    if pooled[1] is None:
         raise ConfigError("guidance away from prompt_embeds needs negative_pooled_prompt_embeds beside the others")
-    sizes = {"time_ids": ids.expand(len(embeds), -1)}
-    told |= {"text_embeds": pooled} | sizes
-    return Conditions(told, none if negative_pooled is None else none | {"text_embeds": negative_pooled} | sizes, scale)
+    return Conditions(texts.told | told, texts.none | negative, texts.scale)

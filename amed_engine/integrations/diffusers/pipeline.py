@@ -25,8 +25,8 @@ from amed_engine.integrations.diffusers.conditions import (
     check_asked,
     check_guidance,
     of_classes,
-    of_pooled_prompts,
     of_prompts,
+    with_pooled,
 )
 from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
@@ -159,7 +159,7 @@ class AMEDPipeline(DiffusionPipeline):
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         prompt_2: str | list[str] | None = None,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         """Embeddings (P·num_images_per_prompt, L, D) of prompts and of what guidance leads away from, "" if not said; of
         SDXL also the pooled ones (P·num_images_per_prompt, D) of both. prompt_2: what its second encoder is told instead.
         """
@@ -210,14 +210,14 @@ class AMEDPipeline(DiffusionPipeline):
             )
         return scale
 
-    def _conditions(self, labels: Any, texts: tuple[Tensor | None, ...] | None, scale: float | None) -> Conditions:
+    def _conditions(self, labels: Any, texts: tuple[Any, ...] | None, scale: float | None) -> Conditions:
         """What the model is told, checked against what it says of itself."""
         facts = facts_of(self.unet)
         check_asked(facts, labels is not None, texts is not None, scale is not None)
-        if texts is not None and len(texts) == 4:
-            return of_pooled_prompts(texts, time_ids(self, self.unet, texts[2]), facts.conditions, scale)
         if texts is not None:
-            return of_prompts(*texts, facts.conditions.get("encoder_hidden_states"), scale)
+            embeds, negative, *pooled = texts
+            told = of_prompts(embeds, negative, facts.conditions.get("encoder_hidden_states"), scale)
+            return with_pooled(told, pooled, time_ids(self, self.unet, pooled[0])) if pooled else told
         if labels is None:
             return Conditions({}, {})
         null = facts.null_class if self.config["null_class"] is None else self.config["null_class"]

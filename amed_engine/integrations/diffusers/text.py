@@ -26,7 +26,7 @@ class Prompts(NamedTuple):
     negative_pooled_prompt_embeds: Tensor | None = None
     prompt_2: Any = None
 
-    def encode(self, pipeline: Any, device: torch.device, guided: bool) -> tuple[Tensor | None, ...]:
+    def encode(self, pipeline: Any, device: torch.device, guided: bool) -> tuple[Any, ...]:
         """Embeddings of both, as many, and of SDXL the pooled ones; without a negative prompt those of "", or None where there
         is no encoder. pipeline: with Stable Diffusion's components. Raises ConfigError.
         """
@@ -60,7 +60,7 @@ class Prompts(NamedTuple):
             negative = _encoded(*encoders, texts, device)
         return embeds, _as_many(negative, embeds)
 
-    def _encode_xl(self, pipeline: Any, device: torch.device, guided: bool) -> tuple[Tensor | None, ...]:
+    def _encode_xl(self, pipeline: Any, device: torch.device, guided: bool) -> tuple[Any, ...]:
         if self.prompt is None:
             if self.pooled_prompt_embeds is None:
                 raise ConfigError("SDXL needs pooled_prompt_embeds beside prompt_embeds")
@@ -90,7 +90,7 @@ class Prompts(NamedTuple):
         )
 
 
-def _xl(pipeline: Any) -> StableDiffusionXLPipeline:
+def _xl(pipeline: Any) -> Any:
     """SDXL's own pipeline round these components, for its two encoders."""
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
     zeros = pipeline.config["force_zeros_for_empty_prompt"]

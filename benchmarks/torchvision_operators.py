@@ -14,7 +14,7 @@ def declare() -> None:
     """Declare the two operators that torchvision's Python part asks for while it is imported.
 
     The package index has torchvision for CUDA only: beside a torch for CPUs its library does not load, and importing it
-    fails on them. PhysicsNeMo imports it by way of timm.
+    fails on them. PhysicsNeMo imports it by way of timm, and transformers wherever it is installed.
     """
     if torch.version.cuda is not None or find_spec("torchvision") is None:
         return

@@ -1,8 +1,6 @@
 """AMEDSolver, called as PhysicsNeMo's `sample` calls its solvers."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from amed_engine import AMEDPredictor, ConfigError, Midpoint, Sampler, make_plan
 from amed_engine.denoiser import as_denoised
 from amed_engine.integrations.physicsnemo import AMEDSolver
 from amed_engine.solvers import make_solver
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def right_hand_side(model):
@@ -60,10 +56,6 @@ def physicsnemo(request):
     if request.param == "stand-in":
         return StandIn()
     pytest.importorskip("physicsnemo", reason="nvidia-physicsnemo is not installed")
-    spec = importlib.util.spec_from_file_location("operators", BENCHMARKS / "torchvision_operators.py")
-    operators = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(operators)
-    operators.declare()
     try:
         return Package()
     except ImportError as error:

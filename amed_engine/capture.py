@@ -74,7 +74,7 @@ class Lane:
     on one stream must never run at once, whoever made them.
     """
 
-    used: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+    used: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
     lock: Any = field(default_factory=threading.RLock)
 
 

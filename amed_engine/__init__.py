@@ -42,13 +42,14 @@ _HOME = {
     "make_schedule": "schedule",
     "make_solver": "solvers",
     "read_plan": "plan_file",
+    "read_schedule": "plan_file",
     "sample": "loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
     "search_schedule": "schedule_search",
     "wrap": "adapters",
     "write_plan": "export_plan",
-    "write_schedule": "export_plan",
+    "write_schedule": "export_schedule",
 }
 
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "make_schedule",
     "make_solver",
     "read_plan",
+    "read_schedule",
     "sample",
     "save_predictor",
     "save_pretrained",
@@ -101,13 +103,14 @@ if TYPE_CHECKING:
     from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
-    from amed_engine.export_plan import write_plan, write_schedule
+    from amed_engine.export_plan import write_plan
+    from amed_engine.export_schedule import write_schedule
     from amed_engine.learned import fit
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.packages import load_package
     from amed_engine.plan import Plan, make_plan
-    from amed_engine.plan_file import read_plan
+    from amed_engine.plan_file import read_plan, read_schedule
     from amed_engine.predictor import AMEDPredictor
     from amed_engine.program import Midpoint
     from amed_engine.results import SampleResult, StepInfo

@@ -11,6 +11,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 
 OUTPUT_TYPES = ("torch", "numpy", "dlpack")
+IMMUTABLE = ("jax", "jaxlib")  # libraries whose arrays never change
 
 
 def imported(name: str, value: Any) -> Any:
@@ -20,6 +21,9 @@ def imported(name: str, value: Any) -> Any:
     """
     if isinstance(value, Tensor) or not hasattr(value, "__dlpack__"):
         return value
+    strides = getattr(value, "strides", None)
+    if isinstance(strides, tuple) and any(step < 0 for step in strides):  # torch would end the process
+        raise ConfigError(f"{name}: torch has no tensors of negative strides, got {strides}; pass a copy of the array")
     try:
         return torch.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -27,6 +31,15 @@ def imported(name: str, value: Any) -> Any:
             f"{name}: this {type(value).__name__} cannot be read through DLPack: {error}; pass a dense array of numbers "
             "on the CPU or on a CUDA device"
         ) from error
+
+
+def writable(name: str, value: Any) -> Any:
+    """`imported` for an array that is written to. Raises ConfigError for a read-only one too, which DLPack does not tell."""
+    if getattr(getattr(value, "flags", None), "writeable", True) is False or _root(value) in IMMUTABLE:
+        raise ConfigError(
+            f"{name} is written to, and this {type(value).__name__} is read-only; pass another, or output_type='dlpack' instead"
+        )
+    return imported(name, value)
 
 
 def check_output_type(output_type: str) -> None:
@@ -52,5 +65,10 @@ def _library(array: Any) -> Any:
         return None
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__()
-    root = sys.modules.get(type(array).__module__.partition(".")[0])
+    root = sys.modules.get(_root(array))
     return root if hasattr(root, "from_dlpack") else None
+
+
+def _root(array: Any) -> str:
+    """The name of the library that an array is of."""
+    return type(array).__module__.partition(".")[0]

@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,8 @@ class Recording(Protocol):
 class Device(Protocol):
     """What capture needs of CUDA; the tests have a double of it that needs none."""
 
+    lock: Any  # held while graphs are made or replayed
+
     def capturing(self) -> bool:
         """Whether the caller is recording a graph of its own."""
         ...
@@ -54,9 +57,28 @@ class Device(Protocol):
 
     def reserved_bytes(self) -> int: ...
 
+    def wait(self) -> None:
+        """Until the device has nothing left to do with graphs and buffers that are about to go."""
+        ...
+
     def drop(self, recordings: list[Recording]) -> None:
         """Reset graphs that nobody will replay again, and release the pool they shared."""
         ...
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A capture stream with the order of everything captured on it.
+
+    torch hands out the same 32 streams in turns, and matrix products keep one workspace for each: graphs that were captured
+    on one stream must never run at once, whoever made them.
+    """
+
+    used: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
+    lock: Any = field(default_factory=threading.RLock)
+
+
+_LANES: dict[torch.cuda.Stream, Lane] = {}
 
 
 class CudaDevice:
@@ -67,10 +89,11 @@ class CudaDevice:
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
-            self.used = torch.cuda.Event()
+            lane = _LANES.setdefault(self.stream, Lane())
+        self.used, self.lock = lane.used, lane.lock
 
     def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        return capturing(self.device)
 
     def side_stream(self, work: Callable[[], Any]) -> Any:
         with torch.cuda.device(self.device):
@@ -122,13 +145,22 @@ class CudaDevice:
         release_cached_memory()
         return torch.cuda.memory_reserved(self.device)
 
-    def drop(self, recordings: list[Recording]) -> None:
+    def wait(self) -> None:
         with _CAPTURE:
             torch.cuda.synchronize(self.device)
+
+    def drop(self, recordings: list[Recording]) -> None:
+        with _CAPTURE:
             for recording in recordings:
                 recording.reset()
             self.pool = torch.cuda.graph_pool_handle()
             torch.cuda.empty_cache()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the caller is recording a graph of its own on a CUDA device."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def release_cached_memory() -> None:
@@ -176,20 +208,29 @@ def numerics(module: nn.Module | None) -> tuple[Any, ...]:
 class Weights:
     """Where a module's parameters and buffers were when a graph was captured.
 
-    In-place changes keep the address and are seen by replays; anything else is stale.
+    In-place changes keep the address and are seen by replays; anything else is stale, a submodule put in another's place too.
     """
 
     def __init__(self, module: nn.Module | None):
         modules = [] if module is None else list(module.modules())
         tables = [table for m in modules for table in (m._parameters, m._buffers)]
         self.places = [(t, name, v.data_ptr()) for t in tables for name, v in t.items() if v is not None]
+        # TorchScript's table of children is no dict, and cannot be changed.
+        children = [m._modules for m in modules if isinstance(m._modules, dict)]
+        self.children = [(t, name, child) for t in children for name, child in t.items()]
 
     def check(self) -> None:
+        for table, name, child in self.children:
+            if table.get(name) is not child:
+                raise _stale(f"module {name!r} was replaced")
         for table, name, address in self.places:
             # Not .get(): TorchScript's tables have none.
             value = table[name] if name in table else None  # noqa: SIM401
             if value is None or value.data_ptr() != address:
-                raise StaleGraphError(
-                    f"weight {name!r} was re-assigned or moved after its graph was captured; call sampler.clear_graphs() and "
-                    "warmup() again, or change weights in place"
-                )
+                raise _stale(f"weight {name!r} was re-assigned or moved")
+
+
+def _stale(what: str) -> StaleGraphError:
+    return StaleGraphError(
+        f"{what} after its graph was captured; call sampler.clear_graphs() and warmup() again, or change weights in place"
+    )

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from amed_engine.errors import ConfigError
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint, Row
+from amed_engine.solver import in_range
 
 MAX_INTERVALS = 15  # `combine` reads at most 16 tensors: x_0 and the evaluations
-
-
-def _check_intervals(name: str, intervals: int) -> None:
-    if not isinstance(intervals, int) or isinstance(intervals, bool) or not 1 <= intervals <= MAX_INTERVALS:
-        raise ConfigError(f"{name}: intervals must be an integer from 1 to {MAX_INTERVALS}, got {intervals!r}")
 
 
 class ConstantPredictor(nn.Module):
@@ -33,9 +29,8 @@ class ConstantPredictor(nn.Module):
 
     def __init__(self, intervals: int, points: int = 1):
         super().__init__()
-        _check_intervals("ConstantPredictor", intervals)
-        if not isinstance(points, int) or isinstance(points, bool) or not 1 <= points <= 8:
-            raise ConfigError(f"ConstantPredictor: points must be an integer from 1 to 8, got {points!r}")
+        in_range("ConstantPredictor", "intervals", intervals, 1, MAX_INTERVALS)
+        in_range("ConstantPredictor", "points", points, 1, 7)  # as many as `amed` takes
         self.plan: Plan | None = None
         self.intervals, self.points = intervals, points
         # Points spread over the interval, together a step in the mean of their directions.
@@ -87,7 +82,7 @@ class CoefficientPredictor(nn.Module):
 
     def __init__(self, intervals: int, sigma_max: float, *, afs: bool = False, codes: int = 0, inputs: int = 0):
         super().__init__()
-        _check_intervals("CoefficientPredictor", intervals)
+        in_range("CoefficientPredictor", "intervals", intervals, 1, MAX_INTERVALS)
         if not all(isinstance(n, int) and 0 <= n <= 4096 for n in (codes, inputs)) or (codes > 0) > (inputs > 0):
             raise ConfigError(
                 f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {codes}, {inputs}"

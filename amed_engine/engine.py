@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.capture import CudaDevice, release_cached_memory
+from amed_engine.capture import CudaDevice, capturing, release_cached_memory
 from amed_engine.errors import ConfigError
 from amed_engine.graph import (
     WARMUPS,
@@ -67,7 +67,7 @@ class Engine:
 
     def may_wait(self) -> bool:
         """Whether tensors on the device may be looked at, which waits for them: not inside a caller's capture."""
-        return self.check_finite and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        return self.check_finite and not (self.device.type == "cuda" and capturing(self.device))
 
     @torch.no_grad()
     def warmup(self, program: Program, example: Request, scale: float | None) -> WarmupReport:

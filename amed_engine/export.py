@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from amed_engine import kernels
 from amed_engine.engine import BoundLoop
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.export_plan import write_plan, write_schedule
+from amed_engine.export_plan import write_plan
+from amed_engine.export_schedule import write_schedule
 from amed_engine.loop import Program
 from amed_engine.models import Model
 from amed_engine.packages import DTYPES, Facts, first_line, import_onnx, load_package
@@ -35,16 +36,17 @@ _TRACED_BATCH = 3
 
 
 class Exported(NamedTuple):
-    """What was written: the file, and per checked batch size the largest difference to `Sampler.run`."""
+    """What was written: the file, per checked batch size the largest difference to `Sampler.run`, and what it follows."""
 
     path: Path
     format: str
     differences: dict[int, float]
+    plan: Plan
 
 
 @dataclass(frozen=True)
 class Job:
-    """A loop to write: bound to its model, program and guidance, and the plan it follows."""
+    """A loop to write: bound to its model, program and guidance, and the plan it follows, that guidance in it."""
 
     loop: BoundLoop
     plan: Plan
@@ -69,8 +71,7 @@ class Job:
         shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
-        plan = replace(self.plan, guidance_scale=self.loop.scale)
-        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, plan, _versions())
+        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, _versions())
 
 
 class LoopModule(nn.Module):
@@ -133,12 +134,23 @@ def write_onnx(job: Job, file: Path) -> None:
     for name in ("onnx", "onnxscript"):
         import_onnx(name)
     names = ["latents", "labels"][: 2 if job.loop.model.label_dim else 1]
-    program = torch.onnx.export(
-        trace(job), (), dynamo=True, input_names=names, output_names=["images"], verbose=False, **job.options
-    )
+    traced = trace(job)
+    try:
+        program = torch.onnx.export(
+            traced, (), dynamo=True, input_names=names, output_names=["images"], verbose=False, **job.options
+        )
+    except (torch.onnx.OnnxExporterError, TypeError) as error:
+        raise ConfigError(
+            f"the loop cannot be written as ONNX: {first_line(_root(error))}; formats 'exported' and 'pt2' know every operator"
+        ) from error
     assert program is not None
     program.model.metadata_props.update(job.facts("onnx").texts())
     program.save(str(file))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 Writer = Callable[[Job, Path], Any]
@@ -146,9 +158,11 @@ FORMATS: dict[str, Writer] = {
     "pt2": write_compiled,
     "exported": write_exported,
     "onnx": write_onnx,
-    "plan": lambda job, file: write_plan(job, file),
-    "schedule": lambda job, file: write_schedule(job, file),
+    "plan": lambda job, file: write_plan(job, file, **job.options),
+    "schedule": lambda job, file: write_schedule(job, file, **job.options),
 }
+# Of the formats that take no options of a compiler.
+OPTIONS = {"exported": (), "plan": ("freeze",), "schedule": ("alphas_cumprod",)}
 # Those that `load_package` reads back: a loop to run, and so one to check.
 LOOPS = ("pt2", "exported", "onnx")
 
@@ -167,17 +181,20 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
         differences = _compare(job, file) if verify and format in LOOPS else {}
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)
-    return Exported(path, format, differences)
+    return Exported(path, format, differences, job.plan)
 
 
 def _check(job: Job, path: Path, format: str) -> None:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    suffix = ".onnx" if format == "onnx" else ".pt2"
-    if job.options and format not in ("pt2", "onnx"):
-        raise ConfigError(f"format {format!r} takes no options, got {sorted(job.options)}")
-    if format in LOOPS and path.suffix != suffix:
-        raise ConfigError(f"a package of format {format!r} is a {suffix} file, got {path.name!r}")
+    if not isinstance(job.options, Mapping):
+        raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
+    known = OPTIONS.get(format, job.options)
+    if not set(job.options) <= set(known):
+        raise ConfigError(f"format {format!r} takes {', '.join(known) or 'no options'}, got {sorted(job.options)}")
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"format {format!r} is written to a {suffix} file, got {str(path)!r}; name it loop{suffix}")
     if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
         raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
 

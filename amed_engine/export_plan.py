@@ -1,8 +1,7 @@
-"""Programs written down for other stacks: a static plan, or the table of noise levels that diffusers takes."""
+"""Programs written down for other stacks as static plans: numbers alone, but for the weights of an AMED predictor."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +14,9 @@ from amed_engine.errors import ConfigError
 from amed_engine.loop import Program, Walk
 from amed_engine.models import Model
 from amed_engine.plan import Plan
+from amed_engine.plan_file import MAX_BYTES, loads
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Row, Update
-from amed_engine.schedule import DiscreteTime
+from amed_engine.program import Midpoint, Update
 from amed_engine.static_plan import (
     BASIS,
     MAX_COLUMNS,
@@ -26,7 +25,6 @@ from amed_engine.static_plan import (
     Evaluation,
     PredictorWeights,
     StaticPlan,
-    check,
 )
 
 
@@ -59,73 +57,36 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
 
 def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> StaticPlan:
     """The static plan of a sampler or a program; see `write_plan`."""
-    program, plan = _program(source)
+    program, plan = resolve_program(source)
     _check_adaptive(program)
     if freeze:
-        program = _frozen(program)
+        program = frozen(program)
     static = StaticPlan(
         sigmas=tuple(program.sigmas.double().tolist()),
-        evaluations=tuple(_evaluations(program)),
+        evaluations=tuple(evaluations(program)),
         shape=None if isinstance(source, Program) else source.model.shape,
         description="" if plan is None else plan.describe(),
         guidance_scale=None if plan is None else plan.guidance_scale,
         predictor=_weights(program.predictor) if program.updates is None else None,
     )
-    check(static)
+    _check_readable(static)
     return static
 
 
-def write_schedule(
-    source: Planned | Program,
-    path: str | os.PathLike,
-    *,
-    alphas_cumprod: Tensor | None = None,
-) -> dict:
-    """Write the noise levels of every evaluation as JSON, the form in which diffusers' schedulers take a schedule.
-
-    sigmas: level of each evaluation in order, then the last level; timesteps: the same as a network is told them,
-    log(sigma) / 4 (EDM), or with alphas_cumprod the discrete-time model's number of steps, counted from 0; scale_dir,
-    scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
-    """
-    program, plan = _program(source)
-    program = _frozen(program)
-    table = {
-        "format": "amed_schedule",
-        "version": 1,
-        "description": "" if plan is None else plan.describe(),
-        "timestep_type": "log_sigma" if alphas_cumprod is None else "discrete",
-        **_levels(program, alphas_cumprod),
-    }
-    atomic_write(path, (json.dumps(table, indent=2, allow_nan=False) + "\n").encode())
-    return table
-
-
-def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
-    evaluations = list(_evaluations(program))
-    if any(e.points > 1 for e in evaluations):
-        raise ConfigError("a schedule has one noise level per evaluation, not parallel points; export format='plan'")
-    last = program.sigmas[-1:].double()
-    own, told = (
-        torch.cat([torch.tensor([getattr(e, name)[0] for e in evaluations], dtype=torch.float64), last])
-        for name in ("sigma", "sigma_net")
-    )
-    midpoints: Any = program.predictor or [Midpoint(1.0)] * program.intervals
-    if isinstance(midpoints[0], Row):
-        raise ConfigError("a schedule cannot say the coefficients of 'nonstationary'; export format='plan'")
-    times = told.log() / 4 if alphas_cumprod is None else _discrete(told, alphas_cumprod)
-    scales = {name: [float(getattr(mid, name)) for mid in midpoints] for name in ("scale_dir", "scale_time")}
-    return {"sigmas": own.tolist(), "timesteps": times.tolist(), **scales, "afs": [e.analytic for e in evaluations]}
-
-
-def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Time runs over (k + 1) / n; diffusers counts steps from 0."""
-    return DiscreteTime.of(alphas_cumprod).time(sigma) * len(alphas_cumprod) - 1
+def _check_readable(static: StaticPlan) -> None:
+    """Readers are strict; a plan beyond what they take is refused here, where something else can be chosen."""
+    try:
+        loads(text := static.dumps())
+    except ValueError as error:  # a FileFormatError, or a NaN, which JSON does not have
+        raise ConfigError(f"no reader of plans would take this one: {error}") from error
+    if len(text) > MAX_BYTES:
+        raise ConfigError(f"this plan has {len(text)} bytes, more than the {MAX_BYTES} that are read; pass freeze=True")
 
 
 # ---- the program ----
 
 
-def _program(source: Planned | Program) -> tuple[Program, Plan | None]:
+def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
     """The program with float64 constants on the host, and the plan it came from."""
     if isinstance(source, Program):
         return source, None
@@ -136,7 +97,7 @@ def _program(source: Planned | Program) -> tuple[Program, Plan | None]:
     return Program.build(plan.make_solver(), plan.levels, predictor, **options), plan
 
 
-def _frozen(program: Program) -> Program:
+def frozen(program: Program) -> Program:
     """The program with what its predictor says to features of zero in place of the predictor."""
     if program.updates is not None:
         return program
@@ -168,7 +129,7 @@ def _device(predictor: Any) -> torch.device:
     return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
-def _evaluations(program: Program) -> Iterator[Evaluation]:
+def evaluations(program: Program) -> Iterator[Evaluation]:
     for i, folded in enumerate(_folded(program)):
         told: tuple[float, ...] | None = (float(program.sigmas[i]),)
         level = told
@@ -243,6 +204,11 @@ def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]
     if not isinstance(program.predictor, AMEDPredictor):
         raise ConfigError(
             "only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone"
+        )
+    if program.predictor.scales != "bounded":
+        raise ConfigError(
+            f"a plan cannot say {program.predictor.scales!r} scales; pass freeze=True for the predictor's answers alone, or "
+            "export format='pt2' or 'onnx'"
         )
     generator = torch.Generator().manual_seed(0)
     walk = Walk(program, program.sigmas.double().cpu())

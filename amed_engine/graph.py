@@ -1,14 +1,13 @@
 """Whole-loop CUDA graphs: the five evaluations and everything between them replayed by one launch.
 
-One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside the pool, so graphs
-may share its memory: they never run at once and never read each other's results. All warm-ups come before the first
-capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
+One pool, one capture stream and one lock for each cache (see `capture.Lane`). Inputs and outputs are static buffers outside
+the pool, so graphs may share its memory: they never run at once and never read each other's results. All warm-ups come before
+the first capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
 workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +108,7 @@ class GraphCache:
         self.batch_sizes = sizes
         self._captured: dict[Family, Captured] = {}
         self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
-        self._lock = threading.RLock()
+        self._lock = self.device.lock
 
     def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
         """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
@@ -137,7 +136,8 @@ class GraphCache:
         """Drop every graph and the memory they share."""
         with self._lock:
             recordings = [g.recording for captured in self._captured.values() for g in captured.graphs.values()]
-            # First our own references, the static buffers among them.
+            # Our own references go first, and the static buffers with them: not while another stream still reads those.
+            self.device.wait()
             self._captured.clear()
             self._refused.clear()
             self.device.drop(recordings)
@@ -192,6 +192,7 @@ class GraphCache:
     def _abandon(self, graphs: dict[int, Graph]) -> None:
         """Half a family is worse than none. Its memory comes back once no other family uses the pool."""
         recordings = [graph.recording for graph in graphs.values()]
+        self.device.wait()
         graphs.clear()
         if self._captured:
             for recording in recordings:

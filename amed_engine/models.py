@@ -176,7 +176,7 @@ def checked(program: torch.export.ExportedProgram) -> nn.Module:
 def place(model: Model, device: torch.device | str | None) -> torch.device:
     """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError."""
     if device is None:
-        return model.device
+        return torch.empty(0, device=model.device).device  # with its index, as below
     try:
         device = torch.device(device)
     except RuntimeError as error:

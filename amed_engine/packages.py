@@ -138,11 +138,12 @@ class Package:
         self,
         batch: int | Sequence[int] | Tensor,
         class_labels: int | Sequence[int] | Tensor | None = None,
+        *,
         generator: torch.Generator | None = None,
     ) -> SampleResult:
         """Draw samples; arguments and result as in `Sampler.run`. A batch above `max_batch` runs in pieces.
 
-        The images are not looked at: NaN and infinite values come through. Raises ConfigError.
+        Guidance is that of the file. The images are not looked at: NaN and infinite values come through. Raises ConfigError.
         """
         started = time.perf_counter()
         request = make_request(self._model, batch, class_labels, generator, dtype=self.dtype, device=self.device)
@@ -178,11 +179,13 @@ def load_package(path: str | os.PathLike) -> Package:
         raise FileFormatError(f"{path} is not a file; pass what Sampler.export wrote")
     if path.suffix == ".onnx":
         return _open_onnx(path)
+    if path.suffix == ".json":
+        raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
     compiled, text = _look_into(path)
     facts = Facts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
-    return Package(facts, _open_compiled(path) if compiled else load_program(path).module())
+    return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts))
 
 
 def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
@@ -203,6 +206,23 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
         raise FileFormatError(f"{path}: its metadata is not a JSON object: {error}") from error
 
 
+def _open_exported(path: Path, facts: Facts) -> Call:
+    program = load_program(path)
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    tensors = [values.get(name) for name in program.graph_signature.user_inputs]
+    _check_graph(path, facts, [(str(t.dtype), *t.shape[1:]) for t in tensors if isinstance(t, Tensor)])
+    return program.module()
+
+
+def _check_graph(path: Path, facts: Facts, found: list[tuple]) -> None:
+    """Whether the graph takes what its facts say: (dtype, sizes of one sample) of every input."""
+    rows = [facts.shape, *([(facts.label_dim,)] if facts.label_dim else [])]
+    if found != (expected := [(str(DTYPES[facts.dtype]), *row) for row in rows]):
+        raise FileFormatError(
+            f"{path}: its graph takes {found}, its facts say {expected}; it is damaged, export it again"
+        )
+
+
 def _open_compiled(path: Path) -> Call:
     # Imported for its side effect of making torch._inductor.aoti_load_package an attribute.
     import_module("torch._inductor")
@@ -218,7 +238,7 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -237,7 +257,16 @@ def _open_onnx(path: Path) -> Package:
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     facts = Facts.from_text(session.get_modelmeta().custom_metadata_map.get(KEY), path)
-    names = [wanted.name for wanted in session.get_inputs()]
+    if facts.device != "cpu":
+        raise FileFormatError(
+            f"{path}: an ONNX loop is opened on the CPU, its facts say {facts.device!r}; it is damaged"
+        )
+    inputs = session.get_inputs()
+    names, kinds = (
+        [wanted.name for wanted in inputs],
+        {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"},
+    )
+    _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in inputs])
 
     def call(*inputs: Tensor) -> Tensor:
         feeds = dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True))

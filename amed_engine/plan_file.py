@@ -1,13 +1,14 @@
-"""Static plans as JSON, read strictly: every entry known, typed, finite and of a sane size. No torch in sight."""
+"""Static plans and schedules as JSON, read strictly: every entry known, typed, finite and of a sane size. No torch in sight."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from amed_engine.errors import FileFormatError
 from amed_engine.static_plan import (
@@ -28,30 +29,47 @@ MAX_BYTES = 16 << 20
 MAX_EVALUATIONS = 1000
 LARGEST = 1e30  # of a number, so that float32 holds it
 MAX_SIZE = 1 << 16  # of a predictor's layers
+TIMESTEPS = ("log_sigma", "discrete")
+SCHEDULE = (
+    *("format", "version", "description", "timestep_type"),
+    *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),
+)
+
+Read = TypeVar("Read")
 
 
 def loads(text: str) -> StaticPlan:
     """A plan from JSON text. Raises FileFormatError."""
-    try:
-        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(
-            f"the plan is not valid JSON: {error}; write one with `amed export --format plan`"
-        ) from error
-    return from_json(data)
+    return from_json(_decoded(text))
 
 
 def read_plan(path: str | os.PathLike) -> StaticPlan:
     """A plan from a file that `write_plan` made. Raises FileFormatError, naming the file."""
+    return _read(path, from_json)
+
+
+def read_schedule(path: str | os.PathLike) -> dict[str, Any]:
+    """The table of a file that `write_schedule` made. Raises FileFormatError, naming the file."""
+    return _read(path, _schedule)
+
+
+def _read(path: str | os.PathLike, made: Callable[[Any], Read]) -> Read:
     path = Path(path)
     if not path.is_file():
-        raise FileFormatError(f"{path} does not exist or is not a file; write one with `amed export --format plan`")
+        raise FileFormatError(f"{path} does not exist or is not a file; write one with `amed export`")
     if path.stat().st_size > MAX_BYTES:
-        raise FileFormatError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} a plan may have")
+        raise FileFormatError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} it may have")
     try:
-        return loads(path.read_text("utf-8"))
+        return made(_decoded(path.read_text("utf-8")))
     except (UnicodeDecodeError, FileFormatError) as error:
         raise FileFormatError(f"{path}: {error}") from error
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"it is not valid JSON: {error}; write it again with `amed export`") from error
 
 
 def from_json(data: Any) -> StaticPlan:
@@ -73,6 +91,25 @@ def from_json(data: Any) -> StaticPlan:
     if _size(data["nfe"], "nfe", 0) != plan.nfe:
         refuse("nfe", data["nfe"], f"{plan.nfe}, the evaluations' count")
     return plan
+
+
+def _schedule(data: Any) -> dict[str, Any]:
+    _expect_names(data, SCHEDULE, "schedule")
+    if data["format"] != "amed_schedule" or _size(data["version"], "version", 0) != VERSION:
+        refuse("format", f"{data['format']!r} version {data['version']!r}", f"'amed_schedule' version {VERSION}")
+    if data["timestep_type"] not in TIMESTEPS:
+        refuse("timestep_type", data["timestep_type"], f"one of {', '.join(TIMESTEPS)}")
+    _text(data["description"], "description")
+    sigmas = _levels(data["sigmas"], "sigmas", 2, MAX_EVALUATIONS + 1)
+    if sigmas[0] <= sigmas[-1]:  # a learned midpoint may lie outside its interval, so no more than that
+        refuse("sigmas", f"levels from {sigmas[0]:g} to {sigmas[-1]:g}", "a start above the end")
+    _numbers(data["timesteps"], "timesteps", len(sigmas), len(sigmas))
+    intervals = len(_levels(data["scale_dir"], "scale_dir", 1, len(sigmas) - 1))
+    _levels(data["scale_time"], "scale_time", intervals, intervals)
+    for k, free in enumerate(_list(data["afs"], "afs", len(sigmas) - 1, len(sigmas) - 1)):
+        if _flag(free, f"afs[{k}]") and k:
+            refuse(f"afs[{k}]", free, "true for the first evaluation only")
+    return data
 
 
 # ---- entry by entry ----

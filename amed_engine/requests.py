@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ def make_request(
 
 
 def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
-    if isinstance(batch, int) and not isinstance(batch, bool):
-        return draw_seeds(batch, generator)
+    if isinstance(batch, Integral) and not isinstance(batch, bool):  # NumPy's integers too
+        return draw_seeds(int(batch), generator)
     if isinstance(batch, Tensor) and batch.dim() == 1:
         batch = batch.tolist()
     if isinstance(batch, (str, bytes, bool)) or not isinstance(batch, (Sequence, range)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
-from amed_engine.arrays import check_output_type, delivered, imported
+from amed_engine.arrays import check_output_type, delivered, writable
 from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
@@ -151,7 +151,7 @@ class Sampler:
         """
         started = time.perf_counter()
         check_output_type(output_type)
-        out = imported("out", out)
+        out = writable("out", out)
         program, plan = self._choose(guidance_scale)
         look = self._engine.may_wait()
         request = make_request(
@@ -200,11 +200,15 @@ class Sampler:
             ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W)
             of unit variance and, for a conditional model, labels (B, label_dim), for every B from 1 to max_batch; the
             output is images. guidance_scale is fixed in the file.
-        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export.
+        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export; for a
+            plan freeze=True, for a schedule alphas_cumprod, as of `write_plan` and `write_schedule`.
         Raises ConfigError, or AmedError where a compiler fails.
         """
         program, plan = self._choose(guidance_scale)
-        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        plan, loop = (
+            replace(plan, guidance_scale=guidance_scale),
+            BoundLoop(self._engine.model, program, guidance_scale),
+        )
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:

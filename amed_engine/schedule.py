@@ -66,17 +66,16 @@ class DiscreteTime(NamedTuple):
             )
         return cls(alphas.log() / 2)
 
-    @property
-    def grid(self) -> Tensor:
+    def grid(self) -> Tensor:  # not a property, which torch.compile of torch 2.10 cannot trace
         n = self.log_alpha.shape[0]  # not len(): jit.trace warns of it
         return torch.arange(1, n + 1, dtype=self.log_alpha.dtype, device=self.log_alpha.device) / n
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.expm1(-2 * _interpolate(t.to(self.log_alpha), self.grid, self.log_alpha)).sqrt()
+        return torch.expm1(-2 * _interpolate(t.to(self.log_alpha), self.grid(), self.log_alpha)).sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
         log_alpha = -torch.log1p(sigma.to(self.log_alpha) ** 2) / 2
-        return _interpolate(log_alpha, self.log_alpha.flip(0), self.grid.flip(0))
+        return _interpolate(log_alpha, self.log_alpha.flip(0), self.grid().flip(0))
 
 
 def _interpolate(at: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Stepper:
 
     def restart(self, x: Array) -> None:
         """Begin again from other latents of the same shape and dtype."""
+        expect_array(self.xp, "x", x)
         if x.shape != self._template.shape or x.dtype != self._template.dtype:
             expected = f"{self._template.dtype} {tuple(self._template.shape)}"
             raise ConfigError(f"x must be {expected} as before, got {x.dtype} {tuple(x.shape)}; make a Stepper for it")
@@ -73,6 +74,7 @@ class Stepper:
         Both may be overwritten afterwards.
         """
         self._expect(done=False)
+        expect_array(self.xp, "denoised", denoised)
         if denoised.shape != self._y.shape or denoised.dtype != self._y.dtype:
             expected = f"{self._y.dtype} {tuple(self._y.shape)}"
             raise ConfigError(f"denoised must be {expected} like points, got {denoised.dtype} {tuple(denoised.shape)}")
@@ -152,7 +154,17 @@ def _constants(xp: Any, e: Evaluation, x: Array) -> Constants:
     return Constants(xp.asarray(weights, dtype="float64"), told)
 
 
+def expect_array(xp: Any, name: str, value: Any) -> None:
+    """Raises ConfigError for an array of another library."""
+    if not isinstance(value, getattr(xp, "ndarray", object)):
+        library = xp.__name__
+        raise ConfigError(
+            f"{name} must be an array of {library}, got {type(value).__name__}; {library}.from_dlpack reads others in place"
+        )
+
+
 def _check_latents(xp: Any, plan: StaticPlan, x: Array) -> None:
+    expect_array(xp, "x", x)
     if x.ndim < 2 or x.dtype not in (xp.dtype("float32"), xp.dtype("float64")):
         raise ConfigError(f"x must be float32 or float64 (B, ...), got {x.dtype} {tuple(x.shape)}")
     if plan.shape is not None and tuple(x.shape[1:]) != plan.shape:
@@ -193,6 +205,8 @@ class Weights:
     def predict(self, features: Array | None, batch: int, *interval: float) -> tuple[Array, Array, Array]:
         """r, scale_dir and scale_time, (B,) or (1,) where there are no features."""
         xp, (h, w) = self.xp, self.source.bottleneck
+        if features is not None:
+            expect_array(xp, "features", features)
         if features is not None and (features.ndim != 4 or features.shape[0] != batch or features.shape[2:] != (h, w)):
             raise ConfigError(f"features must be ({batch}, C, {h}, {w}) or None, got {tuple(features.shape)}")
         mean = xp.zeros((1, h * w)) if features is None else features.astype("float64").mean(1).reshape(-1, h * w)

@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=PLAYBACK))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

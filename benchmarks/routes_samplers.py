@@ -11,6 +11,7 @@ import torch
 from harness import Unavailable
 from routes import TRACED, Bench, Draw, Route
 from torch import Tensor, nn
+from torchvision_operators import declare
 
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.k_diffusion import sample_amed
@@ -62,18 +63,22 @@ def pipeline(bench: Bench, stack: ExitStack) -> Draw:
 
 
 def physicsnemo(bench: Bench, stack: ExitStack) -> Draw:
-    def right_hand_side(x: Tensor, t: Tensor) -> Tensor:
-        return (x - bench.denoised(x, t)) / t.reshape(-1, 1, 1, 1)
-
-    solver = AMEDSolver(right_hand_side, bench.whole, bench.block)
-    levels = bench.whole.plan.levels.float()
+    """Through its own `sample` and noise scheduler."""
+    if find_spec("physicsnemo") is None:
+        raise Unavailable("nvidia-physicsnemo is not installed")
+    declare()
+    try:
+        from physicsnemo.diffusion.noise_schedulers import EDMNoiseScheduler
+        from physicsnemo.diffusion.samplers import sample
+    except ImportError as error:
+        raise Unavailable(f"nvidia-physicsnemo cannot be imported: {error}") from error
+    scheduler, levels = EDMNoiseScheduler(), bench.whole.plan.levels.float()
+    denoiser = scheduler.get_denoiser(x0_predictor=bench.denoised, denoising_type="ode")
+    solver = AMEDSolver(denoiser, bench.whole, bench.block)
 
     @torch.no_grad()
     def draw() -> Tensor:
-        x = bench.latents * levels[0]
-        for k in range(len(levels) - 1):
-            x = solver.step(x, levels[k].expand(bench.batch), levels[k + 1].expand(bench.batch))
-        return x
+        return sample(denoiser, bench.latents * levels[0], scheduler, 0, solver=solver, time_steps=levels)
 
     return draw
 
@@ -137,7 +142,7 @@ SAMPLERS = (
     Route(
         "PhysicsNeMo",
         "integrations/physicsnemo.md",
-        "PhysicsNeMo",
+        "nvidia-physicsnemo",
         (f"{HERE}/physicsnemo.py",),
         "whole_steps",
         physicsnemo,

@@ -1,4 +1,4 @@
-"""Routes over a wire: Triton's Python backend in this process, LitServe and Ray Serve over loopback."""
+"""Routes over a wire, loopback: Triton Inference Server, LitServe and Ray Serve."""
 
 from __future__ import annotations
 
@@ -15,36 +15,30 @@ import time
 import urllib.request
 from contextlib import ExitStack
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from harness import Unavailable
 from PIL import Image
-from routes import BUNDLED, CLASS, GREY_LEVEL, NFE, Bench, Draw, Route
+from routes import BUNDLED, CLASS, GREY_LEVEL, NFE, Bench, Draw, Route, temporary_folder
 from torch import Tensor
 
-from amed_engine.integrations.serving.triton import TritonPythonModel
+from amed_engine.integrations.require import MissingDependency
+from amed_engine.integrations.serving.triton import write_repository
+from amed_engine.integrations.serving.tritonserver import serving
 
 STARTUP = 120.0  # seconds
 
 
 def triton(bench: Bench, stack: ExitStack) -> Draw:
-    """One request for the whole batch through the model of the Python backend."""
-    utils = SimpleNamespace(
-        get_input_tensor_by_name=lambda request, name: request[name],
-        Tensor=lambda name, array: array,
-        InferenceResponse=lambda output_tensors: output_tensors,
-    )
-    sys.modules["triton_python_backend_utils"] = utils  # type: ignore[assignment]
-    stack.callback(sys.modules.pop, "triton_python_backend_utils", None)
-    options = json.dumps({"model": BUNDLED, "nfe": NFE, "backend": "eager"})
-    config = json.dumps({"parameters": {"sampler": {"string_value": options}}})
-    model = TritonPythonModel()
-    model.initialize({"model_config": config, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
-    columns = {"SEEDS": torch.arange(bench.batch), "CLASS_LABELS": torch.full((bench.batch,), CLASS)}
-    request = {name: SimpleNamespace(as_numpy=column[:, None].numpy) for name, column in columns.items()}
-    return lambda: torch.from_numpy(model.execute([request])[0][0])
+    """The server on a repository as its page writes it."""
+    repository = temporary_folder(stack)
+    write_repository(repository, model=BUNDLED, nfe=NFE)
+    try:
+        address = stack.enter_context(serving(repository, free_port(), subprocess.DEVNULL))
+    except MissingDependency as error:
+        raise Unavailable(str(error)) from error
+    return lambda: inferred(f"{address}/v2/models/amed/infer", bench.batch)
 
 
 def litserve(bench: Bench, stack: ExitStack) -> Draw:
@@ -98,6 +92,19 @@ def drawn(url: str, batch: int) -> Tensor:
     return torch.from_numpy(pictures.reshape(batch, *pictures.shape[1:3], -1)).double() / 255
 
 
+def inferred(url: str, batch: int) -> Tensor:
+    """One request of Triton's protocol, its answer's tensor in binary."""
+    columns = {"SEEDS": [[k] for k in range(batch)], "CLASS_LABELS": [[CLASS]] * batch}
+    rows = {"datatype": "INT64", "shape": [batch, 1]}
+    inputs = [{"name": name, **rows, "data": data} for name, data in columns.items()]
+    wanted = [{"name": "IMAGES", "parameters": {"binary_data": True}}]
+    body = json.dumps({"inputs": inputs, "outputs": wanted}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as response:
+        answer, start = response.read(), int(response.headers["Inference-Header-Content-Length"])
+    (told,) = json.loads(answer[:start])["outputs"]
+    return torch.from_numpy(np.frombuffer(answer[start:], np.float32).reshape(told["shape"]).copy())
+
+
 def _await_health(url: str, server: subprocess.Popen) -> None:
     end = time.monotonic() + STARTUP
     while time.monotonic() < end:
@@ -113,9 +120,9 @@ def _await_health(url: str, server: subprocess.Popen) -> None:
 HERE = "amed_engine/integrations/serving"
 SERVERS = (
     Route(
-        "Triton Inference Server",
+        "Triton Inference Server, over loopback",
         "integrations/triton.md",
-        "the server; here a stand-in calls its model",
+        "the server: NVIDIA's container or nvidia-pytriton",
         (f"{HERE}/triton.py",),
         "by_seeds",
         triton,

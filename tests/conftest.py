@@ -1,10 +1,11 @@
-"""What several test files share: small models with known answers, and what to skip where."""
+"""What several test files share: small models with known answers, a double of CUDA's capture, and what to skip where."""
 
 import ctypes
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not item.keywords, which hold the names of folders too
                 item.add_marker(skip)
 
 
@@ -39,6 +40,16 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32(request):
+    """On a GPU, TensorFloat-32 or not is cuDNN's choice by batch size, and worth 1e-3: no comparison would hold."""
+    before = torch.backends.cudnn.allow_tf32
+    # The old switch, which sets the new ones: where only those of convolutions are set, torch.export refuses to read it.
+    torch.backends.cudnn.allow_tf32 = before and request.node.get_closest_marker("gpu") is None
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +170,65 @@ def emulated_kernel(emulated) -> Callable[[str], Callable]:
         return kernel
 
     return get_function
+
+
+class Recording:
+    """Recomputes into the same memory, as a replayed graph does."""
+
+    def __init__(self, work, output):
+        self.work, self.output, self.alive = work, output, True
+
+    def replay(self):
+        assert self.alive, "replayed after reset"
+        with torch.no_grad():
+            self.output.copy_(self.work())
+
+    def reset(self):
+        self.alive = False
+
+
+class Double:
+    """`amed_engine.capture.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
+
+    def __init__(self):
+        self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
+        self.lock = threading.RLock()
+
+    def capturing(self):
+        return self.outer
+
+    def side_stream(self, work):
+        result = work()
+        self.log.append(("warm", len(result)))
+        return result
+
+    def record(self, work):
+        if self.fail_at == len(self.recordings):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        output = torch.full_like(work(), float("nan"))
+        recording = Recording((lambda: torch.zeros_like(output)) if self.broken else work, output)
+        self.recordings.append(recording)
+        self.log.append(("record", len(output)))
+        return recording, output
+
+    def begin_use(self):
+        self.log.append(("begin", None))
+
+    def end_use(self):
+        self.log.append(("end", None))
+
+    def reserved_bytes(self):
+        return 100 * len(self.recordings)
+
+    def wait(self):
+        self.log.append(("wait", None))
+
+    def drop(self, recordings):
+        for recording in recordings:
+            recording.reset()
+        self.log.append(("drop", None))
+
+
+@pytest.fixture
+def double():
+    return Double()

@@ -122,9 +122,54 @@ def test_out_may_be_an_array(sampler):
     assert result.images.ctypes.data == out.ctypes.data
 
 
+def test_arrays_that_must_not_be_written_to_are_read_but_not_written(sampler):
+    """DLPack hands both out alike: the refusal is this package's own."""
+    given = latents().numpy()
+    given.flags.writeable = False
+    assert (sampler.run(given, output_type="numpy").images == sampler.run(latents()).images.numpy()).all()
+    other = type("ArrayImpl", (Array,), {"__module__": "jaxlib._jax"})(torch.zeros(3, *SHAPE))
+    for out in (given, np.broadcast_to(np.float32(0), given.shape), other):
+        with pytest.raises(ConfigError, match=r"out is written to, and this .* is read-only"):
+            sampler.run(latents(), out=out)
+    assert (given == latents().numpy()).all()
+    assert float(other.tensor.abs().max()) == 0
+
+
+def test_strided_arrays_are_arrays(sampler):
+    """In any order of memory, and `out` a part of a larger array whose rest stays as it is."""
+    expected, out = sampler.run(latents()).images.numpy(), np.zeros((6, *SHAPE), np.float32)
+    for given in (np.asfortranarray(latents().numpy()), np.repeat(latents().numpy(), 2, axis=0)[::2]):
+        assert not given.flags.c_contiguous
+        assert (sampler.run(given, out=out[::2], output_type="numpy").images == expected).all()
+    assert (out[::2] == expected).all()
+    assert not out[1::2].any()
+
+
+def test_a_number_of_samples_may_be_numpy_s(sampler):
+    assert len(sampler.run(np.int64(3)).images) == 3
+
+
+def test_jax_in_jax_out_in_place(sampler):
+    """With JAX itself, where it is installed."""
+    jax = pytest.importorskip("jax")
+    given = jax.numpy.asarray(latents().numpy())
+    assert imported("batch", given).data_ptr() == given.unsafe_buffer_pointer()
+    images = sampler.run(given, output_type="dlpack").images
+    assert isinstance(images, jax.Array)
+    assert (np.asarray(images) == sampler.run(latents()).images.numpy()).all()
+    tensor = latents()
+    assert delivered(tensor, "dlpack", given).unsafe_buffer_pointer() == tensor.data_ptr()
+    with pytest.raises(ConfigError, match="read-only"):
+        sampler.run(given, out=given)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
+        (np.zeros((2, *SHAPE), np.float32)[::-1], "batch: torch has no tensors of negative strides, .* pass a copy"),
+        (np.zeros((2, *SHAPE), ">f4"), "batch: this ndarray cannot be read through DLPack: .*byte order"),
+        (np.zeros((2, *SHAPE), np.float16), "latents must be torch.float32, .* got torch.float16"),
+        (np.zeros((2, *SHAPE), np.int64), "batch must be a number of samples, a sequence of seeds or a float tensor"),
         (np.zeros((2, *SHAPE)), "latents must be torch.float32, the sampler's dtype, got torch.float64"),
         (np.zeros((2, 8, 8), np.float32), "latents must have shape"),
         (np.array(["a", "b"]), "batch: this ndarray cannot be read through DLPack"),
@@ -144,6 +189,23 @@ def test_an_unknown_output_type_is_refused_before_sampling(gaussian_denoiser):
     with pytest.raises(ConfigError, match="output_type must be one of torch, numpy, dlpack; got 'pil'"):
         sampler.run(2, output_type="pil")
     assert calls == []
+
+
+@pytest.mark.gpu
+def test_cupy_in_cupy_out_on_its_own_stream(gaussian_denoiser):
+    """The array is still being made on CuPy's stream when it is handed over, and read on that stream when it comes back."""
+    cupy = pytest.importorskip("cupy")
+    sampler = Sampler(gaussian_denoiser, solver="ipndm", nfe=4, shape=SHAPE, device="cuda")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        given, busy = cupy.zeros((3, *SHAPE), cupy.float32), cupy.ones((4096, 4096), cupy.float32)
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        given += cupy.asarray(latents().numpy()) + 0 * busy[0, 0]
+        images = sampler.run(given, output_type="dlpack").images
+        assert isinstance(images, cupy.ndarray)
+        doubled = cupy.asnumpy(2 * images)
+        stream.synchronize()
+    np.testing.assert_allclose(doubled, 2 * sampler.run(latents().cuda()).images.cpu().numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

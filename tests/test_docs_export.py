@@ -16,9 +16,10 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "source"), BLOCKS, ids=[f"{page}{i}" for i, (page, _) in enumerate(BLOCKS)])
 def test_a_code_block_runs(page, source, tmp_path, monkeypatch):
-    if "onnx" in source:
-        pytest.importorskip("onnxscript")
-        pytest.importorskip("onnxruntime")
+    for library in (
+        ("onnxscript", "onnxruntime") if "onnx" in source else ("diffusers",) if "diffusers" in source else ()
+    ):
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(source, page, "exec"), names)
@@ -26,4 +27,4 @@ def test_a_code_block_runs(page, source, tmp_path, monkeypatch):
 
 
 def test_the_pages_have_code_blocks():
-    assert [page for page, _ in BLOCKS] == ["export.md", "export.md", "arrays.md"]
+    assert [page for page, _ in BLOCKS] == ["export.md", "export.md", "export.md", "arrays.md"]

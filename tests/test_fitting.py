@@ -386,7 +386,7 @@ def test_a_predictor_of_another_number_of_intervals():
     ("make", "message"),
     [
         (lambda: ConstantPredictor(0), "intervals must be an integer from 1 to"),
-        (lambda: ConstantPredictor(2, 9), "points must be an integer from 1 to 8, got 9"),
+        (lambda: ConstantPredictor(2, 8), "points must be an integer from 1 to 7, got 8"),
         (lambda: CoefficientPredictor(16, 80.0), "intervals must be an integer from 1 to 15, got 16"),
         (lambda: CoefficientPredictor(3, 80.0, codes=-1), "codes and inputs must be integers"),
         (lambda: Task("best"), "variant must be one of constants, epd, nonstationary, adaptive; got 'best'"),

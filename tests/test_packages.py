@@ -60,10 +60,18 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, facts, message):
         load_package(tmp_path / "a.pt2")
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.pt2", b"no archive"), ("a.pt2", b""), ("a.onnx", b"no model")])
-def test_files_of_other_kinds_are_refused(tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.pt2", b"no archive", " is no .pt2 archive"),
+        ("a.pt2", b"", " is no .pt2 archive"),
+        ("a.onnx", b"no model", " cannot be loaded"),
+        ("a.json", b"{}", " holds no network; read a plan with read_plan"),
+    ],
+)
+def test_files_of_other_kinds_are_refused(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(FileFormatError, match=name):
+    with pytest.raises(FileFormatError, match=name + reason):
         load_package(tmp_path / name)
     with pytest.raises(FileFormatError, match="is not a file"):
         load_package(tmp_path / f"missing {name}")
@@ -95,6 +103,37 @@ def test_native_code_that_does_not_load_is_a_broken_file(tmp_path):
     zipped(tmp_path / "a.pt2", {f"{folder}/x.wrapper.so": "\x7fELF", f"{folder}/x.wrapper_metadata.json": facts})
     with pytest.raises(FileFormatError, match="cannot be loaded"):
         load_package(tmp_path / "a.pt2")
+
+
+def lying(path, facts: dict) -> None:
+    """The file with other facts than those it was written with."""
+    if path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(path)
+        entry = next(entry for entry in model.metadata_props if entry.key == "amed_engine")
+        entry.value = json.dumps(json.loads(entry.value) | facts)
+        onnx.save(model, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in entries if name.endswith("/extra/amed_engine"))
+    zipped(path, entries | {name: json.dumps(json.loads(entries[name]) | facts)})
+
+
+@pytest.mark.parametrize("format", ["exported", "onnx"])
+def test_facts_that_are_not_the_graph_s_are_refused(tmp_path, format):
+    """When the file is opened, and not by an error of another library when it runs."""
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    path = tmp_path / ("a.onnx" if format == "onnx" else "a.pt2")
+    sampler = Sampler(lambda x, sigma: 0.5 * x, solver="euler", nfe=1, shape=(1, 2, 2))
+    sampler.export(path, format, verify=False)
+    whole = path.read_bytes()
+    for facts in ({"shape": [1, 2, 3]}, {"shape": [1, 4]}, {"label_dim": 2}, {"dtype": "float64"}):
+        path.write_bytes(whole)
+        lying(path, facts)
+        with pytest.raises(FileFormatError, match=r"its graph takes .* its facts say"):
+            load_package(path)
 
 
 # ---- no pickle inside

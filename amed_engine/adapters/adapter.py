@@ -102,7 +102,7 @@ class Adapter(nn.Module):
         if labels is not None and self.facts.labels == "index":
             labels = class_index(labels, self.facts.null_class)
         if self.facts.diffusers:
-            output = self.network(x, timestep=t, **_keywords(labels, given), return_dict=False)
+            output = self.network(x, timestep=t, **keywords(labels, given), return_dict=False)
         else:
             output = self.network(x, t, *(() if labels is None else (labels,)), **given)
         returned = isinstance(output, (tuple, list))
@@ -200,7 +200,7 @@ def class_index(labels: Tensor, null_class: int | None) -> Tensor:
     return index if null_class is None else torch.where((labels != 0).any(dim=1), index, null_class)
 
 
-def _keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:
+def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of a diffusers model; those of SDXL come in a dictionary of their own."""
     added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
     keywords: dict[str, Any] = {name: value for name, value in given.items() if name not in added}

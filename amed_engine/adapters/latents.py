@@ -75,7 +75,7 @@ def _encode(pipeline: Any, network: Any, prompts: list[str], negative: str) -> t
         name = "pooled_projections" if type(network).__name__.startswith("SD3") else "text_embeds"
         conditions[name], null[name] = pooled[0], pooled[1][:1]
     if "text_embeds" in conditions:
-        ids = _time_ids(pipeline, network, pooled[0])
+        ids = time_ids(pipeline, network, pooled[0])
         conditions["time_ids"], null["time_ids"] = ids.expand(len(prompts), -1), ids
     return conditions, null
 
@@ -87,7 +87,7 @@ def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str)
     return {name: value[:-1] for name, value in rows.items()}, {name: value[-1:] for name, value in rows.items()}
 
 
-def _time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:
+def time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:
     """SDXL's original size, crop and target size, (1, 6): nothing cropped, all at the network's own size."""
     size = network.config.sample_size
     height, width = ((size, size) if isinstance(size, int) else size) if size else (128, 128)

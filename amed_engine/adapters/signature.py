@@ -140,8 +140,9 @@ def _range(size: int | torch.SymInt, program: torch.export.ExportedProgram) -> t
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is None:
         return 1, UNBOUNDED
-    upper = int(bounds.upper) if bounds.upper.is_finite else UNBOUNDED
-    return max(int(bounds.lower), 1), min(upper, UNBOUNDED)
+    # Compared, not asked: torch's own infinity says that it is finite.
+    upper = int(bounds.upper) if bounds.upper < UNBOUNDED else UNBOUNDED
+    return max(int(bounds.lower), 1), upper
 
 
 def _dtype(name: Any) -> str:

@@ -59,6 +59,13 @@ def attach(network: nn.Module, name: str) -> Tap:
     return tap
 
 
+def detach(network: nn.Module, name: str, tap: Tap | None) -> None:
+    """Undo `attach`."""
+    hooks = network.get_submodule(name)._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is tap]:
+        del hooks[key]
+
+
 def find(network: Any) -> str | None:
     """The dotted name of the bottleneck of a U-Net of a known family, None where there is none.
 

@@ -120,6 +120,9 @@ double amed_plan_sigma_max(const amed_plan* plan) { return plan == nullptr ? 0 :
 double amed_plan_sigma_min(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->sigmas.back(); }
 int64_t amed_plan_size(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->size; }
 
+int amed_plan_max_points(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->max_points; }
+double amed_plan_guidance_scale(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->guidance_scale; }
+
 int64_t amed_plan_bottleneck(const amed_plan* plan) {
     return plan == nullptr || !plan->plan->has_predictor ? 0 : plan->plan->predictor.pixels;
 }

@@ -50,9 +50,9 @@ class CudaDevice final : public Device {
         return {memory, [](void* p) { cudaFree(p); }};
     }
 
-    // In order with everything else on the stream: a plain copy is not, where that stream does not wait for the
-    // default.
     void upload(void* to, const void* from, std::size_t bytes) override {
+        // On the stream that will read it: a plain cudaMemcpy may return before the device has the bytes, and a stream
+        // made with cudaStreamNonBlocking would not wait for it.
         check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying constants");
         check(cudaStreamSynchronize(stream_), "copying constants");
     }

@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <string>
@@ -234,15 +235,17 @@ Plan read_plan(std::string_view text) {
     if (in.text("format") != "amed_plan" || in.number("version") != 1) refuse("format", "\"amed_plan\" of version 1");
     in.count(9);
     in.text("description");
-    if (!in.is_null("guidance_scale")) in.number("guidance_scale");
     Plan plan;
+    if (!in.is_null("guidance_scale")) plan.guidance_scale = in.number("guidance_scale");
     plan.sigmas = in.levels("sigmas", 2, kMaxEvaluations + 1);
     plan.has_predictor = !in.is_null("predictor");
     if (plan.has_predictor) plan.predictor = read_predictor(in.find("predictor"));
     for (const Value& entry : in.array("evaluations", 1, kMaxEvaluations)) {
         const std::string where = "evaluations[" + std::to_string(plan.evaluations.size()) + "]";
         plan.evaluations.push_back(read_evaluation(entry, where));
-        plan.nfe += plan.evaluations.back().analytic ? 0 : plan.evaluations.back().points();
+        const int points = plan.evaluations.back().points();
+        plan.nfe += plan.evaluations.back().analytic ? 0 : points;
+        plan.max_points = std::max(plan.max_points, points);
     }
     if (in.number("nfe") != plan.nfe) refuse("nfe", std::to_string(plan.nfe) + ", the evaluations' count");
     plan.size = in.is_null("shape") ? 0 : 1;

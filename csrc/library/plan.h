@@ -44,6 +44,8 @@ struct Plan {
     bool has_predictor = false;
     PredictorWeights predictor;
     std::int64_t size = 0;  // of one sample, 0 for any
+    double guidance_scale = 1;
+    int max_points = 1;
     int nfe = 0;
     int slots = 0, result = 0;
 };

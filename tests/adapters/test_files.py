@@ -14,6 +14,7 @@ import amed_engine
 from amed_engine.adapters import Signature, load_onnx, load_package, save_package, wrap
 from amed_engine.adapters.packages import KEY, is_package
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.graph import GraphCache
 from amed_engine.models import resolve
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -66,6 +67,16 @@ def test_a_package_samples_from_its_path(eager, package):
     torch.testing.assert_close(
         amed_engine.Sampler(package).run([1, 2], **request).images, expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.slow
+def test_a_package_is_captured_like_any_network(eager, package, double):
+    opened = load_package(package)
+    sampler, plain = (amed_engine.Sampler(model, solver="ipndm", nfe=4) for model in (opened, eager))
+    sampler._engine.cache = GraphCache(double, (1, 4), opened, warmups=1)
+    result = sampler.run(range(6))  # 4, and 2 padded to 4
+    assert result.backend == "graph"
+    torch.testing.assert_close(result.images, plain.run(range(6)).images, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -178,6 +189,17 @@ def test_an_exported_program_of_one_batch_says_which(plain):
     assert amed_engine.Sampler(program).run(3).images.shape == (3, 1, 8, 8)
     with pytest.raises(ConfigError, match="batch of 3, got 2"):
         amed_engine.Sampler(program).run(2)
+
+
+def test_an_exported_program_may_have_no_largest_batch():
+    class Shrink(torch.nn.Module):
+        def forward(self, x, sigma):
+            return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(Shrink(), (X, SIGMA), dynamic_shapes=(batch, batch))
+    assert Signature.of_program(program).batch == (1, 2**31 - 1)
+    assert amed_engine.Sampler(program, solver="euler").run(20).images.shape == (20, 1, 8, 8)
 
 
 def test_a_program_that_is_no_denoiser_is_refused():

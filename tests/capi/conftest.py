@@ -167,7 +167,8 @@ class CLibrary:
 
     def __init__(self, path: str):
         self.raw = ctypes.CDLL(path)
-        self.raw.amed_plan_sigma_max.restype = self.raw.amed_plan_sigma_min.restype = c_double
+        for name in ("sigma_max", "sigma_min", "guidance_scale"):
+            getattr(self.raw, f"amed_plan_{name}").restype = c_double
         self.raw.amed_plan_size.restype = self.raw.amed_plan_bottleneck.restype = c_int64
         sizes = (c_void_p, c_int64, c_int64)
         self.raw.amed_sampler_create.argtypes = (*sizes, c_int, c_void_p, c_void_p)
@@ -176,7 +177,7 @@ class CLibrary:
         self.raw.amed_sampler_put.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
         for name in ("amed_plan_free", "amed_sampler_free"):
             getattr(self.raw, name).argtypes, getattr(self.raw, name).restype = (c_void_p,), None
-        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck"):
+        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck", "max_points", "guidance_scale"):
             getattr(self.raw, f"amed_plan_{name}").argtypes = (c_void_p,)
 
     def call(self, name: str, *arguments) -> None:

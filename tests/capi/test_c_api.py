@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from ctypes import byref, c_void_p
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,17 @@ def test_facts_of_a_plan(tools, library):
     assert library.raw.amed_api_version() == 1
     library.raw.amed_plan_free(plan)
     assert library.raw.amed_plan_nfe(None) == 0
+
+
+@pytest.mark.parametrize(("name", "points"), [("ipndm", 1), ("epd", 3)])
+@pytest.mark.parametrize("guidance", [None, 1.0, 0.0, 7.5])
+def test_a_plan_says_what_the_network_must_be_able_to_do(tools, library, name, points, guidance):
+    """Rows of one call, and guidance; none is a guidance of 1."""
+    plan = make_static_plan(tools.program(name, refined=name == "epd"))
+    handle = library.parse(replace(plan, guidance_scale=guidance).dumps())
+    assert library.raw.amed_plan_max_points(handle) == points
+    assert library.raw.amed_plan_guidance_scale(handle) == (1 if guidance is None else guidance)
+    library.raw.amed_plan_free(handle)
 
 
 # ---- mistakes

@@ -1,4 +1,4 @@
-"""The C library under the address and undefined-behaviour sanitizers, its loader against mutated plans."""
+"""The C library under the address, undefined-behaviour and thread sanitizers, its loader against mutated plans."""
 
 import os
 import shutil
@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}", "-O1", "-fopenmp"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DAMED_NO_CLONES"]
 MUTATIONS = int(os.environ.get("AMED_FUZZ_PLANS", "4000"))
 
 
@@ -36,14 +35,34 @@ def plans(tools, tmp_path) -> list[Path]:
     return paths
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_the_library_holds_under_the_sanitizers(plans, tmp_path):
+def build(tmp_path: Path, options: list[str]) -> Path:
     sources = [*CSRC.glob("tests/library/*.cpp"), *CSRC.glob("library/*.cpp"), *CSRC.glob("cpu/*.cpp")]
     program = tmp_path / "test_library"
-    built = subprocess.run(
-        [COMPILER, *FLAGS, *SANITIZERS, *map(str, sources), "-o", str(program)], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr[-4000:]
+    command = [COMPILER, *FLAGS, *options, "-DAMED_NO_CLONES", *map(str, sources), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return program
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_the_library_holds_under_the_sanitizers(plans, tmp_path):
+    program = build(tmp_path, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
     done = subprocess.run([program, str(MUTATIONS), *plans], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.strip().endswith("ok"), done.stdout
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_no_two_threads_race(plans, tmp_path):
+    """Threads on one sampler, and on samplers of one plan, under the thread sanitizer."""
+    program = build(tmp_path, ["-fsanitize=thread"])
+    # Without randomized addresses, where that is allowed: this sanitizer refuses some layouts.
+    for prefix in ([], ["setarch", "-R"]):
+        if prefix and not shutil.which(prefix[0]):
+            continue
+        done = subprocess.run([*prefix, program, "0", *plans], capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+    if "unexpected memory mapping" in done.stderr or "setarch:" in done.stderr:
+        pytest.skip(f"the thread sanitizer does not run here: {done.stderr[:200]}")
+    assert (done.returncode, done.stdout.strip()[-2:]) == (0, "ok"), done.stdout[-3000:] + done.stderr[-3000:]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from amed_engine import Midpoint, Sampler, make_schedule, make_solver, plan_file, sample, static_plan
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.export_plan import make_static_plan, write_plan, write_schedule
+from amed_engine.export_plan import make_static_plan, write_plan
+from amed_engine.export_schedule import write_schedule
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
 from amed_engine.loop import Program
 from amed_engine.schedule import DiscreteTime
@@ -328,6 +329,11 @@ def test_a_host_s_mistakes_are_named(tools):
     plan, x = make_static_plan(tools.program("euler")), tools.latents().numpy()
     with pytest.raises(ConfigError, match="float32 or float64"):
         Stepper(plan, x.astype(np.int64))
+    for other in (torch.from_numpy(x), x.tolist()):
+        with pytest.raises(ConfigError, match=r"x must be an array of numpy, got \w+; numpy.from_dlpack"):
+            Stepper(plan, other)
+        with pytest.raises(ConfigError, match="denoised must be an array of numpy"):
+            Stepper(plan, x).advance(other)
     stepper = Stepper(plan, x)
     with pytest.raises(ConfigError, match="done"):
         _ = stepper.result

@@ -1,4 +1,4 @@
-"""A double of CUDA's capture, and a guard against what a capture forbids: neither needs a GPU."""
+"""A guard against what a capture forbids, without a GPU."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -7,65 +7,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-class Recording:
-    """Recomputes into the same memory, as a replayed graph does."""
-
-    def __init__(self, work, output):
-        self.work, self.output, self.alive = work, output, True
-
-    def replay(self):
-        assert self.alive, "replayed after reset"
-        with torch.no_grad():
-            self.output.copy_(self.work())
-
-    def reset(self):
-        self.alive = False
-
-
-class Double:
-    """`amed_engine.capture.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
-
-    def __init__(self):
-        self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
-
-    def capturing(self):
-        return self.outer
-
-    def side_stream(self, work):
-        result = work()
-        self.log.append(("warm", len(result)))
-        return result
-
-    def record(self, work):
-        if self.fail_at == len(self.recordings):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        output = torch.full_like(work(), float("nan"))
-        recording = Recording((lambda: torch.zeros_like(output)) if self.broken else work, output)
-        self.recordings.append(recording)
-        self.log.append(("record", len(output)))
-        return recording, output
-
-    def begin_use(self):
-        self.log.append(("begin", None))
-
-    def end_use(self):
-        self.log.append(("end", None))
-
-    def reserved_bytes(self):
-        return 100 * len(self.recordings)
-
-    def drop(self, recordings):
-        for recording in recordings:
-            recording.reset()
-        self.log.append(("drop", None))
-
-
-@pytest.fixture
-def double():
-    return Double()
-
 
 HOST = (
     torch.tensor,

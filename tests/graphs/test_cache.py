@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from amed_engine import (
     NonFiniteError,
     Sampler,
     StaleGraphError,
+    capture,
     distill,
     kernels,
     make_plan,
@@ -116,6 +118,54 @@ def test_weights_that_left_their_place_raise_instead_of_replaying(cache, change)
         cache.module._parameters["weight"] = old
     cache.clear()
     assert draw(cache, 2) == "graph"
+
+
+def test_a_module_put_in_the_place_of_another_raises_instead_of_replaying(double):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ModuleDict({"last": nn.Linear(3, 3)}))
+    cache, latents = GraphCache(double, SIZES, model), torch.randn(2, 3)
+
+    def run():
+        return cache.run(family_of(None, latents, None, model), lambda x, labels: model[1]["last"](x), latents, None)
+
+    with torch.no_grad():
+        run()
+        model[1]["last"] = nn.Linear(3, 3)  # the one before lives on in no place that a replay could ask
+        with pytest.raises(StaleGraphError, match="module 'last' was replaced"):
+            run()
+        cache.clear()
+        assert run()[1] == "graph"
+
+
+def test_static_buffers_live_until_the_device_is_done_with_them(cache, monkeypatch):
+    draw(cache, 2)
+    graphs = []  # how many there are at each call
+    for name in ("wait", "drop"):
+        monkeypatch.setattr(
+            cache.device, name, lambda *_: graphs.append(sum(len(c.graphs) for c in cache._captured.values()))
+        )
+    cache.clear()
+    assert graphs == [3, 0]
+
+
+def test_caches_whose_graphs_share_a_stream_take_turns(monkeypatch):
+    """torch hands out few streams, and what was captured on one shares its workspaces."""
+    streams = iter("aba")
+    stand_ins = {
+        "device": lambda device: nullcontext(),
+        "Stream": lambda device: next(streams),
+        "Event": lambda: object(),
+        "graph_pool_handle": lambda: object(),
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(capture, "_LANES", {})
+    first, other, third = (capture.CudaDevice(torch.device("cuda", 0)) for _ in range(3))
+    assert first.used is third.used
+    assert first.lock is third.lock
+    assert first.pool is not third.pool
+    assert other.used is not first.used
+    assert GraphCache(first, SIZES, None)._lock is GraphCache(third, SIZES, None)._lock
+    assert GraphCache(other, SIZES, None)._lock is not first.lock
 
 
 def test_above_the_cap_a_batch_runs_eagerly_and_is_counted(double):

@@ -1,15 +1,17 @@
 """The nodes under a stand-in that calls them as ComfyUI does: same images as the engine, whatever the order of parts."""
 
+import copy
 import inspect
 import math
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from amed_engine import ConfigError, Sampler, save_predictor
+from amed_engine import ConfigError, Sampler, make_plan, save_predictor
+from amed_engine.denoiser import Denoised
 from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.webui import sampler_entry, schedule
@@ -20,46 +22,90 @@ COND, UNCOND = 0, 1
 GUIDANCE = 2.5
 
 
+class EPS:
+    """ComfyUI's scaling of latents for models of x0 + sigma noise (V_PREDICTION, EDM and X0 inherit it)."""
+
+    sigma_max = torch.tensor(80.0)
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return noise * (torch.sqrt(1 + sigma**2) if max_denoise else sigma) + latent_image
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent
+
+
+class CONST:
+    """The same for flow models."""
+
+    sigma_max = torch.tensor(1.0)
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return sigma * noise + (1 - sigma) * latent_image
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent / (1 - sigma)
+
+
+class ImageToImage(CONST):
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return latent_image
+
+
 class KSAMPLER:
     """Calls a sampler function with the arguments, and in the form, that ComfyUI's KSAMPLER.sample does."""
 
     def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
         self.sampler_function, self.extra_options = sampler_function, extra_options or {}
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, denoise_mask=None, disable_pbar=True):
+    def max_denoise(self, model_wrap, sigmas):
+        highest = float(model_wrap.inner_model.model_sampling.sigma_max)
+        return math.isclose(highest, float(sigmas[0]), rel_tol=1e-5) or float(sigmas[0]) > highest
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         extra_args["denoise_mask"] = denoise_mask
-        model_k = Inpaint(model_wrap)
-        total = len(sigmas) - 1
-        k_callback = None if callback is None else lambda d: callback(d["i"], d["denoised"], d["x"], total)
-        scaled = noise * sigmas[0]
-        return self.sampler_function(
-            model_k,
-            scaled,
-            sigmas,
-            extra_args=extra_args,
-            callback=k_callback,
-            disable=disable_pbar,
-            **self.extra_options,
-        )
+        model_k = Inpaint(model_wrap, sigmas)
+        model_k.latent_image, model_k.noise = latent_image, noise
+        sampling, highest = model_wrap.inner_model.model_sampling, self.max_denoise(model_wrap, sigmas)
+        x, total = sampling.noise_scaling(sigmas[0], noise, latent_image, highest), len(sigmas) - 1
+
+        def told(step):
+            assert step["sigma"].shape == step["sigma_hat"].shape == ()
+            callback(step["i"], step["denoised"], step["x"], total)
+
+        options = {"extra_args": extra_args, "callback": told, "disable": disable_pbar, **self.extra_options}
+        return sampling.inverse_noise_scaling(sigmas[-1], self.sampler_function(model_k, x, sigmas, **options))
 
 
 class Inpaint:
-    def __init__(self, model_wrap):
-        self.inner_model = model_wrap
+    """KSamplerX0Inpaint: what is masked is set back to the noised image before, and to the image after, an evaluation."""
+
+    def __init__(self, model_wrap, sigmas):
+        self.inner_model, self.sigmas = model_wrap, sigmas
 
     def __call__(self, x, sigma, denoise_mask, model_options=None, seed=None):
-        assert denoise_mask is None
-        return self.inner_model(x, sigma, model_options=model_options, seed=seed)
+        if denoise_mask is None:
+            return self.inner_model(x, sigma, model_options=model_options, seed=seed)
+        sampling, kept = self.inner_model.inner_model.model_sampling, 1 - denoise_mask
+        level = sigma.reshape([sigma.shape[0]] + [1] * (x.ndim - 1))
+        x = x * denoise_mask + sampling.noise_scaling(level, self.noise, self.latent_image) * kept
+        out = self.inner_model(x, sigma, model_options=model_options, seed=seed)
+        return out * denoise_mask + self.latent_image * kept
 
 
 class Patcher:
-    """What of a ModelPatcher the node touches."""
+    """What of a ModelPatcher the nodes touch."""
 
-    def __init__(self, network):
+    def __init__(self, network, sampling=EPS):
         self.network, self.model_options = network, {"transformer_options": {}}
+        self.model = SimpleNamespace(model_sampling=sampling())
+
+    def get_model_object(self, name):
+        return getattr(self.model, name)
 
     def clone(self):
-        other = Patcher(self.network)
+        other = Patcher(self.network, type(self.model.model_sampling))
         patches = self.model_options["transformer_options"].get("patches", {})
         other.model_options = {"transformer_options": {"patches": {k: v[:] for k, v in patches.items()}}}
         return other
@@ -70,10 +116,16 @@ class Patcher:
 
 
 class Guider:
-    """Classifier-free guidance by batches of conditional and unconditional parts, as `calc_cond_batch` runs them."""
+    """CFGGuider: guidance by batches of conditional and unconditional parts, as `calc_cond_batch` runs them."""
 
-    def __init__(self, patcher, labels, batches):
-        self.patcher, self.labels, self.batches = patcher, labels, batches
+    def __init__(self, patcher, labels, batches, cfg=GUIDANCE):
+        self.model_patcher, self.labels, self.batches, self.cfg = patcher, labels, batches, cfg
+
+    def sample(self, noise, latent_image, sampler, sigmas, callback, denoise_mask=None):
+        """As SamplerCustom calls it."""
+        self.inner_model = self.model_patcher.model
+        arguments = {"model_options": self.model_patcher.model_options, "seed": 5}
+        return sampler.sample(self, sigmas, arguments, callback, noise, latent_image, denoise_mask, True)
 
     def __call__(self, x, sigma, model_options=None, seed=None):
         assert x.dtype == sigma.dtype == torch.float32
@@ -83,12 +135,13 @@ class Guider:
             for part, flag in zip(output.chunk(len(flags)), flags, strict=True):
                 total[flag], count[flag] = total[flag] + part, count[flag] + 1
         cond, uncond = (t / n for t, n in zip(total, count, strict=True))
-        return uncond + GUIDANCE * (cond - uncond)
+        return uncond + self.cfg * (cond - uncond)
 
     def _apply(self, x, sigma, flags, timestep):
-        options = dict(self.patcher.model_options["transformer_options"], cond_or_uncond=flags[:], sigmas=timestep)
+        options = dict(self.model_patcher.model_options["transformer_options"])
+        options |= {"cond_or_uncond": flags[:], "sigmas": timestep}
         labels = torch.cat([self.labels if flag == COND else torch.zeros_like(self.labels) for flag in flags])
-        x0, h = self.patcher.network(x, sigma, labels)
+        x0, h = self.model_patcher.network(x, sigma, labels)
         for patch in options.get("patches", {}).get("middle_block_after_patch", []):
             arguments = {"h": h, "x": x, "emb": None, "context": None, "y": None, "timesteps": sigma}
             assert patch({**arguments, "transformer_options": options})["h"] is h
@@ -97,9 +150,10 @@ class Guider:
 
 @pytest.fixture
 def comfy(monkeypatch, tmp_path):
-    """`comfy.samplers` and `folder_paths`, with a models folder."""
-    package, samplers, folders = ModuleType("comfy"), ModuleType("comfy.samplers"), ModuleType("folder_paths")
-    package.samplers, samplers.KSAMPLER = samplers, KSAMPLER
+    """`comfy.samplers`, `comfy.model_sampling` and `folder_paths`, with a models folder."""
+    package, samplers, sampling = (ModuleType(f"comfy{name}") for name in ("", ".samplers", ".model_sampling"))
+    folders = ModuleType("folder_paths")
+    package.samplers, package.model_sampling, samplers.KSAMPLER, sampling.CONST = samplers, sampling, KSAMPLER, CONST
     folders.models_dir, folders.folder_names_and_paths = str(tmp_path), {}
     (tmp_path / "amed").mkdir()
 
@@ -109,7 +163,7 @@ def comfy(monkeypatch, tmp_path):
 
     folders.get_filename_list = listing
     folders.get_full_path = lambda name, file: str(tmp_path / name / file) if file in listing(name) else None
-    for module in (package, samplers, folders):
+    for module in (package, samplers, sampling, folders):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return tmp_path
 
@@ -120,17 +174,20 @@ def guided(predictor):
     return predictor
 
 
-def draw(network, predictor, latents, batches, **options):
-    model, sampler = NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(network), predictor, **options)
-    (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(predictor)
-    steps = []
-    labels = torch.eye(10)[[3, 1, 4]]
-    arguments = {"model_options": model.model_options, "seed": 5}
-    images = sampler.sample(
-        Guider(model, labels, batches), sigmas, arguments, lambda *a: steps.append(a), latents, disable_pbar=True
-    )
-    assert [(i, total) for i, _, _, total in steps] == [(i, len(sigmas) - 1) for i in range(len(sigmas) - 1)]
-    return images
+def draw(
+    network, predictor, latents, batches, sampling=EPS, mask=None, image=None, cfg=GUIDANCE, zero=False, **options
+):
+    """SamplerCustom, with the three nodes before it."""
+    patcher = Patcher(network, sampling)
+    model, sampler = NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(patcher, predictor, **options)
+    (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(predictor, patcher)
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]) if zero else sigmas
+    guider, steps = Guider(model, torch.eye(10)[[3, 1, 4]], batches, cfg), []
+    image = torch.zeros_like(latents) if image is None else image
+    drawn = guider.sample(latents, image, sampler, sigmas, lambda *step: steps.append(step), mask)
+    assert [step[0] for step in steps] == list(range(predictor.plan.intervals))
+    assert all(x0.shape == x.shape == latents.shape and total == len(sigmas) - 1 for _, x0, x, total in steps)
+    return drawn
 
 
 ORDERS = [[[0, 1]], [[1, 0]], [[0], [1]], [[1], [0]], [[1, 0, 0]], [[0], [1, 0]]]
@@ -147,6 +204,87 @@ def test_the_unconditional_half_would_draw_something_else(comfy, tiny_conditiona
     right = draw(tiny_conditional, guided, latents, [[0, 1]])
     monkeypatch.setattr("amed_engine.integrations.comfyui.features.CONDITIONAL", UNCOND)
     assert (draw(tiny_conditional, guided, latents, [[0, 1]]) - right).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_flow_model_draws_the_same_by_its_own_times(comfy, tiny_conditional, guided, latents, zero):
+    """The same network as a flow model: its state x_t = (1 - t) x0 + t noise is (1 - t) x of sigma = t / (1 - t)."""
+
+    def flow(x, t, labels):
+        assert (t < 1).all()
+        rest = (1 - t).reshape(-1, 1, 1, 1)
+        return tiny_conditional(x / rest, t / (1 - t), labels)
+
+    # To t = 0.9: nearer to 1, float32 loses the digits of 1 - t.
+    guided.plan = make_plan(4, solver="amed", afs=False, sigma_max=9.0, guidance_scale=GUIDANCE)
+    expected = Sampler(tiny_conditional, guided).run(latents, class_labels=[3, 1, 4], guidance_scale=GUIDANCE).images
+    drawn = draw(flow, guided, latents, [[1, 0]], CONST, zero=zero)
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_flow_model_is_not_given_the_levels_of_another(comfy, tiny_conditional, guided, latents):
+    _, sampler = NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional, CONST), guided)
+    (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(guided)
+    guider = Guider(Patcher(tiny_conditional, CONST), None, [[1, 0]])
+    with pytest.raises(ConfigError, match="connect AMED Schedule with this MODEL"):
+        guider.sample(latents, torch.zeros_like(latents), sampler, sigmas, None)
+    with pytest.raises(ConfigError, match="does not start from noise"):
+        NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional, ImageToImage), guided)
+
+
+def test_an_image_is_where_sampling_starts_and_what_a_mask_keeps(comfy, tiny_conditional, guided, latents):
+    image = torch.rand_like(latents)
+    from_image = draw(tiny_conditional, guided, latents, [[1, 0]], image=image)
+    shifted = latents + image / guided.plan.sigmas[0]
+    expected = Sampler(tiny_conditional, guided).run(shifted, class_labels=[3, 1, 4], guidance_scale=GUIDANCE).images
+    assert (from_image - expected).abs().max() < 1e-5 * expected.abs().max()
+    no_noise = draw(tiny_conditional, guided, torch.zeros_like(latents), [[1, 0]], image=image)
+    assert no_noise.isfinite().all()
+
+
+def test_a_mask_keeps_the_image_as_it_does_for_the_engine(comfy, tiny_conditional, guided, latents):
+    image, mask = torch.rand_like(latents), torch.zeros_like(latents)
+    mask[..., 4:] = 1
+    masked = copy.deepcopy(tiny_conditional)
+
+    def forward(x, sigma, labels):
+        count = len(x) // len(latents)
+        keep, noised = mask.repeat(count, 1, 1, 1), image + sigma[:3].reshape(-1, 1, 1, 1) * latents
+        x0, features = tiny_conditional(x * keep + noised.repeat(count, 1, 1, 1) * (1 - keep), sigma, labels)
+        return Denoised(x0 * keep + image.repeat(count, 1, 1, 1) * (1 - keep), features)
+
+    masked.forward = forward
+    shifted = latents + image / guided.plan.sigmas[0]
+    expected = Sampler(masked, guided).run(shifted, class_labels=[3, 1, 4], guidance_scale=GUIDANCE).images
+    drawn = draw(tiny_conditional, guided, latents, [[0, 1]], image=image, mask=mask)
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_part_of_the_levels_is_refused(comfy, tiny_conditional, guided, latents):
+    """denoise < 1 cuts the schedule; a predictor is for the whole of it."""
+    model, sampler = NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional), guided)
+    (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(guided)
+    with pytest.raises(ConfigError, match="this predictor was trained for"):
+        Guider(model, None, [[1, 0]]).sample(latents, torch.zeros_like(latents), sampler, sigmas[1:], None)
+
+
+def test_another_guidance_than_the_predictor_s_is_refused(comfy, tiny_conditional, guided, latents):
+    with pytest.raises(ConfigError, match=r"trained with cfg 2\.5, got 8; set cfg to that"):
+        draw(tiny_conditional, guided, latents, [[1, 0]], cfg=8.0)
+
+
+def test_parts_that_cannot_be_told_apart_are_refused():
+    def after(*parts):
+        features = ConditionalFeatures()
+        for flags, size in parts:
+            options = {"cond_or_uncond": flags, "sigmas": None}
+            features.patch({"h": torch.zeros(len(flags), 1, size, size), "transformer_options": options})
+        return features.take()
+
+    with pytest.raises(ConfigError, match="use CFG Guider"):
+        after(([2, 1, 0], 2))
+    with pytest.raises(ConfigError, match="areas of different size"):
+        after(([0, 1], 2), ([0], 3))
 
 
 def test_a_model_without_a_middle_block_needs_the_choice_none(comfy, tiny_conditional, guided, latents):
@@ -191,7 +329,7 @@ def test_the_loader_lists_and_loads_what_is_in_the_models_folder(comfy, guided):
 def test_nodes_are_declared_as_comfyui_reads_them(comfy):
     assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
     for node in NODE_CLASS_MAPPINGS.values():
-        names = list(node.INPUT_TYPES()["required"])
+        names = [name for kind in ("required", "optional") for name in node.INPUT_TYPES().get(kind, {})]
         assert list(inspect.signature(getattr(node(), node.FUNCTION)).parameters) == names
         assert isinstance(node.RETURN_TYPES, tuple)
         assert node.CATEGORY

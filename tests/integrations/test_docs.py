@@ -33,7 +33,7 @@ def test_a_code_block_runs(page, source, tmp_path, monkeypatch):
 
 def test_every_route_has_a_page():
     folder = ROOT / "amed_engine" / "integrations"
-    shared = {"__init__", "__pycache__", "common", "require", "serving", "batching"}
+    shared = {"__init__", "__pycache__", "common", "require", "serving", "batching", "tritonserver"}
     routes = {p.stem for p in [*folder.iterdir(), *(folder / "serving").iterdir()]} - shared
     assert {page.stem for page in PAGES} == routes - {"cupy"}  # beside the C API: docs/cupy.md
 

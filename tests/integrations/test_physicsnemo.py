@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, Sampler, make_plan, sample
+from amed_engine.denoiser import as_denoised
 from amed_engine.integrations.physicsnemo import AMEDSolver
 from amed_engine.solvers import make_solver
 
@@ -14,31 +15,51 @@ def right_hand_side(model):
     """dx/dt = (x - D) / t, what a noise scheduler's `get_denoiser` makes of an x0-predictor."""
 
     def denoiser(x, t):
-        d = model(x, t)
-        return (x - getattr(d, "x0", d)) / t.reshape(-1, *[1] * (x.dim() - 1))
+        return (x - as_denoised(model(x, t)).x0) / t.reshape(-1, *[1] * (x.dim() - 1))
 
     return denoiser
 
 
-def stand_in(solver, x, time_steps):
-    """The loop of physicsnemo.diffusion.samplers.sample: scalar times expanded to the batch."""
-    for t_cur, t_next in itertools.pairwise(time_steps):
-        x = solver.step(x, t_cur.expand(len(x)), t_next.expand(len(x)))
-    return x
+class StandIn:
+    """Of the package, what a solver meets."""
+
+    right_hand_side = staticmethod(right_hand_side)
+
+    @staticmethod
+    def sample(solver, x, time_steps):
+        """The loop of physicsnemo.diffusion.samplers.sample: scalar times expanded to the batch."""
+        for t_cur, t_next in itertools.pairwise(time_steps):
+            x = solver.step(x, t_cur.expand(len(x)), t_next.expand(len(x)))
+        return x
 
 
-@pytest.fixture
-def physicsnemo_sample():
-    """The package's own loop where it can be imported, else the same lines."""
-    try:
+class Package:
+    """The package itself."""
+
+    def __init__(self):
+        from physicsnemo.diffusion import samplers
         from physicsnemo.diffusion.noise_schedulers import EDMNoiseScheduler
-        from physicsnemo.diffusion.samplers import sample as theirs
-    except ImportError:
-        return stand_in
-    scheduler = EDMNoiseScheduler()
-    return lambda solver, x, time_steps: theirs(
-        solver.denoiser, x, scheduler, len(time_steps) - 1, solver=solver, time_steps=time_steps
-    )
+
+        self.samplers, self.scheduler = samplers, EDMNoiseScheduler()
+
+    def right_hand_side(self, model):
+        return self.scheduler.get_denoiser(x0_predictor=lambda x, t: as_denoised(model(x, t)).x0, denoising_type="ode")
+
+    def sample(self, solver, x, time_steps):
+        assert isinstance(solver, self.samplers.Solver)
+        # Their schedule must not matter: 99 steps would be another answer.
+        return self.samplers.sample(solver.denoiser, x, self.scheduler, 99, solver=solver, time_steps=time_steps)
+
+
+@pytest.fixture(params=["stand-in", "package"])
+def physicsnemo(request):
+    if request.param == "stand-in":
+        return StandIn()
+    pytest.importorskip("physicsnemo", reason="nvidia-physicsnemo is not installed")
+    try:
+        return Package()
+    except ImportError as error:
+        pytest.skip(f"nvidia-physicsnemo is installed but cannot be imported: {error}")
 
 
 @pytest.fixture
@@ -52,11 +73,11 @@ def without_afs(predictor):
     return predictor
 
 
-def test_its_steps_are_the_engine_s(physicsnemo_sample, tiny_model, without_afs, latents, block):
+def test_its_steps_are_the_engine_s(physicsnemo, tiny_model, without_afs, latents, block):
     expected = Sampler(tiny_model, without_afs).run(latents).images
-    solver = AMEDSolver(right_hand_side(tiny_model), without_afs, bottleneck=block)
+    solver = AMEDSolver(physicsnemo.right_hand_side(tiny_model), without_afs, bottleneck=block)
     with torch.no_grad():
-        drawn = physicsnemo_sample(solver, latents * 80, without_afs.plan.levels.float())
+        drawn = physicsnemo.sample(solver, latents * 80, without_afs.plan.levels.float())
     assert (drawn - expected).abs().max() < 1e-4
     assert not block._forward_hooks
 
@@ -75,10 +96,10 @@ def test_samples_at_times_of_their_own_go_as_if_alone(tiny_model, without_afs, l
             torch.testing.assert_close(alone[k : k + 1], direct, rtol=1e-5, atol=1e-4)
 
 
-def test_the_last_step_goes_to_zero_without_dividing_by_it(physicsnemo_sample, gaussian_denoiser, latents):
+def test_the_last_step_goes_to_zero_without_dividing_by_it(physicsnemo, gaussian_denoiser, latents):
     solver, latents = AMEDSolver(right_hand_side(gaussian_denoiser), Midpoint(0.5)), latents.double()
     steps = torch.tensor([80.0, 3.0, 0.1, 0.0], dtype=torch.float64)
-    drawn = physicsnemo_sample(solver, latents * 80, steps)
+    drawn = physicsnemo.sample(solver, latents * 80, steps)
     expected = sample(
         gaussian_denoiser, latents * 80, steps[:-1], make_solver("amed"), [Midpoint(0.5)] * 2, denoise_to_zero=True
     )

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,17 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from amed_engine import AmedError, ConfigError, NonFiniteError, Sampler
+from amed_engine import ConfigError, NonFiniteError, Sampler
 from amed_engine.images import to_uint8
 from amed_engine.integrations.serving.batching import MAX_IMAGES, answer, as_json
-from amed_engine.integrations.serving.triton import write_repository
 
 PAYLOADS = [
     {"seeds": [3, 4], "class_labels": 7},
@@ -120,76 +118,6 @@ def test_one_broken_sample_does_not_spoil_the_batch():
     assert second.isfinite().all()
 
 
-# NVIDIA Triton Inference Server
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    """What of `triton_python_backend_utils` a model uses."""
-    utils = ModuleType("triton_python_backend_utils")
-    utils.Tensor = lambda name, array: SimpleNamespace(name=name, as_numpy=lambda: array)
-    utils.TritonError = lambda message: SimpleNamespace(message=message)
-    utils.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(tensors=output_tensors, error=error)
-    utils.get_input_tensor_by_name = lambda request, name: request.get(name)
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
-    return utils
-
-
-def test_a_triton_repository_serves_the_engine_s_images(backend, tmp_path, expected):
-    """Its model.py is loaded from the repository, and called, as the Python backend does."""
-    folder = write_repository(tmp_path, model="digits", nfe=5)
-    spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = (folder / "config.pbtxt").read_text()
-    value = json.loads(re.search(r'string_value: ("(?:[^"\\]|\\.)*")', text)[1])
-    config = {"parameters": {"sampler": {"string_value": value}}}
-    model = module.TritonPythonModel()
-    args = {"model_config": json.dumps(config), "model_instance_kind": "CPU", "model_instance_device_id": "0"}
-    model.initialize(args)
-
-    def request(payload):
-        def column(value):
-            return backend.Tensor("", np.array(value, dtype=np.int64).reshape(-1, 1))
-
-        labels = payload.get("class_labels")
-        labels = [labels] * len(payload["seeds"]) if isinstance(labels, int) else labels
-        return {"SEEDS": column(payload["seeds"])} | ({} if labels is None else {"CLASS_LABELS": column(labels)})
-
-    responses = model.execute([request(payload) for payload in PAYLOADS])
-    for response, images in zip(responses, expected, strict=True):
-        if images is None:
-            assert "0 .. 9" in response.error.message
-        else:
-            assert [tensor.name for tensor in response.tensors] == ["IMAGES"]
-            assert response.tensors[0].as_numpy().dtype == np.float32
-            np.testing.assert_allclose(response.tensors[0].as_numpy(), images.numpy(), rtol=0, atol=1e-5)
-    model.finalize()
-
-
-def test_the_triton_configuration_says_what_the_model_does(tmp_path):
-    text = (write_repository(tmp_path, model="digits", nfe=3, name="five", gpu=True) / "config.pbtxt").read_text()
-    assert text.count("{") == text.count("}")
-    for line in ('name: "five"', 'backend: "python"', "dims: [ 1, 8, 8 ]", "kind: KIND_GPU", "max_batch_size: 64"):
-        assert line in text
-    assert {p.name for p in (tmp_path / "five").rglob("*")} == {"1", "model.py", "config.pbtxt"}
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"model": "digit"}, "unknown model"),
-        ({"model": "digits", "name": "a b"}, "letters, digits and _"),
-        ({"model": "digits", "max_batch_size": 0}, "max_batch_size must be in"),
-        ({"model": "digits", "nfe": 5, "predictor": "nowhere.safetensors"}, "nowhere"),
-    ],
-)
-def test_a_repository_that_cannot_work_is_not_written(tmp_path, options, match):
-    with pytest.raises((AmedError, OSError), match=match):
-        write_repository(tmp_path, **options)
-    assert not list(tmp_path.iterdir())
-
-
 # LitServe
 
 
@@ -231,7 +159,7 @@ def test_the_litserve_example_is_short():
 
 
 def post(port, payload, path="predict"):
-    body = json.dumps(payload).encode()
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/{path}", body, {"Content-Type": "application/json"}, method="POST"
     )
@@ -281,6 +209,7 @@ def test_litserve_answers_concurrent_requests_over_http(server, digits, expected
         else:
             assert status == 200
             assert same_pictures(output, images)
+    assert post(server, b"{not json")[0] == 422
 
 
 # Ray Serve
@@ -345,8 +274,8 @@ class Request:
     def __init__(self, payload):
         self.payload = payload
 
-    async def json(self):
-        return self.payload
+    async def body(self):
+        return self.payload if isinstance(self.payload, bytes) else json.dumps(self.payload).encode()
 
 
 def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monkeypatch):
@@ -362,6 +291,14 @@ def test_ray_serve_answers_concurrent_requests_in_one_batch(ray, expected, monke
             assert output.status_code == 422
         else:
             assert same_pictures(output, images)
+
+
+@pytest.mark.parametrize("body", [b"", b"{not json", b"\xff\xfe", b"[" * 100_000, b"[]"])
+def test_ray_serve_answers_what_is_no_request_with_what_one_is(ray, body):
+    app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
+    (answered,) = ask_together(app, [Request(body)])
+    assert answered.status_code == 422
+    assert "a request must be" in answered.content["error"]
 
 
 @pytest.fixture
@@ -390,6 +327,8 @@ def test_ray_serve_answers_over_http(ray_port, digits, expected):
     for (status, output), images in zip(answers, expected, strict=True):
         assert status == (422 if images is None else 200)
         assert images is None or same_pictures(output, images)
+    status, output = post(ray_port, b"{not json", "")
+    assert (status, "a request must be" in output["error"]) == (422, True)
 
 
 def test_ray_build_refuses_unknown_arguments(ray):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from amed_engine.errors import ConfigError
+
 CONDITIONAL = 0  # in transformer_options["cond_or_uncond"]
 
 
@@ -27,6 +29,10 @@ class ConditionalFeatures:
         if options.get("sigmas") is not self._sigmas:
             self._sigmas, self._parts = options.get("sigmas"), []
         flags = options["cond_or_uncond"]
+        if max(flags) > 1:
+            raise ConfigError(
+                "AMED reads the prompt's part of a guided pair, and this guider has three: use CFG Guider"
+            )
         parts = arguments["h"].chunk(len(flags))
         self._parts += [part for part, flag in zip(parts, flags, strict=True) if flag == CONDITIONAL]
         return {"h": arguments["h"]}
@@ -34,4 +40,8 @@ class ConditionalFeatures:
     def take(self) -> Tensor | None:
         """The features (B, C, h, w) of the evaluation that just ended, kept no longer; None if the model has none."""
         parts, self._parts, self._sigmas = self._parts, [], None
+        if len({part.shape for part in parts}) > 1:
+            raise ConfigError(
+                "prompts for areas of different size have bottlenecks that cannot be averaged: set `none`"
+            )
         return sum(parts[1:], parts[0]) / len(parts) if len(parts) > 1 else parts[0] if parts else None

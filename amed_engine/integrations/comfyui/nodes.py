@@ -5,6 +5,8 @@ The denoiser is ComfyUI's: it may move or re-create weights at any time, so noth
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from amed_engine.checkpoints import Predictor, load_predictor
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
+from amed_engine.integrations.comfyui.flow import sample_amed_flow, to_flow
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.integrations.require import require
 from amed_engine.plan import Plan
@@ -47,7 +50,7 @@ class AMEDPredictorLoader:
 
 
 class AMEDSchedule:
-    """The noise levels that a predictor was trained for, for SamplerCustom."""
+    """The noise levels that a predictor was trained for, for SamplerCustom. A flow model (SD3, Flux) has to be connected."""
 
     RETURN_TYPES: ClassVar = ("SIGMAS",)
     FUNCTION: ClassVar = "get_sigmas"
@@ -55,10 +58,11 @@ class AMEDSchedule:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"predictor": ("AMED_PREDICTOR",)}}
+        return {"required": {"predictor": ("AMED_PREDICTOR",)}, "optional": {"model": ("MODEL",)}}
 
-    def get_sigmas(self, predictor: AMEDPredictor) -> tuple[Tensor]:
-        return (plan_of(predictor).levels.float(),)
+    def get_sigmas(self, predictor: AMEDPredictor, model: Any = None) -> tuple[Tensor]:
+        levels = plan_of(predictor).levels
+        return ((to_flow(levels) if model is not None and _is_flow(model) else levels).float(),)
 
 
 class AMEDSampler:
@@ -81,8 +85,37 @@ class AMEDSampler:
             features, model = ConditionalFeatures(), model.clone()
             model.set_model_middle_block_after_patch(features.patch)
             options["bottleneck"] = features.take
-        samplers = require("comfy.samplers", _INSIDE)
-        return model, samplers.KSAMPLER(sample_amed, extra_options=options)
+        return model, _sampler(plan_of(predictor), sample_amed_flow if _is_flow(model) else sample_amed, options)
+
+
+def _is_flow(model: Any) -> bool:
+    """Whether the state is (1 - t) x0 + t noise. Raises ConfigError for models that start from anything but noise."""
+    const = require("comfy.model_sampling", _INSIDE).CONST
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, const):
+        return False
+    if type(sampling).noise_scaling is not const.noise_scaling:
+        raise ConfigError(
+            f"this model does not start from noise ({type(sampling).__mro__[1].__name__}): no AMED for it"
+        )
+    return True
+
+
+def _sampler(plan: Plan, function: Callable[..., Tensor], options: dict[str, Any]) -> Any:
+    """ComfyUI's sampler object for a function."""
+
+    class Sampler(require("comfy.samplers", _INSIDE).KSAMPLER):
+        def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
+            # Elsewhere the latents of the highest level have variance 1 + sigma²; predictors were trained from sigma².
+            return False
+
+        def sample(self, model_wrap: Any, *arguments: Any, **named: Any) -> Tensor:
+            wanted, given = plan.guidance_scale or 1.0, getattr(model_wrap, "cfg", None)
+            if given is not None and not math.isclose(given, wanted, rel_tol=1e-4):
+                raise ConfigError(f"this predictor was trained with cfg {wanted:g}, got {given:g}; set cfg to that")
+            return super().sample(model_wrap, *arguments, **named)
+
+    return Sampler(function, extra_options=options)
 
 
 def _folders() -> Any:

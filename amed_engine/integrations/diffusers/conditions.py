@@ -80,10 +80,10 @@ def check_guidance(scale: Any) -> float | None:
 def check_asked(facts: Facts, labels: bool, texts: bool, guided: bool) -> None:
     """Raise ConfigError where a model is told what it does not take, or not told what it needs."""
     needs = set(facts.conditions)
-    if needs - {"encoder_hidden_states"}:
+    if needs - {"encoder_hidden_states", "text_embeds", "time_ids"}:
         raise ConfigError(
-            f"this model takes {', '.join(sorted(needs))}; AMEDPipeline tells encoder_hidden_states only: sample it with "
-            "amed_engine.adapters.wrap_pipeline and Sampler"
+            f"this model takes {', '.join(sorted(needs))}; AMEDPipeline tells what Stable Diffusion and SDXL take: sample it "
+            "with amed_engine.adapters.wrap_pipeline and Sampler"
         )
     if labels and texts:
         raise ConfigError("pass prompts or class_labels, not both")
@@ -132,3 +132,17 @@ def of_prompts(embeds: Tensor, negative: Tensor | None, width: int | None, scale
             f"negative_prompt_embeds must have the shape of prompt_embeds {tuple(embeds.shape)}, got {tuple(negative.shape)}"
         )
     return Conditions({"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative.to(embeds)}, scale)
+
+
+def with_pooled(texts: Conditions, pooled: Sequence[Tensor | None], ids: Tensor) -> Conditions:
+    """SDXL's: with the pooled embeddings (B, P) of prompts and of what guidance leads away from, and ids (1, 6) of sizes."""
+    rows = texts.rows or 0
+    for name, value in zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled, strict=True):
+        if value is not None and (value.dim() != 2 or len(value) != rows):
+            raise ConfigError(f"{name} must have shape ({rows}, P), got {tuple(value.shape)}")
+    told, negative = ({"text_embeds": value, "time_ids": ids.expand(rows, -1)} for value in pooled)
+    if texts.scale is None:
+        return Conditions(texts.told | told, {})
+    if pooled[1] is None:
+        raise ConfigError("guidance away from prompt_embeds needs negative_pooled_prompt_embeds beside the others")
+    return Conditions(texts.told | told, texts.none | negative, texts.scale)

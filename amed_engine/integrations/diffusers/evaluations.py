@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from amed_engine.loop import Program
 from amed_engine.program import Update
+
+
+@dataclass
+class AMEDSchedulerOutput(BaseOutput):
+    """prev_sample: where to evaluate next, or the result; pred_original_sample: D of this evaluation. (B, C, H, W)"""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
 
 
 class Evaluation(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class Parameterization:
         """The wished range of noise levels, inside that of a discrete model."""
         if self.time is None:
             return clamp_range(0.002 if sigma_min is None else sigma_min, 80.0 if sigma_max is None else sigma_max)
-        low, high = self.time.sigma(self.time.grid[[0, -1]]).tolist()
+        low, high = self.time.sigma(self.time.grid()[[0, -1]]).tolist()
         return max(low, sigma_min or low), min(high, sigma_max or high)
 
     def levels(self, schedule: str, count: int, low: float, high: float, rho: float) -> Tensor:
@@ -91,6 +92,26 @@ class Parameterization:
 def _like(sigma: Tensor, x: Tensor) -> Tensor:
     """Ready to multiply x: one level for all stays a scalar on the host, in its own precision, and is never copied."""
     return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def translated(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """A scheduler's configuration for a class with these parameters. Raises ConfigError where it would mean something else.
+
+    diffusers puts the defaults of the new class in the place of those of the old one. These say, too, what a network was
+    trained for, so only those that agree may be replaced.
+    """
+    if "shift" in config or config.get("use_flow_sigmas"):
+        raise ConfigError(
+            "this configuration is of a flow-matching model, AMEDScheduler is for epsilon, v and x0 prediction: sample it "
+            "with amed_engine.adapters.wrap_pipeline and Sampler"
+        )
+    if config.get("rescale_betas_zero_snr"):
+        raise ConfigError(
+            "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas instead"
+        )
+    defaults = config.get("_use_default_values", [])
+    agree = [name for name in defaults if name not in parameters or config.get(name) == parameters[name].default]
+    return {**config, "_use_default_values": agree}
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor | None:

@@ -7,20 +7,18 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel  # type: ignore[attr-defined]
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
-
-# ModelMixin by this name, in this module: so diffusers recognises the class when it loads a saved pipeline.
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from amed_engine.adapters.adapter import keywords
 from amed_engine.adapters.facts import facts_of
-from amed_engine.adapters.latents import decode_latents
+from amed_engine.adapters.latents import decode_latents, time_ids
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Tap, make_program, open_predictor
+from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,
     Conditions,
@@ -28,50 +26,14 @@ from amed_engine.integrations.diffusers.conditions import (
     check_guidance,
     of_classes,
     of_prompts,
+    with_pooled,
 )
+from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
 from amed_engine.integrations.diffusers.text import Prompts
 from amed_engine.loop import Program, State, Trajectory, evaluate
-from amed_engine.plan import Plan
-from amed_engine.predictor import AMEDPredictor
 
 OUTPUTS = ("pil", "np", "pt", "latent")
-
-
-class AMEDPredictorModel(ModelMixin, ConfigMixin):
-    """An AMEDPredictor and its plan as a component that diffusers saves and loads."""
-
-    @register_to_config
-    def __init__(
-        self,
-        scale_dir: float = 0.01,
-        scale_time: float = 0.0,
-        bottleneck: list[int] | tuple[int, int] = (8, 8),
-        hidden_dim: int = 128,
-        bottleneck_dim: int = 4,
-        embedding_dim: int = 8,
-        scales: str = "bounded",
-        plan: dict[str, Any] | None = None,
-    ):
-        super().__init__()
-        rest = {
-            "hidden_dim": hidden_dim,
-            "bottleneck_dim": bottleneck_dim,
-            "embedding_dim": embedding_dim,
-            "scales": scales,
-        }
-        self.predictor = AMEDPredictor(scale_dir, scale_time, bottleneck=tuple(bottleneck), **rest)  # type: ignore[arg-type]
-        self.predictor.plan = None if plan is None else Plan.from_json(plan)
-
-    @classmethod
-    def of(cls, predictor: AMEDPredictor) -> AMEDPredictorModel:
-        """A predictor as such a component, with its own copy of the weights."""
-        model = cls(**predictor.config, plan=None if predictor.plan is None else predictor.plan.to_json())
-        model.predictor.load_state_dict(predictor.state_dict())
-        return model.eval()
-
-    def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Any:
-        return self.predictor(features, sigma, sigma_next)
 
 
 class AMEDPipeline(DiffusionPipeline):
@@ -80,13 +42,14 @@ class AMEDPipeline(DiffusionPipeline):
     unet: (sample, timestep (B,), class_labels or encoder_hidden_states) -> output; its `mid_block`, if there is one, is the
     bottleneck. scheduler: an AMEDScheduler, or another whose configuration says what the model predicts. predictor: an
     AMEDPredictor with a plan, a path to one, or None: then the scheduler's constants decide. vae: decodes what the loop ends
-    with. text_encoder, tokenizer: Stable Diffusion's, for prompts. null_class: the class that means none, for guidance.
+    with. text_encoder to force_zeros_for_empty_prompt: Stable Diffusion's or SDXL's, for prompts. null_class: the class
+    that means none, for guidance. verify: compare the network with the fingerprint in the predictor's plan.
 
     `AMEDPipeline.from_pipe(pipe, predictor=predictor)` takes the components of a pipeline, such as Stable Diffusion's.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components: ClassVar = ["predictor", "vae", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components: ClassVar = ["predictor", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
     _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
@@ -98,19 +61,27 @@ class AMEDPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        force_zeros_for_empty_prompt: bool = True,
         null_class: int | None = None,
+        verify: bool = True,
     ):
         super().__init__()
         if predictor is not None and not isinstance(predictor, AMEDPredictorModel):
             predictor = AMEDPredictorModel.of(open_predictor(predictor))  # type: ignore[arg-type]
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
-        _check_channels(unet, vae)
+        check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
             scheduler = AMEDScheduler.from_config(scheduler.config)
-        rest = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        self.register_modules(unet=unet, scheduler=scheduler, predictor=predictor, **rest)
-        self.register_to_config(null_class=null_class)
+        if verify and predictor is not None:
+            check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
+        texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+        texts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": tokenizer_2}
+        self.register_modules(unet=unet, scheduler=scheduler, predictor=predictor, vae=vae, **texts)
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self.register_to_config(null_class=null_class, verify=verify)
         self.image_processor = VaeImageProcessor()
         self._interrupt, self._num_timesteps = False, 0
 
@@ -134,6 +105,8 @@ class AMEDPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         latents: Tensor | None = None,
@@ -144,8 +117,8 @@ class AMEDPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Draw images.
 
-        prompt, negative_prompt, num_images_per_prompt, prompt_embeds and negative_prompt_embeds (B, L, D): as Stable
-        Diffusion's pipeline takes them. class_labels: of a class-conditional model, one for all images or one each.
+        prompt, negative_prompt, num_images_per_prompt, prompt_embeds and negative_prompt_embeds (B, L, D), and SDXL's pooled
+        ones (B, D): as Stable Diffusion's pipelines take them. class_labels: of a class-conditional model, one or one each.
         guidance_scale: D_u + g (D_c - D_u), where None and 1 are no guidance; a predictor is for the one it was trained with.
         batch_size: how many images, where latents, prompts and class_labels do not say. generator: one, or one per image.
         num_inference_steps: intervals; a predictor has its own number, and another raises. latents: (B, C, H, W) of unit
@@ -156,6 +129,7 @@ class AMEDPipeline(DiffusionPipeline):
         _check(output_type, callback_on_step_end_tensor_inputs)
         scale = self._guidance(guidance_scale)
         given = (negative_prompt, prompt_embeds, negative_prompt_embeds)
+        given += (pooled_prompt_embeds, negative_pooled_prompt_embeds)
         texts = None
         if any(text is not None for text in (prompt, *given)):
             texts = self.encode_prompt(prompt, None, num_images_per_prompt, scale is not None, *given)
@@ -182,27 +156,38 @@ class AMEDPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (P·num_images_per_prompt, L, D) of prompts and of what guidance leads away from, "" if not said."""
-        device = device or self._execution_device
-        given = Prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        embeds, negative = given.encode(self.tokenizer, self.text_encoder, device, do_classifier_free_guidance)
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        prompt_2: str | list[str] | None = None,
+    ) -> tuple[Any, ...]:
+        """Embeddings (P·num_images_per_prompt, L, D) of prompts and of what guidance leads away from, "" if not said; of
+        SDXL also the pooled ones (P·num_images_per_prompt, D) of both. prompt_2: what its second encoder is told instead.
+        """
+        given = Prompts(
+            *(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds),
+            *(pooled_prompt_embeds, negative_pooled_prompt_embeds, prompt_2),
+        )
+        encoded = given.encode(self, device or self._execution_device, do_classifier_free_guidance)
+        return tuple(
+            None if rows is None else rows.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+            for rows in encoded
+        )
 
-        def repeated(rows: Tensor) -> Tensor:
-            return rows.to(device, self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
-
-        return repeated(embeds), None if negative is None else repeated(negative)
+    @property
+    def vae_scale_factor(self) -> int:
+        """How many times larger images are than their latents."""
+        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def denoiser(self, class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None) -> Denoiser:
         """The model as (x, sigma (B,)) -> D, for any sampler of noise levels."""
-        texts = None if prompt_embeds is None else self.encode_prompt(None, prompt_embeds=prompt_embeds)
+        texts = None if prompt_embeds is None else self.encode_prompt(None, None, 1, False, None, prompt_embeds)
         told = self._conditions(class_labels, texts, None)
         return lambda x, sigma: told.expand(len(x)).bind(self._ask)(x, sigma)
 
     def _ask(self, x: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Denoised:
         model = self.scheduler.model
         scaled = model.scaled(x, sigma).to(self.unet.dtype)
-        output = self.unet(scaled, model.timestep(sigma), **told, return_dict=False)[0]
+        output = self.unet(scaled, model.timestep(sigma), **keywords(None, told), return_dict=False)[0]
         # Some models estimate variances as well, in as many channels again.
         return Denoised(model.denoised(x, output[:, : x.shape[1]].to(x.dtype), sigma))
 
@@ -216,20 +201,23 @@ class AMEDPipeline(DiffusionPipeline):
 
     def _guidance(self, guidance_scale: Any) -> float | None:
         scale = check_guidance(guidance_scale)
-        own = None if self.predictor is None else self.predictor.predictor.plan.guidance_scale
-        if self.predictor is not None and (scale or 1) != (own or 1):
+        known = self.predictor is not None
+        own = (self.predictor.predictor.plan.guidance_scale or 1) if known else self.scheduler.config["guidance_scale"]
+        if own is not None and (scale or 1) != own:
             raise ConfigError(
                 f"this predictor was trained with guidance_scale={own}, got {guidance_scale}; pass that value, or a predictor "
                 "for this one"
             )
         return scale
 
-    def _conditions(self, labels: Any, texts: tuple[Tensor, Tensor | None] | None, scale: float | None) -> Conditions:
+    def _conditions(self, labels: Any, texts: tuple[Any, ...] | None, scale: float | None) -> Conditions:
         """What the model is told, checked against what it says of itself."""
         facts = facts_of(self.unet)
         check_asked(facts, labels is not None, texts is not None, scale is not None)
         if texts is not None:
-            return of_prompts(*texts, facts.conditions.get("encoder_hidden_states"), scale)
+            embeds, negative, *pooled = texts
+            told = of_prompts(embeds, negative, facts.conditions.get("encoder_hidden_states"), scale)
+            return with_pooled(told, pooled, time_ids(self, self.unet, pooled[0])) if pooled else told
         if labels is None:
             return Conditions({}, {})
         null = facts.null_class if self.config["null_class"] is None else self.config["null_class"]
@@ -272,14 +260,6 @@ class AMEDPipeline(DiffusionPipeline):
                 if self._interrupt:
                     return state.y[0]
         return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0 if program.denoise_to_zero else state.y[0]
-
-
-def _check_channels(unet: Any, vae: Any) -> None:
-    if vae is not None and vae.config.latent_channels != unet.config.in_channels:
-        raise ConfigError(
-            f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}: they "
-            "belong to different models"
-        )
 
 
 def _replaced(state: State, latents: Tensor) -> State:

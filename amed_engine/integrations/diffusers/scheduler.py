@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,27 +11,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 # By this name, in this module, diffusers recognises the class when it loads a saved pipeline.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
-from amed_engine.integrations.diffusers.evaluations import Evaluation, evaluations
-from amed_engine.integrations.diffusers.parameterization import Parameterization
+from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
+from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
 from amed_engine.loop import Program, State, advance
 from amed_engine.predictor import AMEDPredictor
 from amed_engine.program import Midpoint, Update
 from amed_engine.schedule import check_sigmas
 from amed_engine.solvers import make_solver
-
-
-@dataclass
-class AMEDSchedulerOutput(BaseOutput):
-    """prev_sample: where to evaluate next, or the result; pred_original_sample: D of this evaluation. (B, C, H, W)"""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
 
 
 class AMEDScheduler(SchedulerMixin, ConfigMixin):
@@ -43,6 +34,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     Stable Diffusion's; without a beta_schedule the model is EDM's. noise_levels: the levels themselves.
     midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
     `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result.
+    guidance_scale: the classifier-free guidance they are for, to call the pipeline with; a scheduler cannot see it.
 
     A trajectory's state lives here between calls: one copy (`copy.deepcopy`) per request. Raises ConfigError.
     """
@@ -70,6 +62,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         solver: str = "amed",
         solver_options: dict[str, Any] | None = None,
         afs: bool = False,
+        guidance_scale: float | None = None,
     ):
         if final_sigmas_type not in ("zero", "sigma_min"):
             raise ConfigError(f"final_sigmas_type must be zero or sigma_min, got {final_sigmas_type!r}")
@@ -100,8 +93,16 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
             "sigma_min": plan.sigmas[-1],
             "sigma_max": plan.sigmas[0],
+            "guidance_scale": plan.guidance_scale,
         }
-        return cls.from_config({**(config or {}), **own})  # type: ignore[return-value]
+        return cls.from_config(dict(config or {}), **own)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
+        """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by."""
+        if isinstance(config, Mapping):
+            config = translated(config, inspect.signature(cls.__init__).parameters)
+        return super().from_config(config, return_unused_kwargs, **changes)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,14 @@ def _draw(sampler: Sampler, orders: Sequence[Order]) -> Sequence[Tensor | AmedEr
         return sampler.run(seeds, class_labels=classes).images.split([len(order.seeds) for order in orders])
     except NonFiniteError as error:
         return [error] if len(orders) == 1 else [drawn for order in orders for drawn in _draw(sampler, [order])]
+
+
+def from_json(body: bytes) -> Any:
+    """The request in a body; None, which is no request, of what is not JSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
 
 
 def as_json(images: Tensor) -> dict[str, list[str]]:

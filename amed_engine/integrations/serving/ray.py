@@ -10,7 +10,7 @@ from torch import Tensor
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.images import check_pictures
 from amed_engine.integrations.require import require
-from amed_engine.integrations.serving.batching import answer, as_json
+from amed_engine.integrations.serving.batching import answer, as_json, from_json
 from amed_engine.sampler import Sampler
 
 serve = require("ray.serve", "ray")
@@ -29,7 +29,7 @@ class AMEDDeployment:
         return answer(self.sampler, payloads)
 
     async def __call__(self, request: Any) -> Any:
-        drawn = await self.draw(await request.json())
+        drawn = await self.draw(from_json(await request.body()))
         if isinstance(drawn, Tensor):
             return as_json(drawn)
         return require("starlette.responses", "ray").JSONResponse({"error": str(drawn)}, status_code=422)

@@ -1,7 +1,9 @@
-// run_package LOOP.pt2 SAMPLES.npy SEED...: the samples of these seeds, those that amed_engine draws in Python.
+// run_package LOOP.pt2 SAMPLES.npy [--class K] SEED...: the samples of these seeds, those that amed_engine draws in
+// Python.
 //
 // LOOP.pt2 is what Sampler.export wrote: latents (B, C, H, W) of unit variance and, for a conditional model, labels
-// (B, label_dim) go in, images come out. What it wants stands in its metadata. The graph does not check its inputs.
+// (B, label_dim) go in, images come out. What it wants stands in its metadata; solver, noise levels and guidance are
+// part of it. The graph does not check its inputs. Without --class each sample's label comes from its seed.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -13,6 +15,7 @@
 #include <exception>
 #include <fstream>
 #include <iostream>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -40,14 +43,53 @@ Facts read_facts(const std::unordered_map<std::string, std::string>& metadata) {
     return facts;
 }
 
+struct Wishes {
+    std::string package, samples;
+    std::vector<uint64_t> seeds;
+    std::optional<int64_t> label;
+};
+
+// Digits alone: std::stoull would take "-1", " 7" and "7x".
+uint64_t read_number(const std::string& text, uint64_t limit, const std::string& what) {
+    const bool digits = !text.empty() && text.size() <= 10 && text.find_first_not_of("0123456789") == std::string::npos;
+    const uint64_t value = digits ? std::stoull(text) : 0;
+    if (!digits || value >= limit)
+        throw std::invalid_argument(what + " must be a whole number below " + std::to_string(limit) + ", got '" + text +
+                                    "'");
+    return value;
+}
+
+Wishes read_arguments(const std::vector<std::string>& arguments) {
+    constexpr uint64_t kLimit = uint64_t{1} << 32;  // of seeds: beyond, torch's generator repeats itself
+    Wishes wishes{arguments.at(0), arguments.at(1), {}, {}};
+    for (size_t k = 2; k < arguments.size(); ++k) {
+        if (arguments[k] != "--class")
+            wishes.seeds.push_back(read_number(arguments[k], kLimit, "a seed"));
+        else
+            wishes.label = read_number(k + 1 < arguments.size() ? arguments[++k] : "", kLimit, "--class");
+    }
+    if (wishes.seeds.empty()) throw std::invalid_argument("no seeds: give one for every sample");
+    return wishes;
+}
+
+void check(const Wishes& wishes, const Facts& facts) {
+    if (!wishes.label) return;
+    if (facts.label_dim == 0)
+        throw std::invalid_argument("--class is for a conditional model, this one takes no labels");
+    if (*wishes.label >= facts.label_dim)
+        throw std::invalid_argument("--class must be below " + std::to_string(facts.label_dim));
+}
+
 // Noise and then the label come from a generator of the seed's own, as in Python: a sample does not depend on its
 // batch.
-std::vector<at::Tensor> draw(const std::vector<uint64_t>& seeds, const Facts& facts) {
+std::vector<at::Tensor> draw(const std::vector<uint64_t>& seeds, std::optional<int64_t> label, const Facts& facts) {
     std::vector<at::Tensor> noise, labels;
     for (const uint64_t seed : seeds) {
         auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
         noise.push_back(at::randn(facts.shape, generator));
-        if (facts.label_dim) labels.push_back(at::randint(facts.label_dim, {}, generator, at::kLong));
+        if (facts.label_dim == 0) continue;
+        const at::Tensor drawn = at::randint(facts.label_dim, {}, generator, at::kLong);
+        labels.push_back(label ? at::full_like(drawn, *label) : drawn);
     }
     const auto options = at::TensorOptions(facts.device).dtype(facts.dtype);
     std::vector<at::Tensor> inputs{at::stack(noise).to(options)};
@@ -73,23 +115,23 @@ void save(const std::string& path, const at::Tensor& images) {
 
 int run(const std::vector<std::string>& arguments) {
     if (arguments.size() < 3) {
-        std::cerr << "usage: run_package LOOP.pt2 SAMPLES.npy SEED...\n";
+        std::cerr << "usage: run_package LOOP.pt2 SAMPLES.npy [--class K] SEED...\n";
         return 2;
     }
-    std::vector<uint64_t> seeds;
-    for (size_t k = 2; k < arguments.size(); ++k) seeds.push_back(std::stoull(arguments[k]));
-
+    const Wishes wishes = read_arguments(arguments);
+    const std::vector<uint64_t>& seeds = wishes.seeds;
     c10::InferenceMode guard;
-    torch::inductor::AOTIModelPackageLoader loader(arguments[0]);
+    torch::inductor::AOTIModelPackageLoader loader(wishes.package);
     const Facts facts = read_facts(loader.get_metadata());
+    check(wishes, facts);
     std::vector<at::Tensor> images;
     for (size_t start = 0; start < seeds.size(); start += facts.max_batch) {
         const size_t stop = std::min(seeds.size(), start + facts.max_batch);
-        images.push_back(loader.run(draw({seeds.begin() + start, seeds.begin() + stop}, facts)).at(0));
+        images.push_back(loader.run(draw({seeds.begin() + start, seeds.begin() + stop}, wishes.label, facts)).at(0));
     }
     const at::Tensor samples = at::cat(images).cpu().contiguous();
-    save(arguments[1], samples);
-    std::cout << samples.size(0) << " samples of " << facts.shape << " in " << arguments[1] << "\n";
+    save(wishes.samples, samples);
+    std::cout << samples.size(0) << " samples of " << facts.shape << " in " << wishes.samples << "\n";
     return 0;
 }
 

@@ -10,9 +10,10 @@
  *         amed_sampler_put(sampler, denoised, NULL, 0, &why);
  *     }
  *
- * Every function returns AMED_OK or what went wrong, with a sentence in `why`, which may be NULL. No exception and no
- * global state crosses this border. A plan does not change once loaded and may be shared by threads and outlived by its
- * samplers; calls on one sampler wait for each other, different samplers do not. Needs neither torch nor Python.
+ * Every function that can fail returns AMED_OK or what went wrong, with a sentence in `why`, which may be NULL. No
+ * exception and no global state crosses this border. A plan does not change once loaded and may be shared by threads
+ * and outlived by its samplers; calls on one sampler wait for each other, different samplers do not. Needs neither
+ * torch nor Python.
  */
 #ifndef AMED_AMED_H
 #define AMED_AMED_H
@@ -81,6 +82,10 @@ AMED_API double amed_plan_sigma_min(const amed_plan* plan);
  */
 AMED_API int64_t amed_plan_size(const amed_plan* plan);
 AMED_API int64_t amed_plan_bottleneck(const amed_plan* plan);
+/* Points of every sample that one evaluation may ask for: `rows` is at most batch times this. */
+AMED_API int amed_plan_max_points(const amed_plan* plan);
+/* The classifier-free guidance that the host's network is to be under: g in D_u + g (D_c - D_u), 1 for none. */
+AMED_API double amed_plan_guidance_scale(const amed_plan* plan);
 
 /* A sampler for `batch` samples of `size` values on the CPU, with at most `threads` threads. */
 AMED_API amed_status amed_sampler_create(const amed_plan* plan, int64_t batch, int64_t size, int threads,

@@ -169,23 +169,29 @@ std::string read(const char* path) {
     return text.str();
 }
 
-// One sampler, several threads: their calls may meet, the memory must not.
-void test_one_sampler_in_several_threads(const std::string& text) {
+// One sampler, several threads: their calls may meet, the memory must not. And a sampler of each thread's own.
+void test_threads(const std::string& text) {
     amed_plan* plan = nullptr;
-    amed_sampler* sampler = nullptr;
+    amed_sampler* shared = nullptr;
     CHECK(amed_plan_parse(text.data(), text.size(), &plan, nullptr) == AMED_OK, "plan");
-    CHECK(amed_sampler_create(plan, 2, 3, 1, &sampler, nullptr) == AMED_OK, "sampler");
+    CHECK(amed_sampler_create(plan, 2, 3, 1, &shared, nullptr) == AMED_OK, "sampler");
     const auto work = [&] {
-        const float x[6] = {};
-        for (int k = 0; k < 200; ++k) {
-            if (k % 5 == 0) amed_sampler_start(sampler, x, nullptr);
-            amed_sampler_put(sampler, x, nullptr, 0, nullptr);
-        }
+        const float x[48] = {};  // of up to eight points
+        amed_sampler* own = nullptr;
+        amed_evaluation at = {};
+        CHECK(amed_sampler_create(plan, 2, 3, 1, &own, nullptr) == AMED_OK, "sampler");
+        for (int k = 0; k < 200; ++k)
+            for (amed_sampler* sampler : {shared, own}) {
+                if (k % 5 == 0) amed_sampler_start(sampler, x, nullptr);
+                amed_sampler_next(sampler, &at, nullptr);
+                amed_sampler_put(sampler, x, nullptr, 0, nullptr);
+            }
+        amed_sampler_free(own);
     };
     std::thread other(work);
     work();
     other.join();
-    amed_sampler_free(sampler);
+    amed_sampler_free(shared);
     amed_plan_free(plan);
 }
 
@@ -201,7 +207,7 @@ int main(int count, char** arguments) {
         std::printf("%zu of %d mutations of plan %d are plans\n", accepted, mutations, k - 1);
         CHECK(accepted > 0 || mutations == 0, "no mutation survives: they are too wild to test what follows");
     }
-    if (count > 2) test_one_sampler_in_several_threads(read(arguments[2]));
+    for (int k = 2; k < count; ++k) test_threads(read(arguments[k]));
     std::printf(failures != 0 ? "%d failures\n" : "ok\n", failures);
     return failures != 0 ? EXIT_FAILURE : EXIT_SUCCESS;
 }

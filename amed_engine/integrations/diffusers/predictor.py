@@ -1,0 +1,50 @@
+"""A predictor as a component of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+
+# By this name, in this module, diffusers recognises the class when it loads a saved pipeline.
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from amed_engine.plan import Plan
+from amed_engine.predictor import AMEDPredictor
+
+
+class AMEDPredictorModel(ModelMixin, ConfigMixin):
+    """An AMEDPredictor and its plan as a component that diffusers saves and loads."""
+
+    @register_to_config
+    def __init__(
+        self,
+        scale_dir: float = 0.01,
+        scale_time: float = 0.0,
+        bottleneck: list[int] | tuple[int, int] = (8, 8),
+        hidden_dim: int = 128,
+        bottleneck_dim: int = 4,
+        embedding_dim: int = 8,
+        scales: str = "bounded",
+        plan: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        rest = {
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "embedding_dim": embedding_dim,
+            "scales": scales,
+        }
+        self.predictor = AMEDPredictor(scale_dir, scale_time, bottleneck=tuple(bottleneck), **rest)  # type: ignore[arg-type]
+        self.predictor.plan = None if plan is None else Plan.from_json(plan)
+
+    @classmethod
+    def of(cls, predictor: AMEDPredictor) -> AMEDPredictorModel:
+        """A predictor as such a component, with its own copy of the weights."""
+        model = cls(**predictor.config, plan=None if predictor.plan is None else predictor.plan.to_json())
+        model.predictor.load_state_dict(predictor.state_dict())
+        return model.eval()
+
+    def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Any:
+        return self.predictor(features, sigma, sigma_next)

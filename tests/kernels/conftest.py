@@ -36,8 +36,19 @@ class Case(NamedTuple):
     truth: Tensor  # (M, B, ...) float64, on the CPU
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that torch.empty hands out holds NaN, so that what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=[*CPU, *GPU])
-def device(request, monkeypatch) -> Iterator[torch.device]:
+def device(request, monkeypatch, poisoned) -> Iterator[torch.device]:
     """Where to put the tensors, with one implementation forced."""
     name = request.param.removeprefix("gpu-")
     if name == "native" and not native.available():

@@ -148,7 +148,8 @@ def test_samples_do_not_know_each_other(device):
     weights = predictor.weights(torch.float32, device)
     maps = torch.randn(9, 4, 5, 5).to(device)
     sigma, sigma_next = levels(9, 4, torch.float32, device)
-    whole = midpoint(maps, sigma, sigma_next, weights, 0.05, 0.2)
+    whole, again = (midpoint(maps, sigma, sigma_next, weights, 0.05, 0.2) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)), "two runs differ"
     for b in (0, 4, 8):
         one = slice(b, b + 1)
         alone = midpoint(maps[one], sigma[one], sigma_next[one], weights, 0.05, 0.2)

@@ -22,6 +22,7 @@ from amed_engine.kernels import MidpointWeights, cuda, native
 SIGMA, SIGMA_NEXT = 2.0, 1.0
 Sources = list[Tensor]
 
+UNFUSED = "unfused torch"
 COPY = "copy"  # of one tensor: the bandwidth that others are held against
 
 
@@ -101,10 +102,12 @@ def run(case: Case, device: torch.device, *, compiled: bool = True, **options: A
         if "seconds" in row:
             row["bytes"] = traffic[1] if who == COPY else traffic[0]
             row["GB/s"] = row["bytes"] / row["seconds"] / 1e9
-    copied = rows.get(COPY, {}).get("GB/s")
+    copied, unfused = (rows.get(who, {}).get("seconds") for who in (COPY, UNFUSED))
     for row in rows.values():
-        if copied and "GB/s" in row:
-            row["of_copy"] = row["GB/s"] / copied
+        if copied and "seconds" in row:
+            row["of_copy"] = row["GB/s"] / rows[COPY]["GB/s"]
+        if unfused and "seconds" in row:
+            row["over_unfused"] = unfused / row["seconds"]
     return rows
 
 
@@ -135,7 +138,7 @@ def _combine_contestants(
     calls = _calls((rows + columns) * one, sets, device)
     rotating = _Rotating(buffers, calls, device)
     listed = [
-        Contestant("unfused torch", rotating(unfused), calls),
+        Contestant(UNFUSED, rotating(unfused), calls),
         Contestant(COPY, rotating(copy), calls, tolerance=None),
         *(Contestant(f"amed {name}", rotating(fused, name), calls) for name in _implementations(device)),
     ]
@@ -175,7 +178,7 @@ def _midpoint_contestants(
     calls = _calls(one, sets, device)
     rotating = _Rotating(buffers, calls, device)
     listed = [
-        Contestant("unfused torch", rotating(unfused), calls),
+        Contestant(UNFUSED, rotating(unfused), calls),
         *(Contestant(f"amed {name}", rotating(fused, name), calls) for name in _implementations(device)),
     ]
     if compiled:
@@ -207,7 +210,7 @@ def _calls(traffic: int, sets: int, device: torch.device) -> int:
     """Calls in one measurement: every set of buffers once, and long enough for the clock."""
     if device.type == "cuda":
         return max(sets, 10)
-    return max(1, min(200, 20_000_000 // traffic))
+    return max(1, min(200, 200_000_000 // traffic))
 
 
 class _Rotating:
@@ -248,8 +251,8 @@ class _Rotating:
 
 
 NAMES = {
-    "cpu": ("unfused torch", COPY, "amed reference", "amed native", "torch.compile"),
-    "cuda": ("unfused torch", COPY, "amed reference", "amed triton", "amed cuda", "torch.compile"),
+    "cpu": (UNFUSED, COPY, "amed reference", "amed native", "torch.compile"),
+    "cuda": (UNFUSED, COPY, "amed reference", "amed triton", "amed cuda", "torch.compile"),
 }
 
 
@@ -267,5 +270,5 @@ def _parameters() -> Iterator[Any]:
 def test_kernel(device, case, contestant, measured, report):
     # Compiling takes longer than all the rest on a CPU: one shape of each kind is enough there.
     compiled = device.type == "cuda" or case[2] in ((64, 3, 64, 64), (64, *FEATURES))
-    rows = measured((device, case), lambda: run(case, device, compiled=compiled))
+    rows = measured("kernels", device, label(case), lambda: run(case, device, compiled=compiled))
     report(f"{device.type} {label(case)}", rows, contestant)

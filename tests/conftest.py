@@ -1,7 +1,6 @@
 """What several test files share: small models with known answers, a double of CUDA's capture, and what to skip where."""
 
 import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +153,6 @@ class Double:
 
     def __init__(self):
         self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
-        self.lock = threading.RLock()
 
     def capturing(self):
         return self.outer

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # harness and contestants; pytest's importlib mode adds nothing itself
 
 from harness import Playback, environment
-from targets import found
+from targets import judged
 
 PLAYBACK = Playback()
 ROWS: dict[str, dict[str, dict[str, dict]]] = {"kernels": {}, "samples": {}}  # suite -> case -> contestant -> row
@@ -37,13 +37,13 @@ def pytest_sessionfinish(session):
     if (file := session.config.getoption("--results")) is None:
         return
     command = "pytest " + " ".join(map(str, session.config.invocation_params.args))
-    data = {"command": command, "environment": environment(), "targets": [t.to_json() for t in found(**ROWS)], **ROWS}
+    data = {"command": command, "environment": environment(), "targets": [t.to_json() for t in judged(**ROWS)], **ROWS}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter):
-    for target in found(**ROWS):
+    for target in judged(**ROWS):
         terminalreporter.write_line(target.describe())
 
 

@@ -27,12 +27,13 @@ import bench_kernels  # noqa: E402
 import bench_sampler  # noqa: E402
 import torch  # noqa: E402
 from harness import ROOT, environment  # noqa: E402
-from targets import found  # noqa: E402
+from targets import judged  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("tests", "kernels", "samples")
 SHARE = {"tests": 0.35, "kernels": 0.4, "samples": 1.0}  # of the time left when its turn comes
 GRACE = 10.0  # seconds that the last case may run over
+STOPPED = "(stopped: out of time)"
 COMPILING = 90.0  # what a case with compiled contestants takes at the very least
 
 
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         if suite in options.suites.split(","):
             allowed = (end - time.monotonic()) * SHARE[suite]
             _run_suite(suite, report, device, time.monotonic() + allowed, options)
-    report.data["targets"] = [t.to_json() for t in found(report.data["kernels"], report.data["samples"])]
+    report.data["targets"] = [t.to_json() for t in judged(report.data["kernels"], report.data["samples"])]
     report.write()
     print(table(report.data))
     print("\n".join(f"wrote {file}" for file in report.files))
@@ -159,7 +160,8 @@ def _guarded(run, left: float) -> dict[str, Any]:
 
 def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     """pytest's verdict on the tests marked gpu, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # -P: the checkout's own kernels/ would be found instead of packages of that name.
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     # The engine's own first, should time run out; several processes where pytest-xdist is there.
     command += [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
     command += ["--collect-only"] if dry_run else ["-n", "6"] if find_spec("xdist") else []
@@ -168,13 +170,16 @@ def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     lines = output.strip().splitlines()
     # The summary's lines, and while they run those of single tests: a run that is cut off has no summary.
     notable = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  ")) or " FAILED" in line]
+    verdicts = [
+        line for line in lines if re.search(r"\d (passed|failed|errors?|skipped|deselected|tests collected)", line)
+    ]
     return {
         "returncode": code,
         "seconds": time.monotonic() - started,
-        "summary": lines[-1] if lines else "",
+        "summary": " ".join(verdicts[-1:] + ([STOPPED] if code is None else [])),
         "passed": sum(" PASSED" in line or line.startswith("PASSED") for line in lines),
         "notable": notable[:200],
-        "tail": lines[-60:] if code else [],
+        "tail": [] if code == 0 else lines[-400:],
     }
 
 
@@ -194,7 +199,7 @@ def _run(command: list[str], seconds: float) -> tuple[str, int | None]:
     # The workers too: they would take the device from what is measured next.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    return said + "\nstopped: out of time", None
+    return said, None
 
 
 # ---- the table
@@ -213,7 +218,7 @@ def table(data: dict[str, Any]) -> str:
         parts.append(_samples(data["samples"]))
     if data["kernels"]:
         parts.append(_kernels(data["kernels"]))
-    parts.append("\n".join(target.describe() for target in found(data["kernels"], data["samples"])))
+    parts.append("\n".join(target.describe() for target in judged(data["kernels"], data["samples"])))
     if data["left_out"]:
         parts.append("Left out: " + "; ".join(f"{item['case']} ({item['reason']})" for item in data["left_out"]))
     return "\n\n".join(parts)

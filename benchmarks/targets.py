@@ -29,7 +29,7 @@ class Target(NamedTuple):
         return {**self._asdict(), "met": self.met}
 
 
-def found(kernels: Cases, samples: Cases) -> list[Target]:
+def judged(kernels: Cases, samples: Cases) -> list[Target]:
     """Every target for which there are numbers."""
     return [*_sampling(samples), *_kernels(kernels), *_predictor(kernels, samples)]
 

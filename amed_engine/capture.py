@@ -106,8 +106,11 @@ class CudaDevice:
         return graph, output
 
     def _settle(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell the allocator that a capture is over which could not be ended: torch leaves it believing otherwise, and
-        every later attempt to release memory would fail."""
+        """Give back what a failed capture holds, its share of the pool first of all: whoever keeps the error keeps the graph.
+
+        A capture that could not be ended is over for CUDA only. The allocator has to be told, or every later attempt to
+        release memory would fail.
+        """
         try:
             graph.pool()  # refuses where no capture was ended
         except RuntimeError:
@@ -115,6 +118,7 @@ class CudaDevice:
             with suppress(RuntimeError):  # it never began
                 torch._C._cuda_endAllocateToPool(index, self.pool)
                 torch._C._cuda_releasePool(index, self.pool)
+        graph.reset()
 
     def begin_use(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.used)

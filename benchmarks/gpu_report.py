@@ -218,7 +218,8 @@ def table(data: dict[str, Any]) -> str:
         parts.append(_samples(data["samples"]))
     if data["kernels"]:
         parts.append(_kernels(data["kernels"]))
-    parts.append("\n".join(target.describe() for target in judged(data["kernels"], data["samples"])))
+    if targets := judged(data["kernels"], data["samples"]):
+        parts.append("\n".join(f"- {target.describe()}" for target in targets))
     if data["left_out"]:
         parts.append("Left out: " + "; ".join(f"{item['case']} ({item['reason']})" for item in data["left_out"]))
     return "\n\n".join(parts)

@@ -550,6 +550,19 @@ def test_clearing_one_sampler_leaves_another_intact(model, predictor):
 
 
 @pytest.mark.gpu
+def test_workspaces_that_others_clear_are_not_the_graphs(model, predictor):
+    """torch.compile's own graphs clear those of all matrix products whenever they are made."""
+    sampler, plain = graphed(model, predictor, nfe=5), eager(model, predictor, nfe=5)
+    sampler.warmup()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    poison()
+    for _ in range(10):
+        x = noise(8)
+        assert torch.equal(sampler.run(x).images, plain.run(x).images)
+
+
+@pytest.mark.gpu
 def test_inside_a_capture_of_the_caller_the_loop_is_recorded_into_it(model):
     sampler, x = graphed(model), noise(4)
     sampler.warmup()

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -212,6 +214,46 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_the_time_outside_the_network_is_seen(harness, monkeypatch):
+    import contestants
+    import workloads
+
+    clock = [0.0]
+    monkeypatch.setattr(contestants, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Busy(torch.nn.Module):
+        def forward(self, x):
+            clock[0] += 3
+            return x
+
+    contest = contestants.Contest(workloads.WORKLOADS["tiny"], 1, torch.device("cpu"))
+    contest.network = Busy()
+
+    def run():
+        for outside in (0.5, 1.5):
+            clock[0] += outside
+            contest.network(contest.latents)
+
+    assert contest.outside(run, times=4) == [0.25] * 4
+    assert not contest.network._forward_hooks
+    assert not contest.network._forward_pre_hooks
+
+
+def test_what_was_measured_is_kept_where_asked_for(tmp_path):
+    file = tmp_path / "new" / "cpu.json"
+    command = [sys.executable, "-P", "-m", "pytest", str(BENCHMARKS / "bench_kernels.py"), "-p", "no:cacheprovider"]
+    command += ["--benchmark-only", "-k", "cpu-combine-to-next-1x3x32x32 and not compile", "--results", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(file.read_text())
+    assert data["environment"]["torch"] == torch.__version__
+    assert "--benchmark-only" in data["command"]
+    rows = data["kernels"]["combine-to-next-1x3x32x32"]
+    assert rows["unfused torch"]["over_unfused"] == 1
+    assert len(rows["unfused torch"]["wall_seconds"]) == rows["unfused torch"]["rounds"] == 7
+    assert data["targets"] == []  # none is about so small a tensor
 
 
 def test_targets_are_read_out_of_the_rows(harness):

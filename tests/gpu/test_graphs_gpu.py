@@ -110,6 +110,19 @@ def assert_near(images, expected):
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def in_buckets(plain, x):
+    """What an eager sampler makes of the pieces, padded as they are for graphs.
+
+    Other batch sizes have other kernels, whose rounding some solvers make hundreds of times larger.
+    """
+    images = []
+    for part in x.split(max(SIZES)):
+        missing = min(size for size in SIZES if size >= len(part)) - len(part)
+        padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+        images.append(plain.run(padded).images[: len(part)])
+    return torch.cat(images)
+
+
 # ---- the same samples
 
 
@@ -133,7 +146,7 @@ def test_every_solver_is_captured(place, model, solver):
         x = place.noise(batch)
         result = graph.run(x)
         assert result.backend == "graph"
-        assert_near(result.images, plain.run(x).images)
+        assert torch.equal(result.images, in_buckets(plain, x))
 
 
 @pytest.mark.parametrize("solver", PLUGINS)
@@ -145,7 +158,7 @@ def test_every_learned_program_is_captured(place, model, predictor, solver):
     )
     for batch in (1, 3, 8, 11):
         x = place.noise(batch)
-        assert_near(graph.run(x).images, plain.run(x).images)
+        assert torch.equal(graph.run(x).images, in_buckets(plain, x))
 
 
 @pytest.mark.parametrize("points", [1, 2])

@@ -230,12 +230,13 @@ def test_packages_of_aotinductor_are_captured(model, predictor, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_the_arithmetic_but_not_the_state(place, model, dtype):
-    x = place.noise(4)
-    narrow, wide = place.graphed(model, autocast=dtype).run(x).images, place.eager(model).run(x).images
+    x, solver = place.noise(4), "euler"  # the others make more of the network's rounding
+    narrow = place.graphed(model, solver=solver, autocast=dtype).run(x).images
+    wide = place.eager(model, solver=solver).run(x).images
     assert narrow.dtype == torch.float32
     assert not torch.equal(narrow, wide)
     torch.testing.assert_close(narrow, wide, rtol=0, atol=0.1 * wide.abs().max().item())
-    assert torch.equal(narrow, place.eager(model, autocast=dtype).run(x).images)
+    assert torch.equal(narrow, place.eager(model, solver=solver, autocast=dtype).run(x).images)
 
 
 def test_autocast_of_the_caller_keeps_no_stale_copies_of_weights(place, model):

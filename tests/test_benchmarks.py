@@ -256,6 +256,17 @@ def test_what_was_measured_is_kept_where_asked_for(tmp_path):
     assert data["targets"] == []  # none is about so small a tensor
 
 
+def test_every_case_of_a_gpu_is_planned_once_with_compiled_contestants(harness):
+    import bench_sampler
+
+    device = torch.device("cuda", 0)
+    planned = bench_sampler.plan(device)
+    assert sorted(case for case, compiled in planned if compiled) == sorted(bench_sampler.cases(device))
+    assert planned[:5] == [(("cifar10", 1), False), (("cifar10", 64), False), (("digits", 1), False), (("digits", 64), False),
+                           (("cifar10", 1), True)]  # fmt: skip
+    assert len(bench_sampler.cases(device)) == 4 * 4
+
+
 def test_targets_are_read_out_of_the_rows(harness):
     from targets import judged
 

@@ -124,7 +124,7 @@ def _run_suite(suite: str, report: Report, device: torch.device, end: float, opt
         except OutOfTime:
             report.data["left_out"].append({"suite": suite, "case": name, "reason": "stopped, it took too long"})
         report.write()
-        print(f"{name}: done, {end - time.monotonic():.0f} s left", flush=True)
+        print(f"{name}: {end - time.monotonic():.0f} s left", flush=True)
 
 
 def _cases(suite: str, device: torch.device, options: argparse.Namespace):

@@ -6,7 +6,6 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +33,6 @@ class Recording(Protocol):
 
 class Device(Protocol):
     """What capture needs of CUDA; the tests have a double of it that needs none."""
-
-    lock: Any  # held while graphs are made or replayed
 
     def capturing(self) -> bool:
         """Whether the caller is recording a graph of its own."""
@@ -66,21 +63,6 @@ class Device(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Lane:
-    """A capture stream with the order of everything captured on it.
-
-    torch hands out the same 32 streams in turns, and matrix products keep one workspace for each: graphs that were captured
-    on one stream must never run at once, whoever made them.
-    """
-
-    used: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event())
-    lock: Any = field(default_factory=threading.RLock)
-
-
-_LANES: dict[torch.cuda.Stream, Lane] = {}
-
-
 class CudaDevice:
     """`Device` on a GPU."""
 
@@ -89,8 +71,7 @@ class CudaDevice:
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
-            lane = _LANES.setdefault(self.stream, Lane())
-        self.used, self.lock = lane.used, lane.lock
+            self.used = torch.cuda.Event()
 
     def capturing(self) -> bool:
         return capturing(self.device)
@@ -106,7 +87,7 @@ class CudaDevice:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        with torch.cuda.device(self.device), _CAPTURE, _no_garbage_collection():
+        with torch.cuda.device(self.device), _CAPTURE, _no_garbage_collection(), _own_workspaces():
             try:
                 # thread_local: another thread's allocation must not invalidate this capture.
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -125,8 +106,11 @@ class CudaDevice:
         return graph, output
 
     def _settle(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell the allocator that a capture is over which could not be ended: torch leaves it believing otherwise, and
-        every later attempt to release memory would fail."""
+        """Give back what a failed capture holds, its share of the pool first of all: whoever keeps the error keeps the graph.
+
+        A capture that could not be ended is over for CUDA only. The allocator has to be told, or every later attempt to
+        release memory would fail.
+        """
         try:
             graph.pool()  # refuses where no capture was ended
         except RuntimeError:
@@ -134,6 +118,7 @@ class CudaDevice:
             with suppress(RuntimeError):  # it never began
                 torch._C._cuda_endAllocateToPool(index, self.pool)
                 torch._C._cuda_releasePool(index, self.pool)
+        graph.reset()
 
     def begin_use(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.used)
@@ -180,6 +165,21 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Let a capture allocate the workspaces of matrix products in its own pool, and nobody else use them afterwards.
+
+    torch keeps one for each thread and stream. One made before would be freed under the graph by whoever clears them, as
+    torch.compile's own graphs do, and be shared with whatever else runs on one of the 32 streams that torch hands out in turns.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 def numerics(module: nn.Module | None) -> tuple[Any, ...]:

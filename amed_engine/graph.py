@@ -1,6 +1,6 @@
 """Whole-loop CUDA graphs: the five evaluations and everything between them replayed by one launch.
 
-One pool, one capture stream and one lock for each cache (see `capture.Lane`). Inputs and outputs are static buffers outside
+One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside
 the pool, so graphs may share its memory: they never run at once and never read each other's results. All warm-ups come before
 the first capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
 workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
@@ -8,6 +8,7 @@ workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drop
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ class GraphCache:
         self.batch_sizes = sizes
         self._captured: dict[Family, Captured] = {}
         self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
-        self._lock = self.device.lock
+        self._lock = threading.RLock()
 
     def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
         """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""

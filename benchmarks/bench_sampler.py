@@ -6,6 +6,7 @@ pytest benchmarks/bench_sampler.py --benchmark-only [-m "not gpu"] [--full]
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,11 +30,23 @@ def cases(device: torch.device, *, full: bool = False) -> list[Case]:
     return [*(("digits", batch) for batch in (64, 8, 1)), *([("cifar10", 1)] if full else [])]
 
 
-def run(case: Case, device: torch.device, *, full: bool = False, **options: Any) -> dict[str, dict[str, Any]]:
-    """Rows of all contestants; {"all": {"skipped": reason}} where the network cannot be had."""
+def plan(device: torch.device) -> list[tuple[Case, bool]]:
+    """Cases, and whether with compiled contestants, in order of importance; compiling one takes longer than four without."""
+    listed = cases(device)
+    plain = [(case, False) for case in listed[:6]]
+    return [*plain[:4], (listed[0], True), *plain[4:], *((case, True) for case in listed[1:])]
+
+
+def run(
+    case: Case, device: torch.device, *, full: bool = False, compiled: bool = True, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """Rows of all contestants; {"all": {"skipped": reason}} where the network cannot be had.
+
+    full: also what takes minutes. compiled: on a GPU, also what torch.compile makes.
+    """
     name, batch = case
     try:
-        contest = Contest(WORKLOADS[name], batch, device, full=full)
+        contest = Contest(WORKLOADS[name], batch, device, full=full, compiled=compiled)
     except Unavailable as reason:
         return {"all": {"skipped": str(reason)}}
     contestants = contest.contestants()
@@ -41,6 +54,11 @@ def run(case: Case, device: torch.device, *, full: bool = False, **options: Any)
     for contestant in contestants:
         floor = rows.get(contestant.floor or "", {})
         _derive(rows[contestant.name], batch, floor.get("seconds"))
+    if device.type == "cpu":
+        for who, setup in (("plain loop", contest.published), ("engine fp32", contest.engine)):
+            if "seconds" in rows[who]:
+                times = max(3, min(9, int(20 / rows[who]["seconds"])))
+                rows[who]["outside_share"] = statistics.median(contest.outside(setup(), times))
     return rows
 
 
@@ -88,5 +106,5 @@ def test_sample(device, case, contestant, measured, report, request):
     full = request.config.getoption("--full")
     if device.type == "cpu" and not full and (case[0] == "cifar10" or contestant in COMPILED):
         pytest.skip("takes minutes on a CPU; ask with --full")
-    rows = measured((device, case), lambda: run(case, device, full=full))
+    rows = measured("samples", device, f"{case[0]}-{case[1]}", lambda: run(case, device, full=full))
     report(f"{device.type} {case[0]} batch {case[1]}", rows, contestant)

@@ -9,22 +9,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import bench_kernels
-import bench_sampler
-import torch
-from harness import ROOT, environment
+STARTED = time.monotonic()  # before torch, whose first import on a fresh machine can take most of a minute
+
+import bench_kernels  # noqa: E402
+import bench_sampler  # noqa: E402
+import torch  # noqa: E402
+from harness import ROOT, environment  # noqa: E402
+from targets import judged  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("tests", "kernels", "samples")
-SHARE = {"tests": 0.35, "kernels": 0.5, "samples": 1.0}  # of the time left when its turn comes
+SHARE = {"tests": 0.35, "kernels": 0.4, "samples": 1.0}  # of the time left when its turn comes
+GRACE = 10.0  # seconds that the last case may run over
+STOPPED = "(stopped: out of time)"
+COMPILING = 90.0  # what a case with compiled contestants takes at the very least
+
+
+class OutOfTime(BaseException):
+    """No Exception: nothing on the way may take it for the failure of a contestant."""
 
 
 class Report:
@@ -51,15 +65,32 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     folders = [options.out] if options.dry_run else [RESULTS, options.out]
     report = Report([folder for folder in folders if folder], device, options.suffix)
-    end = time.monotonic() + 60 * options.minutes
+    end = (STARTED if arguments is None else time.monotonic()) + 60 * options.minutes
     for suite in SUITES:
         if suite in options.suites.split(","):
             allowed = (end - time.monotonic()) * SHARE[suite]
             _run_suite(suite, report, device, time.monotonic() + allowed, options)
+    report.data["targets"] = [t.to_json() for t in judged(report.data["kernels"], report.data["samples"])]
     report.write()
     print(table(report.data))
     print("\n".join(f"wrote {file}" for file in report.files))
     return 0
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in what runs longer: no estimate of a compilation can be relied on."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -81,19 +112,23 @@ def _run_suite(suite: str, report: Report, device: torch.device, end: float, opt
         report.data["tests"] = _gpu_tests(max(end - time.monotonic(), 1), options.dry_run)
         report.write()
         return
-    for name, run in _cases(suite, device, options):
+    for name, needed, run in _cases(suite, device, options):
         left = end - time.monotonic()
-        if options.cases not in name or left < (0 if options.dry_run else 5):
+        if options.cases not in name or left < (0 if options.dry_run else needed):
             why = "not asked for" if options.cases not in name else "no time left"
             report.data["left_out"].append({"suite": suite, "case": name, "reason": why})
             continue
-        report.data[suite][name] = _guarded(run, left)
+        try:
+            with _at_most(left + GRACE):
+                report.data[suite][name] = _guarded(run, left)
+        except OutOfTime:
+            report.data["left_out"].append({"suite": suite, "case": name, "reason": "stopped, it took too long"})
         report.write()
-        print(f"{name}: done, {end - time.monotonic():.0f} s left", flush=True)
+        print(f"{name}: {end - time.monotonic():.0f} s left", flush=True)
 
 
 def _cases(suite: str, device: torch.device, options: argparse.Namespace):
-    """(name, run(time_left)) in order of importance."""
+    """(name, seconds it needs at the least, run(time_left)) in order of importance."""
     tiny = options.dry_run
     settings: dict[str, Any] = {"rounds": 5, "budget": 1.0} if tiny else {"rounds": 15, "budget": 10.0}
     if suite == "kernels":
@@ -101,14 +136,14 @@ def _cases(suite: str, device: torch.device, options: argparse.Namespace):
             run = lambda left, case=case: bench_kernels.run(  # noqa: E731
                 case, device, compiled=not tiny, time_left=left, **settings
             )
-            yield bench_kernels.label(case), run
+            yield bench_kernels.label(case), 5.0, run
         return
     trials = [("tiny", 2), ("tiny-labels", 2), ("tiny-latent", 2)]
-    for case in trials if tiny else bench_sampler.cases(device):
-        run = lambda left, case=case: bench_sampler.run(  # noqa: E731
-            case, device, full=options.full, time_left=left, **settings
+    for case, compiled in [(case, False) for case in trials] if tiny else bench_sampler.plan(device):
+        run = lambda left, case=case, compiled=compiled: bench_sampler.run(  # noqa: E731
+            case, device, full=options.full, compiled=compiled, time_left=left, **settings
         )
-        yield f"{case[0]}-{case[1]}", run
+        yield f"{case[0]}-{case[1]}", COMPILING if compiled else 5.0, run
 
 
 def _guarded(run, left: float) -> dict[str, Any]:
@@ -125,31 +160,46 @@ def _guarded(run, left: float) -> dict[str, Any]:
 
 def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     """pytest's verdict on the tests marked gpu, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # -P: the checkout's own kernels/ would be found instead of packages of that name.
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
     # The engine's own first, should time run out; several processes where pytest-xdist is there.
     command += [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
     command += ["--collect-only"] if dry_run else ["-n", "6"] if find_spec("xdist") else []
     started = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
-        output, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as stopped:
-        output, code = _text(stopped.stdout) + "\nstopped: out of time", None
+    output, code = _run(command, seconds)
     lines = output.strip().splitlines()
     # The summary's lines, and while they run those of single tests: a run that is cut off has no summary.
     notable = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED", "E  ")) or " FAILED" in line]
+    verdicts = [
+        line for line in lines if re.search(r"\d (passed|failed|errors?|skipped|deselected|tests collected)", line)
+    ]
     return {
         "returncode": code,
         "seconds": time.monotonic() - started,
-        "summary": lines[-1] if lines else "",
+        "summary": " ".join(verdicts[-1:] + ([STOPPED] if code is None else [])),
         "passed": sum(" PASSED" in line or line.startswith("PASSED") for line in lines),
         "notable": notable[:200],
-        "tail": lines[-60:] if code else [],
+        "tail": [] if code == 0 else lines[-400:],
     }
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def _run(command: list[str], seconds: float) -> tuple[str, int | None]:
+    """What a command said, and its exit status; None where time was up, when it may still say what failed so far."""
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, **pipe, cwd=ROOT, start_new_session=True)
+    try:
+        return process.communicate(timeout=seconds)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        said = process.communicate(timeout=GRACE)[0]
+    except subprocess.TimeoutExpired as stopped:
+        said = stopped.stdout or ""
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+    # The workers too: they would take the device from what is measured next.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return said, None
 
 
 # ---- the table
@@ -168,6 +218,8 @@ def table(data: dict[str, Any]) -> str:
         parts.append(_samples(data["samples"]))
     if data["kernels"]:
         parts.append(_kernels(data["kernels"]))
+    if targets := judged(data["kernels"], data["samples"]):
+        parts.append("\n".join(f"- {target.describe()}" for target in targets))
     if data["left_out"]:
         parts.append("Left out: " + "; ".join(f"{item['case']} ({item['reason']})" for item in data["left_out"]))
     return "\n\n".join(parts)

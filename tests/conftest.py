@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,13 +42,15 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _exact_float32(request):
-    """On a GPU, TensorFloat-32 or not is cuDNN's choice by batch size, and worth 1e-3: no comparison would hold."""
-    before = torch.backends.cudnn.allow_tf32
+def _exact_convolutions(request):
+    """On a GPU, TensorFloat-32 or not is cuDNN's choice by batch size, and worth 1e-3: no comparison would hold. Nor would one
+    to the last bit with kernels that add in any order."""
+    cudnn, on_gpu = torch.backends.cudnn, request.node.get_closest_marker("gpu") is not None
+    before = cudnn.allow_tf32, cudnn.deterministic
     # The old switch, which sets the new ones: where only those of convolutions are set, torch.export refuses to read it.
-    torch.backends.cudnn.allow_tf32 = before and request.node.get_closest_marker("gpu") is None
+    cudnn.allow_tf32, cudnn.deterministic = before[0] and not on_gpu, before[1] or on_gpu
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    cudnn.allow_tf32, cudnn.deterministic = before
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +193,6 @@ class Double:
 
     def __init__(self):
         self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False
-        self.lock = threading.RLock()
 
     def capturing(self):
         return self.outer

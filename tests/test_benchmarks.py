@@ -1,9 +1,12 @@
 """The measuring instrument: that it sees a known time, treats contestants alike and says where it ran."""
 
+import contextlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +170,129 @@ def test_a_report_says_where_what_and_what_is_missing(gpu_report, tmp_path, caps
         "suite": "samples",
         "case": "tiny-2",
         "reason": "not asked for",
+    }
+
+
+def test_a_case_that_takes_too_long_is_stopped_and_the_report_still_written(gpu_report, monkeypatch, tmp_path):
+    def forever(left):
+        while True:
+            with contextlib.suppress(Exception):  # as a contestant that breaks is passed over
+                time.sleep(60)
+
+    monkeypatch.setattr(gpu_report, "GRACE", 0.1)
+    monkeypatch.setattr(gpu_report, "_cases", lambda *_: [("slow-1", 0.0, forever), ("quick-1", 5.0, dict)])
+    started = time.monotonic()
+    assert gpu_report.main(["--dry-run", "--out", str(tmp_path), "--suites", "samples", "--minutes", "0.01"]) == 0
+    assert time.monotonic() - started < 30
+    data = json.loads(next(tmp_path.glob("gpu-*.json")).read_text())
+    reasons = [(item["case"], item["reason"]) for item in data["left_out"]]
+    assert reasons == [("slow-1", "stopped, it took too long"), ("quick-1", "no time left")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_tests_that_take_too_long_tell_what_they_know_and_leave_no_process_behind(gpu_report, monkeypatch):
+    monkeypatch.setattr(gpu_report, "GRACE", 3.0)
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+    script = (
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "try:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    print('one test failed', flush=True)\n"
+    )
+    said, code = gpu_report._run([sys.executable, "-c", script], 3.0)
+    number, *rest = said.split("\n")
+    assert code is None
+    assert "one test failed" in rest
+    deadline = time.monotonic() + 10
+    while _runs(int(number)):
+        assert time.monotonic() < deadline, "the child of a child outlived it"
+        time.sleep(0.05)
+
+
+def _runs(process: int) -> bool:
+    """Whether it is there and more than a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_time_outside_the_network_is_seen(harness, monkeypatch):
+    import contestants
+    import workloads
+
+    clock = [0.0]
+    monkeypatch.setattr(contestants, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Busy(torch.nn.Module):
+        def forward(self, x):
+            clock[0] += 3
+            return x
+
+    contest = contestants.Contest(workloads.WORKLOADS["tiny"], 1, torch.device("cpu"))
+    contest.network = Busy()
+
+    def run():
+        for outside in (0.5, 1.5):
+            clock[0] += outside
+            contest.network(contest.latents)
+
+    assert contest.outside(run, times=4) == [0.25] * 4
+    assert not contest.network._forward_hooks
+    assert not contest.network._forward_pre_hooks
+
+
+def test_what_was_measured_is_kept_where_asked_for(tmp_path):
+    file = tmp_path / "new" / "cpu.json"
+    command = [sys.executable, "-P", "-m", "pytest", str(BENCHMARKS / "bench_kernels.py"), "-p", "no:cacheprovider"]
+    command += ["--benchmark-only", "-k", "cpu-combine-to-next-1x3x32x32 and not compile", "--results", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads(file.read_text())
+    assert data["environment"]["torch"] == torch.__version__
+    assert "--benchmark-only" in data["command"]
+    rows = data["kernels"]["combine-to-next-1x3x32x32"]
+    assert rows["unfused torch"]["over_unfused"] == 1
+    assert len(rows["unfused torch"]["wall_seconds"]) == rows["unfused torch"]["rounds"] == 7
+    assert data["targets"] == []  # none is about so small a tensor
+
+
+def test_every_case_of_a_gpu_is_planned_once_with_compiled_contestants(harness):
+    import bench_sampler
+
+    device = torch.device("cuda", 0)
+    planned = bench_sampler.plan(device)
+    assert sorted(case for case, compiled in planned if compiled) == sorted(bench_sampler.cases(device))
+    assert planned[:5] == [(("cifar10", 1), False), (("cifar10", 64), False), (("digits", 1), False), (("digits", 64), False),
+                           (("cifar10", 1), True)]  # fmt: skip
+    assert len(bench_sampler.cases(device)) == 4 * 4
+
+
+def test_targets_are_read_out_of_the_rows(harness):
+    from targets import judged
+
+    kernels = {
+        "combine-to-next-64x3x64x64": {"amed native": {"seconds": 1.0, "over_unfused": 1.4, "bytes": 1}},
+        "combine-to-next-256x4x256x256": {"amed triton": {"seconds": 1.0, "of_copy": 0.95, "bytes": 3 * 2**28}},
+        "midpoint-predictor-64x256x8x8": {"amed triton": {"seconds": 1e-5, "bytes": 1}},
+    }
+    samples = {
+        "digits-64": {"engine fp32": {"seconds": 1.0, "event_ms": None, "overhead": 1.5, "outside_share": 0.02}},
+        "cifar10-64": {
+            "plain loop": {"seconds": 0.03},
+            "engine fp32": {"seconds": 0.02, "event_ms": {"median": 20.0}, "overhead": 1.005},
+            "engine bf16": {"seconds": 0.01, "event_ms": {"median": 10.0}, "overhead": 1.0},
+            "engine fp32 compiled": {"skipped": "the time is up"},
+        },
+        "cifar10-1": {"all": {"skipped": "no memory"}},
+    }
+    told = {target.what: (round(target.value, 4), target.met) for target in judged(kernels, samples)}
+    assert told == {
+        "share of the time outside the denoiser, digits-64 on the CPU": (0.02, True),
+        "overhead, cifar10-64": (1.005, True),
+        "times faster than the plain loop, cifar10-64, engine bf16": (3.0, True),
+        "times faster than unfused torch, combine-to-next-64x3x64x64 on the CPU": (1.4, False),
+        "share of a copy's bandwidth, combine-to-next-256x4x256x256": (0.95, True),
+        "the predictor's share of a sample, cifar10-64": (0.0015, True),
     }
 
 

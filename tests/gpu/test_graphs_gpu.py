@@ -110,6 +110,19 @@ def assert_near(images, expected):
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+def in_buckets(plain, x):
+    """What an eager sampler makes of the pieces, padded as they are for graphs.
+
+    Other batch sizes have other kernels, whose rounding some solvers make hundreds of times larger.
+    """
+    images = []
+    for part in x.split(max(SIZES)):
+        missing = min(size for size in SIZES if size >= len(part)) - len(part)
+        padded = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+        images.append(plain.run(padded).images[: len(part)])
+    return torch.cat(images)
+
+
 # ---- the same samples
 
 
@@ -133,7 +146,7 @@ def test_every_solver_is_captured(place, model, solver):
         x = place.noise(batch)
         result = graph.run(x)
         assert result.backend == "graph"
-        assert_near(result.images, plain.run(x).images)
+        assert torch.equal(result.images, in_buckets(plain, x))
 
 
 @pytest.mark.parametrize("solver", PLUGINS)
@@ -145,7 +158,7 @@ def test_every_learned_program_is_captured(place, model, predictor, solver):
     )
     for batch in (1, 3, 8, 11):
         x = place.noise(batch)
-        assert_near(graph.run(x).images, plain.run(x).images)
+        assert torch.equal(graph.run(x).images, in_buckets(plain, x))
 
 
 @pytest.mark.parametrize("points", [1, 2])
@@ -217,12 +230,13 @@ def test_packages_of_aotinductor_are_captured(model, predictor, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_the_arithmetic_but_not_the_state(place, model, dtype):
-    x = place.noise(4)
-    narrow, wide = place.graphed(model, autocast=dtype).run(x).images, place.eager(model).run(x).images
+    x, solver = place.noise(4), "euler"  # the others make more of the network's rounding
+    narrow = place.graphed(model, solver=solver, autocast=dtype).run(x).images
+    wide = place.eager(model, solver=solver).run(x).images
     assert narrow.dtype == torch.float32
     assert not torch.equal(narrow, wide)
     torch.testing.assert_close(narrow, wide, rtol=0, atol=0.1 * wide.abs().max().item())
-    assert torch.equal(narrow, place.eager(model, autocast=dtype).run(x).images)
+    assert torch.equal(narrow, place.eager(model, solver=solver, autocast=dtype).run(x).images)
 
 
 def test_autocast_of_the_caller_keeps_no_stale_copies_of_weights(place, model):
@@ -547,6 +561,19 @@ def test_clearing_one_sampler_leaves_another_intact(model, predictor):
     for _ in range(10):
         x = noise(8)
         assert torch.equal(kept.run(x).images, plain.run(x).images)
+
+
+@pytest.mark.gpu
+def test_workspaces_that_others_clear_are_not_the_graphs(model, predictor):
+    """torch.compile's own graphs clear those of all matrix products whenever they are made."""
+    sampler, plain = graphed(model, predictor, nfe=5), eager(model, predictor, nfe=5)
+    sampler.warmup()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    poison()
+    for _ in range(10):
+        x = noise(8)
+        assert torch.equal(sampler.run(x).images, plain.run(x).images)
 
 
 @pytest.mark.gpu

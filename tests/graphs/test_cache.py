@@ -3,8 +3,9 @@
 import gc
 import threading
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from amed_engine import (
     NonFiniteError,
     Sampler,
     StaleGraphError,
-    capture,
     distill,
     kernels,
     make_plan,
     sample,
 )
 from amed_engine.batches import Batches
+from amed_engine.capture import CudaDevice
 from amed_engine.distillation import Teacher
 from amed_engine.graph import GraphCache, family_of
 from amed_engine.models import resolve
@@ -147,25 +148,38 @@ def test_static_buffers_live_until_the_device_is_done_with_them(cache, monkeypat
     assert graphs == [3, 0]
 
 
-def test_caches_whose_graphs_share_a_stream_take_turns(monkeypatch):
-    """torch hands out few streams, and what was captured on one shares its workspaces."""
-    streams = iter("aba")
+@pytest.mark.parametrize("error", [None, ValueError("no"), torch.OutOfMemoryError("no")])
+def test_a_capture_makes_workspaces_of_its_own_and_leaves_none_to_others(monkeypatch, error):
+    """Those that others may clear, as torch.compile's graphs do, would be freed under the graph."""
+    log = []
+
+    @contextmanager
+    def graph(*_, **settings):
+        log.append(settings["capture_error_mode"])
+        yield
+
+    def work():
+        log.append("work")
+        if error is not None:
+            raise error
+        return "output"
+
     stand_ins = {
-        "device": lambda device: nullcontext(),
-        "Stream": lambda device: next(streams),
-        "Event": lambda: object(),
-        "graph_pool_handle": lambda: object(),
+        "device": lambda _: nullcontext(),
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(pool=int, reset=lambda: log.append("reset")),
     }
+    stand_ins |= dict.fromkeys(
+        ("Stream", "Event", "graph_pool_handle", "current_stream", "set_stream"), lambda *_: None
+    )
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(capture, "_LANES", {})
-    first, other, third = (capture.CudaDevice(torch.device("cuda", 0)) for _ in range(3))
-    assert first.used is third.used
-    assert first.lock is third.lock
-    assert first.pool is not third.pool
-    assert other.used is not first.used
-    assert GraphCache(first, SIZES, None)._lock is GraphCache(third, SIZES, None)._lock
-    assert GraphCache(other, SIZES, None)._lock is not first.lock
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    device = CudaDevice(torch.device("cuda", 0))
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        assert device.record(work)[1] == "output"
+    failed = ["reset"] if isinstance(error, RuntimeError) else []
+    assert log == ["clear", "thread_local", "work", *failed, "clear"]
 
 
 def test_above_the_cap_a_batch_runs_eagerly_and_is_counted(double):

@@ -147,13 +147,13 @@ def test_export_with_a_dynamic_batch(form):
 
 
 def test_jit_trace_serves_other_batches():
-    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         traced = torch.jit.trace(Update(), inputs())
     torch.testing.assert_close(traced(*inputs(7)), Update()(*inputs(7)))
 
 
 def test_trace_of_plain_torch_needs_nothing_of_this_package(tmp_path):
-    with kernels.use("reference"), pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+    with kernels.use("reference"), pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.trace"):
         torch.jit.save(torch.jit.trace(Update(), inputs()), tmp_path / "update.pt")
     program = "import sys, torch; torch.jit.load(sys.argv[1]); assert 'amed_engine' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "update.pt")], check=True)
@@ -187,7 +187,10 @@ def test_unknown_implementation():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_implementation_that_is_not_there():
-    with pytest.raises(ValueError, match="'cuda' cannot be used: torch sees no CUDA device"), kernels.use("cuda"):
+    with (
+        pytest.raises(ValueError, match="'cuda' cannot be used: .*(CuPy is there|no CUDA device)"),
+        kernels.use("cuda"),
+    ):
         pass
 
 

@@ -232,18 +232,23 @@ def test_a_flow_model_is_not_given_the_levels_of_another(comfy, tiny_conditional
         NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional, ImageToImage), guided)
 
 
-def test_an_image_is_where_sampling_starts_and_what_a_mask_keeps(comfy, tiny_conditional, guided, latents):
-    image = torch.rand_like(latents)
-    from_image = draw(tiny_conditional, guided, latents, [[1, 0]], image=image)
-    shifted = latents + image / guided.plan.sigmas[0]
+@pytest.fixture
+def image(latents):
+    """One whose sum with the noise, 80 times the latents, is exact: these are rounded to a grid too."""
+    latents.copy_((latents * 2**16).round() / 2**16)
+    return 80 * torch.randint(0, 2**10, latents.shape, generator=torch.Generator().manual_seed(2)) / 2**16
+
+
+def test_sampling_starts_from_an_image(comfy, tiny_conditional, guided, latents, image):
+    shifted = latents + image / 80
     expected = Sampler(tiny_conditional, guided).run(shifted, class_labels=[3, 1, 4], guidance_scale=GUIDANCE).images
-    assert (from_image - expected).abs().max() < 1e-5 * expected.abs().max()
-    no_noise = draw(tiny_conditional, guided, torch.zeros_like(latents), [[1, 0]], image=image)
-    assert no_noise.isfinite().all()
+    drawn = draw(tiny_conditional, guided, latents, [[1, 0]], image=image)
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert draw(tiny_conditional, guided, torch.zeros_like(latents), [[1, 0]], image=image).isfinite().all()
 
 
-def test_a_mask_keeps_the_image_as_it_does_for_the_engine(comfy, tiny_conditional, guided, latents):
-    image, mask = torch.rand_like(latents), torch.zeros_like(latents)
+def test_a_mask_keeps_the_image_as_it_does_for_the_engine(comfy, tiny_conditional, guided, latents, image):
+    mask = torch.zeros_like(latents)
     mask[..., 4:] = 1
     masked = copy.deepcopy(tiny_conditional)
 
@@ -254,7 +259,7 @@ def test_a_mask_keeps_the_image_as_it_does_for_the_engine(comfy, tiny_conditiona
         return Denoised(x0 * keep + image.repeat(count, 1, 1, 1) * (1 - keep), features)
 
     masked.forward = forward
-    shifted = latents + image / guided.plan.sigmas[0]
+    shifted = latents + image / 80
     expected = Sampler(masked, guided).run(shifted, class_labels=[3, 1, 4], guidance_scale=GUIDANCE).images
     drawn = draw(tiny_conditional, guided, latents, [[0, 1]], image=image, mask=mask)
     assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -46,6 +46,13 @@ def vae():
         )
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        yield
+
+
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -176,7 +176,9 @@ def test_levels_and_first_step_of_the_plan_are_held(wrapped, predictor, latents)
 
 def test_a_denoiser_of_the_package_itself(latents):
     """Where k-diffusion is installed with all it needs."""
-    external = pytest.importorskip("k_diffusion.external", reason="k-diffusion is not installed", exc_type=ImportError)
+    external = pytest.importorskip(
+        "k_diffusion.external", reason="k-diffusion is not installed with all that it imports", exc_type=ImportError
+    )
     network = nn.Conv2d(1, 1, 3, padding=1)
     denoiser = external.VDenoiser(lambda x, t: network(x) * t.reshape(-1, 1, 1, 1))
     sigmas = make_schedule("polynomial", 4, 0.002, 80.0)

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from amed_engine import AmedError, ConfigError, Sampler
+from amed_engine import AmedError, ConfigError, Sampler, save_predictor
 from amed_engine.integrations.require import MissingDependency
 from amed_engine.integrations.serving import tritonserver
 from amed_engine.integrations.serving.triton import write_repository
+from amed_engine.zoo import bundled_predictor
 
 REQUESTS = [([3, 4], [7, 7]), ([5], None), ([6], [11]), ([8, 9], [1, 2])]
 
@@ -112,6 +113,15 @@ def test_the_configuration_says_what_the_model_does(tmp_path):
     for line in ('name: "five"', 'backend: "python"', "dims: [ 1, 8, 8 ]", "kind: KIND_GPU", "max_batch_size: 64"):
         assert line in text
     assert {p.name for p in (tmp_path / "five").rglob("*")} == {"1", "model.py", "config.pbtxt"}
+
+
+def test_paths_are_written_in_full(tmp_path, monkeypatch):
+    """The server runs in another folder."""
+    monkeypatch.chdir(tmp_path)
+    save_predictor(bundled_predictor("digits", nfe=5), "five.safetensors")
+    text = (write_repository("models", model="digits", predictor="five.safetensors") / "config.pbtxt").read_text()
+    assert json.dumps(str(tmp_path / "five.safetensors"))[1:-1] in text
+    assert r"\"model\": \"digits\"" in text
 
 
 @pytest.mark.parametrize(

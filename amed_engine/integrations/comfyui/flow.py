@@ -39,7 +39,8 @@ def sample_amed_flow(
         raise ConfigError(
             f"a flow model's noise levels lie below 1, got {float(sigmas.max()):g}; connect AMED Schedule with this MODEL"
         )
-    levels = (sigmas.double() / (1 - sigmas.double())).to(sigmas.dtype)
+    times = sigmas.cpu().double()  # there are devices without float64
+    levels = (times / (1 - times)).to(sigmas.dtype)
 
     def denoiser(y: Tensor, sigma: Tensor, **options: Any) -> Any:
         return model(y / (1 + sigma.reshape(-1, *[1] * (y.dim() - 1))), to_flow(sigma), **options)

@@ -48,20 +48,22 @@ def write_repository(
     """A model repository at `path` that serves this model; returns its folder `path/name`.
 
     The model is opened once, on the CPU, to know the shape of its images, and so that what cannot work fails here and not
-    in the server. model, predictor: a zoo name or paths that the server sees too. Raises ConfigError.
+    in the server. model: a zoo name or a path, predictor: a path; the server must see them by the same. Raises ConfigError.
     """
     if not name.isidentifier():
         raise ConfigError(f"name must be letters, digits and _, got {name!r}")
     if not 1 <= max_batch_size <= MAX_IMAGES:
         raise ConfigError(f"max_batch_size must be in 1 .. {MAX_IMAGES}, got {max_batch_size}")
-    options = {"model": str(model), "predictor": None if predictor is None else str(predictor), "nfe": nfe}
-    shape = Sampler(**options, device="cpu").model.shape  # type: ignore[arg-type]
-    if shape is None:
+    options = {"model": str(model), "predictor": predictor and os.path.abspath(predictor), "nfe": nfe}
+    opened = Sampler(**options, device="cpu").model  # type: ignore[arg-type]
+    # The server runs in another folder.
+    options["model"] = options["model"] if opened.name else os.path.abspath(model)
+    if opened.shape is None:
         raise ConfigError("the model does not say what shape its images have; save it with its configuration")
     config = _CONFIG.format(
         name=name,
         max_batch_size=max_batch_size,
-        dims=", ".join(map(str, shape)),
+        dims=", ".join(map(str, opened.shape)),
         kind="KIND_GPU" if gpu else "KIND_CPU",
         options=json.dumps(json.dumps(options)),
     )

@@ -19,6 +19,7 @@ from amed_engine.graph import (
     GraphCache,
     Stats,
     WarmupReport,
+    check_sizes,
     family_of,
 )
 from amed_engine.loop import Program, integrate
@@ -52,6 +53,7 @@ class Engine:
         if backend == "graph" and device.type != "cuda":
             raise ConfigError(f"backend='graph' needs a CUDA device, got {device}; use backend='auto' or 'eager'")
         self.model, self.device, self.backend, self.check_finite = model, device, backend, check_finite
+        batch_sizes = check_sizes(batch_sizes)  # without a GPU too: what is wrong there should not wait for one
         self._eager_runs = 0
         self.cache: GraphCache | None = None
         if device.type == "cuda" and backend != "eager":

@@ -90,6 +90,14 @@ class Graph:
             self.labels[: latents.shape[0]].copy_(labels)
 
 
+def check_sizes(batch_sizes: Any) -> list[int]:
+    """The batch sizes to capture, largest first. Raises ConfigError."""
+    sizes = list(batch_sizes) if isinstance(batch_sizes, (Sequence, set)) else []
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ConfigError(f"batch_sizes must be positive integers, e.g. (1, 8, 64), got {batch_sizes!r}")
+    return sorted(set(sizes), reverse=True)
+
+
 @dataclass
 class GraphCache:
     """Graphs of one Sampler by family and batch size."""
@@ -103,10 +111,7 @@ class GraphCache:
     stats: Stats = field(default_factory=Stats)
 
     def __post_init__(self):
-        sizes = sorted(set(self.batch_sizes), reverse=True)
-        if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-            raise ConfigError(f"batch_sizes must be positive integers, got {tuple(self.batch_sizes)!r}")
-        self.batch_sizes = sizes
+        self.batch_sizes = check_sizes(self.batch_sizes)
         self._captured: dict[Family, Captured] = {}
         self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()

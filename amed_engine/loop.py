@@ -90,7 +90,10 @@ class Program:
     def _check_predictor(self) -> None:
         takes, name = self.solver.midpoint, type(self.solver).__name__
         if self.predictor is None and takes == "required":
-            raise ConfigError(f"solver {name} needs a predictor; pass an AMEDPredictor or one Midpoint per interval")
+            raise ConfigError(
+                f"solver {name} needs a predictor: one that amed_engine.fit or distill made for this model, or one entry "
+                "per interval"
+            )
         if self.predictor is not None and takes == "none":
             raise ConfigError(
                 f"solver {name} takes no predictor; use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"

@@ -66,13 +66,42 @@ class Model:
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
         # after they changed.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            denoised = as_denoised(self.network(*(tensor.to(dtype) for tensor in inputs)))
-        if denoised.x0.shape != x.shape:
-            raise ConfigError(
-                f"the model returned shape {tuple(denoised.x0.shape)} for an input of {tuple(x.shape)}; a denoiser "
-                "returns an estimate of the clean data in its input's shape"
-            )
+            denoised = as_denoised(self._call(*(tensor.to(dtype) for tensor in inputs)))
+        _check_answer(denoised.x0, x)
         return denoised._replace(x0=denoised.x0.to(x.dtype))
+
+    def _call(self, *inputs: Tensor) -> Any:
+        """The network's answer; its own errors say how it was called, which is the cause of most of them."""
+        try:
+            return self.network(*inputs)
+        except (TypeError, RuntimeError) as error:
+            names = ("x", "sigma", "labels")[: len(inputs)]
+            given = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
+            error.add_note(f"the model was called with {given}; {_HOW_TO_WRAP}")
+            raise
+
+
+_HOW_TO_WRAP = (
+    "a raw network becomes a denoiser by amed_engine.wrap(network, prediction=...); one with classes needs label_dim="
+)
+
+
+def _named(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _check_answer(x0: Tensor, x: Tensor) -> None:
+    """D is an estimate of x without its noise. Looks at no values. Raises ConfigError."""
+    if x0.shape != x.shape:
+        raise ConfigError(
+            f"the model returned shape {tuple(x0.shape)} for an input of {tuple(x.shape)}; a denoiser returns an estimate "
+            "of the clean data in its input's shape"
+        )
+    if not x0.is_floating_point() or x0.device != x.device:
+        raise ConfigError(
+            f"the model returned {x0.dtype} on {x0.device} for an input on {x.device}; a denoiser returns an estimate of "
+            "the clean data, in floating point and where its input is"
+        )
 
 
 def resolve(
@@ -90,6 +119,10 @@ def resolve(
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
     network = _open(model)
+    if isinstance(network, type):
+        raise ConfigError(
+            f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
+        )
     if not callable(network):
         raise ConfigError(
             f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
@@ -104,16 +137,32 @@ def resolve(
         raise ConfigError(
             f"the model takes {own[0]} channels, got shape={tuple(shape)}; samples must have its channels"
         )
-    if label_dim is not None and label_dim < 0:
-        raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {label_dim}")
     return Model(
         network=network,
         shape=_check_shape(shape) if shape is not None else own,
-        label_dim=int(label_dim if label_dim is not None else getattr(network, "label_dim", 0) or 0),
-        sigma_min=float(sigma_min if sigma_min is not None else getattr(network, "sigma_min", 0.002)),
-        sigma_max=float(sigma_max if sigma_max is not None else getattr(network, "sigma_max", math.inf)),
+        label_dim=_label_dim(label_dim, int(getattr(network, "label_dim", 0) or 0)),
+        sigma_min=_sigma("sigma_min", sigma_min, getattr(network, "sigma_min", 0.002)),
+        sigma_max=_sigma("sigma_max", sigma_max, getattr(network, "sigma_max", math.inf)),
         name=name,
     )
+
+
+def _label_dim(given: Any, own: int) -> int:
+    if given is None:
+        return own
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {given!r}")
+    if given and own and given != own:
+        raise ConfigError(f"the model has {own} classes, got label_dim={given}; leave it out")
+    return given
+
+
+def _sigma(name: str, given: Any, own: Any) -> float:
+    if given is None:
+        return float(own)
+    if not isinstance(given, (int, float)) or isinstance(given, bool) or not given >= 0:
+        raise ConfigError(f"{name} must be a noise level, a number that is not negative, got {given!r}")
+    return float(given)
 
 
 def _check_shape(shape: Any) -> tuple[int, ...]:
@@ -201,13 +250,27 @@ def tune(
     autocast: torch.dtype | None,
 ) -> Model:
     """The model with its network compiled, in another memory format or under autocast; see `Sampler`."""
-    if compile in ("reduce-overhead", "max-autotune"):
-        raise ConfigError(
-            f"compile={compile!r} captures graphs of its own inside ours; use 'default' or 'max-autotune-no-cudagraphs'"
-        )
+    _check_compile(model, compile)
     if autocast not in (None, torch.float16, torch.bfloat16):
-        raise ConfigError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast}")
+        raise ConfigError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        raise ConfigError(
+            f"memory_format must be torch.channels_last, another one of torch, or None, got {memory_format!r}"
+        )
     if memory_format is not None and model.module is not None:
         model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
+
+
+def _check_compile(model: Model, mode: Any) -> None:
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise ConfigError(
+            f"compile={mode!r} captures graphs of its own inside ours; use 'default' or 'max-autotune-no-cudagraphs'"
+        )
+    if mode not in (None, "default", "max-autotune-no-cudagraphs"):
+        raise ConfigError(f"compile must be 'default', 'max-autotune-no-cudagraphs' or None, got {mode!r}")
+    if mode is not None and isinstance(model.network, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ConfigError(
+            "torch.compile takes no TorchScript model; leave compile out, or pass the module it was made of"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -147,6 +148,8 @@ def make_plan(
     agree). afs: whether the first evaluation is analytic and free; None takes it wherever the NFE allows. Raises
     ConfigError where no whole number of intervals spends the NFE.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
     made = make_solver(solver, **dict(options or {}))
     midpoint = midpoint or made.midpoint == "required"
     if not isinstance(schedule, (str, Tensor)):
@@ -159,6 +162,7 @@ def make_plan(
         solver, (), options=tuple(sorted((options or {}).items())), midpoint=midpoint, guidance_scale=guidance_scale
     )
     per_interval = made.evaluations(midpoint)
+    nfe = None if nfe is None else _check_nfe(nfe)
     if isinstance(schedule, Tensor):
         return _with_levels(draft, schedule, nfe, afs, per_interval)
     if nfe is None:
@@ -182,7 +186,6 @@ def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, afs: bool | None,
 
 
 def _intervals(nfe: int, per_interval: int, afs: bool | None, solver: str) -> tuple[bool, int]:
-    _check_nfe(nfe)
     for choice in (True, False) if afs is None else (afs,):
         intervals, rest = divmod(nfe + int(choice), per_interval)
         if rest == 0 and intervals:
@@ -196,15 +199,15 @@ def _intervals(nfe: int, per_interval: int, afs: bool | None, solver: str) -> tu
     )
 
 
-def _check_nfe(nfe: Any) -> None:
-    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+def _check_nfe(nfe: Any) -> int:
+    if not isinstance(nfe, Integral) or isinstance(nfe, bool) or nfe < 1:  # NumPy's integers too
         raise ConfigError(f"nfe must be a positive integer, got {nfe!r}")
+    return int(nfe)
 
 
 def best_training_free(nfe: int, **options: Any) -> Plan:
     """The training-free plan that came nearest to the exact solution at this NFE; see `amed compare`."""
-    _check_nfe(nfe)
-    order = 2 if nfe <= 6 else 3
+    order = 2 if _check_nfe(nfe) <= 6 else 3
     return make_plan(nfe, solver="ipndm", options={"max_order": order}, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from torch import Tensor
 from amed_engine.checkpoints import Predictor, is_model
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
-from amed_engine.plan import Plan, best_training_free, make_plan
+from amed_engine.plan import Plan, best_training_free, clamp_range, make_plan
 from amed_engine.schedule import check_sigmas
+
+logger = logging.getLogger("amed_engine")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Wishes:
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
         }
+        if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
+            raise ConfigError(
+                f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
+            )
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint and nfe is not None:
@@ -96,6 +103,17 @@ def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None) ->
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
     given = check_sigmas(given)
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
+
+
+def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """The model's range inside that of the schedules; what was asked for beyond it is not cut off in silence."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    for name, asked, used in (("sigma_min", sigma_min, low), ("sigma_max", sigma_max, high)):
+        if asked and asked != used and math.isfinite(asked):
+            logger.warning(
+                "%s=%g is outside the schedules' 0.002 to 80: using %g; pass levels as schedule", name, asked, used
+            )
+    return low, high
 
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:

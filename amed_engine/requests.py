@@ -52,6 +52,10 @@ def make_request(
     look: read values that are on the device (NaN in latents, the range of labels), which waits for it.
     """
     batch, class_labels = imported("batch", batch), imported("class_labels", class_labels)
+    if generator is not None and not isinstance(batch, Integral):
+        raise ConfigError(
+            "generator draws the seeds where batch is a number, and has no say in seeds or latents; leave it out"
+        )
     if isinstance(batch, Tensor) and batch.is_floating_point():
         latents, seeds, drawn = _check_latents(batch, model, dtype, device, look), None, None
         if model.label_dim and class_labels is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.errors import NonFiniteError
+from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.plan import Plan
 from amed_engine.requests import Request
 
@@ -44,11 +44,18 @@ class SampleResult:
     chunks: int
     seconds: float  # of the host; a GPU may still be at work
 
+    def __repr__(self) -> str:
+        images = f"{tuple(self.images.shape)} {str(self.images.dtype).removeprefix('torch.')}"
+        chunks = f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        return f"SampleResult(images {images}, {self.plan.describe()}, backend {self.backend}{chunks}, {self.seconds:.3g} s)"
+
 
 def make_observer(callback: Callable[[StepInfo], None] | None, progress: bool, plan: Plan) -> Observer | None:
     """What reports intervals to the caller; None where nobody wants to know."""
     if callback is None and not progress:
         return None
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"callback must be a function of a StepInfo, got {type(callback).__name__}")
     bar = tqdm(total=plan.intervals, desc="sampling", unit="step", leave=False) if progress else None
 
     def observe(interval: int, x: Tensor) -> None:

@@ -22,8 +22,16 @@ from amed_engine.export import Exported, Job, export
 from amed_engine.graph import Stats, WarmupReport
 from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
-from amed_engine.plan import Plan, clamp_range
-from amed_engine.planning import Wishes, check_bottleneck, check_dtype, check_model, check_range, choose_plan
+from amed_engine.plan import Plan
+from amed_engine.planning import (
+    Wishes,
+    check_bottleneck,
+    check_dtype,
+    check_model,
+    check_range,
+    choose_plan,
+    usable_range,
+)
 from amed_engine.requests import check_guidance, make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
 
@@ -83,10 +91,10 @@ class Sampler:
         check_finite: bool = True,
     ):
         if dtype not in (torch.float32, torch.float64):
-            raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype}")
+            raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype!r}")
         self.model = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
         self.dtype, self.device = dtype, place(self.model, device)
-        sigma_low, sigma_high = clamp_range(self.model.sigma_min, self.model.sigma_max)
+        sigma_low, sigma_high = usable_range(self.model, sigma_min, sigma_max)
         wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
         if isinstance(predictor, (str, os.PathLike)):
             predictor = load_predictor(predictor)
@@ -96,7 +104,7 @@ class Sampler:
             )
         bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
         if bundled and self.model.name:
-            predictor = zoo.bundled_predictor(self.model.name, nfe or 5)
+            predictor = zoo.bundled_predictor(self.model.name, 5 if nfe is None else nfe)
         self.plan = choose_plan(wishes, predictor)
         if predictor is not None and predictor.plan is not None:
             check_range(self.plan, sigma_min, sigma_max)
@@ -114,6 +122,10 @@ class Sampler:
             logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         self._engine = Engine(tuned, self.device, backend, batch_sizes, check_finite)
+
+    def __repr__(self) -> str:
+        model = self.model.name or getattr(self.model.network, "__name__", type(self.model.network).__name__)
+        return f"Sampler({model}, {self.plan.describe()}, backend {self._engine.backend} on {self.device})"
 
     @property
     def program(self) -> Program:
@@ -223,7 +235,8 @@ class Sampler:
         """The program for this guidance: a predictor is only right for the one it was trained with."""
         check_guidance(self.model, guidance_scale)
         # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
-        if self._program.predictor is None or (guidance_scale or 1) == (self.plan.guidance_scale or 1):
+        asked, trained = (1 if scale is None else scale for scale in (guidance_scale, self.plan.guidance_scale))
+        if self._program.predictor is None or asked == trained:
             return self._program, self.plan
         if self._fallback is None:
             raise ConfigError(
@@ -242,3 +255,7 @@ def _check_out(out: Tensor | None, latents: Tensor) -> None:
     got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
     if got != expected:
         raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
+    if out.requires_grad or any(step == 0 and n > 1 for step, n in zip(out.stride(), out.shape, strict=False)):
+        raise ConfigError(
+            "out is written to: it must not require gradients, nor be an expanded view; pass a plain tensor"
+        )

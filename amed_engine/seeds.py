@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+import reprlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def _integer(seed: Any) -> int:
             return operator.index(seed)
     except TypeError:
         pass
-    raise ConfigError(f"seeds must be integers, got {seed!r} of type {type(seed).__name__}")
+    raise ConfigError(f"seeds must be integers, got {reprlib.repr(seed)} of type {type(seed).__name__}")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -73,10 +74,12 @@ def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 def draw(seeds: Sequence[int], shape: tuple[int, ...], label_dim: int) -> tuple[Tensor, Tensor | None]:
     """Unit normal noise (B, *shape) float32 and, for a conditional model, labels (B,) int64, on the CPU."""
-    noise, labels = torch.empty(len(seeds), *shape), torch.zeros(len(seeds), dtype=torch.int64)
+    # Said in full: the caller's default dtype would change the numbers, a default device refuse the generators.
+    noise = torch.empty(len(seeds), *shape, dtype=torch.float32, device="cpu")
+    labels = torch.zeros(len(seeds), dtype=torch.int64, device="cpu")
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        torch.randn(shape, generator=generator, out=noise[row])
+        noise[row].normal_(generator=generator)
         if label_dim:
-            labels[row] = torch.randint(label_dim, (), generator=generator)
+            labels[row].random_(label_dim, generator=generator)
     return noise, labels if label_dim else None

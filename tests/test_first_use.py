@@ -1,0 +1,154 @@
+"""What a newcomer meets: mistakes of the first hour are told apart from results, and objects print as a line."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from amed_engine import ConfigError, Sampler
+
+SHAPE = (3, 8, 8)
+
+
+def gaussian(x, sigma):
+    return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+
+def euler(model=gaussian, **options) -> Sampler:
+    return Sampler(model, **{"solver": "euler", "nfe": 2, "shape": SHAPE, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver_options": ["max_order"]}, "solver_options must be a dict"),
+        ({"rho": 3, "schedule": "logsnr"}, "rho=3 is the exponent of the other schedules"),
+        ({"rho": 3, "schedule": torch.tensor([9.0, 3.0, 1.0])}, "leave it out"),
+        ({"sigma_min": -1.0}, "sigma_min must be a noise level"),
+        ({"sigma_max": "80"}, "sigma_max must be a noise level"),
+        ({"label_dim": "10"}, "label_dim must be the number of classes"),
+        ({"dtype": "float32"}, "got 'float32'"),
+        ({"autocast": "bfloat16"}, "got 'bfloat16'"),
+        ({"batch_sizes": 8}, "batch_sizes must be positive integers"),
+        ({"batch_sizes": (0,)}, "batch_sizes must be positive integers"),
+        ({"compile": "fast"}, "compile must be 'default'"),
+        ({"compile": True}, "compile must be 'default'"),
+        ({"memory_format": "channels_last"}, "memory_format must be"),
+        ({"nfe": 2.0}, "nfe must be a positive integer"),
+        ({"solver": "amed"}, "amed_engine.fit or distill"),
+        ({"model": nn.Conv2d}, "is the class Conv2d"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_when_the_sampler_is_made(options, message):
+    with pytest.raises(ConfigError, match=message):
+        euler(**options)
+
+
+def test_classes_that_contradict_the_model_are_refused_and_none_at_all_are_not():
+    with pytest.raises(ConfigError, match="10 classes, got label_dim=9"):
+        Sampler("digits", label_dim=9)
+    assert Sampler("digits", label_dim=0).run(1).labels is None
+
+
+def test_torchscript_is_not_compiled():
+    with pytest.raises(ConfigError, match="TorchScript"):
+        euler(torch.jit.trace(gaussian, (torch.zeros(1, *SHAPE), torch.ones(1))), compile="default")
+
+
+def test_integers_of_numpy_count_evaluations():
+    assert euler(nfe=np.int64(3)).nfe == 3
+    assert type(euler(nfe=np.int64(3)).plan.afs) is bool
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, _: x.long(), "floating point"),
+        (lambda x, _: x.to(torch.complex64), "floating point"),
+        (lambda x, _: x.to("meta"), "where its input is"),
+        (lambda x, _: (x, 3), "tuple of Tensor, int"),
+    ],
+)
+def test_answers_that_are_no_estimate_of_the_image_are_refused(answer, message):
+    with pytest.raises(ConfigError, match=message):
+        euler(answer).run(1)
+
+
+class Raw(nn.Module):
+    """Takes one argument more than a denoiser, as most networks of other libraries do."""
+
+    def forward(self, x, step, prompt):
+        return x
+
+
+@pytest.mark.parametrize("network", [Raw(), nn.Conv2d(3, 3, 1, dtype=torch.bfloat16).forward, lambda x: x])
+def test_an_error_of_the_network_says_how_it_was_called(network):
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        euler(network).run(2)
+    assert "x float32 (2, 3, 8, 8), sigma float32 (2,); a raw network becomes a" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ([1], {"generator": torch.Generator()}, "no say in seeds or latents"),
+        (torch.zeros(1, *SHAPE), {"generator": torch.Generator()}, "no say in seeds or latents"),
+        (1, {"callback": 3}, "callback must be a function"),
+        (2, {"out": torch.empty(2, *SHAPE, requires_grad=True)}, "must not require gradients"),
+        (2, {"out": torch.empty(1, *SHAPE).expand(2, *SHAPE)}, "expanded view"),
+    ],
+)
+def test_arguments_of_a_run_that_would_be_ignored_or_fail_late_are_refused(batch, options, message):
+    with pytest.raises(ConfigError, match=message):
+        euler().run(batch, **options)
+
+
+def test_a_list_of_latents_is_refused_in_a_short_sentence():
+    with pytest.raises(ConfigError, match="seeds must be integers") as caught:
+        euler().run([torch.zeros(SHAPE)])
+    assert len(str(caught.value)) < 120
+
+
+def test_a_guidance_of_zero_is_not_the_guidance_a_predictor_was_trained_without(caplog):
+    sampler = Sampler("digits", nfe=5)
+    assert sampler.run([0], 3, guidance_scale=1.0).plan == sampler.plan  # D_u + 1 (D_c - D_u) = D_c
+    assert sampler.run([0], 3, guidance_scale=0.0).plan != sampler.plan
+    assert "not for guidance_scale=0.0" in caplog.text
+
+
+def test_a_bundled_predictor_does_not_hide_a_bad_nfe():
+    with pytest.raises(ConfigError, match="nfe must be a positive integer, got 0"):
+        Sampler("digits", nfe=0)
+
+
+def test_a_range_beyond_the_schedules_is_told(caplog):
+    assert euler(sigma_max=80.0, sigma_min=0.002).plan.sigmas[0] == pytest.approx(80)
+    assert not caplog.records
+    assert euler(sigma_max=500.0).plan.sigmas[0] == pytest.approx(80)
+    assert "sigma_max=500" in caplog.text
+
+
+def test_seeds_give_the_same_images_whatever_the_default_dtype_and_device():
+    sampler = Sampler("digits", nfe=5)
+    expected = sampler.run([3, 4])
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            again = sampler.run([3, 4])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.labels, expected.labels)
+    assert torch.equal(again.images, expected.images)
+
+
+def test_samplers_and_results_print_as_one_line_and_copies_too():
+    sampler = Sampler("digits", nfe=5)
+    assert repr(copy.deepcopy(sampler)) == repr(sampler)
+    assert repr(sampler) == f"Sampler(digits, {sampler.plan.describe()}, backend auto on cpu)"
+    printed = repr(sampler.run(2, 3))
+    assert printed.startswith("SampleResult(images (2, 1, 8, 8) float32, ")
+    assert "backend eager" in printed
+    assert "\n" not in printed
+    assert len(printed) < 200

@@ -188,7 +188,7 @@ def test_unknown_implementation():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_implementation_that_is_not_there():
     with (
-        pytest.raises(ValueError, match="'cuda' cannot be used: .*(CuPy is there|no CUDA device)"),
+        pytest.raises(ValueError, match=r"'cuda' cannot be used: .*(CuPy is there|no CUDA device)"),
         kernels.use("cuda"),
     ):
         pass

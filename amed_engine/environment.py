@@ -33,7 +33,7 @@ def facts() -> dict[str, dict[str, Any]]:
         "kernels": {
             **kernels.backends(),
             "extension": native.why_not() or "active",
-            "cuda_c++": ", ".join(part for part in (cuda.maker(), cuda.why_not() or "active") if part),
+            "cuda_c++": f"{cuda.maker() or 'not built'}, {cuda.why_not() or 'active'}",
             "libamed": _library(),
         },
         "predictors": {name: zoo.predictor_nfes(name) for name in zoo.names()},

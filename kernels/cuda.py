@@ -87,9 +87,9 @@ def maker() -> str:
 
 def why_not() -> str:
     """Why this implementation cannot be used; empty where it can."""
-    if not maker():
-        return f"neither {_LIBRARY.name} (reinstall with nvcc and AMED_CUDA=1) nor CuPy is there"
-    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return "" if maker() else f"neither {_LIBRARY.name} (reinstall with nvcc and AMED_CUDA=1) nor CuPy is there"
 
 
 # ---- operations ----

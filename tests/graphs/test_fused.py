@@ -51,8 +51,9 @@ def predictor(dtype=torch.float32, **options):
 
 def denoise(x, sigma, labels=None):
     shift = 0 if labels is None else labels.sum(1).view(-1, 1, 1, 1)
-    x0 = x / (1 + sigma.view(-1, 1, 1, 1) ** 2) + 0.1 * shift
-    return Denoised(x0, x[:, :1, ::2, ::2] + shift)
+    variance = 1 + sigma.view(-1, 1, 1, 1) ** 2
+    # Features of order one, as networks have them: far larger ones drive r to 0 or 1, where dpm and unipc have no step.
+    return Denoised(x / variance + 0.1 * shift, x[:, :1, ::2, ::2] / variance.sqrt() + shift)
 
 
 LABELS = torch.nn.functional.one_hot(torch.arange(3), 5).double()
@@ -70,7 +71,7 @@ def test_the_fused_step_is_the_plain_one(solver, network, afs):
     """In float64, with the plain definition forced for comparison."""
     plan = make_plan(5 if afs else 6, solver=solver, midpoint=True, afs=afs)
     program = Program.build(plan.make_solver(), plan.levels, predictor(torch.float64), afs=afs)
-    x = 80 * torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    x = 80 * torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with Counting() as fused:
             images = integrate(program, DENOISERS[network], x)[-1]

@@ -20,6 +20,7 @@ from routes import Bench, Route, as_pictures
 from routes_files import FILES
 from routes_samplers import SAMPLERS
 from routes_servers import SERVERS
+from torchvision_operators import declare
 
 ROUTES = (*FILES, *SAMPLERS, *SERVERS)
 CPU = torch.device("cpu")
@@ -67,6 +68,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    declare()  # before any route imports torchvision
     wanted = tuple(options.routes.lower().split(","))
     chosen = [route for route in ROUTES if route.name.lower().startswith(wanted)]
     bench, found = Bench(options.model, options.batch), {}

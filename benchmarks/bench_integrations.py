@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from routes import Bench, Route, as_pictures
 from routes_files import FILES
 from routes_samplers import SAMPLERS
 from routes_servers import SERVERS
+from torchvision_operators import declare
 
 ROUTES = (*FILES, *SAMPLERS, *SERVERS)
 CPU = torch.device("cpu")
@@ -67,6 +69,9 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the servers
+    declare()  # before any route imports torchvision
     wanted = tuple(options.routes.lower().split(","))
     chosen = [route for route in ROUTES if route.name.lower().startswith(wanted)]
     bench, found = Bench(options.model, options.batch), {}
@@ -89,6 +94,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="digits", help="a workload; the servers hold digits whatever this says")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other on a busy machine")
     return parser.parse_args(arguments)
 
 

@@ -11,7 +11,6 @@ import torch
 from harness import Unavailable
 from routes import TRACED, Bench, Draw, Route
 from torch import Tensor, nn
-from torchvision_operators import declare
 
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.k_diffusion import sample_amed
@@ -66,7 +65,6 @@ def physicsnemo(bench: Bench, stack: ExitStack) -> Draw:
     """Through its own `sample` and noise scheduler."""
     if find_spec("physicsnemo") is None:
         raise Unavailable("nvidia-physicsnemo is not installed")
-    declare()
     try:
         from physicsnemo.diffusion.noise_schedulers import EDMNoiseScheduler
         from physicsnemo.diffusion.samplers import sample

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-integrations lint format bench clean
 
 demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side by side
 	$(BIN)/amed sample --model digits --seeds 0-63 --nfe 5 --out samples.png
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side 
 
 test: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-integrations: $(VENV)-integrations/.installed  ## against the real stacks, in an environment of its own
+	$(VENV)-integrations/bin/pytest tests/integrations $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks samples.png compare.png
+	rm -rf $(VENV) $(VENV)-integrations build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks samples.png compare.png
 	find amed_engine kernels csrc tests -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
 
 # Stamps, so that a second `make demo` installs nothing. --no-deps and --no-build-isolation: the lock file has it all.
@@ -46,4 +49,12 @@ $(VENV)/.installed: $(VENV)/.locked pyproject.toml setup.py $(CSRC)
 
 $(VENV)/.lint: $(VENV)/.installed requirements-dev.lock
 	$(PIP) -r requirements-dev.lock
+	touch $@
+
+# --no-deps: requirements-integrations.lock has what their tests import, and pins of some contradict each other.
+$(VENV)-integrations/.installed: requirements.lock requirements-integrations.lock pyproject.toml setup.py $(CSRC)
+	$(PYTHON) -m venv $(VENV)-integrations
+	$(VENV)-integrations/bin/python -m pip install --quiet -r requirements.lock
+	$(VENV)-integrations/bin/python -m pip install --quiet --no-deps -r requirements-integrations.lock
+	$(VENV)-integrations/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -134,7 +134,8 @@ class GraphCache:
             if family in self._captured:
                 return WarmupReport("graph")
             taken = sum(len(captured.graphs) for captured in self._captured.values())
-            if family in self._refused or taken + len(self.batch_sizes) > self.max_graphs:
+            full = taken + len(self.batch_sizes) > self.max_graphs
+            if full or family in self._refused or self.device.capturing():
                 return WarmupReport("eager")
             return WarmupReport("graph", self._capture_all(family, loop, latents, labels))
 

@@ -39,8 +39,8 @@ def as_denoised(output: Any) -> Denoised:
         return Denoised(*parts)
     of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
     raise ConfigError(
-        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; wrap the model in a "
-        "function (x, sigma) -> (D, features)"
+        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; give a function "
+        "(x, sigma) -> (D, features), or the raw network to amed_engine.wrap"
     )
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from amed_engine import ConfigError, Sampler
+from amed_engine import (
+    AMEDPredictor,
+    ConfigError,
+    FileFormatError,
+    Sampler,
+    Stepper,
+    load_package,
+    make_plan,
+    read_plan,
+    write_plan,
+)
 
 SHAPE = (3, 8, 8)
 
@@ -152,3 +162,29 @@ def test_samplers_and_results_print_as_one_line_and_copies_too():
     assert "backend eager" in printed
     assert "\n" not in printed
     assert len(printed) < 200
+
+
+def test_plans_packages_and_steppers_print_as_one_line(tmp_path):
+    predictor = AMEDPredictor(bottleneck=(4, 4))
+    predictor.plan = make_plan(5, solver="amed")
+    plan = write_plan(euler(predictor=predictor, solver=None, nfe=None), tmp_path / "plan.json")  # 9,000 weights
+    assert repr(plan) == f"StaticPlan({predictor.plan.describe()}, shape (3, 8, 8))"
+    stepper = Stepper(plan, np.zeros((2, *SHAPE), np.float32))
+    assert repr(stepper) == f"Stepper({plan!r}, evaluation 1 of {len(plan.evaluations)}, x float32 (2, 3, 8, 8))"
+    euler().export(tmp_path / "loop.pt2", "exported", verify=False)
+    package = load_package(tmp_path / "loop.pt2")
+    assert repr(package) == f"Package(exported, {euler().plan.describe()}, shape (3, 8, 8), batches to 256, cpu)"
+
+
+def test_a_stepper_wants_a_plan_not_its_file_and_says_when_its_result_is_there(tmp_path):
+    plan = write_plan(euler(), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match="what read_plan returns, got str"):
+        Stepper(str(tmp_path / "plan.json"), np.zeros((1, *SHAPE), np.float32))
+    with pytest.raises(ConfigError, match=r"no result yet; `advance` it .* until \.done is True"):
+        _ = Stepper(plan, np.zeros((1, *SHAPE), np.float32)).result
+
+
+def test_a_file_of_another_kind_is_refused_with_whole_names(tmp_path):
+    euler().export(tmp_path / "schedule.json", "schedule")
+    with pytest.raises(FileFormatError, match=r"missing evaluations, guidance_scale, nfe \.\.\., expected exactly"):
+        read_plan(tmp_path / "schedule.json")

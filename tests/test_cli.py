@@ -397,12 +397,18 @@ def boom(error: BaseException):
     return raise_it
 
 
+def noted(error: BaseException, note: str) -> BaseException:
+    error.add_note(note)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (RuntimeError("first\nsecond"), "RuntimeError: first (amed --debug shows where)"),
         (OSError(28, "No space left on device", "/x.png"), "No space left on device: /x.png"),
         (MemoryError(), "MemoryError (amed --debug shows where)"),
+        (noted(TypeError("two arguments"), "wrap it"), "TypeError: two arguments; wrap it (amed --debug shows where)"),
     ],
 )
 def test_what_nobody_expected_is_one_line_too(error, line, amed, model, monkeypatch):

@@ -72,6 +72,18 @@ def test_integers_of_numpy_count_evaluations():
     assert type(euler(nfe=np.int64(3)).plan.afs) is bool
 
 
+@pytest.mark.parametrize("level", [np.float32(3), np.float64(3), torch.tensor(3.0), 3])
+def test_numbers_of_numpy_and_torch_are_noise_levels(level):
+    assert euler(sigma_max=level).plan.sigmas[0] == pytest.approx(3)
+
+
+def test_a_state_dict_is_refused_with_what_to_do_instead(tmp_path):
+    torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="load it into its network and pass that") as caught:
+        euler(str(tmp_path / "weights.pt"))
+    assert "miniz" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -34,7 +34,7 @@ def as_denoised(output: Any) -> Denoised:
     """D or (D, features) as a Denoised."""
     if isinstance(output, Tensor):
         return Denoised(output)
-    parts = tuple(output) if isinstance(output, (tuple, list)) else ()
+    parts: tuple[Any, ...] = tuple(output) if isinstance(output, (tuple, list)) else ()
     if 1 <= len(parts) <= 2 and isinstance(parts[0], Tensor) and isinstance(parts[-1], (Tensor, type(None))):
         return Denoised(*parts)
     of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""

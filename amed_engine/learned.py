@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -133,7 +132,9 @@ def fit(
     Returns predictors with their plan set. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    numbers = [nfe] if isinstance(nfe, Integral) else list(nfe)
+    numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
+    if not numbers:
+        raise ConfigError("nfe is empty; pass a number of evaluations, or several")
     effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
     task = Task(
         variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
@@ -146,7 +147,7 @@ def fit(
     for number, each in tasks.items():
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
             fitted[number] = learn(resolved, each, effort, examples, _reporter(bar))
-    return fitted[numbers[0]] if isinstance(nfe, Integral) else fitted
+    return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
 
 
 def _reporter(bar: tqdm) -> Callable[[int, float], None]:
@@ -198,7 +199,10 @@ def draw_examples(
 
 @torch.no_grad()
 def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
-    return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
+    images = sample(denoiser, x, teacher.levels, teacher.make_solver())
+    if not bool(images.isfinite().all()):
+        raise ConfigError("the teacher's samples are not finite; look at what the model returns")
+    return Example(denoiser, x, images)
 
 
 def plans_of(model: Model, task: Task) -> list[Plan]:

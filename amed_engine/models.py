@@ -162,7 +162,7 @@ def _sigma(name: str, given: Any, own: Any) -> float:
     if given is None:
         return float(own)
     level = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
-    if not isinstance(level, Real) or isinstance(level, bool) or not level >= 0:
+    if not isinstance(level, Real) or isinstance(level, bool) or not float(level) >= 0:
         raise ConfigError(f"{name} must be a noise level, a number that is not negative, got {given!r}")
     return float(level)
 

@@ -70,7 +70,8 @@ def test_the_fused_step_is_the_plain_one(solver, network, afs):
     """In float64, with the plain definition forced for comparison."""
     plan = make_plan(5 if afs else 6, solver=solver, midpoint=True, afs=afs)
     program = Program.build(plan.make_solver(), plan.levels, predictor(torch.float64), afs=afs)
-    x = 80 * torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    # One draw: this predictor is random, and at some latents r is so near 0 or 1 that rounding is all there is to compare.
+    x = 80 * torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         with Counting() as fused:
             images = integrate(program, DENOISERS[network], x)[-1]

@@ -24,6 +24,7 @@ from amed_engine.commands.reproduce import reproduce
 from amed_engine.commands.search_schedule import search_schedule
 from amed_engine.commands.shared import (
     PAIRS,
+    check_png,
     check_writable,
     default_device,
     drawing_options,
@@ -76,6 +77,7 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
         raise click.UsageError("nowhere to write; pass --out FILE.png or --outdir FOLDER")
     if subdirs and not outdir:
         raise click.UsageError("--subdirs needs --outdir")
+    check_png(out)
     from amed_engine import images
     from amed_engine.seeds import parse_seeds
 
@@ -116,6 +118,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
     from amed_engine.checkpoints import atomic_write
     from amed_engine.seeds import parse_seeds
 
+    check_png(out)
     numbers = parse_seeds(seeds)
     if out:
         figure.import_matplotlib()

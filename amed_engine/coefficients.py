@@ -20,6 +20,11 @@ from amed_engine.solver import in_range
 MAX_INTERVALS = 15  # `combine` reads at most 16 tensors: x_0 and the evaluations
 
 
+def described(plan: Plan | None, config: dict) -> str:
+    """What a predictor prints of itself."""
+    return plan.describe() if plan is not None else ", ".join(f"{name}={value}" for name, value in config.items())
+
+
 class ConstantPredictor(nn.Module):
     """r, scale_dir and scale_time as numbers: the same for every sample, without a network or a bottleneck.
 
@@ -48,6 +53,9 @@ class ConstantPredictor(nn.Module):
             for k, parameter in enumerate((predictor.r, predictor.scale_dir, predictor.scale_time)):
                 parameter.copy_(torch.stack([fields[k].expand(predictor.points) for fields in table]))
         return predictor
+
+    def extra_repr(self) -> str:
+        return described(self.plan, self.config)
 
     @property
     def config(self) -> dict:
@@ -95,6 +103,9 @@ class CoefficientPredictor(nn.Module):
         self.heads = nn.Parameter(torch.zeros(intervals, intervals + 1, codes, dtype=double)) if codes else None
         self.register_buffer("centre", torch.zeros(intervals, inputs, dtype=double) if codes else None)
         self.register_buffer("basis", torch.zeros(intervals, inputs, codes, dtype=double) if codes else None)
+
+    def extra_repr(self) -> str:
+        return described(self.plan, self.config)
 
     @property
     def config(self) -> dict:

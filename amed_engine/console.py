@@ -61,7 +61,8 @@ def _explain(error: Exception, ctx: click.Context) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     first = "".join(f": {line}" for line in str(error).splitlines()[:1])
-    return f"{type(error).__name__}{first} ({ctx.info_name} --debug shows where)"
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}{first}{notes} ({ctx.info_name} --debug shows where)"
 
 
 @contextlib.contextmanager

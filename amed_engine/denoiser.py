@@ -34,13 +34,13 @@ def as_denoised(output: Any) -> Denoised:
     """D or (D, features) as a Denoised."""
     if isinstance(output, Tensor):
         return Denoised(output)
-    parts = tuple(output) if isinstance(output, (tuple, list)) else ()
+    parts: tuple[Any, ...] = tuple(output) if isinstance(output, (tuple, list)) else ()
     if 1 <= len(parts) <= 2 and isinstance(parts[0], Tensor) and isinstance(parts[-1], (Tensor, type(None))):
         return Denoised(*parts)
     of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
     raise ConfigError(
-        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; wrap the model in a "
-        "function (x, sigma) -> (D, features)"
+        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; give a function "
+        "(x, sigma) -> (D, features), or the raw network to amed_engine.wrap"
     )
 
 

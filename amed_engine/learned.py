@@ -17,7 +17,7 @@ from tqdm import tqdm
 from amed_engine.batches import Batches, Condition
 from amed_engine.candidate import Candidate, Fitted, nonstationary
 from amed_engine.checkpoints import fingerprint
-from amed_engine.coefficients import ConstantPredictor
+from amed_engine.coefficients import MAX_INTERVALS, ConstantPredictor
 from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
@@ -77,6 +77,17 @@ class Task:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        mine = (self.solver, self.schedule, self.rho) != ("amed", "time_uniform", None) or self.solver_options
+        if self.learns_all and mine:
+            raise ConfigError(
+                f"variant={self.variant!r} learns its coefficients and starts from solvers of its own choice; leave solver, "
+                "solver_options, schedule and rho out, or fit 'constants' or 'epd'"
+            )
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether all coefficients are free, and no solver has a say but as a start."""
+        return self.variant in ("nonstationary", "adaptive")
 
 
 def fit(
@@ -121,17 +132,22 @@ def fit(
     Returns predictors with their plan set. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    numbers = [nfe] if isinstance(nfe, int) else list(nfe)
+    numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
+    if not numbers:
+        raise ConfigError("nfe is empty; pass a number of evaluations, or several")
     effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
     task = Task(
         variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
     )
+    tasks = {number: replace(task, nfe=number) for number in numbers}
+    for each in tasks.values():
+        plans_of(resolved, each)  # what cannot be is refused before the teacher's work
     examples = draw_examples(resolved, task, effort, conditions)
     fitted: dict[int, Fitted] = {}
-    for number in numbers:
+    for number, each in tasks.items():
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
-            fitted[number] = learn(resolved, replace(task, nfe=number), effort, examples, _reporter(bar))
-    return fitted[numbers[0]] if isinstance(nfe, int) else fitted
+            fitted[number] = learn(resolved, each, effort, examples, _reporter(bar))
+    return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
 
 
 def _reporter(bar: tqdm) -> Callable[[int, float], None]:
@@ -183,28 +199,46 @@ def draw_examples(
 
 @torch.no_grad()
 def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
-    return Example(denoiser, x, sample(denoiser, x, teacher.levels, teacher.make_solver()))
+    images = sample(denoiser, x, teacher.levels, teacher.make_solver())
+    if not bool(images.isfinite().all()):
+        raise ConfigError("the teacher's samples are not finite; look at what the model returns")
+    return Example(denoiser, x, images)
+
+
+def plans_of(model: Model, task: Task) -> list[Plan]:
+    """The plans the fit of a task may begin with: training-free ones, or for constants the one to learn. Raises ConfigError."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
+    if not task.learns_all:
+        options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
+        own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
+        return [make_plan(task.nfe, midpoint=True, **own, **span)]
+    plans = [
+        make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
+        for solver, options, schedule in STARTS
+    ]
+    if plans[0].intervals > MAX_INTERVALS:
+        raise ConfigError(
+            f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {plans[0].intervals} for nfe={task.nfe}; "
+            "ask for fewer evaluations (afs=False has one interval less)"
+        )
+    return plans
 
 
 def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candidate]:
     """Where the fit of a task may begin, best first: training-free solvers, or for constants DPM-Solver-2."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
-    span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
-    if task.variant in ("nonstationary", "adaptive"):
-        return _classical(task, examples, span)
-    options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
-    plan = make_plan(
-        task.nfe, solver=task.solver, options=options, schedule=task.schedule, rho=task.rho, midpoint=True, **span
-    )
-    return [Candidate(plan, ConstantPredictor(plan.intervals, options.get("points", 1)), bool(task.learn_sigmas))]
+    plans = plans_of(model, task)
+    if task.learns_all:
+        return _classical(plans, examples, task, clamp_range(model.sigma_min, model.sigma_max)[0])
+    constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
+    return [Candidate(plans[0], constants, bool(task.learn_sigmas))]
 
 
-def _classical(task: Task, examples: list[Example], span: dict[str, Any]) -> list[Candidate]:
+def _classical(plans: list[Plan], examples: list[Example], task: Task, sigma_min: float) -> list[Candidate]:
     """Training-free programs as free coefficients, the best on the first latents first."""
     learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
     candidates = []
-    for solver, options, schedule in STARTS:
-        plan = make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
+    for plan in plans:
         program = Program.build(plan.make_solver(), plan.levels, afs=plan.afs)
-        candidates.append(replace(nonstationary(program, span["sigma_min"]), learn_sigmas=learn_sigmas))
+        candidates.append(replace(nonstationary(program, sigma_min), learn_sigmas=learn_sigmas))
     return sorted(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -150,19 +151,20 @@ def resolve(
 def _label_dim(given: Any, own: int) -> int:
     if given is None:
         return own
-    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < 0:
         raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {given!r}")
     if given and own and given != own:
         raise ConfigError(f"the model has {own} classes, got label_dim={given}; leave it out")
-    return given
+    return int(given)
 
 
 def _sigma(name: str, given: Any, own: Any) -> float:
     if given is None:
         return float(own)
-    if not isinstance(given, (int, float)) or isinstance(given, bool) or not given >= 0:
+    level = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if not isinstance(level, Real) or isinstance(level, bool) or not float(level) >= 0:
         raise ConfigError(f"{name} must be a noise level, a number that is not negative, got {given!r}")
-    return float(given)
+    return float(level)
 
 
 def _check_shape(shape: Any) -> tuple[int, ...]:
@@ -206,10 +208,11 @@ def _read(path: Path) -> Any:
         opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ConfigError(
-            f"{path} is no {kind} file ({str(error).splitlines()[0] or type(error).__name__}); known forms: TorchScript (.pt), "
-            "ExportedProgram or AOTInductor package (.pt2), ONNX (.onnx), this package's .safetensors or directory; a "
-            f"published one: `amed convert {path}` first"
+            f"{path} is no {kind} file ({why}); known forms: TorchScript (.pt), ExportedProgram or AOTInductor package (.pt2), "
+            f"ONNX (.onnx), this package's .safetensors or directory; a published one: `amed convert {path}` first; a state "
+            "dict of your own: load it into its network and pass that"
         ) from error
     return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
 

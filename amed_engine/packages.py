@@ -128,6 +128,10 @@ class Package:
         plan = facts.plan
         self._model = Model(call, facts.shape, facts.label_dim, sigma_min=plan.sigmas[-1], sigma_max=plan.sigmas[0])
 
+    def __repr__(self) -> str:
+        format, plan, shape, most = self.facts.format, self.facts.plan, self.facts.shape, self.facts.max_batch
+        return f"Package({format}, {plan.describe()}, shape {shape}, batches to {most}, {self.facts.device})"
+
     @property
     def nfe(self) -> int:
         """Network evaluations per sample."""

@@ -152,6 +152,10 @@ def make_plan(
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
     made = make_solver(solver, **dict(options or {}))
     midpoint = midpoint or made.midpoint == "required"
+    if midpoint and made.midpoint == "none":
+        raise ConfigError(
+            f"solver {solver!r} takes no predictor; use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"
+        )
     if not isinstance(schedule, (str, Tensor)):
         raise ConfigError(
             f"schedule must be a name ({', '.join(SCHEDULES)}) or a tensor of noise levels, got {type(schedule).__name__}"

@@ -172,7 +172,11 @@ def _expect_names(data: Any, names: tuple[str, ...], where: str) -> None:
         refuse(where, type(data).__name__, "an object")
     if set(data) != set(names):
         missing, unknown = sorted(set(names) - set(data)), sorted(set(data) - set(names))
-        refuse(where, f"unknown {unknown[:4]}, missing {missing[:4]}", f"exactly {', '.join(names)}")
+        refuse(where, f"unknown {_few(unknown)}, missing {_few(missing)}", f"exactly {', '.join(names)}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") if names else "nothing"
 
 
 def _list(data: Any, where: str, low: int, high: int) -> list:

@@ -109,7 +109,8 @@ def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None)
     """The model's range inside that of the schedules; what was asked for beyond it is not cut off in silence."""
     low, high = clamp_range(model.sigma_min, model.sigma_max)
     for name, asked, used in (("sigma_min", sigma_min, low), ("sigma_max", sigma_max, high)):
-        if asked and asked != used and math.isfinite(asked):
+        # Levels of a plan that are given back as a range are its ends to rounding only.
+        if asked and math.isfinite(asked) and not math.isclose(asked, used, rel_tol=1e-6):
             logger.warning(
                 "%s=%g is outside the schedules' 0.002 to 80: using %g; pass levels as schedule", name, asked, used
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -139,8 +140,8 @@ def make_schedule(
     """
     if name not in SCHEDULES:
         raise ConfigError(f"unknown schedule {name!r}; valid names: {', '.join(SCHEDULES)}")
-    if num_steps < 2:
-        raise ConfigError(f"num_steps counts noise levels and must be at least 2 (one interval), got {num_steps}")
+    if not isinstance(num_steps, Integral) or num_steps < 2:
+        raise ConfigError(f"num_steps counts noise levels and must be at least 2 (one interval), got {num_steps!r}")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ConfigError(
             f"need 0 < sigma_min < sigma_max, both finite; got sigma_min={sigma_min}, sigma_max={sigma_max}"

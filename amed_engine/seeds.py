@@ -43,20 +43,20 @@ def _integer(seed: Any) -> int:
     raise ConfigError(f"seeds must be integers, got {reprlib.repr(seed)} of type {type(seed).__name__}")
 
 
-def parse_seeds(text: str) -> list[int]:
-    """EDM's notation: "0-63", "1,5,9" or "0-3,8". Raises ConfigError."""
+def parse_seeds(text: str, what: str = "seeds") -> list[int]:
+    """EDM's notation: "0-63", "1,5,9" or "0-3,8". Raises ConfigError, which says what the numbers are."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
         if not match:
             raise ConfigError(
-                f"cannot read seeds {text!r}: {part!r} is neither a number nor a range; write e.g. 0-63 or 1,5,9"
+                f"cannot read {what} {text!r}: {part!r} is neither a number nor a range; write e.g. 0-63 or 1,5,9"
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ConfigError(f"cannot read seeds {text!r}: the range {part.strip()!r} runs backwards")
+            raise ConfigError(f"cannot read {what} {text!r}: the range {part.strip()!r} runs backwards")
         if last - first >= 10_000_000:
-            raise ConfigError(f"cannot read seeds {text!r}: {part.strip()!r} names more than 10,000,000 seeds")
+            raise ConfigError(f"cannot read {what} {text!r}: {part.strip()!r} names more than 10,000,000 {what}")
         seeds.extend(range(first, last + 1))
     return check_seeds(seeds)
 

@@ -105,6 +105,11 @@ class StaticPlan:
     guidance_scale: float | None = None
     predictor: PredictorWeights | None = None
 
+    def __repr__(self) -> str:
+        """One line: the numbers are thousands where there is a predictor."""
+        shape = "" if self.shape is None else f", shape {self.shape}"
+        return f"StaticPlan({self.description or f'NFE {self.nfe}'}{shape})"
+
     @property
     def nfe(self) -> int:
         """Network evaluations per sample; parallel points count one each."""

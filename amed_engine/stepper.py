@@ -28,6 +28,8 @@ class Stepper:
     """
 
     def __init__(self, plan: StaticPlan, x: Array, *, xp: Any = None, combine: Combine | None = None):
+        if not isinstance(plan, StaticPlan):
+            raise ConfigError(f"plan must be what read_plan returns, got {type(plan).__name__}")
         self.plan, self.xp = plan, _numpy() if xp is None else xp
         self._combine = combine or self._plain_combine
         _check_latents(self.xp, plan, x)
@@ -35,6 +37,10 @@ class Stepper:
         self._weights = None if plan.predictor is None else Weights(self.xp, plan.predictor)
         self._template = x
         self.restart(x)
+
+    def __repr__(self) -> str:
+        at = f"evaluation {self._next} of {len(self.plan.evaluations)}"
+        return f"Stepper({self.plan!r}, {'done' if self.done else at}, x {self._template.dtype} {self._template.shape})"
 
     def restart(self, x: Array) -> None:
         """Begin again from other latents of the same shape and dtype."""
@@ -88,7 +94,9 @@ class Stepper:
     def _expect(self, *, done: bool) -> None:
         if self.done is not done:
             raise ConfigError(
-                "the trajectory is at its end; take .result" if self.done else "ask again when .done is True"
+                "the trajectory is at its end; take .result"
+                if self.done
+                else "the trajectory has no result yet; `advance` it with the network's answers until .done is True"
             )
 
     def _skip_analytic(self) -> None:

@@ -295,6 +295,14 @@ USAGE = {
     "an unknown option": (("sample", "--nef", "5"), "--nef"),
     "no place to write": (("sample",), "pass --out FILE.png or --outdir"),
     "subdirs of nothing": (("sample", "--subdirs", "--out", "a.png"), "--subdirs needs --outdir"),
+    "a picture of another kind": (("sample", "--out", "a.jpg"), "written as PNG, got a.jpg; name it a.png"),
+    "a comparison of another kind": (("compare", "--out", "c.pdf"), "written as PNG, got c.pdf"),
+    "several fits in one file": (("fit", "--nfe", "3-4", "--out", "p.safetensors"), "pass --out FOLDER"),
+    "an NFE that is none": (("fit", "--nfe", "x", "--out", "p.safetensors"), "cannot read NFE 'x'"),
+    "a predictor for no evaluation": (
+        ("sample", "--nfe", "0", "--out", "a.png"),
+        "nfe must be a positive integer, got 0",
+    ),
     "an option without value": (("sample", "--solver-option", "max_order", "--out", "a.png"), "not name=value"),
     "an option of the wrong type": (("sample", "--nfe", "five", "--out", "a.png"), "not a valid integer"),
     "a batch of nothing": (("sample", "--batch", "0", "--out", "a.png"), "x>=1"),
@@ -389,12 +397,18 @@ def boom(error: BaseException):
     return raise_it
 
 
+def noted(error: BaseException, note: str) -> BaseException:
+    error.add_note(note)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (RuntimeError("first\nsecond"), "RuntimeError: first (amed --debug shows where)"),
         (OSError(28, "No space left on device", "/x.png"), "No space left on device: /x.png"),
         (MemoryError(), "MemoryError (amed --debug shows where)"),
+        (noted(TypeError("two arguments"), "wrap it"), "TypeError: two arguments; wrap it (amed --debug shows where)"),
     ],
 )
 def test_what_nobody_expected_is_one_line_too(error, line, amed, model, monkeypatch):

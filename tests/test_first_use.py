@@ -1,13 +1,28 @@
 """What a newcomer meets: mistakes of the first hour are told apart from results, and objects print as a line."""
 
 import copy
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from amed_engine import ConfigError, Sampler
+from amed_engine import (
+    AMEDPredictor,
+    ConfigError,
+    FileFormatError,
+    Sampler,
+    Stepper,
+    distill,
+    fit,
+    load_package,
+    make_plan,
+    make_schedule,
+    read_plan,
+    save_predictor,
+    write_plan,
+)
 
 SHAPE = (3, 8, 8)
 
@@ -62,6 +77,18 @@ def test_integers_of_numpy_count_evaluations():
     assert type(euler(nfe=np.int64(3)).plan.afs) is bool
 
 
+@pytest.mark.parametrize("level", [np.float32(3), np.float64(3), torch.tensor(3.0), 3])
+def test_numbers_of_numpy_and_torch_are_noise_levels(level):
+    assert euler(sigma_max=level).plan.sigmas[0] == pytest.approx(3)
+
+
+def test_a_state_dict_is_refused_with_what_to_do_instead(tmp_path):
+    torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="load it into its network and pass that") as caught:
+        euler(str(tmp_path / "weights.pt"))
+    assert "miniz" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -107,7 +134,7 @@ def test_arguments_of_a_run_that_would_be_ignored_or_fail_late_are_refused(batch
 
 def test_a_list_of_latents_is_refused_in_a_short_sentence():
     with pytest.raises(ConfigError, match="seeds must be integers") as caught:
-        euler().run([torch.zeros(SHAPE)])
+        euler().run(cast(Any, [torch.zeros(SHAPE)]))
     assert len(str(caught.value)) < 120
 
 
@@ -139,6 +166,8 @@ def test_seeds_give_the_same_images_whatever_the_default_dtype_and_device():
             again = sampler.run([3, 4])
     finally:
         torch.set_default_dtype(torch.float32)
+    assert again.labels is not None
+    assert expected.labels is not None
     assert torch.equal(again.labels, expected.labels)
     assert torch.equal(again.images, expected.images)
 
@@ -152,3 +181,65 @@ def test_samplers_and_results_print_as_one_line_and_copies_too():
     assert "backend eager" in printed
     assert "\n" not in printed
     assert len(printed) < 200
+
+
+def test_plans_packages_and_steppers_print_as_one_line(tmp_path):
+    predictor = AMEDPredictor(bottleneck=(4, 4))
+    predictor.plan = make_plan(5, solver="amed")
+    plan = write_plan(euler(predictor=predictor, solver=None, nfe=None), tmp_path / "plan.json")  # 9,000 weights
+    assert repr(plan) == f"StaticPlan({predictor.plan.describe()}, shape (3, 8, 8))"
+    stepper = Stepper(plan, np.zeros((2, *SHAPE), np.float32))
+    assert repr(stepper) == f"Stepper({plan!r}, evaluation 1 of {len(plan.evaluations)}, x float32 (2, 3, 8, 8))"
+    euler().export(tmp_path / "loop.pt2", "exported", verify=False)
+    package = load_package(tmp_path / "loop.pt2")
+    assert repr(package) == f"Package(exported, {euler().plan.describe()}, shape (3, 8, 8), batches to 256, cpu)"
+
+
+def test_a_stepper_wants_a_plan_not_its_file_and_says_when_its_result_is_there(tmp_path):
+    plan = write_plan(euler(), tmp_path / "plan.json")
+    with pytest.raises(ConfigError, match="what read_plan returns, got str"):
+        Stepper(cast(Any, str(tmp_path / "plan.json")), np.zeros((1, *SHAPE), np.float32))
+    with pytest.raises(ConfigError, match=r"no result yet; `advance` it .* until \.done is True"):
+        _ = Stepper(plan, np.zeros((1, *SHAPE), np.float32)).result
+
+
+def test_a_file_of_another_kind_is_refused_with_whole_names(tmp_path):
+    euler().export(tmp_path / "schedule.json", "schedule")
+    with pytest.raises(FileFormatError, match=r"missing evaluations, guidance_scale, nfe \.\.\., expected exactly"):
+        read_plan(tmp_path / "schedule.json")
+
+
+FEW: dict[str, Any] = {"samples": 8, "starts": 1, "early": 0, "late": 1, "progress": False, "shape": SHAPE}
+BRIEF: dict[str, Any] = {"total_kimg": 0.016, "batch": 16, "progress": False, "shape": SHAPE}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fit(lambda x, _: x * float("nan"), nfe=3, **FEW), "teacher's samples are not finite"),
+        (lambda: fit(gaussian, nfe=[], **FEW), "nfe is empty"),
+        (lambda: fit(gaussian, **{**FEW, "nfe": 5.0}), r"nfe must be a positive integer, got 5\.0"),
+        (
+            lambda: distill(gaussian, **{**BRIEF, "loss": "mse"}),
+            r"loss must be a function \(x, target\) -> \(B,\), got 'mse'",
+        ),
+        (
+            lambda: distill(gaussian, loss=lambda x, y: (x - y).square().sum(), **BRIEF),
+            r"shape \(16,\), got shape \(\)",
+        ),
+        (lambda: distill(gaussian, **{**BRIEF, "loss": lambda x, y: 1.0}), r"shape \(16,\), got float"),
+        (lambda: make_schedule("logsnr", cast(Any, "5"), 0.1, 1.0), "at least 2 .*got '5'"),
+        (lambda: save_predictor(AMEDPredictor(bottleneck=(4, 4)), "p.pt"), r"name it p\.safetensors"),
+        (lambda: save_predictor(cast(Any, nn.Conv2d(3, 3, 1)), "p.safetensors"), "got Conv2d"),
+    ],
+)
+def test_training_and_saving_refuse_what_would_be_lost_work(make, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        make()
+    assert not list(tmp_path.iterdir())
+
+
+def test_fitted_predictors_print_their_plan():
+    predictor = fit(gaussian, **{**FEW, "nfe": np.int64(3)})
+    assert repr(predictor).startswith("CoefficientPredictor(nonstationary + predictor, custom, ")

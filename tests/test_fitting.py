@@ -382,6 +382,10 @@ def test_a_predictor_of_another_number_of_intervals():
         Sampler(mixture, constants, shape=SHAPE)
 
 
+def unasked(x, sigma):
+    raise AssertionError("a fit that cannot be has evaluated the network")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -390,10 +394,15 @@ def test_a_predictor_of_another_number_of_intervals():
         (lambda: CoefficientPredictor(16, 80.0), "intervals must be an integer from 1 to 15, got 16"),
         (lambda: CoefficientPredictor(3, 80.0, codes=-1), "codes and inputs must be integers"),
         (lambda: Task("best"), "variant must be one of constants, epd, nonstationary, adaptive; got 'best'"),
+        (lambda: Task("nonstationary", solver="euler"), "leave solver, solver_options, schedule and rho out"),
+        (lambda: Task("adaptive", schedule="logsnr"), "leave solver, solver_options, schedule and rho out"),
         (lambda: Effort(samples=0), "samples must be an integer of at least 8, got 0"),
         (lambda: AMEDPredictor().freeze(mixture, latents(1)), "freeze needs to know solver and noise levels"),
         (lambda: planned().freeze(mixture, 4), "freeze cannot draw 4 latents for this model"),
         (lambda: fit(mixture), "pass shape="),
+        (lambda: fit(unasked, shape=SHAPE, nfe=15), "at most 15 intervals, got 16 for nfe=15"),
+        (lambda: fit(unasked, shape=SHAPE, nfe=(3, 0)), "nfe must be a positive integer, got 0"),
+        (lambda: fit(unasked, shape=SHAPE, variant="constants", solver="heun"), "takes no predictor"),
         (
             lambda: fit(mixture, shape=SHAPE, guidance_scale=2.0),
             "guidance_scale needs a class-conditional model",

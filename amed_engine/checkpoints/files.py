@@ -26,6 +26,7 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
+OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onnx")  # no names of a directory either
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,8 +73,13 @@ def _umask() -> int:
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
     """Save tensors and their configuration to a .safetensors file or a directory, each file atomically.
 
-    Raises ConfigError for a configuration that JSON cannot hold, and OSError.
+    Raises ConfigError for a configuration that JSON cannot hold or the name of another kind of file, and OSError.
     """
+    path = Path(path)
+    if path.suffix in OTHERS and not path.is_dir():
+        raise ConfigError(
+            f"{path} has the name of another kind of file; name it {path.stem}.safetensors, or give a directory"
+        )
     try:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -82,7 +88,6 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> 
         ) from error
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, metadata={CONFIG_KEY: text})
-    path = Path(path)
     if path.suffix == ".safetensors":
         atomic_write(path, data)
         return

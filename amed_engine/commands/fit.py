@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.shared import default_device, where_options
+from amed_engine.commands.shared import check_writable, default_device, where_options
 
 
 @click.command()
 @where_options
 @click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
-@click.option("--solver", default="amed", help="Of constants: amed, or a solver to refine.")
+@click.option("--solver", default="amed", help="Of constants and epd: amed, or a solver to refine.")
 @click.option("--guidance", "guidance_scale", type=float, help="Fit for this guidance.", show_default="none")
 @click.option("--samples", type=int, default=512, help="Latents that the teacher solves.")
 @click.option("--batch", type=int, default=64, help="Latents at once.")
@@ -33,11 +33,14 @@ def fit(model, device, nfe, out, **options) -> None:
     from amed_engine.models import place, resolve
     from amed_engine.seeds import parse_seeds
 
+    numbers, several = parse_seeds(nfe, "NFE"), not nfe.isdecimal()
+    if several and Path(out).suffix == ".safetensors":
+        raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
+    check_writable(Path(out) / "nfe" if several else out)
     resolved = resolve(model)
     place(resolved, device or default_device())
-    numbers = parse_seeds(nfe)
     made: Any = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():
-        path = out if nfe.isdecimal() else Path(out) / f"nfe{number}.safetensors"
+        path = Path(out) / f"nfe{number}.safetensors" if several else out
         amed_engine.save_predictor(predictor, path)
         click.echo(f"{predictor.plan.describe() if predictor.plan else number}: wrote {path}")

@@ -104,6 +104,12 @@ def check_writable(*paths: str | Path | None) -> None:
             raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
 
 
+def check_png(path: str | None) -> None:
+    """Pictures are PNG, whatever the name says; a name of another kind is refused."""
+    if path and Path(path).suffix.lower() not in ("", ".png"):
+        raise click.UsageError(f"--out is written as PNG, got {path}; name it {Path(path).with_suffix('.png')}")
+
+
 def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:
     """The sampler of a command's options, device and dtype as the engine takes them; predictor "none" keeps the bundled one
     away, and a schedule may be a file of noise levels."""

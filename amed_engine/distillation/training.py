@@ -15,7 +15,7 @@ from amed_engine.batches import Batches
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.distillation.data import Loss, Teacher
 from amed_engine.distillation.parallel import Ranks
-from amed_engine.errors import NonFiniteError
+from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.loop import Program, State, Trajectory
 from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
@@ -88,6 +88,8 @@ class Trainer:
         length: int,
         learn_sigmas: bool = False,
     ):
+        if not callable(loss):
+            raise ConfigError(f"loss must be a function (x, target) -> (B,), got {loss!r}")
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
         self.watched = Watched(predictor, plan.intervals, data.model.device)
         program = Program.build(plan.make_solver(), plan.levels, self.watched, afs=plan.afs)
@@ -201,7 +203,11 @@ class Run:
         self.state = self.trajectory.interval(self.state, i)[-1]
 
     def _loss(self, target: Tensor) -> Tensor:
-        return self.trainer.loss(self.state.y[0], target).sum() / self.trainer.data.batch
+        losses = self.trainer.loss(self.state.y[0], target)
+        if not isinstance(losses, Tensor) or losses.shape != target.shape[:1]:
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ConfigError(f"loss must return one number per sample, shape ({len(target)},), got {got}")
+        return losses.sum() / self.trainer.data.batch
 
 
 def recomputed(denoiser: Denoiser) -> Denoiser:

@@ -169,6 +169,8 @@ def evaluate(
     progress: a bar on stderr. Where all samples are of one class, so are the digits; other images have no labels, are taken as
     they are, and a warning says so. Raises ConfigError, FileFormatError and what `Sampler.run` raises.
     """
+    if not isinstance(sampler, Sampler):
+        raise ConfigError(f"evaluate takes a Sampler, got {type(sampler).__name__}; pass Sampler(model, nfe=...)")
     setting, seeds = setting or Setting(), list(seeds)
     extract = extractor(features, sampler.device)
     real = None if data is None else know(_of_class(data, setting.class_labels), extract)

@@ -76,10 +76,10 @@ def class_accuracy(images: Tensor, labels: Tensor, classifier: DigitClassifier |
     classifier: the bundled one unless given; what it gets wrong on real digits is the ceiling of this number.
     Raises ConfigError.
     """
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
-        raise ConfigError(
-            f"labels must be one class number per image ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
+    known = isinstance(labels, Tensor)
+    if not known or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
+        got = f"{labels.dtype} {tuple(labels.shape)}" if known else type(labels).__name__
+        raise ConfigError(f"labels must be one class number per image ({len(images)},), got {got}")
     classifier = load_classifier()[0].to(images.device) if classifier is None else classifier
     logits, _ = classifier(images.float())
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()

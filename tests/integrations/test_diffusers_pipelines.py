@@ -196,6 +196,7 @@ def test_a_predictor_may_come_from_a_file(unet, predictor, latents, pipe, tmp_pa
     [
         ({"output_type": "jpeg"}, "output_type must be one of"),
         ({"num_inference_steps": 50}, "steps, got num_inference_steps=50"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents must have shape \(2, 1, 8, 8\)"),
         ({"batch_size": 2, "generator": [torch.Generator()]}, "got 1 generators for 2 images"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "may name latents, got noise"),

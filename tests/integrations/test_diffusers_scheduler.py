@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, Sampler, make_plan, make_schedule, sample
+from amed_engine.coefficients import ConstantPredictor
 from amed_engine.integrations.common import constants
 from amed_engine.solvers import make_solver
 
@@ -356,6 +357,10 @@ def test_calls_that_cannot_work_are_refused(dummy):
     scheduler.set_timesteps(3)
     with pytest.raises(ConfigError, match=r"none of scheduler\.timesteps"):
         scheduler.step(dummy, 17, dummy)
+    with pytest.raises(ConfigError, match="model_output must have the shape of sample"):
+        scheduler.step(dummy[:1], scheduler.timesteps[0], dummy)
+    with pytest.raises(ConfigError, match="takes an AMEDPredictor, got ConstantPredictor"):
+        AMEDScheduler.from_predictor(ConstantPredictor(3))
     scheduler.set_begin_index(1)
     with pytest.raises(ConfigError, match="got index 1 of 6"):
         scheduler.scale_model_input(dummy, scheduler.timesteps[1])

@@ -111,6 +111,8 @@ def test_other_images_are_refused():
         extractor("digits")(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ConfigError, match=r"one class number per image \(2,\)"):
         class_accuracy(torch.zeros(2, 1, 8, 8), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"one class number per image \(2,\), got NoneType"):
+        class_accuracy(torch.zeros(2, 1, 8, 8), None)
 
 
 def test_a_classifier_file_is_checked(tmp_path):

@@ -236,6 +236,8 @@ class AMEDPipeline(DiffusionPipeline):
         return make_program(self.predictor.predictor, plan.levels, plan.afs, latents)
 
     def _latents(self, batch: int, generator: Any, latents: Tensor | None) -> Tensor:
+        if batch < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch}")
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch if latents is None else latents.shape[0], self.unet.config.in_channels, height, width)

@@ -81,7 +81,11 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         what the model predicts. Raises ConfigError.
         """
         predictor = open_predictor(predictor)
-        if not isinstance(predictor, AMEDPredictor) or predictor.plan is None:
+        if not isinstance(predictor, AMEDPredictor):
+            raise ConfigError(
+                f"from_predictor takes an AMEDPredictor, got {type(predictor).__name__}; for others use AMEDPipeline or Sampler"
+            )
+        if predictor.plan is None:
             raise ConfigError("from_predictor needs a predictor that was saved with its plan; pass midpoints otherwise")
         plan = predictor.plan
         own = {
@@ -176,6 +180,10 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         """From the network's output at `sample` to the next point of evaluation. generator: nothing here is random."""
         if self._program is None:
             raise ConfigError("set_timesteps must be called before step")
+        if model_output.shape != sample.shape:
+            raise ConfigError(
+                f"model_output must have the shape of sample {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+            )
         index = self._index(timestep)
         sigma, update = self._evaluations[index]
         y = sample.to(torch.promote_types(sample.dtype, torch.float32))

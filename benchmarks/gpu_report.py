@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,9 @@ def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
 def _run(command: list[str], seconds: float) -> tuple[str, int | None]:
     """What a command said, and its exit status; None where time was up, when it may still say what failed so far."""
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, **pipe, cwd=ROOT, start_new_session=True)
+    # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, **pipe, cwd=ROOT, start_new_session=True, preexec_fn=hears)
     try:
         return process.communicate(timeout=seconds)[0], process.returncode
     except subprocess.TimeoutExpired:

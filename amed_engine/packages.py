@@ -176,7 +176,8 @@ def load_package(path: str | os.PathLike) -> Package:
     """A package that `Sampler.export` wrote as "pt2", "exported" or "onnx"; the file itself says which.
 
     A .pt2 holds compiled code that runs when it is loaded: open only those you trust, as any program. Its facts are read
-    before that. Raises FileFormatError for another file, ConfigError where this machine lacks the device.
+    before that. ONNX Runtime gets as many threads as torch has now (`torch.set_num_threads`). Raises FileFormatError for
+    another file, ConfigError where this machine lacks the device.
     """
     path = Path(path)
     if not path.is_file():
@@ -256,8 +257,10 @@ def import_onnx(name: str) -> Any:
 
 def _open_onnx(path: Path) -> Package:
     runtime = import_onnx("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     facts = Facts.from_text(session.get_modelmeta().custom_metadata_map.get(KEY), path)

@@ -1,8 +1,8 @@
 """Whole-loop CUDA graphs: the five evaluations and everything between them replayed by one launch.
 
-One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside
-the pool, so graphs may share its memory: they never run at once and never read each other's results. All warm-ups come before
-the first capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
+One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside the pool, so graphs
+may share its memory: they never run at once and never read each other's results. All warm-ups come before the first
+capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
 workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
 """
 

@@ -17,7 +17,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
 from amed_engine.program import Choice, Layout, Midpoint, Stage, Update, fold, levels, map_choice, retained, trimmed
 from amed_engine.schedule import check_sigmas
-from amed_engine.solver import Solver
+from amed_engine.solver import USE_WITH_PREDICTOR, Solver
 from amed_engine.solvers import count_evaluations
 
 Choose = Callable[[Tensor | None, Tensor, Tensor], Choice]
@@ -95,9 +95,7 @@ class Program:
                 "per interval"
             )
         if self.predictor is not None and takes == "none":
-            raise ConfigError(
-                f"solver {name} takes no predictor; use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"
-            )
+            raise ConfigError(f"solver {name} takes no predictor; {USE_WITH_PREDICTOR}")
         if isinstance(self.predictor, Sequence) and len(self.predictor) != self.intervals:
             raise ConfigError(
                 f"got a predictor of {len(self.predictor)} intervals for {self.intervals} intervals; pass one entry per "

@@ -269,10 +269,8 @@ def _open_onnx(path: Path) -> Package:
             f"{path}: an ONNX loop is opened on the CPU, its facts say {facts.device!r}; it is damaged"
         )
     inputs = session.get_inputs()
-    names, kinds = (
-        [wanted.name for wanted in inputs],
-        {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"},
-    )
+    names = [wanted.name for wanted in inputs]
+    kinds = {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"}
     _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in inputs])
 
     def call(*inputs: Tensor) -> Tensor:

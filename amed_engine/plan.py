@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.schedule import SCHEDULES, check_sigmas, make_schedule
-from amed_engine.solver import Solver
+from amed_engine.solver import USE_WITH_PREDICTOR, Solver
 from amed_engine.solvers import count_evaluations, make_solver
 
 
@@ -153,9 +153,7 @@ def make_plan(
     made = make_solver(solver, **dict(options or {}))
     midpoint = midpoint or made.midpoint == "required"
     if midpoint and made.midpoint == "none":
-        raise ConfigError(
-            f"solver {solver!r} takes no predictor; use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"
-        )
+        raise ConfigError(f"solver {solver!r} takes no predictor; {USE_WITH_PREDICTOR}")
     if not isinstance(schedule, (str, Tensor)):
         raise ConfigError(
             f"schedule must be a name ({', '.join(SCHEDULES)}) or a tensor of noise levels, got {type(schedule).__name__}"

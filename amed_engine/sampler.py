@@ -217,10 +217,8 @@ class Sampler:
         Raises ConfigError, or AmedError where a compiler fails.
         """
         program, plan = self._choose(guidance_scale)
-        plan, loop = (
-            replace(plan, guidance_scale=guidance_scale),
-            BoundLoop(self._engine.model, program, guidance_scale),
-        )
+        plan = replace(plan, guidance_scale=guidance_scale)
+        loop = BoundLoop(self._engine.model, program, guidance_scale)
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:

@@ -21,6 +21,7 @@ from amed_engine.program import Midpoint, Stage, Update
 
 Past = tuple[Tensor, ...]
 UseOfMidpoint = Literal["none", "optional", "required"]
+USE_WITH_PREDICTOR = "use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"  # what errors advise
 
 
 class Solver(ABC):

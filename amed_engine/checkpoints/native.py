@@ -31,10 +31,10 @@ KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet", "openai_class
 
 def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
     """Save a predictor and the plan it was trained for, to one .safetensors file or a directory. Raises ConfigError."""
-    if type(predictor) not in PREDICTORS.values():
+    kind = next((kind for kind, make in PREDICTORS.items() if make is type(predictor)), None)
+    if kind is None:
         raise ConfigError(f"save_predictor takes {', '.join(PREDICTORS)}, got {type(predictor).__name__}")
     plan = None if predictor.plan is None else predictor.plan.to_json()
-    kind = next(kind for kind, make in PREDICTORS.items() if make is type(predictor))
     write(path, predictor.state_dict(), {"kind": kind, "predictor": predictor.config, "plan": plan, **_versions()})
 
 

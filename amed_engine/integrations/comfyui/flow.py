@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import AnyPredictor, Bottleneck
 from amed_engine.integrations.k_diffusion import sample_amed
 
 
@@ -24,12 +23,9 @@ def sample_amed_flow(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], object] | None = None,
     disable: bool | None = None,
-    *,
-    predictor: AnyPredictor,
-    bottleneck: Bottleneck | None = None,
-    afs: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """`sample_amed` where x, sigmas and the callback are a flow model's: times t below 1 and its states x_t.
+    """`sample_amed`, with its options, where x, sigmas and callback are a flow model's: times t below 1 and its states x_t.
 
         D(x; sigma) = model(x / (1 + sigma), t),   t = sigma / (1 + sigma),   x = (1 + sigma) x_t
 
@@ -42,23 +38,13 @@ def sample_amed_flow(
     times = sigmas.cpu().double()  # there are devices without float64
     levels = (times / (1 - times)).to(sigmas.dtype)
 
-    def denoiser(y: Tensor, sigma: Tensor, **options: Any) -> Any:
-        return model(y / (1 + sigma.reshape(-1, *[1] * (y.dim() - 1))), to_flow(sigma), **options)
+    def denoiser(y: Tensor, sigma: Tensor, **told: Any) -> Any:
+        return model(y / (1 + sigma.reshape(-1, *[1] * (y.dim() - 1))), to_flow(sigma), **told)
 
     def tell(step: dict[str, Any]) -> None:
         t, scale = to_flow(step["sigma"]), 1 + step["sigma"]
         assert callback is not None
         callback({**step, "x": step["x"] / scale, "sigma": t, "sigma_hat": t})
 
-    drawn = sample_amed(
-        denoiser,
-        x * (1 + levels[0]),
-        levels,
-        extra_args,
-        callback and tell,
-        disable,
-        predictor=predictor,
-        bottleneck=bottleneck,
-        afs=afs,
-    )
+    drawn = sample_amed(denoiser, x * (1 + levels[0]), levels, extra_args, callback and tell, disable, **options)
     return drawn / (1 + levels[-1])

@@ -94,12 +94,22 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def translated(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+def check_output(output: Tensor, sample: Tensor) -> None:
+    """Raise ConfigError for an output of another shape, which arithmetic might broadcast."""
+    if output.shape != sample.shape:
+        raise ConfigError(
+            f"model_output must have the shape of sample {tuple(sample.shape)}, got {tuple(output.shape)}"
+        )
+
+
+def translated(config: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
     """A scheduler's configuration for a class with these parameters. Raises ConfigError where it would mean something else.
 
     diffusers puts the defaults of the new class in the place of those of the old one. These say, too, what a network was
-    trained for, so only those that agree may be replaced.
+    trained for, so only those that agree may be replaced. What is no configuration is for diffusers to refuse.
     """
+    if not isinstance(config, Mapping):
+        return config
     if "shift" in config or config.get("use_flow_sigmas"):
         raise ConfigError(
             "this configuration is of a flow-matching model, AMEDScheduler is for epsilon, v and x0 prediction: sample it "

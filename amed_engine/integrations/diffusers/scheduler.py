@@ -17,7 +17,7 @@ from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
-from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
+from amed_engine.integrations.diffusers.parameterization import Parameterization, check_output, translated
 from amed_engine.loop import Program, State, advance
 from amed_engine.predictor import AMEDPredictor
 from amed_engine.program import Midpoint, Update
@@ -104,8 +104,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by."""
-        if isinstance(config, Mapping):
-            config = translated(config, inspect.signature(cls.__init__).parameters)
+        config = translated(config, inspect.signature(cls.__init__).parameters)
         return super().from_config(config, return_unused_kwargs, **changes)
 
     def __len__(self) -> int:
@@ -180,10 +179,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         """From the network's output at `sample` to the next point of evaluation. generator: nothing here is random."""
         if self._program is None:
             raise ConfigError("set_timesteps must be called before step")
-        if model_output.shape != sample.shape:
-            raise ConfigError(
-                f"model_output must have the shape of sample {tuple(sample.shape)}, got {tuple(model_output.shape)}"
-            )
+        check_output(model_output, sample)
         index = self._index(timestep)
         sigma, update = self._evaluations[index]
         y = sample.to(torch.promote_types(sample.dtype, torch.float32))

@@ -94,7 +94,8 @@ def test_a_configuration_of_another_kind_is_refused(tmp_path, predictor, kind):
 @pytest.mark.parametrize(
     "source", ["no/such/folder", "name", "../x", "/no/where", "owner/", "owner/na me", "https://x.y/z"]
 )
-def test_what_is_neither_a_directory_nor_a_repository_is_named(source):
+def test_what_is_neither_a_directory_nor_a_repository_is_named(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whatever lies beside the checkout
     with pytest.raises(ConfigError, match="owner/name"):
         from_pretrained(source)
 

@@ -18,9 +18,9 @@ _HOME = {
     "ConstantPredictor": "coefficients",
     "Denoised": "denoiser",
     "FileFormatError": "errors",
-    "Midpoint": "program",
+    "Midpoint": "solvers.stage",
     "NonFiniteError": "errors",
-    "Plan": "plan",
+    "Plan": "solvers.plan",
     "SampleResult": "results",
     "Sampler": "sampler",
     "StaleGraphError": "capture",
@@ -38,8 +38,8 @@ _HOME = {
     "load": "zoo",
     "load_package": "packages",
     "load_predictor": "checkpoints",
-    "make_plan": "plan",
-    "make_schedule": "schedule",
+    "make_plan": "solvers.plan",
+    "make_schedule": "solvers.schedule",
     "make_solver": "solvers",
     "read_plan": "plan_file",
     "read_schedule": "plan_file",
@@ -109,15 +109,15 @@ if TYPE_CHECKING:
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.loop import sample
     from amed_engine.packages import load_package
-    from amed_engine.plan import Plan, make_plan
     from amed_engine.plan_file import read_plan, read_schedule
     from amed_engine.predictor import AMEDPredictor
-    from amed_engine.program import Midpoint
     from amed_engine.results import SampleResult, StepInfo
     from amed_engine.sampler import Sampler
-    from amed_engine.schedule import make_schedule
     from amed_engine.schedule_search import search_schedule
     from amed_engine.solvers import make_solver
+    from amed_engine.solvers.plan import Plan, make_plan
+    from amed_engine.solvers.schedule import make_schedule
+    from amed_engine.solvers.stage import Midpoint
     from amed_engine.stepper import Stepper
     from amed_engine.zoo import load
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
-from amed_engine.plan import Plan
 from amed_engine.requests import bind_labels, check_guidance, vectors
+from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
 

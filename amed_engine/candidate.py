@@ -10,8 +10,9 @@ from torch import Tensor
 
 from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.errors import ConfigError
-from amed_engine.loop import Program, integrate
-from amed_engine.plan import Plan
+from amed_engine.loop import integrate
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
 
 Fitted = ConstantPredictor | CoefficientPredictor
 NUDGE = 0.01  # of a coefficient, relative to what it is added to

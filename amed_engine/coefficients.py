@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.plan import Plan
-from amed_engine.program import Midpoint, Row
-from amed_engine.solver import in_range
+from amed_engine.solvers.base import in_range
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.stage import Midpoint, Row
 
 MAX_INTERVALS = 15  # `combine` reads at most 16 tensors: x_0 and the evaluations
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from amed_engine.errors import ConfigError
-from amed_engine.rules import first_step_direction
 
 
 class Denoised(NamedTuple):
@@ -106,3 +105,11 @@ def thresholded(denoiser: Denoiser) -> Denoiser:
         return denoised._replace(x0=dynamic_thresholding(denoised.x0))
 
     return denoise
+
+
+def first_step_direction(sigma: Tensor) -> Tensor:
+    """1 / sqrt(1 + sigma²): AFS takes d = x / sqrt(1 + sigma²), exact for data of unit variance about zero.
+
+    Dockhorn et al. 2022 (arXiv:2210.05475).
+    """
+    return 1 / (1 + sigma**2).sqrt()

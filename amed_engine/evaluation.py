@@ -29,9 +29,9 @@ from amed_engine.metrics.classifier import DigitClassifier, class_accuracy, load
 from amed_engine.metrics.features import Extractor, extractor
 from amed_engine.metrics.manifold import Manifold
 from amed_engine.metrics.sources import Images, read_features
-from amed_engine.plan import Plan
 from amed_engine.results import SampleResult
 from amed_engine.sampler import Sampler
+from amed_engine.solvers.plan import Plan
 
 logger = logging.getLogger("amed_engine")
 

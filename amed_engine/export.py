@@ -24,11 +24,11 @@ from amed_engine.engine import BoundLoop
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.export_plan import write_plan
 from amed_engine.export_schedule import write_schedule
-from amed_engine.loop import Program
 from amed_engine.models import Model
 from amed_engine.packages import DTYPES, Facts, first_line, import_onnx, load_package
-from amed_engine.plan import Plan
 from amed_engine.requests import Request, make_request
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
 
 # Two of the sizes that compilers treat apart, 1 and 2, and one that the graph was not traced with.
 CHECKED_BATCHES = (1, 2, 5)

@@ -11,21 +11,13 @@ from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
-from amed_engine.loop import Program, Walk
 from amed_engine.models import Model
-from amed_engine.plan import Plan
 from amed_engine.plan_file import MAX_BYTES, loads
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Update
-from amed_engine.static_plan import (
-    BASIS,
-    MAX_COLUMNS,
-    MAX_ROWS,
-    Coefficient,
-    Evaluation,
-    PredictorWeights,
-    StaticPlan,
-)
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program, Walk
+from amed_engine.solvers.stage import Midpoint, Update
+from amed_engine.static_plan import BASIS, MAX_COLUMNS, MAX_ROWS, Coefficient, Evaluation, PredictorWeights, StaticPlan
 
 
 @runtime_checkable

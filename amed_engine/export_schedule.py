@@ -12,9 +12,9 @@ from torch import Tensor
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
 from amed_engine.export_plan import Planned, evaluations, frozen, resolve_program
-from amed_engine.loop import Program
-from amed_engine.program import Midpoint, Row
-from amed_engine.schedule import DiscreteTime
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import DiscreteTime
+from amed_engine.solvers.stage import Midpoint, Row
 
 
 def write_schedule(

@@ -21,9 +21,10 @@ from amed_engine.coefficients import MAX_INTERVALS, ConstantPredictor
 from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
-from amed_engine.loop import Program, sample
+from amed_engine.loop import sample
 from amed_engine.models import Model, resolve
-from amed_engine.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.program import Program
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)

@@ -14,8 +14,8 @@ from torch import Tensor
 from amed_engine.checkpoints import Predictor, is_model
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
-from amed_engine.plan import Plan, best_training_free, clamp_range, make_plan
-from amed_engine.schedule import check_sigmas
+from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
+from amed_engine.solvers.schedule import check_sigmas
 
 logger = logging.getLogger("amed_engine")
 

@@ -15,8 +15,8 @@ from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
 from amed_engine.loop import sample
-from amed_engine.plan import Plan
-from amed_engine.program import Midpoint
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.stage import Midpoint
 
 # Each parameterisation, with what its half-widths must stay below.
 SCALES = {"bounded": 1, "wide": 5}

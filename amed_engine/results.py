@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.plan import Plan
 from amed_engine.requests import Request
+from amed_engine.solvers.plan import Plan
 
 Observer = Callable[[int, Tensor], None]  # (interval, state at its end)
 

@@ -20,9 +20,7 @@ from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
 from amed_engine.export import Exported, Job, export
 from amed_engine.graph import Stats, WarmupReport
-from amed_engine.loop import Program
 from amed_engine.models import place, resolve, tune
-from amed_engine.plan import Plan
 from amed_engine.planning import (
     Wishes,
     check_bottleneck,
@@ -34,6 +32,8 @@ from amed_engine.planning import (
 )
 from amed_engine.requests import check_guidance, make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.plan import Plan
+from amed_engine.solvers.plan import Plan
 
 FORMAT, VERSION = "amed_levels", 1
 MAX_BYTES = 1 << 20

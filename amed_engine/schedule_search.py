@@ -26,12 +26,13 @@ from amed_engine.batches import Batches, Condition
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, known_first
 from amed_engine.errors import ConfigError
 from amed_engine.learned import TEACHER
-from amed_engine.loop import Program, integrate
+from amed_engine.loop import integrate
 from amed_engine.models import resolve
-from amed_engine.plan import Plan, clamp_range, make_plan
-from amed_engine.schedule import check_sigmas, make_schedule
-from amed_engine.solver import Solver, in_range
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.base import Solver, in_range
+from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import check_sigmas, make_schedule
 
 logger = logging.getLogger("amed_engine")
 

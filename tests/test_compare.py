@@ -13,8 +13,8 @@ from amed_engine import compare, figure
 from amed_engine.compare import CURVE_NFES, TRAINING_FREE, Setting
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond
-from amed_engine.plan import best_training_free
 from amed_engine.seeds import draw
+from amed_engine.solvers.plan import best_training_free
 
 SCALE = 0.5  # standard deviation of the data
 

@@ -26,7 +26,7 @@ from amed_engine import (
 from amed_engine.denoiser import Denoised
 from amed_engine.engine import BoundLoop
 from amed_engine.export import Job, trace
-from amed_engine.loop import Program
+from amed_engine.solvers.program import Program
 
 SHAPE = (2, 6, 6)
 BATCHES = (1, 2, 5, 17)

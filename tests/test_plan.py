@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from amed_engine import Plan, make_plan, make_solver
 from amed_engine.errors import ConfigError
 from amed_engine.loop import sample
-from amed_engine.plan import best_training_free, clamp_range
-from amed_engine.program import Midpoint
+from amed_engine.solvers.plan import best_training_free, clamp_range
+from amed_engine.solvers.stage import Midpoint
 
 orders = st.integers(1, 3)
 OPTIONS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed_engine.adapters.coefficients import Coefficients, Family
 from amed_engine.adapters.settings import summary
-from amed_engine.schedule import VPTime
+from amed_engine.solvers.schedule import VPTime
 
 
 class Denoising(Family):

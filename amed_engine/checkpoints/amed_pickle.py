@@ -14,9 +14,9 @@ from torch import Tensor
 from amed_engine.checkpoints.native import restore
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.plan import Plan, make_plan
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.schedule import make_schedule
+from amed_engine.solvers.plan import Plan, make_plan
+from amed_engine.solvers.schedule import make_schedule
 
 MAX_LEVELS = 1000
 OPTIONS = {"ipndm": ("max_order",), "dpmpp": ("max_order", "predict_x0", "lower_order_final")}

@@ -15,8 +15,8 @@ from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
-from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
+from amed_engine.solvers.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
 Predictor = AMEDPredictor | ConstantPredictor | CoefficientPredictor

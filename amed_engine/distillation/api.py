@@ -26,9 +26,9 @@ from amed_engine.engine import Engine
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.graph import GraphCache
 from amed_engine.models import Model, resolve
-from amed_engine.plan import Plan, clamp_range, make_plan
 from amed_engine.predictor import AMEDPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 
 OBJECTIVES = ("greedy", "end_to_end")
 

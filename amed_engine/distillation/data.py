@@ -15,9 +15,10 @@ from amed_engine.batches import Bound
 from amed_engine.denoiser import Denoiser
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.graph import GraphCache, family_of
-from amed_engine.loop import Program, integrate
-from amed_engine.plan import Plan, make_plan
-from amed_engine.schedule import make_schedule
+from amed_engine.loop import integrate
+from amed_engine.solvers.plan import Plan, make_plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import make_schedule
 
 logger = logging.getLogger("amed_engine")
 

@@ -16,10 +16,11 @@ from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.distillation.data import Loss, Teacher
 from amed_engine.distillation.parallel import Ranks
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.loop import Program, State, Trajectory
-from amed_engine.plan import Plan
+from amed_engine.loop import State, Trajectory
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Midpoint
 
 MAX_SKIPPED = 3  # non-finite losses in a row after which training stops
 

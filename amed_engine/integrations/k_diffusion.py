@@ -11,7 +11,8 @@ from tqdm.auto import trange
 
 from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
 from amed_engine.integrations.common import AnyPredictor, Bottleneck, Tap, make_program
-from amed_engine.loop import Program, State, Trajectory, evaluate
+from amed_engine.loop import State, Trajectory, evaluate
+from amed_engine.solvers.program import Program
 
 
 @torch.no_grad()

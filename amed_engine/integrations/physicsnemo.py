@@ -11,11 +11,12 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Bottleneck, Tap, open_predictor
-from amed_engine.loop import Program, State, Trajectory
-from amed_engine.plan import Plan
+from amed_engine.loop import State, Trajectory
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Midpoint
 
 
 class AMEDSolver:

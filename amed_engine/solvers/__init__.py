@@ -6,10 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.multistep import DEIS, IPNDM, DPMpp, Euler, UniPC
-from amed_engine.nonstationary import Nonstationary
-from amed_engine.singlestep import AMED, DPM2, Heun
-from amed_engine.solver import Solver
+from amed_engine.solvers.base import Solver
+from amed_engine.solvers.multistep import DEIS, IPNDM, DPMpp, Euler, Nonstationary, UniPC
+from amed_engine.solvers.singlestep import AMED, DPM2, Heun
 
 SOLVERS: dict[str, type[Solver]] = {
     "euler": Euler,
@@ -40,8 +39,3 @@ def make_solver(name: str, **options: Any) -> Solver:
             f"solver {name!r} has no option {', '.join(unknown)}; valid options: {', '.join(valid) or 'none'}"
         )
     return solver(**options)
-
-
-def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: bool = False) -> int:
-    """NFE of a trajectory: evaluations per interval, less the one that an analytic first step saves."""
-    return solver.evaluations(midpoint) * intervals - int(afs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
-from amed_engine.program import Midpoint, Stage, Update
+from amed_engine.solvers.stage import Midpoint, Stage, Update
 
 Past = tuple[Tensor, ...]
 UseOfMidpoint = Literal["none", "optional", "required"]
@@ -79,3 +79,8 @@ def is_bool(solver: str, name: str, value: bool) -> None:
 def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
+
+
+def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: bool = False) -> int:
+    """NFE of a trajectory: evaluations per interval, less the one that an analytic first step saves."""
+    return solver.evaluations(midpoint) * intervals - int(afs)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from amed_engine import rules
-from amed_engine.program import Midpoint, Row, Stage
-from amed_engine.solver import Past, Solver, UseOfMidpoint, in_range, is_bool, one_of
+from amed_engine.solvers import rules
+from amed_engine.solvers.base import Past, Solver, UseOfMidpoint, in_range, is_bool, one_of
+from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 
 class _Multistep(Solver):
@@ -171,3 +171,29 @@ class UniPC(_Exponential):
 
     def _interval(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> rules.UniPC:
         return rules.UniPC(sigmas[: self.order(k, n)], sigma_next, data=self.predict_x0, variant=self.variant)
+
+
+@dataclass(frozen=True)
+class Nonstationary(Solver):
+    """x_{i+1} = a_i x_0 + Σ_{j<=i} b_ij D_j, every coefficient from a predictor: a Row per interval, newest D first.
+
+    The anchor stays at x_0; the noise levels are those the network is told, nothing else depends on them. Shaul et al.
+    2024 (arXiv:2403.01329).
+    """
+
+    midpoint: ClassVar[UseOfMidpoint] = "required"
+    choice: ClassVar[type] = Row
+
+    @property
+    def memory(self) -> int:
+        return 1 << 10  # every evaluation so far
+
+    @property
+    def data_prediction(self) -> bool:
+        return True
+
+    def evaluations(self, with_midpoint: bool) -> int:
+        return 1
+
+    def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Row, i: int, n: int) -> list[Stage]:
+        return [Stage((midpoint,), None)]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.schedule import SCHEDULES, check_sigmas, make_schedule
-from amed_engine.solver import USE_WITH_PREDICTOR, Solver
-from amed_engine.solvers import count_evaluations, make_solver
+from amed_engine.solvers import make_solver
+from amed_engine.solvers.base import USE_WITH_PREDICTOR, Solver, count_evaluations
+from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from amed_engine.program import Row
-from amed_engine.schedule import VPTime
+from amed_engine.solvers.schedule import VPTime
+from amed_engine.solvers.stage import Row
 
 Levels = Sequence[Tensor]
 
@@ -214,11 +214,3 @@ def _basis_polynomial(nodes: Levels, j: int) -> list:
         return [(up - node * low) * scale for up, low in zip(shifted, [*poly, 0.0], strict=True)]
 
     return reduce(times_factor, [node for k, node in enumerate(nodes) if k != j], [1.0])
-
-
-def first_step_direction(sigma: Tensor) -> Tensor:
-    """1 / sqrt(1 + sigma²): AFS takes d = x / sqrt(1 + sigma²), exact for data of unit variance about zero.
-
-    Dockhorn et al. 2022 (arXiv:2210.05475).
-    """
-    return 1 / (1 + sigma**2).sqrt()

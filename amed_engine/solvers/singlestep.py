@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from amed_engine import rules
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
-from amed_engine.program import Midpoint, Row, Stage, Update
-from amed_engine.solver import Past, Solver, UseOfMidpoint, in_range
+from amed_engine.solvers import rules
+from amed_engine.solvers.base import Past, Solver, UseOfMidpoint, in_range
+from amed_engine.solvers.stage import Midpoint, Row, Stage, Update
 
 
 @dataclass(frozen=True)

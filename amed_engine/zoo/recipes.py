@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.plan import Plan, make_plan
+from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.zoo.catalogue import CATALOGUE
 
 FOLDER = Path(__file__).parent / "recipes"

@@ -15,9 +15,9 @@ import amed_engine
 from amed_engine import AMEDPredictor, Midpoint, kernels, make_schedule, make_solver, sample
 from amed_engine.errors import ConfigError
 from amed_engine.export_plan import make_static_plan
-from amed_engine.loop import Program
-from amed_engine.program import Row, Stage
-from amed_engine.solver import Solver
+from amed_engine.solvers.base import Solver
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Row, Stage
 from amed_engine.static_plan import MAX_COLUMNS, StaticPlan
 
 # ---- programs and denoisers with known answers ----

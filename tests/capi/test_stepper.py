@@ -19,8 +19,8 @@ from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.export_plan import make_static_plan, write_plan
 from amed_engine.export_schedule import write_schedule
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
-from amed_engine.loop import Program
-from amed_engine.schedule import DiscreteTime
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import DiscreteTime
 from amed_engine.stepper import Stepper, dynamic_thresholding
 
 

@@ -8,9 +8,11 @@ import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
 from amed_engine.denoiser import analytic_first_step, dynamic_thresholding, thresholded
-from amed_engine.loop import Program, integrate
-from amed_engine.program import Layout, Row, Stage, fold
-from amed_engine.solvers import SOLVERS, count_evaluations
+from amed_engine.loop import integrate
+from amed_engine.solvers import SOLVERS
+from amed_engine.solvers.base import count_evaluations
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Layout, Row, Stage, fold
 
 SD = 0.5
 HALF = Midpoint(torch.tensor(0.5))

@@ -9,16 +9,7 @@ import pytest
 import torch
 
 import amed_engine
-from amed_engine import (
-    AMEDPredictor,
-    ConfigError,
-    FileFormatError,
-    Sampler,
-    make_plan,
-    networks,
-    save_predictor,
-    zoo,
-)
+from amed_engine import AMEDPredictor, ConfigError, FileFormatError, Sampler, make_plan, networks, save_predictor, zoo
 from amed_engine.checkpoints import convert, fingerprint, save_model
 from amed_engine.networks import EDMPrecond
 from amed_engine.reproduce import draw, recipe_sampler

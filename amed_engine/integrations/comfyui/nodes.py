@@ -18,8 +18,8 @@ from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.flow import sample_amed_flow, to_flow
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.integrations.require import require
-from amed_engine.plan import Plan
 from amed_engine.predictor import AMEDPredictor
+from amed_engine.solvers.plan import Plan
 
 FOLDER = "amed"  # in ComfyUI's models folder
 _INSIDE = "the nodes run inside ComfyUI; put them into its custom_nodes folder"

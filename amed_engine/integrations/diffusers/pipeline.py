@@ -31,7 +31,8 @@ from amed_engine.integrations.diffusers.conditions import (
 from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
 from amed_engine.integrations.diffusers.text import Prompts
-from amed_engine.loop import Program, State, Trajectory, evaluate
+from amed_engine.loop import State, Trajectory, evaluate
+from amed_engine.solvers.program import Program
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 

@@ -18,11 +18,12 @@ from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
 from amed_engine.integrations.diffusers.parameterization import Parameterization, check_output, translated
-from amed_engine.loop import Program, State, advance
+from amed_engine.loop import State, advance
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Update
-from amed_engine.schedule import check_sigmas
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import check_sigmas
+from amed_engine.solvers.stage import Midpoint, Update
 
 
 class AMEDScheduler(SchedulerMixin, ConfigMixin):

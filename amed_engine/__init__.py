@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "AMEDPredictor": "predictor",
+    "AMEDPredictor": "sampling.predictors.amed",
     "AmedError": "errors",
-    "CoefficientPredictor": "coefficients",
+    "CoefficientPredictor": "sampling.predictors.coefficient",
     "ConfigError": "errors",
-    "ConstantPredictor": "coefficients",
-    "Denoised": "denoiser",
+    "ConstantPredictor": "sampling.predictors.constant",
+    "Denoised": "sampling.denoiser",
     "FileFormatError": "errors",
     "Midpoint": "solvers.stage",
     "NonFiniteError": "errors",
@@ -43,7 +43,7 @@ _HOME = {
     "make_solver": "solvers",
     "read_plan": "plan_file",
     "read_schedule": "plan_file",
-    "sample": "loop",
+    "sample": "sampling.loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
     "search_schedule": "schedule_search",
@@ -99,20 +99,21 @@ if TYPE_CHECKING:
     from amed_engine.adapters import wrap
     from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
-    from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
-    from amed_engine.denoiser import Denoised
     from amed_engine.distillation import distill
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
     from amed_engine.export_plan import write_plan
     from amed_engine.export_schedule import write_schedule
     from amed_engine.learned import fit
     from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
-    from amed_engine.loop import sample
     from amed_engine.packages import load_package
     from amed_engine.plan_file import read_plan, read_schedule
-    from amed_engine.predictor import AMEDPredictor
     from amed_engine.results import SampleResult, StepInfo
     from amed_engine.sampler import Sampler
+    from amed_engine.sampling.denoiser import Denoised
+    from amed_engine.sampling.loop import sample
+    from amed_engine.sampling.predictors.amed import AMEDPredictor
+    from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
+    from amed_engine.sampling.predictors.constant import ConstantPredictor
     from amed_engine.schedule_search import search_schedule
     from amed_engine.solvers import make_solver
     from amed_engine.solvers.plan import Plan, make_plan

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.errors import ConfigError
-from amed_engine.loop import integrate
+from amed_engine.sampling.loop import integrate
+from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from amed_engine.capture import CudaDevice, capturing, release_cached_memory
 from amed_engine.errors import ConfigError
 from amed_engine.graph import WARMUPS, WARMUPS_TORCHSCRIPT, GraphCache, Stats, WarmupReport, check_sizes, family_of
-from amed_engine.loop import integrate
 from amed_engine.models import Model
 from amed_engine.requests import Request, bind_labels
 from amed_engine.results import Observer, non_finite
+from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")

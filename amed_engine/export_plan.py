@@ -13,7 +13,7 @@ from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.plan_file import MAX_BYTES, loads
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
 from amed_engine.solvers.stage import Midpoint, Update

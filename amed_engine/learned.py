@@ -17,12 +17,13 @@ from tqdm import tqdm
 from amed_engine.batches import Batches, Condition
 from amed_engine.candidate import Candidate, Fitted, nonstationary
 from amed_engine.checkpoints import fingerprint
-from amed_engine.coefficients import MAX_INTERVALS, ConstantPredictor
-from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
-from amed_engine.loop import sample
 from amed_engine.models import Model, resolve
+from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.loop import sample
+from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 from amed_engine.solvers.program import Program
 

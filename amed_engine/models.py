@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from amed_engine import zoo
 from amed_engine.adapters import Signature, is_package, load_onnx, load_package
 from amed_engine.checkpoints import load_model, load_program
-from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, as_denoised
 
 
 @dataclass(frozen=True)

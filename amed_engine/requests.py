@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from amed_engine.arrays import imported
-from amed_engine.denoiser import Denoiser, classifier_free, conditioned
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
+from amed_engine.sampling.denoiser import Denoiser, classifier_free, conditioned
 from amed_engine.seeds import check_seeds, draw, draw_seeds
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amed_engine import zoo
 from amed_engine.arrays import check_output_type, delivered, writable
-from amed_engine.checkpoints import Predictor, load_predictor
+from amed_engine.checkpoints import load_predictor
 from amed_engine.engine import BoundLoop, Engine
 from amed_engine.errors import ConfigError
 from amed_engine.export import Exported, Job, export
@@ -32,6 +32,7 @@ from amed_engine.planning import (
 )
 from amed_engine.requests import check_guidance, make_request
 from amed_engine.results import SampleResult, StepInfo, make_observer
+from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 

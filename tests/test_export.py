@@ -23,9 +23,9 @@ from amed_engine import (
     make_plan,
     make_solver,
 )
-from amed_engine.denoiser import Denoised
 from amed_engine.engine import BoundLoop
 from amed_engine.export import Job, trace
+from amed_engine.sampling.denoiser import Denoised
 from amed_engine.solvers.program import Program
 
 SHAPE = (2, 6, 6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from amed_engine import Plan, make_plan, make_solver
 from amed_engine.errors import ConfigError
-from amed_engine.loop import sample
+from amed_engine.sampling.loop import sample
 from amed_engine.solvers.plan import best_training_free, clamp_range
 from amed_engine.solvers.stage import Midpoint
 

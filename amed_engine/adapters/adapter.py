@@ -13,9 +13,8 @@ from amed_engine.adapters.coefficients import Family, spread
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import Facts
 from amed_engine.adapters.settings import keep_settings
-from amed_engine.denoiser import Denoised
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import is_tracing, one_hot
+from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
 
 
 class Adapter(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed_engine.adapters.settings import Settled
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import is_tracing
+from amed_engine.sampling.denoiser import is_tracing
 
 
 class Flux(Settled):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters.signature import Signature
-from amed_engine.denoiser import Denoised, as_denoised
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.sampling.denoiser import Denoised, as_denoised
 
 KEY = "amed.signature"  # among the package's metadata
 MAX_METADATA = 2**20

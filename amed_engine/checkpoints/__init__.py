@@ -3,13 +3,12 @@
 from amed_engine.checkpoints.conversion import Converted, convert, load_first_stage, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
 from amed_engine.checkpoints.fingerprints import fingerprint, is_model
-from amed_engine.checkpoints.native import Predictor, load_model, load_predictor, save_model, save_predictor
+from amed_engine.checkpoints.native import load_model, load_predictor, save_model, save_predictor
 from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
 from amed_engine.checkpoints.programs import load_program
 
 __all__ = [
     "Converted",
-    "Predictor",
     "atomic_write",
     "convert",
     "fingerprint",

@@ -14,7 +14,7 @@ from torch import Tensor
 from amed_engine.checkpoints.native import restore
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.schedule import make_schedule
 

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from amed_engine.checkpoints.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-from amed_engine.checkpoints.native import PREDICTORS, Predictor, load_model, load_predictor, save_model, save_predictor
+from amed_engine.checkpoints.native import PREDICTORS, load_model, load_predictor, save_model, save_predictor
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
+from amed_engine.sampling.predictors import Predictor
 
 logger = logging.getLogger("amed_engine")
 

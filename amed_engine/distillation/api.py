@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from amed_engine.batches import Batches, Condition
 from amed_engine.checkpoints import fingerprint
-from amed_engine.denoiser import as_denoised
 from amed_engine.distillation import report
 from amed_engine.distillation.data import Loss, Teacher, squared_error
 from amed_engine.distillation.parallel import join
@@ -26,7 +25,8 @@ from amed_engine.engine import Engine
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.graph import GraphCache
 from amed_engine.models import Model, resolve
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from amed_engine.batches import Bound
-from amed_engine.denoiser import Denoiser
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.graph import GraphCache, family_of
-from amed_engine.loop import integrate
+from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amed_engine.batches import Batches
-from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.distillation.data import Loss, Teacher
 from amed_engine.distillation.parallel import Ranks
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.loop import State, Trajectory
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.loop import State, Trajectory
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint

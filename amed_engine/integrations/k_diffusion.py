@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
 from amed_engine.integrations.common import AnyPredictor, Bottleneck, Tap, make_program
-from amed_engine.loop import State, Trajectory, evaluate
+from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
+from amed_engine.sampling.loop import State, Trajectory, evaluate
 from amed_engine.solvers.program import Program
 
 

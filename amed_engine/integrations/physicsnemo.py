@@ -11,8 +11,8 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Bottleneck, Tap, open_predictor
-from amed_engine.loop import State, Trajectory
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.loop import State, Trajectory
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program

@@ -11,16 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
+from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import Predictor, Program, Walk
-from amed_engine.solvers.stage import (
-    Midpoint,
-    Update,
-    map_choice,
-)
+from amed_engine.solvers.stage import Midpoint, Update, map_choice
 
 
 class State(NamedTuple):

@@ -11,17 +11,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.base import USE_WITH_PREDICTOR, Solver, count_evaluations
 from amed_engine.solvers.schedule import check_sigmas
-from amed_engine.solvers.stage import (
-    Choice,
-    Layout,
-    Stage,
-    Update,
-    fold,
-    levels,
-    map_choice,
-    retained,
-    trimmed,
-)
+from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, trimmed
 
 Choose = Callable[[Tensor | None, Tensor, Tensor], Choice]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
-from amed_engine.denoiser import analytic_first_step, dynamic_thresholding, thresholded
-from amed_engine.loop import integrate
+from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding, thresholded
+from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import SOLVERS
 from amed_engine.solvers.base import count_evaluations
 from amed_engine.solvers.program import Program

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amed_engine import AMEDPredictor, Sampler, kernels, make_plan
-from amed_engine.denoiser import Denoised, classifier_free, conditioned
 from amed_engine.kernels import native
-from amed_engine.loop import integrate
+from amed_engine.sampling.denoiser import Denoised, classifier_free, conditioned
+from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.program import Program
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled extension stands in for the GPU's kernels")

@@ -15,7 +15,6 @@ from torch import Tensor
 from amed_engine.adapters.adapter import keywords
 from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.latents import decode_latents, time_ids
-from amed_engine.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Tap, make_program, open_predictor
 from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
@@ -31,7 +30,8 @@ from amed_engine.integrations.diffusers.conditions import (
 from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
 from amed_engine.integrations.diffusers.text import Prompts
-from amed_engine.loop import State, Trajectory, evaluate
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.loop import State, Trajectory, evaluate
 from amed_engine.solvers.program import Program
 
 OUTPUTS = ("pil", "np", "pt", "latent")

@@ -13,13 +13,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
 from amed_engine.integrations.diffusers.parameterization import Parameterization, check_output, translated
-from amed_engine.loop import State, advance
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding
+from amed_engine.sampling.loop import State, advance
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import check_sigmas

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from amed_engine import kernels
-from amed_engine.coefficients import ConstantPredictor
-from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
-from amed_engine.loop import sample
+from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.loop import sample
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Midpoint
 

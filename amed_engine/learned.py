@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.batches import Batches, Condition
 from amed_engine.candidate import Candidate, Fitted, nonstationary
-from amed_engine.checkpoints import fingerprint
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
 from amed_engine.models import Model, resolve

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import is_model
+from amed_engine.adapters.fingerprint import is_model
 from amed_engine.errors import ConfigError
 from amed_engine.models import Model
 from amed_engine.sampling.predictors import Predictor

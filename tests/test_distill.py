@@ -18,7 +18,8 @@ from amed_engine import (
     sample,
     save_predictor,
 )
-from amed_engine.checkpoints import files, fingerprint
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import files
 from amed_engine.distillation import Teacher
 from amed_engine.errors import ConfigError
 

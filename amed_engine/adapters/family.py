@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from amed_engine.adapters.settings import Settled
+from amed_engine.adapters.fingerprint import Settled
 
 
 class Coefficients(NamedTuple):

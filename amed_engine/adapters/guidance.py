@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter, label_rows, level_rows
-from amed_engine.adapters.coefficients import spread
-from amed_engine.adapters.settings import Settled, keep_settings
+from amed_engine.adapters.family import spread
+from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, dynamic_thresholding
 

@@ -2,7 +2,6 @@
 
 from amed_engine.checkpoints.conversion import Converted, convert, load_first_stage, load_published
 from amed_engine.checkpoints.files import atomic_write, read, write
-from amed_engine.checkpoints.fingerprints import fingerprint, is_model
 from amed_engine.checkpoints.native import load_model, load_predictor, save_model, save_predictor
 from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
 from amed_engine.checkpoints.programs import load_program
@@ -11,9 +10,7 @@ __all__ = [
     "Converted",
     "atomic_write",
     "convert",
-    "fingerprint",
     "from_pretrained",
-    "is_model",
     "load_first_stage",
     "load_model",
     "load_predictor",

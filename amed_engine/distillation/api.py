@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.batches import Batches, Condition
-from amed_engine.checkpoints import fingerprint
 from amed_engine.distillation import report
 from amed_engine.distillation.data import Loss, Teacher, squared_error
 from amed_engine.distillation.parallel import join

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import amed_engine
 from amed_engine.adapters import Signature, load_onnx, load_package, save_package, wrap
-from amed_engine.adapters.packages import KEY, is_package
+from amed_engine.adapters.compiled import KEY, is_package
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.graph import GraphCache
 from amed_engine.models import resolve

@@ -10,7 +10,8 @@ import torch
 
 import amed_engine
 from amed_engine import AMEDPredictor, ConfigError, FileFormatError, Sampler, make_plan, networks, save_predictor, zoo
-from amed_engine.checkpoints import convert, fingerprint, save_model
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import convert, save_model
 from amed_engine.networks import EDMPrecond
 from amed_engine.reproduce import draw, recipe_sampler
 from amed_engine.zoo.catalogue import CATALOGUE

@@ -27,8 +27,8 @@ from amed_engine.commands.shared import default_device, parse_pairs, where_optio
 def search_schedule(model, device, nfe, solver, solver_options, afs, guidance_scale, out, **options: Any) -> None:
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
+    from amed_engine.checkpoints.levels import write_levels
     from amed_engine.models import place, resolve
-    from amed_engine.schedule_file import write_levels
 
     resolved = resolve(model)
     place(resolved, device or default_device())

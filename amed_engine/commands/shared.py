@@ -129,8 +129,8 @@ def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:
 def with_levels(asked: dict[str, Any]) -> dict[str, Any]:
     """The options with a schedule that is a file read: its levels, and its solver and analytic first step where none were
     asked for. Raises FileFormatError and ConfigError."""
+    from amed_engine.checkpoints.levels import read_levels
     from amed_engine.errors import ConfigError
-    from amed_engine.schedule_file import read_levels
 
     if (name := asked["schedule"]) is None or not (name.endswith(".json") or Path(name).is_file()):
         return asked

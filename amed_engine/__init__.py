@@ -21,35 +21,35 @@ _HOME = {
     "Midpoint": "solvers.stage",
     "NonFiniteError": "errors",
     "Plan": "solvers.plan",
-    "SampleResult": "results",
-    "Sampler": "sampler",
-    "StaleGraphError": "capture",
-    "StepInfo": "results",
-    "Stepper": "stepper",
+    "SampleResult": "engine.result",
+    "Sampler": "engine.sampler",
+    "StaleGraphError": "engine.capture",
+    "StepInfo": "engine.result",
+    "Stepper": "engine.export.stepper",
     "UnsafeFileError": "errors",
     "convert": "checkpoints",
     "distill": "distillation",
     "fit": "learned",
     "from_pretrained": "checkpoints",
-    "get_cmake_dir": "locations",
-    "get_include": "locations",
-    "get_library": "locations",
-    "get_pkgconfig_dir": "locations",
+    "get_cmake_dir": "engine.export.locations",
+    "get_include": "engine.export.locations",
+    "get_library": "engine.export.locations",
+    "get_pkgconfig_dir": "engine.export.locations",
     "load": "zoo",
-    "load_package": "packages",
+    "load_package": "engine.export.package",
     "load_predictor": "checkpoints",
     "make_plan": "solvers.plan",
     "make_schedule": "solvers.schedule",
     "make_solver": "solvers",
-    "read_plan": "plan_file",
-    "read_schedule": "plan_file",
+    "read_plan": "engine.export.read_plan",
+    "read_schedule": "engine.export.schedule_table",
     "sample": "sampling.loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
     "search_schedule": "schedule_search",
     "wrap": "adapters",
-    "write_plan": "export_plan",
-    "write_schedule": "export_schedule",
+    "write_plan": "engine.export.write_plan",
+    "write_schedule": "engine.export.schedule_table",
 }
 
 __all__ = [
@@ -97,18 +97,19 @@ __all__ = [
 
 if TYPE_CHECKING:
     from amed_engine.adapters import wrap
-    from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
     from amed_engine.distillation import distill
+    from amed_engine.engine.capture import StaleGraphError
+    from amed_engine.engine.export.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
+    from amed_engine.engine.export.package import load_package
+    from amed_engine.engine.export.read_plan import read_plan
+    from amed_engine.engine.export.schedule_table import read_schedule, write_schedule
+    from amed_engine.engine.export.stepper import Stepper
+    from amed_engine.engine.export.write_plan import write_plan
+    from amed_engine.engine.result import SampleResult, StepInfo
+    from amed_engine.engine.sampler import Sampler
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
-    from amed_engine.export_plan import write_plan
-    from amed_engine.export_schedule import write_schedule
     from amed_engine.learned import fit
-    from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
-    from amed_engine.packages import load_package
-    from amed_engine.plan_file import read_plan, read_schedule
-    from amed_engine.results import SampleResult, StepInfo
-    from amed_engine.sampler import Sampler
     from amed_engine.sampling.denoiser import Denoised
     from amed_engine.sampling.loop import sample
     from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -119,7 +120,6 @@ if TYPE_CHECKING:
     from amed_engine.solvers.plan import Plan, make_plan
     from amed_engine.solvers.schedule import make_schedule
     from amed_engine.solvers.stage import Midpoint
-    from amed_engine.stepper import Stepper
     from amed_engine.zoo import load
 
 

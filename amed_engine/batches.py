@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.engine.model import Model, bind_labels, check_guidance, vectors
 from amed_engine.errors import ConfigError
-from amed_engine.models import Model
-from amed_engine.requests import bind_labels, check_guidance, vectors
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.solvers.plan import Plan
 

@@ -78,8 +78,8 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     if subdirs and not outdir:
         raise click.UsageError("--subdirs needs --outdir")
     check_png(out)
-    from amed_engine import images
-    from amed_engine.seeds import parse_seeds
+    from amed_engine.engine import images
+    from amed_engine.engine.seeds import parse_seeds
 
     numbers = parse_seeds(seeds)
     sampler = make_sampler(**typed(asked))
@@ -116,7 +116,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
     from amed_engine import compare as work
     from amed_engine import figure
     from amed_engine.checkpoints import atomic_write
-    from amed_engine.seeds import parse_seeds
+    from amed_engine.engine.seeds import parse_seeds
 
     check_png(out)
     numbers = parse_seeds(seeds)
@@ -167,7 +167,8 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
 @click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
 def distill(model, device, out, **options) -> None:
     """Train an AMED predictor for a model and save it."""
-    from amed_engine.models import place, resolve
+    from amed_engine.engine.model import place
+    from amed_engine.engine.resolve import resolve
 
     resolved = resolve(model)
     place(resolved, device or default_device())

@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine import zoo
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.result import SampleResult
+from amed_engine.engine.sampler import Sampler
+from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.metrics.distances import rmse
-from amed_engine.models import Model, resolve
-from amed_engine.results import SampleResult
-from amed_engine.sampler import Sampler
-from amed_engine.seeds import check_seeds
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import count_evaluations
 

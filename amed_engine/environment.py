@@ -12,9 +12,9 @@ import torch
 
 import amed_engine
 from amed_engine import kernels, zoo
+from amed_engine.engine.export.locations import get_library
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import cuda, native
-from amed_engine.locations import get_library
 
 
 def facts() -> dict[str, dict[str, Any]]:

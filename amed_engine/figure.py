@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from amed_engine.compare import CURVE_NFES, Comparison, Row
+from amed_engine.engine.images import grid, to_uint8
 from amed_engine.errors import AmedError
-from amed_engine.images import grid, to_uint8
 
 # One colour per family, one dash per order; what is learned is black.
 COLOURS = {

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.batches import Batches, Condition
 from amed_engine.candidate import Candidate, Fitted, nonstationary
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
-from amed_engine.models import Model, resolve
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from amed_engine import adapters, zoo
 from amed_engine.checkpoints import load_predictor
+from amed_engine.engine.images import rounded
+from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError
-from amed_engine.images import rounded
-from amed_engine.sampler import Sampler
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.zoo.recipes import Recipe
 from amed_engine.zoo.text_to_image import TextToImage, read_prompts

@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.batches import Batches, Condition
+from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.learned import TEACHER
-from amed_engine.models import resolve
 from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import make_solver

@@ -21,8 +21,8 @@ from amed_engine import (
 )
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import save_model
+from amed_engine.engine.seeds import parse_seeds
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
-from amed_engine.seeds import parse_seeds
 
 SHAPE = (1, 8, 8)
 NAN = float("nan")

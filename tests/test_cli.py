@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import amed_engine
-from amed_engine import cli, distillation, kernels, sampler, zoo
+from amed_engine import cli, distillation, kernels, zoo
 from amed_engine.checkpoints import load_predictor, save_model, save_predictor
+from amed_engine.engine import sampler
 from amed_engine.networks import EDMPrecond
 from amed_engine.solvers import SOLVERS
 

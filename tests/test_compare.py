@@ -11,9 +11,9 @@ from PIL import Image
 import amed_engine
 from amed_engine import compare, figure
 from amed_engine.compare import CURVE_NFES, TRAINING_FREE, Setting
+from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond
-from amed_engine.seeds import draw
 from amed_engine.solvers.plan import best_training_free
 
 SCALE = 0.5  # standard deviation of the data

@@ -23,8 +23,8 @@ from amed_engine import (
     make_plan,
     make_solver,
 )
-from amed_engine.engine import BoundLoop
-from amed_engine.export import Job, trace
+from amed_engine.engine.export.write import Job, trace
+from amed_engine.engine.runner import BoundLoop
 from amed_engine.sampling.denoiser import Denoised
 from amed_engine.solvers.program import Program
 

@@ -9,10 +9,10 @@ import torch
 from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan, zoo
 from amed_engine.candidate import Candidate, nonstationary, unrolled
 from amed_engine.checkpoints import load_predictor, save_predictor
+from amed_engine.engine.model import bind_labels
+from amed_engine.engine.resolve import resolve
 from amed_engine.fitting import Example, Normal, adaptive, expanded, gauss_newton, jacobian, loss_of
 from amed_engine.learned import Effort, Task, draw_examples, fit, learn, starts_of
-from amed_engine.models import resolve
-from amed_engine.requests import bind_labels
 from amed_engine.sampling.denoiser import Denoised
 from amed_engine.sampling.loop import integrate, sample
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor

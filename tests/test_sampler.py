@@ -24,7 +24,7 @@ from amed_engine import (
 )
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import save_model
-from amed_engine.seeds import draw
+from amed_engine.engine.seeds import draw
 
 SHAPE = (1, 8, 8)
 SOLVERS = {

@@ -53,7 +53,7 @@ def evaluate(
     from amed_engine import evaluation
     from amed_engine.checkpoints import atomic_write
     from amed_engine.compare import Setting
-    from amed_engine.seeds import parse_seeds
+    from amed_engine.engine.seeds import parse_seeds
 
     if save_statistics and not save_statistics.endswith(".npz"):
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")

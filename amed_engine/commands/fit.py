@@ -30,8 +30,9 @@ from amed_engine.commands.shared import check_writable, default_device, where_op
 def fit(model, device, nfe, out, **options) -> None:
     """Fit a predictor to a model by Gauss-Newton, and save it."""
     import amed_engine
-    from amed_engine.models import place, resolve
-    from amed_engine.seeds import parse_seeds
+    from amed_engine.engine.model import place
+    from amed_engine.engine.resolve import resolve
+    from amed_engine.engine.seeds import parse_seeds
 
     numbers, several = parse_seeds(nfe, "NFE"), not nfe.isdecimal()
     if several and Path(out).suffix == ".safetensors":

@@ -57,7 +57,7 @@ def _prepare(recipe: Any, *, device: str | None, **parts: Any) -> Any:
 
 
 def _stream(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
-    from amed_engine import images
+    from amed_engine.engine import images
     from amed_engine.reproduce import draw
 
     done = 0

@@ -28,7 +28,8 @@ def search_schedule(model, device, nfe, solver, solver_options, afs, guidance_sc
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
     from amed_engine.checkpoints.levels import write_levels
-    from amed_engine.models import place, resolve
+    from amed_engine.engine.model import place
+    from amed_engine.engine.resolve import resolve
 
     resolved = resolve(model)
     place(resolved, device or default_device())

@@ -113,7 +113,7 @@ def check_png(path: str | None) -> None:
 def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:
     """The sampler of a command's options, device and dtype as the engine takes them; predictor "none" keeps the bundled one
     away, and a schedule may be a file of noise levels."""
-    from amed_engine.sampler import Sampler
+    from amed_engine.engine.sampler import Sampler
     from amed_engine.solvers.plan import best_training_free
 
     asked = with_levels(asked)

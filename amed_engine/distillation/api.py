@@ -21,10 +21,11 @@ from amed_engine.distillation.parallel import join
 from amed_engine.distillation.saving import Checkpoints
 from amed_engine.distillation.settings import OPTIONS, Settings, choose
 from amed_engine.distillation.training import Round, Trainer
-from amed_engine.engine import Engine
+from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.runner import Engine
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.graph import GraphCache
-from amed_engine.models import Model, resolve
 from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver

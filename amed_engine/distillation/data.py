@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.batches import Bound
+from amed_engine.engine.graphs import GraphCache, family_of
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.graph import GraphCache, family_of
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.plan import Plan, make_plan

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amed_engine.capture import Device, Recording, Weights, numerics
+from amed_engine.engine.capture import Device, Recording, Weights, numerics
 from amed_engine.errors import AmedError, ConfigError
 
 WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six

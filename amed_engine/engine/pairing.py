@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.fingerprint import is_model
+from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.models import Model
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
 from amed_engine.solvers.schedule import check_sigmas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.arrays import imported
+from amed_engine.engine.arrays import imported
+from amed_engine.engine.model import Model, vectors
+from amed_engine.engine.seeds import check_seeds, draw, draw_seeds
 from amed_engine.errors import ConfigError
-from amed_engine.models import Model
-from amed_engine.sampling.denoiser import Denoiser, classifier_free, conditioned
-from amed_engine.seeds import check_seeds, draw, draw_seeds
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -159,36 +157,3 @@ def _sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True).to(dtype or values.dtype)
-
-
-def vectors(classes: Tensor, label_dim: int) -> Tensor:
-    """Class numbers as one-hot rows; vectors as they are."""
-    return classes if classes.is_floating_point() else torch.nn.functional.one_hot(classes, label_dim)
-
-
-def check_guidance(model: Model, guidance_scale: Any) -> None:
-    """Whether a model can be guided at all, by a number. Raises ConfigError."""
-    if guidance_scale is None:
-        return
-    if not _is_number(guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
-    if not model.label_dim:
-        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
-    if not getattr(model.network, "can_guide", True):
-        raise ConfigError(
-            'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
-            "or null_class, or leave guidance_scale out"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def bind_labels(model: Model, labels: Tensor | None, guidance_scale: float | None) -> Denoiser:
-    """The model's denoiser with its conditions and guidance bound: (x, sigma) -> Denoised."""
-    if labels is None:
-        return model.denoise
-    if guidance_scale is None or guidance_scale == 1:
-        return conditioned(model.denoise, labels)
-    return classifier_free(model.denoise, labels, guidance_scale)

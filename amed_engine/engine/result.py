@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.engine.request import Request
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.requests import Request
 from amed_engine.solvers.plan import Plan
 
 Observer = Callable[[int, Tensor], None]  # (interval, state at its end)

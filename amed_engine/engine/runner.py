@@ -11,12 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.capture import CudaDevice, capturing, release_cached_memory
+from amed_engine.engine.capture import CudaDevice, capturing, release_cached_memory
+from amed_engine.engine.graphs import (
+    WARMUPS,
+    WARMUPS_TORCHSCRIPT,
+    GraphCache,
+    Stats,
+    WarmupReport,
+    check_sizes,
+    family_of,
+)
+from amed_engine.engine.model import Model, bind_labels
+from amed_engine.engine.request import Request
+from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
-from amed_engine.graph import WARMUPS, WARMUPS_TORCHSCRIPT, GraphCache, Stats, WarmupReport, check_sizes, family_of
-from amed_engine.models import Model
-from amed_engine.requests import Request, bind_labels
-from amed_engine.results import Observer, non_finite
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.program import Program
 

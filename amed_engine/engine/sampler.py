@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from amed_engine import zoo
-from amed_engine.arrays import check_output_type, delivered, writable
 from amed_engine.checkpoints import load_predictor
-from amed_engine.engine import BoundLoop, Engine
-from amed_engine.errors import ConfigError
-from amed_engine.export import Exported, Job, export
-from amed_engine.graph import Stats, WarmupReport
-from amed_engine.models import place, resolve, tune
-from amed_engine.planning import (
+from amed_engine.engine.arrays import check_output_type, delivered, writable
+from amed_engine.engine.export.write import Exported, Job, export
+from amed_engine.engine.graphs import Stats, WarmupReport
+from amed_engine.engine.model import check_guidance, place, tune
+from amed_engine.engine.pairing import (
     Wishes,
     check_bottleneck,
     check_dtype,
@@ -30,8 +28,11 @@ from amed_engine.planning import (
     choose_plan,
     usable_range,
 )
-from amed_engine.requests import check_guidance, make_request
-from amed_engine.results import SampleResult, StepInfo, make_observer
+from amed_engine.engine.request import make_request
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.result import SampleResult, StepInfo, make_observer
+from amed_engine.engine.runner import BoundLoop, Engine
+from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program

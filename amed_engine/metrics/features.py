@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from amed_engine.engine.images import check_pictures, to_uint8
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.images import check_pictures, to_uint8
 from amed_engine.metrics.classifier import load_classifier
 
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.metrics.features import Extractor, extractor
 from amed_engine.metrics.statistics import Statistics, frechet_distance
-from amed_engine.sampler import Sampler
 
 # A folder of PNG (searched through), a tensor (N, C, H, W), or anything that yields batches (B, C, H, W).
 Images = str | os.PathLike | Tensor | Iterable[Tensor]

@@ -13,12 +13,12 @@ import torch
 
 import amed_engine
 from amed_engine import AMEDPredictor, Midpoint, kernels, make_schedule, make_solver, sample
+from amed_engine.engine.export.tableau import MAX_COLUMNS, StaticPlan
+from amed_engine.engine.export.write_plan import make_static_plan
 from amed_engine.errors import ConfigError
-from amed_engine.export_plan import make_static_plan
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Row, Stage
-from amed_engine.static_plan import MAX_COLUMNS, StaticPlan
 
 # ---- programs and denoisers with known answers ----
 

@@ -13,8 +13,8 @@ import torch
 
 from amed_engine import AMEDPredictor, Midpoint, Sampler, StaleGraphError, make_schedule, make_solver
 from amed_engine.adapters import load_package, save_package
-from amed_engine.capture import CudaDevice
-from amed_engine.graph import GraphCache, family_of
+from amed_engine.engine.capture import CudaDevice
+from amed_engine.engine.graphs import GraphCache, family_of
 from amed_engine.networks import EDMPrecond
 from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.loop import integrate

@@ -23,10 +23,10 @@ from amed_engine import (
     sample,
 )
 from amed_engine.batches import Batches
-from amed_engine.capture import CudaDevice
 from amed_engine.distillation import Teacher
-from amed_engine.graph import GraphCache, family_of
-from amed_engine.models import resolve
+from amed_engine.engine.capture import CudaDevice
+from amed_engine.engine.graphs import GraphCache, family_of
+from amed_engine.engine.resolve import resolve
 
 SIZES = (2, 8, 4)
 

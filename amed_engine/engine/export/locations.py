@@ -9,8 +9,8 @@ from amed_engine.errors import ConfigError
 
 def _csrc() -> Path:
     """csrc/ in the installed package, or at the root of a checkout."""
-    installed = Path(__file__).parent / "csrc"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "csrc"
+    installed = Path(__file__).parents[2] / "csrc"
+    return installed if installed.is_dir() else Path(__file__).parents[3] / "csrc"
 
 
 def get_include() -> str:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import load_program
+from amed_engine.engine.model import Model
+from amed_engine.engine.request import make_request
+from amed_engine.engine.result import SampleResult
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.models import Model
-from amed_engine.requests import make_request
-from amed_engine.results import SampleResult
 from amed_engine.solvers.plan import Plan
 
 KEY = "amed_engine"

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from amed_engine.engine.export.tableau import BASIS, Evaluation, PredictorWeights, StaticPlan
 from amed_engine.errors import ConfigError
-from amed_engine.static_plan import BASIS, Evaluation, PredictorWeights, StaticPlan
 
 Array = Any
 Combine = Callable[[Sequence[Array], Array, Sequence[Array]], None]

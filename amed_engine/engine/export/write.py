@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine import kernels
-from amed_engine.engine import BoundLoop
+from amed_engine.engine.export.package import DTYPES, Facts, first_line, import_onnx, load_package
+from amed_engine.engine.export.schedule_table import write_schedule
+from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.model import Model
+from amed_engine.engine.request import Request, make_request
+from amed_engine.engine.runner import BoundLoop
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.export_plan import write_plan
-from amed_engine.export_schedule import write_schedule
-from amed_engine.models import Model
-from amed_engine.packages import DTYPES, Facts, first_line, import_onnx, load_package
-from amed_engine.requests import Request, make_request
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 

@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
+from amed_engine.engine.export.read_plan import loads
+from amed_engine.engine.export.strict_json import MAX_BYTES
+from amed_engine.engine.export.tableau import (
+    BASIS,
+    MAX_COLUMNS,
+    MAX_ROWS,
+    Coefficient,
+    Evaluation,
+    PredictorWeights,
+    StaticPlan,
+)
+from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.models import Model
-from amed_engine.plan_file import MAX_BYTES, loads
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
 from amed_engine.solvers.stage import Midpoint, Update
-from amed_engine.static_plan import BASIS, MAX_COLUMNS, MAX_ROWS, Coefficient, Evaluation, PredictorWeights, StaticPlan
 
 
 @runtime_checkable

@@ -113,10 +113,10 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
 def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
     """All solvers on the same seeds at equal NFE: errors to a fine reference solution."""
-    from amed_engine import compare as work
-    from amed_engine import figure
     from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds
+    from amed_engine.evaluation import comparison as work
+    from amed_engine.evaluation import figure
 
     check_png(out)
     numbers = parse_seeds(seeds)

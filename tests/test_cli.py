@@ -191,7 +191,7 @@ def test_compare_prints_json_on_request(amed, model, predictor):
 
 def test_compare_says_what_to_install_before_it_computes(amed, model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("amed_engine.compare.compare", lambda *_, **__: pytest.fail("computed first"))
+    monkeypatch.setattr("amed_engine.evaluation.comparison.compare", lambda *_, **__: pytest.fail("computed first"))
     code, _, err = amed("compare", "--model", model, "--out", tmp_path / "c.png")
     assert code == 1
     assert "pip install 'amed-engine[plot]'" in err

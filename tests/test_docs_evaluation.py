@@ -18,7 +18,7 @@ def test_a_code_block_runs(source, tmp_path, monkeypatch):
 
 
 def test_the_accuracy_it_states_is_the_classifier_s():
-    from amed_engine.metrics.classifier import load_classifier
+    from amed_engine.evaluation.metrics.classifier import load_classifier
 
     _, report = load_classifier()
     assert f"{100 * report['accuracy_held_out']:.2f} % of the\n  {report['images_held_out']} held out" in PAGE

@@ -50,10 +50,10 @@ def evaluate(
     **asked,
 ) -> None:
     """Distance to a fine solution, Frechet distance, precision and recall, class accuracy."""
-    from amed_engine import evaluation
     from amed_engine.checkpoints import atomic_write
-    from amed_engine.compare import Setting
     from amed_engine.engine.seeds import parse_seeds
+    from amed_engine.evaluation import quality as evaluation
+    from amed_engine.evaluation.comparison import Setting
 
     if save_statistics and not save_statistics.endswith(".npz"):
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")

@@ -32,7 +32,7 @@ from amed_engine.commands.shared import default_device
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def reproduce(name, show, statistics, features, images, batch, outdir, as_json, **parts) -> None:
     """Run a published evaluation, e.g. cifar10-amed-5, and compare with the number in the table."""
-    from amed_engine.zoo.recipes import load_recipe, recipe_names
+    from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
 
     if show:
         click.echo("\n".join(f"{each:<28} {load_recipe(each).fid:g}" for each in recipe_names()))
@@ -51,14 +51,14 @@ def reproduce(name, show, statistics, features, images, batch, outdir, as_json, 
 
 
 def _prepare(recipe: Any, *, device: str | None, **parts: Any) -> Any:
-    from amed_engine.reproduce import prepare
+    from amed_engine.evaluation.published.reproduce import prepare
 
     return prepare(recipe, device=device or default_device(), **parts)
 
 
 def _stream(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
     from amed_engine.engine import images
-    from amed_engine.reproduce import draw
+    from amed_engine.evaluation.published.reproduce import draw
 
     done = 0
     for pictures in draw(drawing, seeds, batch):
@@ -79,7 +79,7 @@ def _counted(stream: Iterator[Any], total: int) -> Iterator[Any]:
 
 
 def _distance(stream: Iterator[Any], statistics: str, features: str, device: Any) -> float:
-    from amed_engine.metrics import frechet
+    from amed_engine.evaluation.metrics import frechet
 
     return float(frechet(stream, statistics, features, device))
 

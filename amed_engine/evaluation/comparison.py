@@ -25,7 +25,7 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
 from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
-from amed_engine.metrics.distances import rmse
+from amed_engine.evaluation.metrics.distances import rmse
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import count_evaluations
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from amed_engine.compare import CURVE_NFES, Comparison, Row
 from amed_engine.engine.images import grid, to_uint8
 from amed_engine.errors import AmedError
+from amed_engine.evaluation.comparison import CURVE_NFES, Comparison, Row
 
 # One colour per family, one dash per order; what is learned is black.
 COLOURS = {

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.compare import REFERENCES, Setting
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
-from amed_engine.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
-from amed_engine.metrics.features import Extractor, extractor
-from amed_engine.metrics.manifold import Manifold
-from amed_engine.metrics.sources import Images, read_features
+from amed_engine.evaluation.comparison import REFERENCES, Setting
+from amed_engine.evaluation.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
+from amed_engine.evaluation.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
+from amed_engine.evaluation.metrics.features import Extractor, extractor
+from amed_engine.evaluation.metrics.manifold import Manifold
+from amed_engine.evaluation.metrics.sources import Images, read_features
 from amed_engine.solvers.plan import Plan
 
 logger = logging.getLogger("amed_engine")

@@ -7,7 +7,7 @@ import pytest
 
 from amed_engine.commands.convert import convert
 from amed_engine.commands.reproduce import reproduce
-from amed_engine.zoo.recipes import load_recipe
+from amed_engine.evaluation.published.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")

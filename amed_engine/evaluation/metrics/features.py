@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amed_engine.engine.images import check_pictures, to_uint8
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.metrics.classifier import load_classifier
+from amed_engine.evaluation.metrics.classifier import load_classifier
 
 
 class Extractor(Protocol):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.metrics.features import Extractor, extractor
-from amed_engine.metrics.statistics import Statistics, frechet_distance
+from amed_engine.evaluation.metrics.features import Extractor, extractor
+from amed_engine.evaluation.metrics.statistics import Statistics, frechet_distance
 
 # A folder of PNG (searched through), a tensor (N, C, H, W), or anything that yields batches (B, C, H, W).
 Images = str | os.PathLike | Tensor | Iterable[Tensor]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from amed_engine.metrics.classifier import FILE, DigitClassifier, class_accuracy, save_classifier
+from amed_engine.evaluation.metrics.classifier import FILE, DigitClassifier, class_accuracy, save_classifier
 from amed_engine.zoo.train_digits import Digits, load_digits
 
 

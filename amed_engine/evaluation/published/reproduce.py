@@ -14,9 +14,9 @@ from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.images import rounded
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError
+from amed_engine.evaluation.published.recipes import Recipe
+from amed_engine.evaluation.published.text_to_image import TextToImage, read_prompts
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.zoo.recipes import Recipe
-from amed_engine.zoo.text_to_image import TextToImage, read_prompts
 from amed_engine.zoo.weights import VARIABLE
 
 

@@ -28,8 +28,8 @@ _HOME = {
     "Stepper": "engine.export.stepper",
     "UnsafeFileError": "errors",
     "convert": "checkpoints",
-    "distill": "distillation",
-    "fit": "learned",
+    "distill": "training.distill",
+    "fit": "training.fit",
     "from_pretrained": "checkpoints",
     "get_cmake_dir": "engine.export.locations",
     "get_include": "engine.export.locations",
@@ -46,7 +46,7 @@ _HOME = {
     "sample": "sampling.loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
-    "search_schedule": "schedule_search",
+    "search_schedule": "training.search",
     "wrap": "adapters",
     "write_plan": "engine.export.write_plan",
     "write_schedule": "engine.export.schedule_table",
@@ -98,7 +98,6 @@ __all__ = [
 if TYPE_CHECKING:
     from amed_engine.adapters import wrap
     from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
-    from amed_engine.distillation import distill
     from amed_engine.engine.capture import StaleGraphError
     from amed_engine.engine.export.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
     from amed_engine.engine.export.package import load_package
@@ -109,17 +108,18 @@ if TYPE_CHECKING:
     from amed_engine.engine.result import SampleResult, StepInfo
     from amed_engine.engine.sampler import Sampler
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
-    from amed_engine.learned import fit
     from amed_engine.sampling.denoiser import Denoised
     from amed_engine.sampling.loop import sample
     from amed_engine.sampling.predictors.amed import AMEDPredictor
     from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
     from amed_engine.sampling.predictors.constant import ConstantPredictor
-    from amed_engine.schedule_search import search_schedule
     from amed_engine.solvers import make_solver
     from amed_engine.solvers.plan import Plan, make_plan
     from amed_engine.solvers.schedule import make_schedule
     from amed_engine.solvers.stage import Midpoint
+    from amed_engine.training.distill import distill
+    from amed_engine.training.fit import fit
+    from amed_engine.training.search import search_schedule
     from amed_engine.zoo import load
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import amed_engine
-from amed_engine import cli, distillation, kernels, zoo
+from amed_engine import cli, kernels, zoo
 from amed_engine.checkpoints import load_predictor, save_model, save_predictor
 from amed_engine.engine import sampler
 from amed_engine.networks import EDMPrecond
@@ -426,7 +426,7 @@ def test_debug_shows_where(amed):
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(amed, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation.api, "_train", boom(KeyboardInterrupt()))
+    monkeypatch.setattr("amed_engine.training.distill._train", boom(KeyboardInterrupt()))
     code, out, err = amed("distill", "--model", model, "--out", tmp_path / "p.safetensors")
     assert (code, out, err.strip()) == (130, "", "amed: error: interrupted")
     assert not (tmp_path / "p.safetensors").exists()

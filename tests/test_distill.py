@@ -20,8 +20,8 @@ from amed_engine import (
 )
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import files
-from amed_engine.distillation import Teacher
 from amed_engine.errors import ConfigError
+from amed_engine.training.teacher import Teacher
 
 SHAPE = (1, 4, 4)
 STUDENTS = {

@@ -14,13 +14,6 @@ from torch import nn
 from tqdm import tqdm
 
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.batches import Batches, Condition
-from amed_engine.distillation import report
-from amed_engine.distillation.data import Loss, Teacher, squared_error
-from amed_engine.distillation.parallel import join
-from amed_engine.distillation.saving import Checkpoints
-from amed_engine.distillation.settings import OPTIONS, Settings, choose
-from amed_engine.distillation.training import Round, Trainer
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
@@ -30,6 +23,13 @@ from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.training import report
+from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.presets import OPTIONS, Settings, choose
+from amed_engine.training.ranks import join
+from amed_engine.training.resume import Checkpoints
+from amed_engine.training.teacher import Loss, Teacher, squared_error
+from amed_engine.training.trainer import Round, Trainer
 
 OBJECTIVES = ("greedy", "end_to_end")
 

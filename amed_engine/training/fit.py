@@ -15,23 +15,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.batches import Batches, Condition
-from amed_engine.candidate import Candidate, Fitted, nonstationary
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
-from amed_engine.fitting import Example, adaptive, gauss_newton, loss_of
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 from amed_engine.solvers.program import Program
+from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.candidate import Candidate, Fitted, nonstationary
+from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
+from amed_engine.training.presets import TEACHER
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)
-# Of one evaluation per step the one that comes nearest to the exact solution; 24 leave an error of about 0.01 on digits.
-TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0}
 # Where a fit may start; the best on the first latents is taken.
 STARTS = (
     *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.candidate import Candidate
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import State, Trajectory, integrate
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor, summary
 from amed_engine.solvers.program import Program
+from amed_engine.training.candidate import Candidate
 
 
 class Example(NamedTuple):

@@ -66,3 +66,7 @@ def choose(preset: str, given: Mapping[str, Any]) -> Settings:
     if not isinstance(batch, int) or batch < 1 or not 0 < kimg < math.inf or not lr > 0:
         raise ConfigError(f"batch, total_kimg and lr must be positive, batch whole, got {batch}, {kimg}, {lr}")
     return settings
+
+
+# Of one evaluation per step the one that comes nearest to the exact solution; 24 leave an error of about 0.01 on digits.
+TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0}

@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from amed_engine.checkpoints.files import atomic_write
-from amed_engine.distillation.training import Round
 from amed_engine.errors import ConfigError
+from amed_engine.training.trainer import Round
 
 
 def show(bar: tqdm, seen: Round) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from amed_engine.checkpoints.files import read, write
 from amed_engine.checkpoints.native import check_tensors
-from amed_engine.distillation.training import Round, Trainer
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.training.trainer import Round, Trainer
 
 KEPT = 3
 KIND = "amed_training"

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.batches import Batches, Condition
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
-from amed_engine.learned import TEACHER
 from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import make_solver
@@ -33,6 +31,8 @@ from amed_engine.solvers.base import Solver, in_range
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import check_sigmas, make_schedule
+from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.presets import TEACHER
 
 logger = logging.getLogger("amed_engine")
 

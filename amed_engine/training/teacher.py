@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.batches import Bound
 from amed_engine.engine.graphs import GraphCache, family_of
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.denoiser import Denoiser
@@ -19,6 +18,7 @@ from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
+from amed_engine.training.batches import Bound
 
 logger = logging.getLogger("amed_engine")
 

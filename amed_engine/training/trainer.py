@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amed_engine.batches import Batches
-from amed_engine.distillation.data import Loss, Teacher
-from amed_engine.distillation.parallel import Ranks
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.loop import State, Trajectory
@@ -21,6 +18,9 @@ from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint
+from amed_engine.training.batches import Batches
+from amed_engine.training.ranks import Ranks
+from amed_engine.training.teacher import Loss, Teacher
 
 MAX_SKIPPED = 3  # non-finite losses in a row after which training stops
 

@@ -25,7 +25,7 @@ def test_the_accuracy_it_states_is_the_classifier_s():
 
 
 def test_commands_and_options_it_shows_exist():
-    from amed_engine.commands.evaluate import evaluate
+    from amed_engine.cli.commands.evaluate import evaluate
 
     options = {name for option in evaluate.params for name in option.opts}
     shown = re.findall(r"^    amed evaluate (.*)$", PAGE, flags=re.MULTILINE)

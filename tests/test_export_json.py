@@ -21,7 +21,7 @@ from amed_engine import (
     read_plan,
     read_schedule,
 )
-from amed_engine.commands.export import FORMATS as OFFERED
+from amed_engine.cli.commands.export import FORMATS as OFFERED
 from amed_engine.engine.export.write import FORMATS
 from amed_engine.engine.model import bind_labels
 from amed_engine.engine.request import make_request

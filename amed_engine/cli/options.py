@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.weights import weights_option
 from amed_engine.errors import AmedError
 
 
@@ -29,6 +28,35 @@ def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence
         except ValueError:
             options[name] = value
     return options
+
+
+VARIABLE = "AMED_WEIGHTS"
+
+
+def _remember(context: click.Context, _: click.Parameter, place: str | None) -> None:
+    """As if the environment said so, until the command ends: names are looked up far below the command line."""
+    if place is None:
+        return
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = place
+    context.call_on_close(lambda: _restore(before))
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(exists=True),
+    expose_value=False,
+    callback=_remember,
+    help="File or folder of a published model's weights.",
+    show_default=VARIABLE,
+)
 
 
 Decorator = Callable[[Callable], Callable]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from amed_engine.commands.convert import convert
-from amed_engine.commands.reproduce import reproduce
+from amed_engine.cli.commands.convert import convert
+from amed_engine.cli.commands.reproduce import reproduce
 from amed_engine.evaluation.published.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,14 +7,7 @@ import sys
 
 import click
 
-from amed_engine.commands.shared import (
-    check_writable,
-    drawing_options,
-    make_sampler,
-    plan_options,
-    typed,
-    where_options,
-)
+from amed_engine.cli.options import check_writable, drawing_options, make_sampler, plan_options, typed, where_options
 from amed_engine.errors import ConfigError
 
 BUNDLED = "digits"

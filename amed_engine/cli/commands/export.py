@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from amed_engine.commands.shared import check_writable, make_sampler, plan_options, typed, where_options
+from amed_engine.cli.options import check_writable, make_sampler, plan_options, typed, where_options
 
 FORMATS = ("pt2", "exported", "onnx", "plan", "schedule")
 

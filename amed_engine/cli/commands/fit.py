@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.shared import check_writable, default_device, where_options
+from amed_engine.cli.options import check_writable, default_device, where_options
 
 
 @click.command()

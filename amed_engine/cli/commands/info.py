@@ -11,7 +11,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info(as_json: bool) -> None:
     """Versions, devices, active kernels and bundled models."""
-    from amed_engine.environment import facts as gather
+    from amed_engine.cli.environment import facts as gather
 
     facts = gather()
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.shared import default_device
+from amed_engine.cli.options import default_device
 
 
 @click.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from amed_engine.commands.shared import default_device, parse_pairs, where_options
+from amed_engine.cli.options import default_device, parse_pairs, where_options
 
 
 @click.command("search-schedule")

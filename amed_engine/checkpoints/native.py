@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from amed_engine import networks
+import amed_engine.networks as networks
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine import zoo
+import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_onnx, load_package
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model

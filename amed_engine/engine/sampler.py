@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine import zoo
+import amed_engine.zoo as zoo
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.arrays import check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export

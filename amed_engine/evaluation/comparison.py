@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine import zoo
+import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult

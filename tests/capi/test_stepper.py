@@ -208,8 +208,8 @@ def test_reading_and_stepping_need_no_torch(tmp_path):
     write_plan(Program.build(make_solver("ipndm"), sigmas), tmp_path / "plan.json")
     code = (
         "import sys, numpy as np\n"
-        "from amed_engine.plan_file import read_plan\n"
-        "from amed_engine.stepper import Stepper\n"
+        "from amed_engine.engine.export.read_plan import read_plan\n"
+        "from amed_engine.engine.export.stepper import Stepper\n"
         "s = Stepper(read_plan(sys.argv[1]), np.ones((1, 2), np.float32))\n"
         "while not s.done: s.advance(s.points / 2)\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amed_engine import kernels
+import amed_engine.kernels as kernels
 from amed_engine.engine.export.package import DTYPES, Facts, first_line, import_onnx, load_package
 from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.write_plan import write_plan

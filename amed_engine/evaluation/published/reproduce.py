@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from amed_engine import adapters, zoo
+import amed_engine.adapters as adapters
+import amed_engine.zoo as zoo
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.images import rounded
 from amed_engine.engine.sampler import Sampler

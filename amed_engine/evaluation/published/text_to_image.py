@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amed_engine import adapters
+import amed_engine.adapters as adapters
 from amed_engine.checkpoints import latent, load_first_stage
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.zoo.catalogue import CATALOGUE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from amed_engine import kernels
+import amed_engine.kernels as kernels
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
 from amed_engine.sampling.denoiser import Denoiser

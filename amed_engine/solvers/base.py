@@ -20,7 +20,7 @@ from amed_engine.kernels import MidpointStep
 from amed_engine.solvers.stage import Midpoint, Stage, Update
 
 Past = tuple[Tensor, ...]
-UseOfMidpoint = Literal["none", "optional", "required"]
+UseOfPredictor = Literal["none", "optional", "required"]
 USE_WITH_PREDICTOR = "use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"  # what errors advise
 
 
@@ -28,9 +28,9 @@ class Solver(ABC):
     """What the loop needs of a solver. Attributes are constants of a solver, never state of a trajectory."""
 
     # Whether it takes midpoints from a predictor.
-    midpoint: ClassVar[UseOfMidpoint] = "none"
+    takes_predictor: ClassVar[UseOfPredictor] = "none"
     # What a predictor says of an interval.
-    choice: ClassVar[type] = Midpoint
+    answer: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
     corrects: ClassVar[bool] = False
 

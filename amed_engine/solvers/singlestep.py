@@ -10,7 +10,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
 from amed_engine.solvers import rules
-from amed_engine.solvers.base import Past, Solver, UseOfMidpoint, in_range
+from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range
 from amed_engine.solvers.stage import Midpoint, Row, Stage, Update
 
 
@@ -23,7 +23,7 @@ class Heun(Solver):
     ) -> list[Stage]:
         h = sigma_next - sigma
         row = Row(1.0, (h / 2, h / 2))
-        return [Stage((Row(1.0, (h,)),), None, sigma_next), Stage((row,), row)]
+        return [Stage((Row(1.0, (h,)),), sigma=sigma_next), Stage((row,), x_is_y=True)]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DPM2(Solver):
     """
 
     r: float = 0.5
-    midpoint: ClassVar[UseOfMidpoint] = "optional"
+    takes_predictor: ClassVar[UseOfPredictor] = "optional"
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
@@ -47,7 +47,10 @@ class DPM2(Solver):
         m, h = rules.midpoint_level(sigma, sigma_next, mid.r), sigma_next - sigma
         share = 1 / (2 * mid.r)
         row = Row(1.0, (h * share, h * (1 - share))).scaled(mid.scale_dir)
-        return [Stage((Row(1.0, (m - sigma,)),), None, m, mid.scale_time * m), Stage((row,), row)]
+        return [
+            Stage((Row(1.0, (m - sigma,)),), sigma=m, sigma_net=mid.scale_time * m),
+            Stage((row,), x_is_y=True),
+        ]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class AMED(Solver):
     """
 
     points: int = 1
-    midpoint: ClassVar[UseOfMidpoint] = "required"
+    takes_predictor: ClassVar[UseOfPredictor] = "required"
 
     def __post_init__(self):
         in_range("amed", "points", self.points, 1, 7)  # x, K points and K answers are at most 16 sources of `combine`
@@ -82,10 +85,8 @@ class AMED(Solver):
         m = tuple(rules.midpoint_level(sigma, sigma_next, p.r) for p in points)
         y = tuple(Row(1.0, (level - sigma,)) for level in m)
         row = Row(1.0, tuple(p.scale_dir * h for p in points))
-        return [
-            Stage(y, None, m, tuple(p.scale_time * level for p, level in zip(points, m, strict=True))),
-            Stage((row,), row),
-        ]
+        told = tuple(p.scale_time * level for p, level in zip(points, m, strict=True))
+        return [Stage(y, sigma=m, sigma_net=told), Stage((row,), x_is_y=True)]
 
     def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
         """y from [x, D], then x' from [x, y, D at y]: the same two matrices that `fold` makes of `step`."""

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from amed_engine.schedule import SCHEDULES
 from amed_engine.solvers import SOLVERS
+from amed_engine.solvers.schedule import SCHEDULES
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "solvers.md").read_text("utf-8")
 

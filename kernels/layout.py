@@ -143,8 +143,6 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
             raise ValueError(
                 f"{name} must be {sigma.dtype} on {sigma.device} like sigma, got {tensor.dtype} on {tensor.device}"
             )
-    if channels % 2 or channels < 4:
-        raise ValueError(f"the noise embedding must have an even number of channels from 4 on, got {channels}")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

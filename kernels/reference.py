@@ -27,8 +27,9 @@ def combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
     per_sample = coeffs.reshape(*coeffs.shape, *[1] * (first.dim() - 1))  # (M, J, B, 1, ...)
     outputs = []
     for row in per_sample.unbind(0):
-        total = row[0] * wide[0]
-        for coeff, source in zip(row.unbind(0)[1:], wide[1:], strict=True):
+        coeff, *others = row.unbind(0)
+        total = coeff * wide[0]
+        for coeff, source in zip(others, wide[1:], strict=True):
             total = torch.addcmul(total, coeff, source)
         outputs.append(total.to(first.dtype))
     return outputs
@@ -49,6 +50,11 @@ def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Te
     g = torch.stack([grad.to(dtype).flatten(1) for grad in grads])  # (M, B, N)
     s = torch.stack([source.to(dtype).flatten(1) for source in sources])  # (J, B, N)
     return torch.einsum("mbn,jbn->mjb", g, s).contiguous()
+
+
+def coeff_grad_into(grads: Sequence[Tensor], sources: Sequence[Tensor], result: Tensor) -> None:
+    """`combine_coeff_grad` into a given tensor."""
+    result.copy_(combine_coeff_grad(grads, sources))
 
 
 class MidpointWeights(NamedTuple):
@@ -147,6 +153,19 @@ def midpoint_table(
     direction = _scale(z, weights.fc_scale_dir_weight, weights.fc_scale_dir_bias, scale_dir)
     time = _scale(z, weights.fc_scale_time_weight, weights.fc_scale_time_bias, scale_time)
     return _table(r, direction, time, sigma, sigma_next)
+
+
+def midpoint_into(
+    features: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    weights: MidpointWeights,
+    scale_dir: float,
+    scale_time: float,
+    table: Tensor,
+) -> None:
+    """`midpoint_table` into a given tensor."""
+    table.copy_(midpoint_table(features, sigma, sigma_next, weights, scale_dir, scale_time))
 
 
 def _scale(z: Tensor, weight: Tensor | None, bias: Tensor | None, width: float) -> Tensor:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from amed_engine import kernels
 from amed_engine.coefficients import ConstantPredictor
 from amed_engine.denoiser import Denoiser
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
+from amed_engine.kernels.reference import frequencies, predict
 from amed_engine.loop import sample
 from amed_engine.plan import Plan
 from amed_engine.program import Midpoint
@@ -72,9 +72,7 @@ class AMEDPredictor(nn.Module):
         self.fc_r = nn.Linear(width, 1)
         self.fc_scale_dir = nn.Linear(width, 1) if scale_dir else None
         self.fc_scale_time = nn.Linear(width, 1) if scale_time else None
-        # float32 whatever the module's precision: published predictors were trained with these rounded frequencies.
-        k = torch.arange(embedding_dim // 2, dtype=torch.float32) / (embedding_dim // 2 - 1)
-        self.register_buffer("frequencies", (1 / 10000) ** k, persistent=False)
+        self.register_buffer("frequencies", frequencies(embedding_dim), persistent=False)
 
     @property
     def config(self) -> dict:
@@ -139,23 +137,11 @@ class AMEDPredictor(nn.Module):
         return kernels.MidpointWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
-        z = self._encode(features, sigma, sigma_next)
-        r = self.fc_r(z).squeeze(1).sigmoid()
-        return Midpoint(
-            r, self._scale(self.fc_scale_dir, self.scale_dir, z), self._scale(self.fc_scale_time, self.scale_time, z)
-        )
-
-    def _encode(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        weight = self.enc_layer0.weight
-        u, v = self._embed(sigma), self._embed(sigma_next)
-        mean = weight.new_zeros(1, weight.shape[1]) if features is None else self._mean(features).to(weight.dtype)
-        code = self.enc_layer1(silu(self.enc_layer0(mean)))
-        (batch,) = torch.broadcast_shapes(code.shape[:1], u.shape[:1], v.shape[:1])
-        return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
-
-    def _mean(self, features: Tensor) -> Tensor:
-        self._check(features)
-        return features.mean(dim=1).flatten(1)
+        if features is not None:
+            self._check(features)
+            features = features.mean(dim=1)
+        widths = (self.scale_dir, self.scale_time)
+        return Midpoint(*predict(features, sigma, sigma_next, self._weights(), self.frequencies, *widths, self.scales))
 
     def _check(self, features: Tensor) -> None:
         if features.dim() != 4 or tuple(features.shape[2:]) != self.bottleneck:
@@ -163,19 +149,6 @@ class AMEDPredictor(nn.Module):
                 f"predictor expects bottleneck features (B, C, {self.bottleneck[0]}, {self.bottleneck[1]}), got "
                 f"{tuple(features.shape)}; it was made for another network"
             )
-
-    def _embed(self, sigma: Tensor) -> Tensor:
-        """silu(map_layer0(sinusoidal embedding)), (1 or B, embedding_dim)."""
-        angles = sigma.reshape(-1, 1).to(self.map_layer0.weight.dtype) * self.frequencies.to(
-            self.map_layer0.weight.dtype
-        )
-        return silu(self.map_layer0(torch.cat([angles.sin(), angles.cos()], dim=1)))
-
-    def _scale(self, head: nn.Linear | None, width: float, z: Tensor) -> Tensor:
-        if head is None:
-            return z.new_ones(z.shape[0])
-        value = head(z).squeeze(1)
-        return (width * value.tanh()).exp() if self.scales == "wide" else 1 + width * (2 * value.sigmoid() - 1)
 
 
 def _latents(network: Denoiser, count: int) -> Tensor:

@@ -117,6 +117,17 @@ def test_wide_scales_and_other_precisions_take_the_plain_definition():
     assert predictor().fused(None, 2 * one, one) is None
 
 
+def test_the_plain_definition_of_the_predictor_is_that_of_the_kernel():
+    """To the last bit: there is one."""
+    made, features = predictor(), torch.randn(3, 5, 4, 4)
+    sigma, sigma_next = torch.rand(2, 3) + torch.tensor([[1.0], [0.1]])
+    with torch.no_grad(), kernels.use("reference"):
+        for told in (features, None):
+            plain = kernels.midpoint(told, sigma, sigma_next, made._weights(), made.scale_dir, made.scale_time)
+            for answer, expected in zip(made(told, sigma, sigma_next), plain[:3], strict=True):
+                assert torch.equal(answer, expected)
+
+
 def test_a_sampler_draws_by_the_fused_kernel(tiny_conditional):
     sampler = Sampler(tiny_conditional, predictor(), nfe=5)
     with Counting() as counted:

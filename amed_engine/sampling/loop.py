@@ -16,7 +16,7 @@ from amed_engine.kernels import combine
 from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import PredictorLike, Program, Walk
-from amed_engine.solvers.stage import Midpoint, Update, map_choice
+from amed_engine.solvers.stage import Update, map_choice
 
 
 class State(NamedTuple):
@@ -91,10 +91,10 @@ class Trajectory:
         if callable(choice):
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
             fused = getattr(choice, "fused", None)
-            step = None if fused is None else fused(features, sigma, sigma_next)
-            if step is not None and (updates := program.solver.fused(step)) is not None:
+            said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
+            if updates is not None:
                 return updates
-            choice = choice(features, sigma, sigma_next) if step is None else Midpoint(*step[:3])
+            choice = choice(features, sigma, sigma_next) if said is None else said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 

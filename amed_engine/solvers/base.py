@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.kernels import MidpointStep
-from amed_engine.solvers.stage import Midpoint, Stage, Update
+from amed_engine.solvers.stage import Midpoint, Stage
 
 Past = tuple[Tensor, ...]
 UseOfPredictor = Literal["none", "optional", "required"]
@@ -56,10 +55,6 @@ class Solver(ABC):
     def rounds(self, with_midpoint: bool) -> int:
         """Network calls per interval that wait for one another: fewer where evaluations share a call."""
         return self.evaluations(with_midpoint)
-
-    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
-        """The updates of an interval as the fused predictor kernel wrote them; None where it writes other solvers'."""
-        return None
 
     @abstractmethod
     def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:

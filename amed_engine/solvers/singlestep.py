@@ -8,10 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.kernels import MidpointStep
 from amed_engine.solvers import rules
 from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range
-from amed_engine.solvers.stage import Midpoint, Row, Stage, Update
+from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,6 @@ class AMED(Solver):
         row = Row(1.0, tuple(p.scale_dir * h for p in points))
         told = tuple(p.scale_time * level for p, level in zip(points, m, strict=True))
         return [Stage(y, sigma=m, sigma_net=told), Stage((row,), x_is_y=True)]
-
-    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
-        """y from [x, D], then x' from [x, y, D at y]: the same two matrices that `fold` makes of `step`."""
-        if self.points > 1:
-            return None
-        middle = Update(step.to_midpoint, (0, 1), 0, 0, False, False, (step.sigma,), (step.sigma_net,))
-        return middle, Update(step.to_next, (0, 1, 2), 0, 0, True, True, None, None)
 
     def _point(self, midpoint: Midpoint, k: int) -> Midpoint:
         if self.points == 1:

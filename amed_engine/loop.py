@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,8 +127,8 @@ def _on_host(choice: Choice) -> Choice:
 class Walk:
     """Asks the solver for its stages along a trajectory and folds them, carrying noise levels and layout only."""
 
-    def __init__(self, program: Program, sigmas: Tensor):
-        self.solver, self.sigmas, self.intervals = program.solver, sigmas, len(sigmas) - 1
+    def __init__(self, program: Program, sigmas: Any, fold: Callable[..., Update] = fold):
+        self.solver, self.sigmas, self.intervals, self.fold = program.solver, sigmas, len(sigmas) - 1, fold
         self.past: tuple[Tensor, ...] = ()
         self.directions, self.y_is_x = 0, True
 
@@ -157,7 +157,7 @@ class Walk:
 
     def _fold(self, stage: Stage, sigma: tuple[Tensor, ...], keep: int) -> Update:
         layout = Layout(sigma, self.y_is_x, self.directions, self.solver.data_prediction)
-        update = fold(stage, layout, keep)
+        update = self.fold(stage, layout, keep)
         self.directions, self.y_is_x = update.keep, update.x_is_y
         return update
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
+from amed_engine.expression import Expression
 from amed_engine.loop import Program, Walk
 from amed_engine.models import Model
 from amed_engine.plan import Plan
 from amed_engine.plan_file import MAX_BYTES, loads
 from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Update
+from amed_engine.program import Midpoint, Update, fold
+from amed_engine.rules import midpoint_level
 from amed_engine.static_plan import (
     BASIS,
     MAX_COLUMNS,
@@ -38,10 +41,6 @@ class Planned(Protocol):
     def program(self) -> Program: ...
     @property
     def model(self) -> Model: ...
-
-
-# Midpoints on which learned coefficients are measured.
-_SAMPLES = 64
 
 
 def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
@@ -130,8 +129,9 @@ def _device(predictor: Any) -> torch.device:
 
 
 def evaluations(program: Program) -> Iterator[Evaluation]:
+    sigmas = program.sigmas.tolist()
     for i, folded in enumerate(_folded(program)):
-        told: tuple[float, ...] | None = (float(program.sigmas[i]),)
+        told: tuple[float, ...] | None = (sigmas[i],)
         level = told
         for s, (update, coefficients) in enumerate(folded):
             yield Evaluation(
@@ -145,15 +145,11 @@ def evaluations(program: Program) -> Iterator[Evaluation]:
                 x_is_y=update.x_is_y,
                 analytic=program.afs and i == s == 0,
                 threshold=program.solver.thresholds,
-                predict=_interval(program, i) if program.updates is None and s == 0 else None,
+                predict=(sigmas[i], sigmas[i + 1]) if program.updates is None and s == 0 else None,
             )
             level, told = _told(update.sigma), _told(update.sigma_net)
     if program.denoise_to_zero:
         yield _last(program)
-
-
-def _interval(program: Program, i: int) -> tuple[float, float]:
-    return float(program.sigmas[i]), float(program.sigmas[i + 1])
 
 
 def _last(program: Program) -> Evaluation:
@@ -164,9 +160,9 @@ def _last(program: Program) -> Evaluation:
     return Evaluation(level, level, (column,), ((1.0,),), 0, 0, moves_x=False, x_is_y=False)
 
 
-def _told(levels: tuple[Tensor, ...] | None) -> tuple[float, ...] | None:
-    """Numbers, or None for what a predictor says: measured on many midpoints, a level of its own for each."""
-    if levels is None or any(level.numel() > 1 for level in levels):
+def _told(levels: tuple[Any, ...] | None) -> tuple[float, ...] | None:
+    """Numbers, or None for what a predictor says."""
+    if levels is None or any(isinstance(level, Expression) for level in levels):
         return None
     return tuple(float(level) for level in levels)
 
@@ -177,30 +173,23 @@ Numbers = tuple[tuple[Coefficient, ...], ...]
 def _folded(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
     """Per interval its updates with their coefficients."""
     if program.updates is None:
-        yield from _learned_updates(program)
-        return
-    for updates in program.updates:
-        yield [(update, _numbers(update.coeffs)) for update in updates]
+        return _learned_updates(program)
+    return ([(u, _numbers(u.coeffs[..., 0].double().tolist())) for u in updates] for updates in program.updates)
 
 
-def _numbers(coeffs: Tensor) -> Numbers:
-    _check_size(coeffs.shape)
-    return tuple(tuple(row) for row in coeffs[..., 0].double().tolist())
-
-
-def _check_size(shape: Sequence[int]) -> None:
-    if shape[0] > MAX_ROWS or shape[1] > MAX_COLUMNS:
-        raise ConfigError(
-            f"one update has {shape[0]} x {shape[1]} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}"
-        )
+def _numbers(matrix: Sequence[Sequence[Coefficient]]) -> Numbers:
+    rows, columns = len(matrix), len(matrix[0])
+    if rows > MAX_ROWS or columns > MAX_COLUMNS:
+        raise ConfigError(f"one update has {rows} x {columns} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}")
+    return tuple(tuple(row) for row in matrix)
 
 
 # ---- learned coefficients ----
 
 
 def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
-    """Per interval (update, weights on BASIS): measured on random midpoints, so that any solver may ask, and those whose
-    coefficients are something else (logarithms, earlier midpoints) are refused."""
+    """Per interval (update, weights on BASIS): the solver is asked with symbols for what the predictor will say. Refused where
+    its coefficients are something else (logarithms, earlier midpoints)."""
     if not isinstance(program.predictor, AMEDPredictor):
         raise ConfigError(
             "only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone"
@@ -210,46 +199,21 @@ def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]
             f"a plan cannot say {program.predictor.scales!r} scales; pass freeze=True for the predictor's answers alone, or "
             "export format='pt2' or 'onnx'"
         )
-    generator = torch.Generator().manual_seed(0)
-    walk = Walk(program, program.sigmas.double().cpu())
+    sigmas: list[Any] = [Fraction(sigma) for sigma in program.sigmas.tolist()]
+    walk = Walk(program, sigmas, partial(fold, stack=lambda matrix, like: matrix))
+    r, c, time = map(Expression.symbol, ("r", "c", "time"))
     for i in range(program.intervals):
-        r, c, time = torch.rand(3, _SAMPLES, generator=generator, dtype=torch.float64) * 0.9 + 0.05
-        midpoint = Midpoint(r, c + 0.5, time + 0.5)
-        sigma, sigma_next = _interval(program, i)
-        basis = _basis(midpoint, sigma_next**r * sigma ** (1 - r))
-        yield [(update, _fit(update.coeffs, basis, program)) for update in walk.updates(i, midpoint)]
-
-
-def _basis(midpoint: Midpoint, m: Tensor) -> Tensor:
-    """BASIS, (samples, 8)."""
-    r, c = torch.as_tensor(midpoint.r), torch.as_tensor(midpoint.scale_dir)
-    return torch.stack([torch.ones_like(m), m, 1 / m, c, c * m, c / m, c / r, c / (r * m)], dim=1)
-
-
-def _fit(coeffs: Tensor, basis: Tensor, program: Program) -> Numbers:
-    _check_size(coeffs.shape)
-    return tuple(tuple(_weights_of(values, basis, program) for values in row) for row in coeffs)
-
-
-def _weights_of(values: Tensor, basis: Tensor, program: Program) -> Coefficient:
-    """One coefficient on all samples as weights: first on every function, then on those that matter."""
-    if bool((values == values[0]).all()):
-        return float(values[0])
-    norms, largest = basis.abs().amax(0), float(values.abs().max())
-    support = torch.arange(len(BASIS))
-    for _ in range(2):
-        scaled = basis[:, support] / norms[support]
-        found = torch.linalg.lstsq(scaled, values[:, None], driver="gelsd").solution[:, 0]
-        misfit = float((scaled @ found - values).abs().max())
-        support, found = support[found.abs() > 1e-8 * largest], found[found.abs() > 1e-8 * largest]
-    if misfit > 1e-9 * largest:
-        raise ConfigError(
-            f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of {', '.join(BASIS)}; "
-            "use amed, dpm, euler or ipndm, or pass freeze=True"
-        )
-    weights = torch.zeros(len(BASIS), dtype=torch.float64)
-    weights[support] = found / norms[support]
-    return tuple(weights.tolist())
+        m: Any = midpoint_level(sigmas[i], sigmas[i + 1], r)
+        basis = (Expression.of(1), m, 1 / m, c, c * m, c / m, c / r, c / (r * m))
+        try:
+            updates = walk.updates(i, Midpoint(r, c, time))
+            written = [[[Expression.of(entry).over(basis) for entry in row] for row in u.coeffs] for u in updates]
+        except (AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of "
+                f"{', '.join(BASIS)}; use amed, dpm, euler or ipndm, or pass freeze=True"
+            ) from error
+        yield [(update, _numbers(matrix)) for update, matrix in zip(updates, written, strict=True)]
 
 
 def _weights(predictor: Any) -> PredictorWeights:

@@ -19,7 +19,7 @@ ENGINE = (
     *("denoiser", "loop", "coefficients", "predictor"),
     *("networks", "adapters", "checkpoints", "zoo"),
     *("models", "arrays", "requests", "batches", "planning", "results", "capture", "graph", "engine"),
-    *("packages", "export_plan", "export_schedule", "export", "sampler"),
+    *("packages", "expression", "export_plan", "export_schedule", "export", "sampler"),
     *("candidate", "fitting", "learned", "distillation", "schedule_search", "schedule_file", "images", "reproduce"),
     "__init__",  # the public names
     *("integrations", "metrics", "compare", "evaluation", "figure"),

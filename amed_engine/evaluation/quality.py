@@ -86,7 +86,7 @@ def closeness(samples: Known, other: Known) -> Closeness:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Report:
     """What `evaluate` found; None for what there was nothing to compare with."""
 
     plan: str
@@ -159,7 +159,7 @@ def evaluate(
     classifier: str | None = None,
     setting: Setting | None = None,
     progress: bool = False,
-) -> Evaluation:
+) -> Report:
     """Draw the samples of these seeds and measure them; images are let go batch by batch, their features are kept.
 
     reference: "deis-fine" or "heun-fine", 80 evaluations of the sampler's model from the same latents; or a folder of PNG or
@@ -179,7 +179,7 @@ def evaluate(
     images = know(_of_class(reference, setting.class_labels), extract) if exact is None else None
     plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
-    return Evaluation(
+    return Report(
         plan=plan.describe(),
         nfe=plan.nfe,
         samples=len(seeds),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
 MAX_LAYERS = 32  # of modules inside modules
-EDM_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 
 
 class Converted(NamedTuple):
@@ -154,8 +154,8 @@ def edm_network(record: Record, path: Path) -> EDMPrecond:
     positional, named = state.get("_init_args") or (), state.get("_init_kwargs")
     if not isinstance(named, dict) or not isinstance(positional, (tuple, list)):
         raise FileFormatError(f"{path}: its network does not say how it was constructed (_init_kwargs)")
-    arguments = {**dict(zip(EDM_ARGUMENTS, positional, strict=False)), **named}
-    return restore(EDMPrecond, arguments, _finite(module_tensors(record), path), path).eval()
+    make = partial(EDMPrecond, *positional)  # its arguments are those of the published constructor, in their order
+    return restore(make, named, _finite(module_tensors(record), path), path).eval()
 
 
 def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:

@@ -59,14 +59,23 @@ class Entry:
 
     def alphas_cumprod(self) -> Tensor | None:
         """Of its 1000 steps, float64; None for a model of continuous time."""
-        return None if self.betas is None else alphas_cumprod(self.betas[0], 1000, *self.betas[1:])
+        if self.betas is None:
+            return None
+        kind, first, last = self.betas
+        return alphas_cumprod(kind, steps=1000, start=first, end=last)
 
 
 def _edm(name: str, size: int, labels: int, network: Mapping[str, Any], **rest: Any) -> Entry:
     arguments = {"img_resolution": size, "img_channels": 3, "label_dim": labels, **network, **rest}
     channels = rest["channel_mult"][-1] * network["model_channels"]
-    form = "a pickle of EDM, its network under 'ema'"
-    return Entry(f"{_EDM}{name}.pkl", form, (3, size, size), (channels, 8, 8), labels, arguments=arguments)
+    return Entry(
+        url=f"{_EDM}{name}.pkl",
+        form="a pickle of EDM, its network under 'ema'",
+        shape=(3, size, size),
+        bottleneck=(channels, 8, 8),
+        label_dim=labels,
+        arguments=arguments,
+    )
 
 
 def _edm_models() -> dict[str, Entry]:

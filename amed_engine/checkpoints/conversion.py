@@ -164,25 +164,17 @@ def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, An
     return openai_state.infer_config(tensors, path, settings), tensors
 
 
-def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> str:
     config, tensors = _openai_parts(data, path, settings)
-    save_tensors(OPENAI, config, tensors, out)
-    return f"U-Net of guided-diffusion for {config['in_channels']}x{config['image_size']}x{config['image_size']}"
-
-
-def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
-    return build_network(OPENAI, *_openai_parts(data, path, settings), path)
-
-
-def _classifier(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    config, tensors = _openai_parts(data, path, settings)
-    save_tensors(CLASSIFIER, config, tensors, out)
+    save_tensors(kind, config, tensors, out)
     size = f"{config['in_channels']}x{config['image_size']}x{config['image_size']}"
-    return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
+    if kind == CLASSIFIER:
+        return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
+    return f"U-Net of guided-diffusion for {size}"
 
 
-def _load_classifier(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
-    return build_network(CLASSIFIER, *_openai_parts(data, path, settings), path)
+def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> nn.Module:
+    return build_network(kind, *_openai_parts(data, path, settings), path)
 
 
 def _latent_parts(
@@ -254,8 +246,8 @@ LAYOUTS = (
     _Layout(
         "guided-diffusion classifier (time_embed.*, input_blocks.*, out.2.positional_embedding)",
         openai_state.is_classifier,
-        _classifier,
-        _load_classifier,
+        partial(_openai, kind=CLASSIFIER),
+        partial(_load_openai, kind=CLASSIFIER),
     ),
     _Layout(
         "latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, _load_latent, ""

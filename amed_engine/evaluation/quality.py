@@ -52,11 +52,9 @@ class Known:
     @cached_property
     def manifold(self) -> Manifold | None:
         """None without features, or with no more of them than neighbours are counted."""
-        return (
-            None
-            if self.features is None or len(self.features) <= NEIGHBOURS
-            else Manifold.of(self.features, NEIGHBOURS)
-        )
+        if self.features is None or len(self.features) <= NEIGHBOURS:
+            return None
+        return Manifold.of(self.features, NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -212,13 +210,9 @@ def _draw(
     return plan, errors
 
 
-def _is(source: Images, name: str) -> bool:
-    return isinstance(source, str) and source == name
-
-
 def _of_class(data: Images, label: int | None) -> Images:
     """The data that samples of one class are to be compared with: that class, where the data says which is which."""
-    if _is(data, "digits"):
+    if isinstance(data, str) and data == "digits":
         return bundled_digits(label)
     if label is not None:
         logger.warning(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amed_engine.engine.capture import Device, Recording, Weights, numerics
+from amed_engine.engine.capture import Addresses, Device, Recording, numerics
 from amed_engine.errors import AmedError, ConfigError
 
 WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six
@@ -26,7 +26,7 @@ WARMUPS_TORCHSCRIPT = 6
 Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
 
 
-class Family(NamedTuple):
+class GraphKey(NamedTuple):
     """What must be equal for graphs to belong together; only the batch size differs inside a family."""
 
     guidance_scale: float | None
@@ -70,7 +70,7 @@ class Captured:
     """A family's graphs by batch size, and what they read: weights where they were, the loop with its constants."""
 
     graphs: dict[int, Graph]
-    weights: Weights
+    addresses: Addresses
     loop: Loop
 
 
@@ -112,11 +112,11 @@ class GraphCache:
 
     def __post_init__(self):
         self.batch_sizes = check_sizes(self.batch_sizes)
-        self._captured: dict[Family, Captured] = {}
-        self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
+        self._captured: dict[GraphKey, Captured] = {}
+        self._refused: set[GraphKey] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()
 
-    def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
+    def run(self, family: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
         """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
         with self._lock:
             captured = None if self.device.capturing() else self._get(family, loop, latents, labels)
@@ -125,7 +125,7 @@ class GraphCache:
             self.stats.eager_runs += 1
         return loop(latents, labels), "eager"
 
-    def warmup(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
+    def warmup(self, family: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
         """Capture every batch size of a family now, from example rows of latents and labels.
 
         Raises torch.OutOfMemoryError, after which the family runs eagerly until `clear`.
@@ -149,14 +149,14 @@ class GraphCache:
             self._refused.clear()
             self.device.drop(recordings)
 
-    def _get(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> Captured | None:
+    def _get(self, family: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> Captured | None:
         """The family's graphs, made now if need be and allowed."""
         if family not in self._captured:
             self.warmup(family, loop, latents, labels)
         return self._captured.get(family)
 
     def _replay_all(self, captured: Captured, latents: Tensor, labels: Tensor | None) -> Tensor:
-        captured.weights.check()
+        captured.addresses.check()
         self.device.begin_use()
         try:
             images = [self._replay(captured.graphs, *part) for part in self._parts(latents, labels)]
@@ -178,7 +178,7 @@ class GraphCache:
         # A copy: the next replay writes over the graph's own output.
         return graph.output[:count].clone()
 
-    def _capture_all(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
+    def _capture_all(self, family: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
         inputs = {
             size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
         }
@@ -193,7 +193,7 @@ class GraphCache:
                 self._refused.add(family)
             self._abandon(graphs)
             raise
-        self._captured[family] = Captured(graphs, Weights(self.module), loop)
+        self._captured[family] = Captured(graphs, Addresses(self.module), loop)
         return report
 
     def _abandon(self, graphs: dict[int, Graph]) -> None:
@@ -242,7 +242,9 @@ def _rows(example: Tensor, count: int) -> Tensor:
     return example.repeat(repeats, *[1] * (example.dim() - 1))[:count].clone()
 
 
-def family_of(guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None) -> Family:
+def graph_key(
+    guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None
+) -> GraphKey:
     """The family of a batch under the present global switches."""
     described = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
-    return Family(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))
+    return GraphKey(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))

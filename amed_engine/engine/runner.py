@@ -19,7 +19,7 @@ from amed_engine.engine.graphs import (
     Stats,
     WarmupReport,
     check_sizes,
-    family_of,
+    graph_key,
 )
 from amed_engine.engine.model import Model, bind_labels
 from amed_engine.engine.request import Request
@@ -35,7 +35,7 @@ BACKENDS = ("auto", "graph", "eager")
 SHORTAGES = ("CUDA out of memory", "DefaultCPUAllocator")
 
 
-class Images(NamedTuple):
+class Drawn(NamedTuple):
     """Samples, what ran ("graph", "eager", or "graph+eager" for different pieces), and in how many pieces."""
 
     images: Tensor
@@ -43,7 +43,7 @@ class Images(NamedTuple):
     chunks: int
 
 
-class Engine:
+class Runner:
     """A model on a device with its graphs. backend: "auto" captures on a GPU, "graph" insists on it, "eager" never does."""
 
     def __init__(
@@ -77,10 +77,10 @@ class Engine:
         """Capture every batch size for requests like the example."""
         if self.cache is None:
             return WarmupReport("eager")
-        family = family_of(scale, example.latents, example.labels, self.model.module)
+        family = graph_key(scale, example.latents, example.labels, self.model.module)
         return self.cache.warmup(family, BoundLoop(self.model, program, scale), example.latents, example.labels)
 
-    def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Images:
+    def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Drawn:
         """The whole batch, or pieces of half the size each time memory runs out."""
         total = size = len(request.latents)
         pieces: list[Tensor] = []
@@ -101,7 +101,7 @@ class Engine:
             pieces.append(images)
             ran.add(how)
             start += size
-        return Images(
+        return Drawn(
             pieces[0] if len(pieces) == 1 else torch.cat(pieces), "+".join(sorted(ran, reverse=True)), len(pieces)
         )
 
@@ -127,7 +127,7 @@ class Engine:
         """What the cache makes of the batch; None where there is no cache, or no memory for it."""
         if self.cache is None:
             return None, "eager"
-        family = family_of(scale, request.latents, request.labels, self.model.module)
+        family = graph_key(scale, request.latents, request.labels, self.model.module)
         try:
             return self.cache.run(family, BoundLoop(self.model, program, scale), request.latents, request.labels)
         except torch.OutOfMemoryError:

@@ -19,7 +19,7 @@ Condition = Tensor | Denoiser
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundDenoiser:
     """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
 
     model: Model
@@ -87,7 +87,7 @@ class Batches:
 
     def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
         if condition is None:
-            return Bound(self.model, None, self.plan.guidance_scale)
+            return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
             return _whole(condition, part, self.batch)
         rows = condition[part].to(self.model.device)
@@ -97,7 +97,7 @@ class Batches:
             raise ConfigError(
                 f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
             )
-        return Bound(self.model, rows, self.plan.guidance_scale)
+        return BoundDenoiser(self.model, rows, self.plan.guidance_scale)
 
 
 def _classes(rows: Tensor, label_dim: int) -> Tensor:

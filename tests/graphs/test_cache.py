@@ -23,7 +23,7 @@ from amed_engine import (
     sample,
 )
 from amed_engine.engine.capture import CudaDevice
-from amed_engine.engine.graphs import GraphCache, family_of
+from amed_engine.engine.graphs import GraphCache, graph_key
 from amed_engine.engine.resolve import resolve
 from amed_engine.training.batches import Batches
 from amed_engine.training.teacher import Teacher
@@ -48,7 +48,7 @@ def cache(double):
 
 def draw(cache, batch, labels=None, guidance=None):
     latents = torch.randn(batch, 3)
-    family = family_of(guidance, latents, labels, cache.module)
+    family = graph_key(guidance, latents, labels, cache.module)
     images, ran = cache.run(family, cache.module, latents, labels)
     torch.testing.assert_close(images, cache.module(latents, labels), rtol=0, atol=0)
     return ran
@@ -74,12 +74,12 @@ def test_all_warm_ups_come_before_the_first_capture_and_the_largest_is_captured_
 
 def test_warm_up_reports_each_batch_size_and_a_run_captures_nothing_more(cache):
     example = torch.randn(1, 3)
-    report = cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None)
+    report = cache.warmup(graph_key(None, example, None, cache.module), cache.module, example, None)
     assert [bucket.batch for bucket in report.buckets] == [8, 4, 2]
     assert all(bucket.bitwise and bucket.reserved_bytes == 100 and bucket.seconds >= 0 for bucket in report.buckets)
     draw(cache, 5)
     assert cache.stats.captures == 3
-    assert cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None).buckets == ()
+    assert cache.warmup(graph_key(None, example, None, cache.module), cache.module, example, None).buckets == ()
 
 
 def test_static_buffers_are_only_used_between_begin_and_end(cache):
@@ -91,7 +91,7 @@ def test_static_buffers_are_only_used_between_begin_and_end(cache):
 
 def test_a_result_is_not_changed_by_later_runs(cache):
     latents = [torch.randn(4, 3) for _ in range(10)]
-    family = family_of(None, latents[0], None, cache.module)
+    family = graph_key(None, latents[0], None, cache.module)
     results = [cache.run(family, cache.module, x, None)[0] for x in latents]
     for x, images in zip(latents, results, strict=True):
         torch.testing.assert_close(images, 2 * x, rtol=0, atol=0)
@@ -114,7 +114,7 @@ def test_weights_that_left_their_place_raise_instead_of_replaying(cache, change)
     else:
         old, cache.module._parameters["weight"] = cache.module.weight, None
     with pytest.raises(StaleGraphError, match="'weight' was re-assigned or moved"):
-        cache.run(family_of(None, torch.ones(2, 3), None, cache.module), cache.module, torch.ones(2, 3), None)
+        cache.run(graph_key(None, torch.ones(2, 3), None, cache.module), cache.module, torch.ones(2, 3), None)
     if change == "delete":
         cache.module._parameters["weight"] = old
     cache.clear()
@@ -126,7 +126,7 @@ def test_a_module_put_in_the_place_of_another_raises_instead_of_replaying(double
     cache, latents = GraphCache(double, SIZES, model), torch.randn(2, 3)
 
     def run():
-        return cache.run(family_of(None, latents, None, model), lambda x, labels: model[1]["last"](x), latents, None)
+        return cache.run(graph_key(None, latents, None, model), lambda x, labels: model[1]["last"](x), latents, None)
 
     with torch.no_grad():
         run()
@@ -193,27 +193,27 @@ def test_above_the_cap_a_batch_runs_eagerly_and_is_counted(double):
 def test_inside_another_capture_nothing_is_captured(cache):
     cache.device.outer, example = True, torch.randn(1, 3)
     assert draw(cache, 2) == "eager"
-    assert cache.warmup(family_of(None, example, None, None), cache.module, example, None).backend == "eager"
+    assert cache.warmup(graph_key(None, example, None, None), cache.module, example, None).backend == "eager"
     assert cache.device.log == []
 
 
 def test_what_changes_the_kernels_changes_the_family(cache):
     latents = torch.randn(2, 3)
-    plain = family_of(None, latents, None, cache.module)
+    plain = graph_key(None, latents, None, cache.module)
     others = [
-        family_of(2.0, latents, None, cache.module),
-        family_of(None, latents, torch.rand(2, 5), cache.module),
-        family_of(None, latents.double(), None, cache.module),
-        family_of(None, latents[:, :2], None, cache.module),
+        graph_key(2.0, latents, None, cache.module),
+        graph_key(None, latents, torch.rand(2, 5), cache.module),
+        graph_key(None, latents.double(), None, cache.module),
+        graph_key(None, latents[:, :2], None, cache.module),
     ]
     with torch.no_grad():
-        others.append(family_of(None, latents, None, cache.module))
+        others.append(graph_key(None, latents, None, cache.module))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
-    others.append(family_of(None, latents, None, cache.module))
+    others.append(graph_key(None, latents, None, cache.module))
     torch.set_float32_matmul_precision(before)
     cache.module.eval()
-    others.append(family_of(None, latents, None, cache.module))
+    others.append(graph_key(None, latents, None, cache.module))
     assert len({plain, *others}) == len(others) + 1
 
 
@@ -223,7 +223,7 @@ def test_the_loop_and_its_constants_live_as_long_as_its_graphs(cache):
             return latents + 1
 
     loop, latents = Loop(), torch.randn(2, 3)
-    cache.run(family_of(None, latents, None, None), loop, latents, None)
+    cache.run(graph_key(None, latents, None, None), loop, latents, None)
     alive = weakref.ref(loop)
     del loop
     gc.collect()
@@ -242,7 +242,7 @@ def test_traced_modules_can_be_checked_for_stale_weights(cache):
     cache.module = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
     latents = torch.randn(2, 3)
     for _ in range(2):
-        cache.run(family_of(None, latents, None, cache.module), lambda x, labels: 2 * x, latents, None)
+        cache.run(graph_key(None, latents, None, cache.module), lambda x, labels: 2 * x, latents, None)
     assert cache.stats.captures == 3
 
 
@@ -274,7 +274,7 @@ def test_clear_resets_every_graph_and_the_next_run_captures_again(cache):
 
 def test_threads_get_what_one_thread_gets(cache):
     inputs = [torch.randn(1 + i % 11, 3) for i in range(200)]
-    family, failures = family_of(None, inputs[0], None, cache.module), []
+    family, failures = graph_key(None, inputs[0], None, cache.module), []
 
     def work(part):
         for x in part:
@@ -301,7 +301,7 @@ def test_batch_sizes_must_be_positive_integers(double, sizes):
 def sampler(tiny_conditional, double):
     """A Sampler whose engine captures through the double."""
     sampler = Sampler(tiny_conditional, solver="ipndm", nfe=3, backend="eager")
-    sampler._engine.cache = GraphCache(double, (1, 4), tiny_conditional)
+    sampler._runner.cache = GraphCache(double, (1, 4), tiny_conditional)
     return sampler
 
 
@@ -340,7 +340,7 @@ def test_a_nan_out_of_a_graph_is_named_like_any_other(sampler, tiny_conditional)
 
 
 def test_running_out_of_memory_while_capturing_runs_the_batch_eagerly(sampler, caplog):
-    sampler._engine.cache.device.fail_at = 0
+    sampler._runner.cache.device.fail_at = 0
     assert sampler.run([1, 2]).backend == "eager"
     assert "out of memory while capturing" in caplog.text
 
@@ -387,9 +387,9 @@ def test_whoever_insists_on_graphs_may_try_again_after_running_out_of_memory(dou
 
 def test_another_implementation_of_the_kernels_is_another_family(cache):
     latents = torch.randn(2, 3)
-    plain = family_of(None, latents, None, cache.module)
+    plain = graph_key(None, latents, None, cache.module)
     with kernels.use("reference"):
-        forced = family_of(None, latents, None, cache.module)
+        forced = graph_key(None, latents, None, cache.module)
     assert (plain == forced) == (kernels.backends()["cuda"] == "reference")
 
 
@@ -449,7 +449,7 @@ def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional
 
     run = {"nfe": 3, "total_kimg": 0.008, "batch": 4, "accumulate": 2, "teacher_intermediate": 1, "progress": False}
     eager = distill(tiny_conditional, **run).state_dict()
-    monkeypatch.setattr("amed_engine.training.api._graphs", doubled)
+    monkeypatch.setattr("amed_engine.training.distill._graphs", doubled)
     captured = distill(tiny_conditional, **run).state_dict()
     assert all(torch.equal(captured[name], value) for name, value in eager.items())
     assert [(c.batch_sizes, c.stats.captures, c.stats.replays) for c in caches] == [([2], 1, 4)]

@@ -196,7 +196,7 @@ class Sampler:
 
     def stats(self) -> Stats:
         """Captures, replays and eager runs of this Sampler so far."""
-        return self._runner.stats
+        return replace(self._runner.stats)
 
     def export(
         self,

@@ -67,14 +67,14 @@ class Teacher:
         bound = course.denoiser
         if self.cache is None or not isinstance(bound, BoundDenoiser):
             return course(x)
-        family = graph_key(bound.guidance_scale, x, bound.labels, bound.model.module)
+        key = graph_key(bound.guidance_scale, x, bound.labels, bound.model.module)
         try:
-            return self.cache.run(family, course, x, bound.labels)[0]
+            states = self.cache.run(key, course, x, bound.labels)
         except (AmedError, torch.OutOfMemoryError) as error:
             logger.warning("the teacher runs eagerly from here on, as its trajectories cannot be captured: %s", error)
             self.cache.clear()
-            self.cache = None
-        return course(x)
+            self.cache = states = None
+        return course(x) if states is None else states
 
 
 @dataclass(frozen=True)

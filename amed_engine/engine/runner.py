@@ -21,10 +21,11 @@ from amed_engine.engine.graphs import (
     check_sizes,
     graph_key,
 )
-from amed_engine.engine.model import Model, bind_labels
+from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request
 from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import bind_labels
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.program import Program
 
@@ -143,7 +144,7 @@ class BoundLoop:
     def states(self, latents: Tensor, labels: Tensor | None, observe: Observer | None = None) -> list[Tensor]:
         """What `integrate` returns: the state at each noise level, the images last."""
         x = latents * self.program.sigmas[0]
-        denoiser = bind_labels(self.model, labels, self.scale)
+        denoiser = bind_labels(self.model.denoise, labels, self.scale)
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
             return integrate(self.program, denoiser, x, observe)

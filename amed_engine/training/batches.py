@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.model import Model, bind_labels, check_guidance, vectors
+from amed_engine.engine.model import Model, check_guidance, vectors
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_labels
 from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
@@ -27,7 +27,7 @@ class BoundDenoiser:
     guidance_scale: float | None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        return as_denoised(bind_labels(self.model, self.labels, self.guidance_scale)(x, sigma))
+        return as_denoised(bind_labels(self.model.denoise, self.labels, self.guidance_scale)(x, sigma))
 
 
 class Batches:

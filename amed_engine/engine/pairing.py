@@ -22,7 +22,7 @@ logger = logging.getLogger("amed_engine")
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanRequest:
     """What the caller asked for, before the predictor and the defaults have their say."""
 
     solver: str | None
@@ -40,7 +40,7 @@ class Wishes:
         return self.solver is self.schedule is self.afs is self.rho is None and not self.options
 
     def plan(self, *, midpoint: bool) -> Plan:
-        """The plan of these wishes, with a predictor that has none of its own or without any."""
+        """The plan that was asked for, with a predictor that has none of its own or without any."""
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         common: dict[str, Any] = {
@@ -61,36 +61,36 @@ class Wishes:
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
 
 
-def choose_plan(wishes: Wishes, predictor: Predictor | None) -> Plan:
+def choose_plan(request: PlanRequest, predictor: Predictor | None) -> Plan:
     if predictor is None or predictor.plan is None:
-        return wishes.plan(midpoint=predictor is not None)
+        return request.plan(midpoint=predictor is not None)
     if not predictor.plan.midpoint:
         raise ConfigError(
             f"the predictor's plan says midpoint=False ({predictor.plan.describe()}): a plan for a predictor refines every "
             "interval; make it with make_plan(..., midpoint=True)"
         )
-    _check_against(wishes, predictor.plan)
+    _check_against(request, predictor.plan)
     return predictor.plan
 
 
-def _check_against(wishes: Wishes, plan: Plan) -> None:
+def _check_against(request: PlanRequest, plan: Plan) -> None:
     """A predictor is only right for what it was trained for."""
-    asked = {"nfe": wishes.nfe, "solver": wishes.solver, "rho": wishes.rho, "afs": wishes.afs}
-    if isinstance(wishes.schedule, str):
-        asked["schedule"] = wishes.schedule
+    asked = {"nfe": request.nfe, "solver": request.solver, "rho": request.rho, "afs": request.afs}
+    if isinstance(request.schedule, str):
+        asked["schedule"] = request.schedule
     for name, value in asked.items():
         if value is not None and value != getattr(plan, name):
             raise ConfigError(
                 f"this predictor was trained for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or train "
                 f"one for it with amed_engine.distill"
             )
-    if isinstance(wishes.schedule, Tensor) and not _same_levels(wishes.schedule, plan.levels):
+    if isinstance(request.schedule, Tensor) and not _same_levels(request.schedule, plan.levels):
         raise ConfigError(
             "this predictor was trained for other noise levels than the schedule given; leave schedule out"
         )
-    if wishes.options and dict(wishes.options) != dict(plan.options):
+    if request.options and dict(request.options) != dict(plan.options):
         raise ConfigError(
-            f"this predictor was trained for solver options {dict(plan.options)}, got {dict(wishes.options)}"
+            f"this predictor was trained for solver options {dict(plan.options)}, got {dict(request.options)}"
         )
 
 

@@ -17,7 +17,7 @@ from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
-from amed_engine.engine.runner import Engine
+from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -139,7 +139,7 @@ def _check_objective(objective: str, learn_sigmas: bool) -> None:
 
 def _graphs(model: Model, rows: int) -> GraphCache | None:
     """For the teacher's trajectories of one part of a batch, on a GPU."""
-    return Engine(model, model.device, "auto", (rows,), check_finite=False).cache
+    return Runner(model, model.device, "auto", (rows,), check_finite=False).cache
 
 
 class _Reports:

@@ -168,7 +168,7 @@ def labels_for(denoiser, rows):
 def test_the_captured_loop_gives_the_eager_images(double, name):
     denoiser = made(name)
     eager, captured = samplers(denoiser), samplers(denoiser)
-    captured._engine.cache = GraphCache(double, (1, 4), denoiser)
+    captured._runner.cache = GraphCache(double, (1, 4), denoiser, stats=captured._runner.stats)
     expected = eager.run(range(6), class_labels=labels_for(denoiser, 6))
     for _ in range(2):
         result = captured.run(range(6), class_labels=labels_for(denoiser, 6))  # padded and split: 4, then 2 of 4

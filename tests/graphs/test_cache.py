@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,7 +24,7 @@ from amed_engine import (
     sample,
 )
 from amed_engine.engine.capture import CudaDevice
-from amed_engine.engine.graphs import GraphCache, family_of
+from amed_engine.engine.graphs import GraphCache, Stats, graph_key
 from amed_engine.engine.resolve import resolve
 from amed_engine.training.batches import Batches
 from amed_engine.training.teacher import Teacher
@@ -48,10 +49,11 @@ def cache(double):
 
 def draw(cache, batch, labels=None, guidance=None):
     latents = torch.randn(batch, 3)
-    family = family_of(guidance, latents, labels, cache.module)
-    images, ran = cache.run(family, cache.module, latents, labels)
+    images = cache.run(graph_key(guidance, latents, labels, cache.module), cache.module, latents, labels)
+    if images is None:
+        return "none"
     torch.testing.assert_close(images, cache.module(latents, labels), rtol=0, atol=0)
-    return ran
+    return "graph"
 
 
 def test_any_batch_is_right_whether_padded_or_split(cache):
@@ -59,7 +61,7 @@ def test_any_batch_is_right_whether_padded_or_split(cache):
         assert draw(cache, batch) == "graph"
         assert draw(cache, batch, torch.rand(batch, 5)) == "graph"
     assert cache.stats.captures == 2 * len(SIZES)
-    assert cache.stats.eager_runs == 0
+    assert cache.stats.replays == 2 * (8 + 2 * 7)  # one graph up to the largest size, two above
 
 
 def test_all_warm_ups_come_before_the_first_capture_and_the_largest_is_captured_first(cache):
@@ -74,12 +76,12 @@ def test_all_warm_ups_come_before_the_first_capture_and_the_largest_is_captured_
 
 def test_warm_up_reports_each_batch_size_and_a_run_captures_nothing_more(cache):
     example = torch.randn(1, 3)
-    report = cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None)
+    report = cache.warmup(graph_key(None, example, None, cache.module), cache.module, example, None)
     assert [bucket.batch for bucket in report.buckets] == [8, 4, 2]
     assert all(bucket.bitwise and bucket.reserved_bytes == 100 and bucket.seconds >= 0 for bucket in report.buckets)
     draw(cache, 5)
     assert cache.stats.captures == 3
-    assert cache.warmup(family_of(None, example, None, cache.module), cache.module, example, None).buckets == ()
+    assert cache.warmup(graph_key(None, example, None, cache.module), cache.module, example, None).buckets == ()
 
 
 def test_static_buffers_are_only_used_between_begin_and_end(cache):
@@ -91,8 +93,8 @@ def test_static_buffers_are_only_used_between_begin_and_end(cache):
 
 def test_a_result_is_not_changed_by_later_runs(cache):
     latents = [torch.randn(4, 3) for _ in range(10)]
-    family = family_of(None, latents[0], None, cache.module)
-    results = [cache.run(family, cache.module, x, None)[0] for x in latents]
+    key = graph_key(None, latents[0], None, cache.module)
+    results = [cache.run(key, cache.module, x, None) for x in latents]
     for x, images in zip(latents, results, strict=True):
         torch.testing.assert_close(images, 2 * x, rtol=0, atol=0)
 
@@ -114,7 +116,7 @@ def test_weights_that_left_their_place_raise_instead_of_replaying(cache, change)
     else:
         old, cache.module._parameters["weight"] = cache.module.weight, None
     with pytest.raises(StaleGraphError, match="'weight' was re-assigned or moved"):
-        cache.run(family_of(None, torch.ones(2, 3), None, cache.module), cache.module, torch.ones(2, 3), None)
+        cache.run(graph_key(None, torch.ones(2, 3), None, cache.module), cache.module, torch.ones(2, 3), None)
     if change == "delete":
         cache.module._parameters["weight"] = old
     cache.clear()
@@ -126,7 +128,7 @@ def test_a_module_put_in_the_place_of_another_raises_instead_of_replaying(double
     cache, latents = GraphCache(double, SIZES, model), torch.randn(2, 3)
 
     def run():
-        return cache.run(family_of(None, latents, None, model), lambda x, labels: model[1]["last"](x), latents, None)
+        return cache.run(graph_key(None, latents, None, model), lambda x, labels: model[1]["last"](x), latents, None)
 
     with torch.no_grad():
         run()
@@ -134,7 +136,7 @@ def test_a_module_put_in_the_place_of_another_raises_instead_of_replaying(double
         with pytest.raises(StaleGraphError, match="module 'last' was replaced"):
             run()
         cache.clear()
-        assert run()[1] == "graph"
+        assert run() is not None
 
 
 def test_static_buffers_live_until_the_device_is_done_with_them(cache, monkeypatch):
@@ -182,38 +184,41 @@ def test_a_capture_makes_workspaces_of_its_own_and_leaves_none_to_others(monkeyp
     assert log == ["clear", "thread_local", "work", *failed, "clear"]
 
 
-def test_above_the_cap_a_batch_runs_eagerly_and_is_counted(double):
+def test_above_the_cap_there_is_no_graph(double):
     cache = GraphCache(double, SIZES, Scale(), max_graphs=5)
     assert draw(cache, 2) == "graph"
-    assert draw(cache, 2, guidance=2.0) == "eager"
-    assert (cache.stats.captures, cache.stats.eager_runs) == (3, 1)
+    assert draw(cache, 2, guidance=2.0) == "none"
+    assert cache.stats.captures == 3
     assert draw(cache, 2) == "graph"
 
 
 def test_inside_another_capture_nothing_is_captured(cache):
+    draw(cache, 2, torch.rand(2, 5))
+    cache.device.log.clear()
     cache.device.outer, example = True, torch.randn(1, 3)
-    assert draw(cache, 2) == "eager"
-    assert cache.warmup(family_of(None, example, None, None), cache.module, example, None).backend == "eager"
+    assert draw(cache, 2) == "none"
+    assert draw(cache, 2, torch.rand(2, 5)) == "none"  # nor replayed
+    assert cache.warmup(graph_key(None, example, None, None), cache.module, example, None).backend == "eager"
     assert cache.device.log == []
 
 
-def test_what_changes_the_kernels_changes_the_family(cache):
+def test_what_changes_the_kernels_changes_the_key(cache):
     latents = torch.randn(2, 3)
-    plain = family_of(None, latents, None, cache.module)
+    plain = graph_key(None, latents, None, cache.module)
     others = [
-        family_of(2.0, latents, None, cache.module),
-        family_of(None, latents, torch.rand(2, 5), cache.module),
-        family_of(None, latents.double(), None, cache.module),
-        family_of(None, latents[:, :2], None, cache.module),
+        graph_key(2.0, latents, None, cache.module),
+        graph_key(None, latents, torch.rand(2, 5), cache.module),
+        graph_key(None, latents.double(), None, cache.module),
+        graph_key(None, latents[:, :2], None, cache.module),
     ]
     with torch.no_grad():
-        others.append(family_of(None, latents, None, cache.module))
+        others.append(graph_key(None, latents, None, cache.module))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
-    others.append(family_of(None, latents, None, cache.module))
+    others.append(graph_key(None, latents, None, cache.module))
     torch.set_float32_matmul_precision(before)
     cache.module.eval()
-    others.append(family_of(None, latents, None, cache.module))
+    others.append(graph_key(None, latents, None, cache.module))
     assert len({plain, *others}) == len(others) + 1
 
 
@@ -223,7 +228,7 @@ def test_the_loop_and_its_constants_live_as_long_as_its_graphs(cache):
             return latents + 1
 
     loop, latents = Loop(), torch.randn(2, 3)
-    cache.run(family_of(None, latents, None, None), loop, latents, None)
+    cache.run(graph_key(None, latents, None, None), loop, latents, None)
     alive = weakref.ref(loop)
     del loop
     gc.collect()
@@ -242,7 +247,7 @@ def test_traced_modules_can_be_checked_for_stale_weights(cache):
     cache.module = torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3))
     latents = torch.randn(2, 3)
     for _ in range(2):
-        cache.run(family_of(None, latents, None, cache.module), lambda x, labels: 2 * x, latents, None)
+        cache.run(graph_key(None, latents, None, cache.module), lambda x, labels: 2 * x, latents, None)
     assert cache.stats.captures == 3
 
 
@@ -253,7 +258,7 @@ def test_a_capture_that_fails_half_way_leaves_nothing_behind(cache):
     assert cache.device.log[-1] == ("drop", None)
     assert not cache.device.recordings[0].alive
     cache.device.fail_at = None
-    assert draw(cache, 2) == "eager"  # not tried again, batch after batch
+    assert draw(cache, 2) == "none"  # not tried again, batch after batch
     cache.clear()
     assert draw(cache, 2) == "graph"
 
@@ -274,12 +279,11 @@ def test_clear_resets_every_graph_and_the_next_run_captures_again(cache):
 
 def test_threads_get_what_one_thread_gets(cache):
     inputs = [torch.randn(1 + i % 11, 3) for i in range(200)]
-    family, failures = family_of(None, inputs[0], None, cache.module), []
+    key, failures = graph_key(None, inputs[0], None, cache.module), []
 
     def work(part):
         for x in part:
-            images, _ = cache.run(family, cache.module, x, None)
-            if not torch.equal(images, 2 * x):
+            if not torch.equal(cache.run(key, cache.module, x, None), 2 * x):
                 failures.append(x.shape)
 
     threads = [threading.Thread(target=work, args=(inputs[k::8],)) for k in range(8)]
@@ -299,9 +303,9 @@ def test_batch_sizes_must_be_positive_integers(double, sizes):
 
 @pytest.fixture
 def sampler(tiny_conditional, double):
-    """A Sampler whose engine captures through the double."""
+    """A Sampler that captures through the double."""
     sampler = Sampler(tiny_conditional, solver="ipndm", nfe=3, backend="eager")
-    sampler._engine.cache = GraphCache(double, (1, 4), tiny_conditional)
+    sampler._runner.cache = GraphCache(double, (1, 4), tiny_conditional, stats=sampler._runner.stats)
     return sampler
 
 
@@ -311,7 +315,36 @@ def test_a_sampler_says_that_a_graph_ran_and_gives_the_eager_images(sampler, tin
         result = sampler.run(range(6), guidance_scale=guidance)
         assert result.backend == "graph"
         torch.testing.assert_close(result.images, eager.run(range(6), guidance_scale=guidance).images)
-    assert sampler.stats().captures == 4
+    assert sampler.stats() == Stats(captures=4, replays=4, eager_runs=0)
+
+
+def test_what_the_cache_has_no_graph_for_runs_eagerly_and_is_counted(sampler, tiny_conditional):
+    sampler._runner.cache.max_graphs = 2
+    expected = Sampler(tiny_conditional, solver="ipndm", nfe=3).run(range(4), guidance_scale=2.0)
+    before = sampler.stats()
+    assert sampler.run(4).backend == "graph"
+    result = sampler.run(range(4), guidance_scale=2.0)
+    assert (result.backend, sampler.stats()) == ("eager", Stats(captures=2, replays=1, eager_runs=1))
+    assert torch.equal(result.images, expected.images)
+    sampler._runner.cache.device.outer = True
+    assert sampler.run(4).backend == "eager"
+    assert (before, sampler.stats()) == (Stats(), Stats(captures=2, replays=1, eager_runs=2))
+
+
+def test_runs_of_many_threads_are_all_counted(tiny_model):
+    class Slow(Stats):
+        def __setattr__(self, name, value):
+            time.sleep(1e-3)  # long enough for every other thread to read the count that is about to change
+            super().__setattr__(name, value)
+
+    sampler = Sampler(tiny_model, solver="euler", nfe=1)
+    sampler._runner.stats = Slow()
+    threads = [threading.Thread(target=lambda: [sampler.run(1) for _ in range(4)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sampler.stats().eager_runs == 4 * 8
 
 
 def test_a_sampler_with_a_callback_runs_eagerly_and_says_so(sampler):
@@ -337,10 +370,11 @@ def test_a_nan_out_of_a_graph_is_named_like_any_other(sampler, tiny_conditional)
     with pytest.raises(NonFiniteError) as caught:
         sampler.run([7, 9])
     assert caught.value.seeds == [7, 9]
+    assert sampler.stats() == Stats(captures=2, replays=2, eager_runs=1)  # which told the step
 
 
 def test_running_out_of_memory_while_capturing_runs_the_batch_eagerly(sampler, caplog):
-    sampler._engine.cache.device.fail_at = 0
+    sampler._runner.cache.device.fail_at = 0
     assert sampler.run([1, 2]).backend == "eager"
     assert "out of memory while capturing" in caplog.text
 
@@ -385,11 +419,11 @@ def test_whoever_insists_on_graphs_may_try_again_after_running_out_of_memory(dou
     assert draw(cache, 2) == "graph"
 
 
-def test_another_implementation_of_the_kernels_is_another_family(cache):
+def test_another_implementation_of_the_kernels_has_another_key(cache):
     latents = torch.randn(2, 3)
-    plain = family_of(None, latents, None, cache.module)
+    plain = graph_key(None, latents, None, cache.module)
     with kernels.use("reference"):
-        forced = family_of(None, latents, None, cache.module)
+        forced = graph_key(None, latents, None, cache.module)
     assert (plain == forced) == (kernels.backends()["cuda"] == "reference")
 
 

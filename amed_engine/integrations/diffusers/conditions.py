@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amed_engine.adapters.facts import Facts
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, classifier_free, conditioned
+from amed_engine.sampling.denoiser import Denoised, Denoiser, bind_labels
 
 Ask = Callable[[Tensor, Tensor, dict[str, Tensor]], Denoised]
 
@@ -51,7 +51,7 @@ class Conditions(NamedTuple):
         def network(x: Tensor, sigma: Tensor, on: Tensor) -> Denoised:
             return ask(x, sigma, {name: self._chosen(name, on) for name in self.told})
 
-        return conditioned(network, on) if self.scale is None else classifier_free(network, on, self.scale)
+        return bind_labels(network, on, self.scale)
 
     def _chosen(self, name: str, on: Tensor) -> Tensor:
         """A row for each of `on` (B, 1): what is told, and "none" where that is zero."""

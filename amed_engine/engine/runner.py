@@ -105,14 +105,15 @@ class Runner:
 
     @torch.no_grad()
     def _draw(self, loop: BoundLoop, request: Request, observe: Observer | None) -> tuple[Tensor, str]:
+        look = self.may_wait()
         # Intervals can only be observed one by one.
         images = None if observe is not None else self._by_graph(loop, request)
-        if images is not None and (not self.check_finite or _finite(images)):
+        if images is not None and (not look or _finite(images)):
             return images, "graph"
         # Also after a broken replay: the eager states tell the step.
         self.stats.count("eager_runs")
         states = loop.states(request.latents, request.labels, observe)
-        if self.check_finite and not _finite(states[-1]):
+        if look and not _finite(states[-1]):
             raise non_finite(states, request)
         return states[-1], "eager"
 

@@ -197,9 +197,7 @@ def rows(table: dict[str, list[Program]]) -> list:
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    # `python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package.
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+def run(tmp_path, monkeypatch, capsys, off_checkout):
     monkeypatch.chdir(tmp_path)
 
     def run(page, program, first):

@@ -11,45 +11,45 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOME = {
-    "AMEDPredictor": "predictor",
+    "AMEDPredictor": "sampling.predictors.amed",
     "AmedError": "errors",
-    "CoefficientPredictor": "coefficients",
+    "CoefficientPredictor": "sampling.predictors.coefficient",
     "ConfigError": "errors",
-    "ConstantPredictor": "coefficients",
-    "Denoised": "denoiser",
+    "ConstantPredictor": "sampling.predictors.constant",
+    "Denoised": "sampling.denoiser",
     "FileFormatError": "errors",
-    "Midpoint": "program",
+    "Midpoint": "solvers.stage",
     "NonFiniteError": "errors",
-    "Plan": "plan",
-    "SampleResult": "results",
-    "Sampler": "sampler",
-    "StaleGraphError": "capture",
-    "StepInfo": "results",
-    "Stepper": "stepper",
+    "Plan": "solvers.plan",
+    "SampleResult": "engine.result",
+    "Sampler": "engine.sampler",
+    "StaleGraphError": "engine.capture",
+    "StepInfo": "engine.result",
+    "Stepper": "engine.export.stepper",
     "UnsafeFileError": "errors",
     "convert": "checkpoints",
-    "distill": "distillation",
-    "fit": "learned",
+    "distill": "training.distill",
+    "fit": "training.fit",
     "from_pretrained": "checkpoints",
-    "get_cmake_dir": "locations",
-    "get_include": "locations",
-    "get_library": "locations",
-    "get_pkgconfig_dir": "locations",
+    "get_cmake_dir": "engine.export.locations",
+    "get_include": "engine.export.locations",
+    "get_library": "engine.export.locations",
+    "get_pkgconfig_dir": "engine.export.locations",
     "load": "zoo",
-    "load_package": "packages",
+    "load_package": "engine.export.package",
     "load_predictor": "checkpoints",
-    "make_plan": "plan",
-    "make_schedule": "schedule",
+    "make_plan": "solvers.plan",
+    "make_schedule": "solvers.schedule",
     "make_solver": "solvers",
-    "read_plan": "plan_file",
-    "read_schedule": "plan_file",
-    "sample": "loop",
+    "read_plan": "engine.export.read_plan",
+    "read_schedule": "engine.export.schedule_table",
+    "sample": "sampling.loop",
     "save_predictor": "checkpoints",
     "save_pretrained": "checkpoints",
-    "search_schedule": "schedule_search",
+    "search_schedule": "training.search",
     "wrap": "adapters",
-    "write_plan": "export_plan",
-    "write_schedule": "export_schedule",
+    "write_plan": "engine.export.write_plan",
+    "write_schedule": "engine.export.schedule_table",
 }
 
 __all__ = [
@@ -97,28 +97,29 @@ __all__ = [
 
 if TYPE_CHECKING:
     from amed_engine.adapters import wrap
-    from amed_engine.capture import StaleGraphError
     from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
-    from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
-    from amed_engine.denoiser import Denoised
-    from amed_engine.distillation import distill
+    from amed_engine.engine.capture import StaleGraphError
+    from amed_engine.engine.export.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
+    from amed_engine.engine.export.package import load_package
+    from amed_engine.engine.export.read_plan import read_plan
+    from amed_engine.engine.export.schedule_table import read_schedule, write_schedule
+    from amed_engine.engine.export.stepper import Stepper
+    from amed_engine.engine.export.write_plan import write_plan
+    from amed_engine.engine.result import SampleResult, StepInfo
+    from amed_engine.engine.sampler import Sampler
     from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
-    from amed_engine.export_plan import write_plan
-    from amed_engine.export_schedule import write_schedule
-    from amed_engine.learned import fit
-    from amed_engine.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
-    from amed_engine.loop import sample
-    from amed_engine.packages import load_package
-    from amed_engine.plan import Plan, make_plan
-    from amed_engine.plan_file import read_plan, read_schedule
-    from amed_engine.predictor import AMEDPredictor
-    from amed_engine.program import Midpoint
-    from amed_engine.results import SampleResult, StepInfo
-    from amed_engine.sampler import Sampler
-    from amed_engine.schedule import make_schedule
-    from amed_engine.schedule_search import search_schedule
+    from amed_engine.sampling.denoiser import Denoised
+    from amed_engine.sampling.loop import sample
+    from amed_engine.sampling.predictors.amed import AMEDPredictor
+    from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
+    from amed_engine.sampling.predictors.constant import ConstantPredictor
     from amed_engine.solvers import make_solver
-    from amed_engine.stepper import Stepper
+    from amed_engine.solvers.plan import Plan, make_plan
+    from amed_engine.solvers.schedule import make_schedule
+    from amed_engine.solvers.stage import Midpoint
+    from amed_engine.training.distill import distill
+    from amed_engine.training.fit import fit
+    from amed_engine.training.search import search_schedule
     from amed_engine.zoo import load
 
 

@@ -27,10 +27,10 @@ from harness import environment
 from quality import SCHEDULES, Absent, measure, samplers, yardstick
 
 from amed_engine.checkpoints import atomic_write
-from amed_engine.compare import TRAINING_FREE, Setting
+from amed_engine.engine.seeds import parse_seeds
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.figure import import_matplotlib, style
-from amed_engine.seeds import parse_seeds
+from amed_engine.evaluation.comparison import TRAINING_FREE, Setting
+from amed_engine.evaluation.figure import import_matplotlib, style
 
 RESULTS = Path(__file__).parent / "results"
 NFES = range(3, 11)

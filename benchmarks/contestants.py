@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from workloads import Workload
 
 from amed_engine import Sampler
-from amed_engine.capture import CudaDevice
+from amed_engine.engine.capture import CudaDevice
 
 
 class Contest:

@@ -30,9 +30,9 @@ from quality import reference_digits
 
 import amed_engine
 from amed_engine.checkpoints import atomic_write
-from amed_engine.metrics import Statistics, frechet_distance
-from amed_engine.models import Model, tune
-from amed_engine.seeds import parse_seeds
+from amed_engine.engine.model import Model, tune
+from amed_engine.engine.seeds import parse_seeds
+from amed_engine.evaluation.metrics import Statistics, frechet_distance
 
 FOLDER = Path(__file__).parent / "results" / "reference_digits"
 FRESH_SEED = 20_000

@@ -13,15 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine import zoo
-from amed_engine.compare import REFERENCE, TRAINING_FREE, Setting, learned_name
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.sampler import Sampler
+from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
-from amed_engine.evaluation import Known, bundled_digits, closeness, know
-from amed_engine.metrics import Distances, class_accuracy, extractor, frechet_distance, per_image_rmse
-from amed_engine.metrics.features import Extractor
-from amed_engine.models import Model, resolve
+from amed_engine.evaluation.comparison import REFERENCE, TRAINING_FREE, Setting, learned_name
+from amed_engine.evaluation.metrics import Distances, class_accuracy, extractor, frechet_distance, per_image_rmse
+from amed_engine.evaluation.metrics.features import Extractor
+from amed_engine.evaluation.quality import Known, bundled_digits, closeness, know
 from amed_engine.networks import EDMPrecond
-from amed_engine.sampler import Sampler
-from amed_engine.seeds import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE_DIGITS = ROOT.parent / "shared" / "goldens" / "reference_digits" / "reference_digits.safetensors"

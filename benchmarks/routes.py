@@ -18,7 +18,7 @@ from torch import Tensor
 from workloads import WORKLOADS
 
 from amed_engine import AMEDPredictor, Sampler, make_plan
-from amed_engine.images import to_uint8
+from amed_engine.engine.images import to_uint8
 
 BUNDLED, CLASS, NFE = "digits", 3, 5
 ROUNDING, TRACED, GREY_LEVEL = 1e-5, 1e-4, 1 / 255  # largest differences allowed, relative to the largest element

@@ -109,7 +109,7 @@ def c_api(bench: Bench, stack: ExitStack) -> Draw:
     return lambda: host.draw(x)
 
 
-PACKAGES = ("amed_engine/export.py", "amed_engine/packages.py")
+PACKAGES = ("amed_engine/engine/export/write.py", "amed_engine/engine/export/package.py")
 FILES = (
     Route(
         "AOTInductor `.pt2`, for C++ without Python too",
@@ -142,7 +142,7 @@ FILES = (
         "Arrays by DLPack",
         "arrays.md",
         "any library that has it",
-        ("amed_engine/arrays.py",),
+        ("amed_engine/engine/arrays.py",),
         "per_sample",
         dlpack,
         0.0,
@@ -160,7 +160,7 @@ FILES = (
         "Stepper on NumPy or CuPy",
         "cupy.md",
         "numpy or cupy",
-        ("amed_engine/stepper.py", "amed_engine/integrations/cupy.py"),
+        ("amed_engine/engine/export/stepper.py", "amed_engine/integrations/cupy.py"),
         "multistep",
         stepper,
     ),

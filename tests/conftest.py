@@ -195,7 +195,7 @@ class Recording:
 
 
 class Double:
-    """`amed_engine.capture.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
+    """`amed_engine.engine.capture.Device` without a GPU. Recording runs nothing the caller can see, as under capture."""
 
     def __init__(self):
         self.log, self.recordings, self.outer, self.fail_at, self.broken = [], [], False, None, False

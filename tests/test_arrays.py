@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, Sampler
-from amed_engine.arrays import delivered, imported
+from amed_engine.engine.arrays import delivered, imported
 
 SHAPE = (1, 8, 8)
 

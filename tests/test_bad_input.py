@@ -19,9 +19,10 @@ from amed_engine import (
     sample,
     save_predictor,
 )
-from amed_engine.checkpoints import fingerprint, save_model
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import save_model
+from amed_engine.engine.seeds import parse_seeds
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
-from amed_engine.seeds import parse_seeds
 
 SHAPE = (1, 8, 8)
 NAN = float("nan")

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from amed_engine import AMEDPredictor, load_predictor, make_plan, save_predictor
-from amed_engine.checkpoints import atomic_write, fingerprint, load_model, read, save_model, write
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import atomic_write, load_model, read, save_model, write
 from amed_engine.checkpoints.files import MAX_PREDICTOR
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import amed_engine
-from amed_engine import cli, distillation, kernels, sampler, zoo
+from amed_engine import cli, kernels, zoo
 from amed_engine.checkpoints import load_predictor, save_model, save_predictor
+from amed_engine.engine import sampler
 from amed_engine.networks import EDMPrecond
 from amed_engine.solvers import SOLVERS
 
@@ -190,7 +191,7 @@ def test_compare_prints_json_on_request(amed, model, predictor):
 
 def test_compare_says_what_to_install_before_it_computes(amed, model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("amed_engine.compare.compare", lambda *_, **__: pytest.fail("computed first"))
+    monkeypatch.setattr("amed_engine.evaluation.comparison.compare", lambda *_, **__: pytest.fail("computed first"))
     code, _, err = amed("compare", "--model", model, "--out", tmp_path / "c.png")
     assert code == 1
     assert "pip install 'amed-engine[plot]'" in err
@@ -441,7 +442,7 @@ def test_debug_shows_where(amed):
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(amed, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distillation.api, "_train", boom(KeyboardInterrupt()))
+    monkeypatch.setattr("amed_engine.training.distill._train", boom(KeyboardInterrupt()))
     code, out, err = amed("distill", "--model", model, "--out", tmp_path / "p.safetensors")
     assert (code, out, err.strip()) == (130, "", "amed: error: interrupted")
     assert not (tmp_path / "p.safetensors").exists()

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 import amed_engine
-from amed_engine import compare, figure
-from amed_engine.compare import CURVE_NFES, TRAINING_FREE, Setting
+from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
+from amed_engine.evaluation import comparison as compare
+from amed_engine.evaluation import figure
+from amed_engine.evaluation.comparison import CURVE_NFES, TRAINING_FREE, Setting
 from amed_engine.networks import EDMPrecond
-from amed_engine.plan import best_training_free
-from amed_engine.seeds import draw
+from amed_engine.solvers.plan import best_training_free
 
 SCALE = 0.5  # standard deviation of the data
 

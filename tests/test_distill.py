@@ -18,9 +18,10 @@ from amed_engine import (
     sample,
     save_predictor,
 )
-from amed_engine.checkpoints import files, fingerprint
-from amed_engine.distillation import Teacher
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import files
 from amed_engine.errors import ConfigError
+from amed_engine.training.teacher import Teacher
 
 SHAPE = (1, 4, 4)
 STUDENTS = {

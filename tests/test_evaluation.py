@@ -11,12 +11,18 @@ import pytest
 import torch
 
 import amed_engine
-from amed_engine import evaluation
-from amed_engine.compare import REFERENCES, Setting
+from amed_engine.engine.images import save_each, to_uint8
+from amed_engine.engine.seeds import draw
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.images import save_each, to_uint8
-from amed_engine.metrics import Statistics, class_accuracy, frechet_distance, per_image_rmse, precision_recall
-from amed_engine.seeds import draw
+from amed_engine.evaluation import quality as evaluation
+from amed_engine.evaluation.comparison import REFERENCES, Setting
+from amed_engine.evaluation.metrics import (
+    Statistics,
+    class_accuracy,
+    frechet_distance,
+    per_image_rmse,
+    precision_recall,
+)
 
 SEEDS = range(5, 45)
 MEAN, SD = 0.25, 0.5

@@ -23,10 +23,10 @@ from amed_engine import (
     make_plan,
     make_solver,
 )
-from amed_engine.denoiser import Denoised
-from amed_engine.engine import BoundLoop
-from amed_engine.export import Job, trace
-from amed_engine.loop import Program
+from amed_engine.engine.export.write import Job, trace
+from amed_engine.engine.runner import BoundLoop
+from amed_engine.sampling.denoiser import Denoised
+from amed_engine.solvers.program import Program
 
 SHAPE = (2, 6, 6)
 BATCHES = (1, 2, 5, 17)

@@ -21,9 +21,10 @@ from amed_engine import (
     read_plan,
     read_schedule,
 )
-from amed_engine.commands.export import FORMATS as OFFERED
-from amed_engine.export import FORMATS
-from amed_engine.requests import bind_labels, make_request
+from amed_engine.cli.commands.export import FORMATS as OFFERED
+from amed_engine.engine.export.write import FORMATS
+from amed_engine.engine.model import bind_labels
+from amed_engine.engine.request import make_request
 
 SHAPE, LABELS = (2, 6, 6), [2, 0, 1, 1]
 

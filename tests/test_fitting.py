@@ -7,26 +7,20 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan, zoo
-from amed_engine.candidate import Candidate, nonstationary, unrolled
 from amed_engine.checkpoints import load_predictor, save_predictor
-from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
-from amed_engine.denoiser import Denoised
-from amed_engine.fitting import (
-    Example,
-    Normal,
-    adaptive,
-    expanded,
-    gauss_newton,
-    jacobian,
-    loss_of,
-)
-from amed_engine.learned import Effort, Task, draw_examples, fit, learn, starts_of
-from amed_engine.loop import Program, integrate, sample
-from amed_engine.models import resolve
-from amed_engine.plan import Plan
-from amed_engine.program import Midpoint, Row
-from amed_engine.requests import bind_labels
+from amed_engine.engine.model import bind_labels
+from amed_engine.engine.resolve import resolve
+from amed_engine.sampling.denoiser import Denoised
+from amed_engine.sampling.loop import integrate, sample
+from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Midpoint, Row
+from amed_engine.training.candidate import Candidate, nonstationary, unrolled
+from amed_engine.training.fit import Effort, Task, draw_examples, fit, learn, starts_of
+from amed_engine.training.gauss_newton import Example, Normal, adaptive, expanded, gauss_newton, jacobian, loss_of
 
 SHAPE = (1, 4, 4)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from amed_engine.engine.images import grid, magnification, png, save_each, save_grid, seed_path, to_uint8
 from amed_engine.errors import ConfigError
-from amed_engine.images import grid, magnification, png, save_each, save_grid, seed_path, to_uint8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -93,7 +93,9 @@ def test_native_code_is_only_opened_once_its_facts_are_read(tmp_path, monkeypatc
     folder = "a/data/aotinductor/model"
     entries = {f"{folder}/x.wrapper.so": "\x7fELF"}
     zipped(tmp_path / "a.pt2", entries | ({} if metadata is None else {f"{folder}/x.wrapper_metadata.json": metadata}))
-    monkeypatch.setattr("amed_engine.packages._open_compiled", lambda path: pytest.fail("native code was loaded"))
+    monkeypatch.setattr(
+        "amed_engine.engine.export.package._open_compiled", lambda path: pytest.fail("native code was loaded")
+    )
     with pytest.raises(FileFormatError, match=r"facts|metadata"):
         load_package(tmp_path / "a.pt2")
 

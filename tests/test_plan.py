@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from amed_engine import Plan, make_plan, make_solver
 from amed_engine.errors import ConfigError
-from amed_engine.loop import sample
-from amed_engine.plan import best_training_free, clamp_range
-from amed_engine.program import Midpoint
+from amed_engine.sampling.loop import sample
+from amed_engine.solvers.plan import best_training_free, clamp_range
+from amed_engine.solvers.stage import Midpoint
 
 orders = st.integers(1, 3)
 OPTIONS = {
@@ -175,7 +175,7 @@ def test_parallel_points_cost_one_evaluation_each(points):
 def test_make_plan_spends_exactly_the_nfe_or_says_why_not(solver, nfe, afs, midpoint):
     name, options = solver
     made = make_solver(name, **options)
-    midpoint = made.midpoint == "required" or (midpoint and made.midpoint != "none")
+    midpoint = made.takes_predictor == "required" or (midpoint and made.takes_predictor != "none")
     cost = made.evaluations(midpoint)
     if all((nfe + free) % cost for free in ([0, 1] if afs is None else [int(afs)])):
         with pytest.raises(ConfigError, match="not a whole number of intervals"):

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 import amed_engine
 from amed_engine.checkpoints import save_model
-from amed_engine.compare import REFERENCE, Setting
 from amed_engine.errors import ConfigError
-from amed_engine.metrics import frechet, per_image_rmse
+from amed_engine.evaluation.comparison import REFERENCE, Setting
+from amed_engine.evaluation.metrics import frechet, per_image_rmse
 from amed_engine.networks import EDMPrecond
 
 pytest.importorskip("sklearn")

@@ -22,8 +22,9 @@ from amed_engine import (
     sample,
     save_predictor,
 )
-from amed_engine.checkpoints import fingerprint, save_model
-from amed_engine.seeds import draw
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import save_model
+from amed_engine.engine.seeds import draw
 
 SHAPE = (1, 8, 8)
 SOLVERS = {

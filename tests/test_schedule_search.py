@@ -9,9 +9,9 @@ import torch
 
 from amed_engine import ConfigError, FileFormatError, Sampler, make_schedule, make_solver, sample, search_schedule
 from amed_engine.checkpoints import save_model
-from amed_engine.plan import make_plan
-from amed_engine.schedule_file import read_levels, write_levels
-from amed_engine.schedule_search import Path, cheapest_path, cost_matrix, euler_step, step_of
+from amed_engine.checkpoints.levels import read_levels, write_levels
+from amed_engine.solvers.plan import make_plan
+from amed_engine.training.search import Path, cheapest_path, cost_matrix, euler_step, step_of
 
 SHAPE = (1, 4, 4)
 CENTRES = torch.tensor([-0.8, 0.8])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from amed_engine.engine.seeds import check_seeds, draw, draw_seeds, parse_seeds
 from amed_engine.errors import ConfigError
-from amed_engine.seeds import check_seeds, draw, draw_seeds, parse_seeds
 
 SHAPE = (3, 8, 8)
 spans = st.tuples(st.integers(0, 2**32 - 200), st.integers(0, 99)).map(lambda s: (s[0], s[0] + s[1]))

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, FileFormatError, NonFiniteError, distill, make_schedule, make_solver, sample
-from amed_engine.distillation import PRESETS
-from amed_engine.distillation.settings import Settings, choose
-from amed_engine.distillation.training import Levels, Trainer
+from amed_engine.training.presets import PRESETS, Settings, choose
+from amed_engine.training.trainer import Levels, Trainer
 
 SHAPE = (1, 4, 4)
 
@@ -327,7 +326,7 @@ def test_end_to_end_descends_the_loss_of_the_final_sample():
 
 
 def test_recomputed_activations_give_the_same_gradient(monkeypatch):
-    from amed_engine.distillation import training
+    from amed_engine.training import trainer as training
 
     recomputing = weights(train(objective="end_to_end"))
     kept = []
@@ -450,7 +449,7 @@ def test_presets_train(preset):
 
 @pytest.mark.parametrize("schedule", ["polynomial", "logsnr"])
 def test_a_teacher_may_have_a_schedule_of_its_own(schedule):
-    from amed_engine.distillation import Teacher
+    from amed_engine.training.teacher import Teacher
 
     plan = train().plan
     teacher = Teacher.of(plan, "ipndm", None, 3, schedule)

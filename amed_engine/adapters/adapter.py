@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import taps
-from amed_engine.adapters.coefficients import Family, spread
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import Facts
-from amed_engine.adapters.settings import keep_settings
-from amed_engine.denoiser import Denoised
+from amed_engine.adapters.family import Family, spread
+from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import is_tracing, one_hot
+from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
 
 
 class Adapter(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import is_tracing
+from amed_engine.sampling.denoiser import is_tracing
 
 
 class Conditions(nn.Module):

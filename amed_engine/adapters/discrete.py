@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.coefficients import Coefficients, Family
-from amed_engine.adapters.settings import summary
+from amed_engine.adapters.family import Coefficients, Family
+from amed_engine.adapters.fingerprint import summary
 from amed_engine.errors import ConfigError
-from amed_engine.schedule import DiscreteTime
+from amed_engine.solvers.schedule import DiscreteTime
 
 BETAS = ("scaled_linear", "linear", "cosine")
 RANGES = {"scaled_linear": (0.00085, 0.012), "linear": (0.0001, 0.02)}  # of Stable Diffusion and of DDPM

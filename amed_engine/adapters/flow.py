@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from amed_engine.adapters.coefficients import Coefficients, Family
+from amed_engine.adapters.family import Coefficients, Family
+from amed_engine.errors import ConfigError
 
 
 class Flow(Family):
@@ -36,3 +39,18 @@ class Flow(Family):
 
     def settings(self) -> dict[str, Any]:
         return {"steps": float(self.steps)}
+
+
+def flow_levels(intervals: int, shift: float = 1.0, t_min: float = 0.001, t_max: float = 0.999) -> Tensor:
+    """Noise levels for `Sampler(schedule=...)`, (intervals + 1,) float64: t equally spaced, then shifted towards the noise.
+
+        t' = shift·t / (1 + (shift - 1)·t),   that is sigma' = shift·sigma with sigma = t/(1 - t)
+
+    Esser et al. 2024 (arXiv:2403.03206). Raises ConfigError for ends outside (0, 1) or a shift that is not positive.
+    """
+    if not 0 < t_min < t_max < 1 or not (shift > 0 and math.isfinite(shift)) or intervals < 1:
+        raise ConfigError(
+            f"need 0 < t_min < t_max < 1, a positive shift and an interval, got {t_min}, {t_max}, {shift}, {intervals}"
+        )
+    t = torch.linspace(t_max, t_min, intervals + 1, dtype=torch.float64)
+    return shift * t / (1 - t)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.settings import Settled
+from amed_engine.adapters.fingerprint import Settled
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import is_tracing
+from amed_engine.sampling.denoiser import is_tracing
 
 
 class Flux(Settled):
@@ -72,18 +72,3 @@ def positions(rows: int, columns: int, like: Tensor) -> Tensor:
     row = torch.arange(rows, device=like.device, dtype=like.dtype).repeat_interleave(columns)
     column = torch.arange(columns, device=like.device, dtype=like.dtype).repeat(rows)
     return torch.stack([torch.zeros_like(row), row, column], dim=1)
-
-
-def flow_levels(intervals: int, shift: float = 1.0, t_min: float = 0.001, t_max: float = 0.999) -> Tensor:
-    """Noise levels for `Sampler(schedule=...)`, (intervals + 1,) float64: t equally spaced, then shifted towards the noise.
-
-        t' = shift·t / (1 + (shift - 1)·t),   that is sigma' = shift·sigma with sigma = t/(1 - t)
-
-    Esser et al. 2024 (arXiv:2403.03206). Raises ConfigError for ends outside (0, 1) or a shift that is not positive.
-    """
-    if not 0 < t_min < t_max < 1 or not (shift > 0 and math.isfinite(shift)) or intervals < 1:
-        raise ConfigError(
-            f"need 0 < t_min < t_max < 1, a positive shift and an interval, got {t_min}, {t_max}, {shift}, {intervals}"
-        )
-    t = torch.linspace(t_max, t_min, intervals + 1, dtype=torch.float64)
-    return shift * t / (1 - t)

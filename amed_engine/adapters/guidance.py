@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter, label_rows, level_rows
-from amed_engine.adapters.coefficients import spread
-from amed_engine.adapters.settings import Settled, keep_settings
-from amed_engine.denoiser import Denoised, as_denoised, dynamic_thresholding
+from amed_engine.adapters.family import spread
+from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, as_denoised, dynamic_thresholding
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 

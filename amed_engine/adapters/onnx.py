@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.packages import Compiled
+from amed_engine.adapters.compiled import Compiled
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 

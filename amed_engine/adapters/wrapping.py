@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
-from amed_engine.adapters.coefficients import Family, spread
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.facts import Facts, facts_of
+from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising

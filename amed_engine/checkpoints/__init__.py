@@ -1,26 +1,16 @@
 """Reading and writing weights: safetensors and JSON, strict, finite, bounded in size, never half a file."""
 
 from amed_engine.checkpoints.conversion import Converted, convert, load_first_stage, load_published
+from amed_engine.checkpoints.exported_program import load_program
 from amed_engine.checkpoints.files import atomic_write, read, write
-from amed_engine.checkpoints.fingerprints import fingerprint, is_model
-from amed_engine.checkpoints.native import (
-    Predictor,
-    load_model,
-    load_predictor,
-    save_model,
-    save_predictor,
-)
-from amed_engine.checkpoints.pretrained import from_pretrained, save_pretrained
-from amed_engine.checkpoints.programs import load_program
+from amed_engine.checkpoints.hub import from_pretrained, save_pretrained
+from amed_engine.checkpoints.native import load_model, load_predictor, save_model, save_predictor
 
 __all__ = [
     "Converted",
-    "Predictor",
     "atomic_write",
     "convert",
-    "fingerprint",
     "from_pretrained",
-    "is_model",
     "load_first_stage",
     "load_model",
     "load_predictor",

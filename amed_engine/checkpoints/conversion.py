@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.checkpoints import first_stage, latent, openai_state
-from amed_engine.checkpoints.amed_pickle import to_predictor
+from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.files import check_values, save_diffusers
 from amed_engine.checkpoints.native import build_network, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
-from amed_engine.checkpoints.published import read_published
+from amed_engine.checkpoints.policy import read_published
 from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
 from amed_engine.networks import EDMPrecond
 

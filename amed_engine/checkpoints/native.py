@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from amed_engine import networks
+import amed_engine.networks as networks
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
-from amed_engine.coefficients import CoefficientPredictor, ConstantPredictor
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
-from amed_engine.plan import Plan
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.predictors import Predictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
+from amed_engine.sampling.predictors.constant import ConstantPredictor
+from amed_engine.solvers.plan import Plan
 
 M = TypeVar("M", bound=nn.Module)
-Predictor = AMEDPredictor | ConstantPredictor | CoefficientPredictor
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "amed_predictor": AMEDPredictor,
     "constant_predictor": ConstantPredictor,

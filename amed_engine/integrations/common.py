@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine.checkpoints import Predictor, load_predictor
-from amed_engine.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError
-from amed_engine.loop import Program
-from amed_engine.plan import Plan
-from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint
-from amed_engine.schedule import check_sigmas
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.predictors import Predictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import check_sigmas
+from amed_engine.solvers.stage import Midpoint
 
 AnyPredictor = Predictor | Sequence[Midpoint] | str | os.PathLike
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from amed_engine.engine.export.locations import get_include
+from amed_engine.engine.export.stepper import Array, Stepper
+from amed_engine.engine.export.tableau import StaticPlan
 from amed_engine.errors import ConfigError
-from amed_engine.locations import get_include
-from amed_engine.static_plan import StaticPlan
-from amed_engine.stepper import Array, Stepper
 
 _THREADS, _VEC = 256, 8  # kThreads and kVec of csrc/cuda
 _CODES = {"float32": 0, "float64": 1}

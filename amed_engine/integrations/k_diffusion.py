@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from amed_engine.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
 from amed_engine.integrations.common import AnyPredictor, Bottleneck, Tap, make_program
-from amed_engine.loop import Program, State, Trajectory, evaluate
+from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
+from amed_engine.sampling.loop import State, Trajectory, evaluate
+from amed_engine.solvers.program import Program
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def run(
 ) -> Tensor:
     """The loop with k-diffusion's callback and progress bar."""
     recorder = Recorder(denoiser)
-    trajectory, state = Trajectory(program, recorder), State.start(x)
+    trajectory, state = Trajectory(program, recorder), State(x)
     for i in trange(program.intervals, disable=disable):
         recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
         before, state = state.y[0], trajectory.interval(state, i)[-1]

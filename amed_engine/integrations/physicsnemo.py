@@ -11,11 +11,12 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import Bottleneck, Tap, open_predictor
-from amed_engine.loop import Program, State, Trajectory
-from amed_engine.plan import Plan
-from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint
+from amed_engine.sampling.loop import State, Trajectory
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Midpoint
 
 
 class AMEDSolver:
@@ -58,7 +59,7 @@ class AMEDSolver:
         program = Program(self.solver, levels, self._midpoint(levels))
         with Tap(self.denoiser, self.bottleneck) as tap:
             first = FirstAnswer(tap.denoiser(self._denoised))
-            moved = Trajectory(program, first).interval(State.start(x), 0)[-1].y[0]
+            moved = Trajectory(program, first).interval(State(x), 0)[-1].y[0]
         assert first.x0 is not None
         return torch.where(ends.reshape(-1, *[1] * (x.dim() - 1)), first.x0, moved)
 

@@ -18,9 +18,9 @@ from amed_engine.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     drop_labels,
-    one_hot,
     width,
 )
+from amed_engine.sampling.denoiser import one_hot
 
 INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
 INIT_ZERO = Init("kaiming_uniform", weight=0.0, bias=0.0)

@@ -244,29 +244,6 @@ def width(layer: nn.Module) -> int:
     return layer.out_channels
 
 
-def is_tracing() -> bool:
-    """Under jit.trace sizes are tensors: comparing them would be frozen into the graph with a warning."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-
-
-def one_hot(class_labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor:
-    """Class labels as a matrix (B or 1, label_dim) in the dtype and on the device of `like`.
-
-    Integers (B,) become one-hot rows, an integer outside 0 .. label_dim - 1 the zero row; a float or one-hot matrix
-    (B, label_dim) is passed on; None is one zero row, the unconditional label. Raises ValueError for another shape.
-    """
-    if class_labels is None:
-        return like.new_zeros(1, label_dim)
-    if class_labels.ndim == 1 and not class_labels.is_floating_point():
-        class_labels = class_labels[:, None] == torch.arange(label_dim, device=class_labels.device)
-    elif not is_tracing() and tuple(class_labels.shape[1:]) != (label_dim,):
-        raise ValueError(
-            f"class_labels must be integers (B,) or a matrix (B, {label_dim}), got {class_labels.dtype} of shape "
-            f"{tuple(class_labels.shape)}"
-        )
-    return class_labels.to(like)
-
-
 def drop_labels(labels: Tensor, rate: float, training: bool) -> Tensor:
     """In training, zero whole rows of labels (B, label_dim) with probability `rate` (classifier-free guidance)."""
     if not (training and rate):

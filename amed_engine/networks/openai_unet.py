@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.networks.layers import one_hot
 from amed_engine.networks.openai_layers import (
     AttentionBlock,
     AttentionPool,
@@ -29,6 +28,7 @@ from amed_engine.networks.openai_layers import (
     timestep_embedding,
     zero,
 )
+from amed_engine.sampling.denoiser import one_hot
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # of the classifier's head over spatial means

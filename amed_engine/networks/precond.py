@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine.denoiser import Denoised
 from amed_engine.errors import ConfigError
 from amed_engine.networks.dhariwal_unet import DhariwalUNet
-from amed_engine.networks.layers import is_tracing, width
+from amed_engine.networks.layers import width
 from amed_engine.networks.song_unet import SongUNet
+from amed_engine.sampling.denoiser import Denoised, is_tracing
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 # Set by the preconditioning itself, so not options of the network.

@@ -21,9 +21,9 @@ from amed_engine.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     drop_labels,
-    one_hot,
     width,
 )
+from amed_engine.sampling.denoiser import one_hot
 
 CHOICES = {
     "embedding_type": ("positional", "fourier"),

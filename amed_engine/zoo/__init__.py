@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from amed_engine.checkpoints import Predictor, load_model, load_predictor
+from amed_engine.checkpoints import load_model, load_predictor
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.predictors import Predictor
 from amed_engine.zoo.catalogue import CATALOGUE
 from amed_engine.zoo.weights import load_decoder, load_weights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from amed_engine import adapters
+import amed_engine.adapters as adapters
 from amed_engine.checkpoints import latent, load_first_stage, load_model, load_published
 from amed_engine.checkpoints.first_stage import folder_beside
 from amed_engine.errors import ConfigError, FileFormatError

@@ -9,7 +9,7 @@
 
 namespace amed {
 
-constexpr int kBasis = 8;  // 1, m, 1/m, c, c m, c/m, c/r, c/(r m): see amed_engine/static_plan.py
+constexpr int kBasis = 8;  // 1, m, 1/m, c, c m, c/m, c/r, c/(r m): see amed_engine/engine/export/tableau.py
 
 struct Evaluation {
     std::vector<double> sigma, sigma_net;  // one of each point; empty: the predictor's midpoint

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import amed_engine
 from amed_engine.adapters import Signature, load_onnx, load_package, save_package, wrap
-from amed_engine.adapters.packages import KEY, is_package
+from amed_engine.adapters.compiled import KEY, is_package
+from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.graph import GraphCache
-from amed_engine.models import resolve
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.3, 5.0, 20.0])

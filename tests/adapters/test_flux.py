@@ -5,7 +5,7 @@ import torch
 
 import amed_engine
 from amed_engine.adapters import Flux, flow_levels, wrap
-from amed_engine.checkpoints import fingerprint
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.errors import ConfigError
 
 diffusers = pytest.importorskip("diffusers", reason="needs pip install 'amed-engine[diffusers]'")

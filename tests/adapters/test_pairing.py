@@ -18,7 +18,7 @@ from amed_engine.adapters import (
     alphas_cumprod,
     wrap,
 )
-from amed_engine.checkpoints import fingerprint, is_model
+from amed_engine.adapters.fingerprint import fingerprint, is_model
 from amed_engine.errors import ConfigError
 
 

@@ -13,12 +13,12 @@ import torch
 
 import amed_engine
 from amed_engine import AMEDPredictor, Midpoint, kernels, make_schedule, make_solver, sample
+from amed_engine.engine.export.tableau import MAX_COLUMNS, StaticPlan
+from amed_engine.engine.export.write_plan import make_static_plan
 from amed_engine.errors import ConfigError
-from amed_engine.export_plan import make_static_plan
-from amed_engine.loop import Program
-from amed_engine.program import Row, Stage
-from amed_engine.solver import Solver
-from amed_engine.static_plan import MAX_COLUMNS, StaticPlan
+from amed_engine.solvers.base import Solver
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Row, Stage
 
 # ---- programs and denoisers with known answers ----
 
@@ -44,7 +44,7 @@ CASES = [
     for refined in (False, True)
     for afs in (False, True)
     for last in (False, True)
-    if make_solver(solver, **options).midpoint != ("none" if refined else "required")
+    if make_solver(solver, **options).takes_predictor != ("none" if refined else "required")
 ]
 
 
@@ -65,7 +65,7 @@ class NonStationary(Solver):
 
     def step(self, past, sigma, sigma_next, midpoint, i, n) -> list[Stage]:
         b = tuple((1 - sigma_next / SIGMAS[0]) * 2.0**-j / (2 - 2.0**-i) for j in range(i + 1))
-        return [Stage((Row(sigma_next / SIGMAS[0], b),), None)]
+        return [Stage((Row(sigma_next / SIGMAS[0], b),))]
 
 
 def midpoints(points: int) -> list[Midpoint]:

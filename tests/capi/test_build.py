@@ -15,7 +15,7 @@ import setuptools
 import torch
 
 from amed_engine import sample
-from amed_engine.export_plan import make_static_plan
+from amed_engine.engine.export.write_plan import make_static_plan
 from amed_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]

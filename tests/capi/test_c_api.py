@@ -16,9 +16,9 @@ import torch
 
 import amed_engine
 from amed_engine import make_schedule, make_solver, sample
-from amed_engine.export_plan import make_static_plan, write_plan
-from amed_engine.loop import Program
-from amed_engine.stepper import Stepper
+from amed_engine.engine.export.stepper import Stepper
+from amed_engine.engine.export.write_plan import make_static_plan, write_plan
+from amed_engine.solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "csrc" / "examples" / "closed_form.c"

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from amed_engine import make_solver, sample
-from amed_engine.export_plan import make_static_plan
-from amed_engine.loop import Program
+from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.solvers.program import Program
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 

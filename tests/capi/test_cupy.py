@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from amed_engine import make_solver, sample
+from amed_engine.engine.export.stepper import Stepper
+from amed_engine.engine.export.write_plan import make_static_plan
 from amed_engine.errors import ConfigError
-from amed_engine.export_plan import make_static_plan
 from amed_engine.integrations import cupy as integration
 from amed_engine.kernels import cuda
-from amed_engine.loop import Program
-from amed_engine.stepper import Stepper
+from amed_engine.solvers.program import Program
 
 
 @pytest.fixture

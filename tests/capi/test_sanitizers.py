@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from amed_engine import make_solver
-from amed_engine.export_plan import write_plan
-from amed_engine.loop import Program
+from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

@@ -14,14 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amed_engine import Midpoint, Sampler, make_schedule, make_solver, plan_file, sample, static_plan
+from amed_engine import Midpoint, Sampler, make_schedule, make_solver, sample
+from amed_engine.engine.export import read_plan as plan_file
+from amed_engine.engine.export import tableau as static_plan
+from amed_engine.engine.export.schedule_table import write_schedule
+from amed_engine.engine.export.stepper import Stepper, dynamic_thresholding
+from amed_engine.engine.export.write_plan import make_static_plan, write_plan
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.export_plan import make_static_plan, write_plan
-from amed_engine.export_schedule import write_schedule
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
-from amed_engine.loop import Program
-from amed_engine.schedule import DiscreteTime
-from amed_engine.stepper import Stepper, dynamic_thresholding
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import DiscreteTime
 
 
 def run(plan, x, denoise, **options) -> np.ndarray:
@@ -152,7 +154,7 @@ def test_the_bundled_predictor_s_images(tmp_path):
     sampler = Sampler("digits", nfe=5)
     plan, seeds = make_static_plan(sampler), [0, 1, 2]
     truth = sampler.run(seeds, class_labels=3).images
-    from amed_engine.requests import make_request
+    from amed_engine.engine.request import make_request
 
     request = make_request(sampler.model, seeds, 3, None, dtype=torch.float32, device=torch.device("cpu"))
     stepper = Stepper(plan, (request.latents * plan.sigmas[0]).numpy())
@@ -206,8 +208,8 @@ def test_reading_and_stepping_need_no_torch(tmp_path):
     write_plan(Program.build(make_solver("ipndm"), sigmas), tmp_path / "plan.json")
     code = (
         "import sys, numpy as np\n"
-        "from amed_engine.plan_file import read_plan\n"
-        "from amed_engine.stepper import Stepper\n"
+        "from amed_engine.engine.export.read_plan import read_plan\n"
+        "from amed_engine.engine.export.stepper import Stepper\n"
         "s = Stepper(read_plan(sys.argv[1]), np.ones((1, 2), np.float32))\n"
         "while not s.done: s.advance(s.points / 2)\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
-from amed_engine.denoiser import analytic_first_step, dynamic_thresholding, thresholded
-from amed_engine.loop import Program, integrate
-from amed_engine.program import Layout, Row, Stage, fold
-from amed_engine.solvers import SOLVERS, count_evaluations
+from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding, thresholded
+from amed_engine.sampling.loop import integrate
+from amed_engine.solvers import SOLVERS
+from amed_engine.solvers.base import count_evaluations
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Layout, Row, Stage, fold
 
 SD = 0.5
 HALF = Midpoint(torch.tensor(0.5))
@@ -275,8 +277,8 @@ def test_dpm_solver_2_at_one_half_neither_keeps_nor_reads_its_first_direction():
 
 
 def test_every_solver_says_whether_it_takes_midpoints():
-    assert {name for name in SOLVERS if make_solver(name).midpoint == "none"} == {"heun"}
-    assert {name for name in SOLVERS if make_solver(name).midpoint == "required"} == {"amed", "nonstationary"}
+    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "none"} == {"heun"}
+    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "required"} == {"amed", "nonstationary"}
 
 
 @pytest.mark.parametrize("name", ["euler", "amed", "unipc"])

@@ -21,11 +21,12 @@ from amed_engine import (
     make_plan,
     networks,
 )
-from amed_engine.checkpoints import convert, fingerprint, latent, load_model, load_published, read
-from amed_engine.checkpoints.amed_pickle import to_predictor
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import convert, latent, load_model, load_published, read
+from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.conversion import edm_network, module_tensors
 from amed_engine.checkpoints.pickles import Record
-from amed_engine.checkpoints.published import read_published
+from amed_engine.checkpoints.policy import read_published
 from amed_engine.networks import EDMPrecond
 
 OPCODES = [operation.code.encode("latin1") for operation in pickletools.opcodes]

@@ -13,10 +13,10 @@ from PIL import Image
 from amed_engine import ConfigError, FileFormatError, Sampler, networks
 from amed_engine.adapters import alphas_cumprod, decode_latents, wrap, wrap_pipeline
 from amed_engine.checkpoints import convert
-from amed_engine.reproduce import draw, prepare
+from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
+from amed_engine.evaluation.published.reproduce import draw, prepare
+from amed_engine.evaluation.published.text_to_image import find_pipeline, read_prompts
 from amed_engine.zoo.catalogue import CATALOGUE
-from amed_engine.zoo.recipes import load_recipe, recipe_names
-from amed_engine.zoo.text_to_image import find_pipeline, read_prompts
 
 diffusers = pytest.importorskip("diffusers", reason="needs pip install 'amed-engine[diffusers]'")
 

@@ -15,7 +15,7 @@ import torch
 
 from amed_engine import AmedError, FileFormatError, UnsafeFileError
 from amed_engine.checkpoints.pickles import Record, Ref
-from amed_engine.checkpoints.published import read_published
+from amed_engine.checkpoints.policy import read_published
 
 HERE = Path(__file__).parent
 SPEC = importlib.util.spec_from_file_location("hostile", HERE / "hostile.py")
@@ -190,7 +190,7 @@ def test_bytes_of_the_early_protocols_are_read(tmp_path, publish, monkeypatch):
     """Protocols 0 to 2 write bytes as `_codecs.encode(text, "latin1")`."""
     from amed_engine import AMEDPredictor
     from amed_engine.checkpoints.conversion import module_tensors
-    from amed_engine.checkpoints.published import read_published
+    from amed_engine.checkpoints.policy import read_published
 
     predictor, dumps = AMEDPredictor(bottleneck=(4, 4)), pickle.dumps
     for protocol in (0, 1, 2):
@@ -214,7 +214,7 @@ def test_bytes_of_the_early_protocols_are_read(tmp_path, publish, monkeypatch):
     ],
 )
 def test_the_codec_of_early_protocols_is_good_for_nothing_else(tmp_path, arguments):
-    from amed_engine.checkpoints.published import read_published
+    from amed_engine.checkpoints.policy import read_published
     from amed_engine.errors import UnsafeFileError
 
     (tmp_path / "p.pkl").write_bytes(b"\x80\x02c_codecs\nencode\n" + arguments)
@@ -224,7 +224,7 @@ def test_the_codec_of_early_protocols_is_good_for_nothing_else(tmp_path, argumen
 
 def test_early_bytes_cannot_outgrow_their_file(tmp_path):
     """One text, remembered, made into bytes again and again: gigabytes from kilobytes."""
-    from amed_engine.checkpoints.published import read_published
+    from amed_engine.checkpoints.policy import read_published
     from amed_engine.errors import UnsafeFileError
 
     text = b"X\x00\x10\x00\x00" + b"a" * 4096 + b"q\x000X\x06\x00\x00\x00latin1q\x010"

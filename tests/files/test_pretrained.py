@@ -19,7 +19,7 @@ from amed_engine import (
     make_plan,
     save_pretrained,
 )
-from amed_engine.checkpoints import fingerprint
+from amed_engine.adapters.fingerprint import fingerprint
 
 SHAS = {None: "a" * 40, "main": "a" * 40, "v1": "b" * 40}
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amed_engine import Sampler, images
+from amed_engine import Sampler
+from amed_engine.engine import images
 
 NAME = "edm-cifar10-32x32-uncond-vp"
 SAMPLING = ("--solver", "ipndm", "--nfe", 3, "--seeds", "0-1", "--device", "cpu")

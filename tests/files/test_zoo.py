@@ -9,21 +9,13 @@ import pytest
 import torch
 
 import amed_engine
-from amed_engine import (
-    AMEDPredictor,
-    ConfigError,
-    FileFormatError,
-    Sampler,
-    make_plan,
-    networks,
-    save_predictor,
-    zoo,
-)
-from amed_engine.checkpoints import convert, fingerprint, save_model
+from amed_engine import AMEDPredictor, ConfigError, FileFormatError, Sampler, make_plan, networks, save_predictor, zoo
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import convert, save_model
+from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
+from amed_engine.evaluation.published.reproduce import draw, recipe_sampler
 from amed_engine.networks import EDMPrecond
-from amed_engine.reproduce import draw, recipe_sampler
 from amed_engine.zoo.catalogue import CATALOGUE
-from amed_engine.zoo.recipes import load_recipe, recipe_names
 
 NAME = "edm-cifar10-32x32-uncond-vp"
 EDM = [name for name, entry in CATALOGUE.items() if entry.network == "EDMPrecond"]

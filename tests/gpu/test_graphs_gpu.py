@@ -13,11 +13,12 @@ import torch
 
 from amed_engine import AMEDPredictor, Midpoint, Sampler, StaleGraphError, make_schedule, make_solver
 from amed_engine.adapters import load_package, save_package
-from amed_engine.capture import CudaDevice
-from amed_engine.denoiser import as_denoised
-from amed_engine.graph import GraphCache, family_of
-from amed_engine.loop import Program, integrate
+from amed_engine.engine.capture import CudaDevice
+from amed_engine.engine.graphs import GraphCache, family_of
 from amed_engine.networks import EDMPrecond
+from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.loop import integrate
+from amed_engine.solvers.program import Program
 
 CUDA = torch.device("cuda", 0)
 SIZES = (8, 4, 1)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from amed_engine import AMEDPredictor, Sampler, make_plan
 from amed_engine.adapters import ClassifierFree, ClassifierGuided, Flux, Thresholded, wrap
-from amed_engine.engine import BoundLoop
-from amed_engine.graph import GraphCache
-from amed_engine.models import resolve
+from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.runner import BoundLoop
 from amed_engine.networks import OpenAIUNet
 
 SHAPE, CLASSES = (4, 8, 8), 3

@@ -22,11 +22,11 @@ from amed_engine import (
     make_plan,
     sample,
 )
-from amed_engine.batches import Batches
-from amed_engine.capture import CudaDevice
-from amed_engine.distillation import Teacher
-from amed_engine.graph import GraphCache, family_of
-from amed_engine.models import resolve
+from amed_engine.engine.capture import CudaDevice
+from amed_engine.engine.graphs import GraphCache, family_of
+from amed_engine.engine.resolve import resolve
+from amed_engine.training.batches import Batches
+from amed_engine.training.teacher import Teacher
 
 SIZES = (2, 8, 4)
 
@@ -442,7 +442,7 @@ def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional
 
     run = {"nfe": 3, "total_kimg": 0.008, "batch": 4, "accumulate": 2, "teacher_intermediate": 1, "progress": False}
     eager = distill(tiny_conditional, **run).state_dict()
-    monkeypatch.setattr("amed_engine.distillation.api._graphs", doubled)
+    monkeypatch.setattr("amed_engine.training.api._graphs", doubled)
     captured = distill(tiny_conditional, **run).state_dict()
     assert all(torch.equal(captured[name], value) for name, value in eager.items())
     assert [(c.batch_sizes, c.stats.captures, c.stats.replays) for c in caches] == [([2], 1, 4)]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, make_plan
-from amed_engine.denoiser import Denoised
-from amed_engine.loop import Program, integrate
+from amed_engine.sampling.denoiser import Denoised
+from amed_engine.sampling.loop import integrate
+from amed_engine.solvers.program import Program
 
 PLUGINS = ("amed", "euler", "dpm", "ipndm", "deis", "dpmpp", "unipc")
 FREE = ("euler", "heun", "dpm", "ipndm", "deis", "dpmpp", "unipc")

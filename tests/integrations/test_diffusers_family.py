@@ -7,7 +7,7 @@ import torch
 
 from amed_engine import ConfigError, Sampler, make_plan
 from amed_engine.adapters import wrap, wrap_pipeline
-from amed_engine.checkpoints import fingerprint
+from amed_engine.adapters.fingerprint import fingerprint
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers, which Stable Diffusion needs, is not installed")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, Sampler, make_plan, make_schedule, sample
-from amed_engine.coefficients import ConstantPredictor
 from amed_engine.integrations.common import constants
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import make_solver
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, Sampler, make_plan, sample
-from amed_engine.denoiser import as_denoised
 from amed_engine.integrations.physicsnemo import AMEDSolver
+from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.solvers import make_solver
 
 

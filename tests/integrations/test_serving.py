@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from amed_engine import ConfigError, NonFiniteError, Sampler
-from amed_engine.images import to_uint8
+from amed_engine.engine.images import to_uint8
 from amed_engine.integrations.serving.batching import MAX_IMAGES, answer, as_json
 
 PAYLOADS = [

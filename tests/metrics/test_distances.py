@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from amed_engine import metrics
 from amed_engine.errors import ConfigError
+from amed_engine.evaluation import metrics
 
 
 def test_rmse_of_a_known_shift():

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
-from amed_engine.metrics import class_accuracy, extractor
-from amed_engine.metrics.classifier import FILE, DigitClassifier, load_classifier, save_classifier
-from amed_engine.metrics.features import as_bytes, as_floats
+from amed_engine.evaluation.metrics import class_accuracy, extractor
+from amed_engine.evaluation.metrics.classifier import FILE, DigitClassifier, load_classifier, save_classifier
+from amed_engine.evaluation.metrics.features import as_bytes, as_floats
 
 
 def test_bytes_and_floats_are_inverse_to_each_other():
@@ -56,7 +56,7 @@ def test_the_classifier_is_small_and_says_how_good_it_is():
 
 def test_held_out_digits_are_recognised_as_reported():
     pytest.importorskip("sklearn")
-    from amed_engine.metrics.train_classifier import Recipe, split
+    from amed_engine.evaluation.metrics.train_classifier import Recipe, split
     from amed_engine.zoo.train_digits import load_digits
 
     classifier, report = load_classifier()
@@ -73,7 +73,7 @@ def test_held_out_digits_are_recognised_as_reported():
 
 def test_training_learns_is_repeatable_and_leaves_the_generators_alone():
     pytest.importorskip("sklearn")
-    from amed_engine.metrics.train_classifier import Recipe, split, train
+    from amed_engine.evaluation.metrics.train_classifier import Recipe, split, train
     from amed_engine.zoo.train_digits import load_digits
 
     recipe = Recipe(epochs=4)
@@ -87,7 +87,7 @@ def test_training_learns_is_repeatable_and_leaves_the_generators_alone():
 
 def test_the_script_writes_what_is_loaded(tmp_path):
     pytest.importorskip("sklearn")
-    from amed_engine.metrics.train_classifier import main
+    from amed_engine.evaluation.metrics.train_classifier import main
 
     done = CliRunner().invoke(main, ["--epochs", "1", "--seed", "3", "--out", str(tmp_path / "c.safetensors")])
     assert done.exit_code == 0, done.output

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amed_engine.errors import ConfigError
-from amed_engine.metrics import precision_recall
+from amed_engine.evaluation.metrics import precision_recall
 
 
 def naive(samples, data, k):

@@ -6,9 +6,17 @@ import torch
 from PIL import Image
 
 import amed_engine
+from amed_engine.engine.images import save_each, to_uint8
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.images import save_each, to_uint8
-from amed_engine.metrics import Statistics, batches, frechet, frechet_distance, gather, generate, read_features
+from amed_engine.evaluation.metrics import (
+    Statistics,
+    batches,
+    frechet,
+    frechet_distance,
+    gather,
+    generate,
+    read_features,
+)
 
 SEEDS = range(40, 60)
 

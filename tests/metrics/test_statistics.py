@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.metrics import Statistics, frechet_distance
+from amed_engine.evaluation.metrics import Statistics, frechet_distance
 
 
 def features(count=200, size=6, seed=0, offset=0.0):
@@ -169,7 +169,7 @@ def test_truncated_files_are_named(kept, tmp_path):
 
 
 def test_files_that_unpack_to_too_much_are_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("amed_engine.metrics.statistics.MAX_BYTES", 1 << 16)
+    monkeypatch.setattr("amed_engine.evaluation.metrics.statistics.MAX_BYTES", 1 << 16)
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("mu.npy", bytes(1 << 17))
     with pytest.raises(FileFormatError, match="unpacks to 131072 bytes"):

@@ -13,7 +13,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.nodes import plan_of
 from amed_engine.integrations.common import Bottleneck
 from amed_engine.integrations.k_diffusion import sample_amed
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 
 
 def sampler_entry(

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from amed_engine.adapters import wrap
+from amed_engine.adapters.fingerprint import is_model
 from amed_engine.adapters.karras import EDM
 from amed_engine.adapters.taps import detach
-from amed_engine.checkpoints import is_model
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.diffusers.parameterization import Parameterization
-from amed_engine.plan import Plan
+from amed_engine.solvers.plan import Plan
 
 
 def check_channels(unet: Any, vae: Any) -> None:

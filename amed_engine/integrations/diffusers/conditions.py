@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.facts import Facts
-from amed_engine.denoiser import Denoised, Denoiser, classifier_free, conditioned
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, Denoiser, classifier_free, conditioned
 
 Ask = Callable[[Tensor, Tensor, dict[str, Tensor]], Denoised]
 

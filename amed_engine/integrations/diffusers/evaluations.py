@@ -8,8 +8,8 @@ from typing import NamedTuple
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
-from amed_engine.loop import Program
-from amed_engine.program import Update
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.stage import Update
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.plan import clamp_range
-from amed_engine.schedule import DiscreteTime, logsnr, polynomial
+from amed_engine.solvers.plan import clamp_range
+from amed_engine.solvers.schedule import DiscreteTime, logsnr, polynomial
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

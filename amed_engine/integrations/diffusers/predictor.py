@@ -10,8 +10,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from amed_engine.plan import Plan
-from amed_engine.predictor import AMEDPredictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers.plan import Plan
 
 
 class AMEDPredictorModel(ModelMixin, ConfigMixin):

@@ -13,16 +13,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from amed_engine.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
 from amed_engine.integrations.diffusers.parameterization import Parameterization, check_output, translated
-from amed_engine.loop import Program, State, advance
-from amed_engine.predictor import AMEDPredictor
-from amed_engine.program import Midpoint, Update
-from amed_engine.schedule import check_sigmas
+from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding
+from amed_engine.sampling.loop import State, advance
+from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import check_sigmas
+from amed_engine.solvers.stage import Midpoint, Update
 
 
 class AMEDScheduler(SchedulerMixin, ConfigMixin):
@@ -215,7 +216,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_solver(self) -> None:
         made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
-        if made.midpoint == "none" or made.evaluations(True) != 2:
+        if made.takes_predictor == "none" or made.evaluations(True) != 2:
             raise ConfigError(
                 f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config['solver']!r}"
             )
@@ -285,16 +286,15 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         assert self._program.updates is not None
         update = self._program.updates[0][0].to(x.device, x.dtype)
         sigma = self.levels[:1].to(x.device, x.dtype)
-        return advance(State.start(x), (analytic_first_step(x, sigma).x0,), update)
+        return advance(State(x), (analytic_first_step(x, sigma).x0,), update)
 
     def _advance(self, y: Tensor, denoised: Tensor, update: Update) -> Tensor:
         state = self._state
         if state is None:
             # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
             analytic = self.config["afs"] and self._step_index == 0
-            state = self._analytic(y / self._stretch) if analytic else State.start(y)
-        # The pipeline's sample counts: a callback may have changed it. A view, should the caller pass one tensor for both.
-        rests = state.y[0] is state.x
-        state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)
+            state = self._analytic(y / self._stretch) if analytic else State(y)
+        # The pipeline's sample counts: a callback may have changed it.
+        state = state.at(y)
         self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from amed_engine.engine.images import png, to_uint8
+from amed_engine.engine.sampler import Sampler
+from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import AmedError, ConfigError, NonFiniteError
-from amed_engine.images import png, to_uint8
-from amed_engine.sampler import Sampler
-from amed_engine.seeds import check_seeds
 
 MAX_IMAGES = 64  # per request
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from amed_engine.engine.images import check_pictures
+from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.images import check_pictures
 from amed_engine.integrations.require import require
 from amed_engine.integrations.serving.batching import answer, as_json, from_json
-from amed_engine.sampler import Sampler
 
 serve = require("ray.serve", "ray")
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from amed_engine.checkpoints import atomic_write
+from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.integrations.serving.batching import MAX_IMAGES, answer
-from amed_engine.sampler import Sampler
 
 _MODEL = "from amed_engine.integrations.serving.triton import TritonPythonModel  # noqa: F401\n"
 

@@ -1,0 +1,171 @@
+"""Denoisers compiled ahead of time: AOTInductor packages (.pt2), with a signature that is checked at every call.
+
+A package is a shared library: opening one runs its native code. Open what you compiled or trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.adapters.signature import Signature
+from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.sampling.denoiser import Denoised, as_denoised
+
+KEY = "amed.signature"  # among the package's metadata
+MAX_METADATA = 2**20
+_CODE = "/data/aotinductor/"
+
+
+class Compiled(nn.Module):
+    """A denoiser that only runs forward: its inputs checked against a signature, its facts read from it."""
+
+    can_guide = True
+
+    def __init__(self, call: Any, signature: Signature, device: str = "cpu"):
+        super().__init__()
+        self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
+        self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
+        for name in ("sigma_min", "sigma_max"):
+            if getattr(signature, name) is not None:
+                setattr(self, name, getattr(signature, name))
+
+    def forward(self, *inputs: Tensor) -> Denoised:
+        """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
+        self.signature.check(inputs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            raise ConfigError("a compiled model has no gradients; train predictors with the network it was made from")
+        return as_denoised(self.call(*inputs))
+
+
+def is_package(path: str | os.PathLike) -> bool:
+    """Whether a .pt2 file holds compiled code rather than an ExportedProgram."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(_CODE in name and name.endswith((".so", ".o", ".cpp")) for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def load_package(path: str | os.PathLike) -> Compiled:
+    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
+    signature = _read_signature(path)
+    if signature.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
+    # Inside a CUDA graph a package must not keep events of its own per thread: one at a time, then.
+    single = signature.device == "cuda"
+    try:
+        package = torch._inductor.aoti_load_package(str(path), run_single_threaded=single)
+    except Exception as error:  # a loader of native code raises what it happens to raise
+        raise FileFormatError(f"{path} cannot be loaded here: {str(error).splitlines()[0]}") from error
+    return Compiled(_OneAtATime(package) if single else package, signature)
+
+
+class _OneAtATime:
+    """A package that several threads may call."""
+
+    def __init__(self, package: Any):
+        self.package, self.lock = package, threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        with self.lock:
+            return self.package(*inputs)
+
+
+def _read_signature(path: str | os.PathLike) -> Signature:
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.endswith("_metadata.json") and info.file_size <= MAX_METADATA:
+                text = _metadata(archive.read(info), path).get(KEY)
+                if isinstance(text, str):
+                    return Signature.from_json(_metadata(text, path), str(path))
+    raise ConfigError(
+        f"{path} is an AOTInductor package without a signature, and such packages do not check their inputs; compile it with "
+        "amed_engine.adapters.save_package"
+    )
+
+
+def _metadata(text: str | bytes, path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: its metadata are no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise FileFormatError(f"{path}: its metadata must be an object, got {type(data).__name__}")
+    return data
+
+
+@torch.no_grad()
+def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 64) -> Path:
+    """Compile a denoiser with AOTInductor for the device it is on, for batches of 1 to max_batch. Needs a C++ compiler.
+
+    denoiser: what `wrap` returns, or a network with EDM's attributes; float32 inputs. Returns the path, which ends in .pt2.
+    Raises ConfigError where the shape of a sample is not known.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ConfigError(f"a package is saved as .pt2, got {path.name!r}")
+    program = _export(denoiser, max_batch)
+    signature = Signature.of_program(program, _facts(denoiser))
+    options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json())}}
+    # Beside its destination, so that it can be renamed into place whole.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=os.path.join(folder, path.name), inductor_configs=options
+        )
+        os.replace(made, path)
+    return path
+
+
+def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram:
+    shape = _sample_shape(denoiser)
+    if shape is None or max_batch < 2:
+        raise ConfigError(
+            f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
+        )
+    device, label_dim = _device(denoiser), int(getattr(denoiser, "label_dim", 0) or 0)
+    inputs = [torch.zeros((2, *shape), device=device), torch.ones(2, device=device)]
+    inputs += [torch.zeros((2, label_dim), device=device)] if label_dim else []
+    batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
+    dynamic = {"x": batch, "sigma": batch} | ({"class_labels": batch} if label_dim else {})
+    return torch.export.export(_Positional(denoiser.eval(), label_dim), tuple(inputs), dynamic_shapes=dynamic)
+
+
+def _sample_shape(denoiser: nn.Module) -> tuple[int, ...] | None:
+    channels, size = getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None)
+    square = None if channels is None or size is None else (int(channels), int(size), int(size))
+    return getattr(denoiser, "sample_shape", None) or square
+
+
+class _Positional(nn.Module):
+    """The denoiser with exactly the inputs that its signature names."""
+
+    def __init__(self, denoiser: nn.Module, label_dim: int):
+        super().__init__()
+        self.denoiser = denoiser
+        self.forward = self._labelled if label_dim else self._plain  # type: ignore[method-assign]
+
+    def _plain(self, x: Tensor, sigma: Tensor) -> Denoised:
+        return as_denoised(self.denoiser(x, sigma))
+
+    def _labelled(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Denoised:
+        return as_denoised(self.denoiser(x, sigma, class_labels))
+
+
+def _device(denoiser: nn.Module) -> torch.device:
+    parameter = next(denoiser.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _facts(denoiser: nn.Module) -> dict[str, Any]:
+    levels = {name: getattr(denoiser, name, None) for name in ("sigma_min", "sigma_max")}
+    known = {name: float(v) for name, v in levels.items() if v is not None and 0 < float(v) < float("inf")}
+    return {"device": _device(denoiser).type} | known

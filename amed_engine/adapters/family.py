@@ -1,0 +1,43 @@
+"""A family of networks is four functions of the noise level: D = skip·x + out·F(scale·x; time).
+
+F is the raw network, x = x0 + sigma·n the state of the sampler. Each family is a module (x and sigma stay the sampler's), so
+that its tables follow the network to its device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from amed_engine.adapters.fingerprint import Settled
+
+
+class Coefficients(NamedTuple):
+    """skip, out, scale (B,) in D = skip·x + out·F(scale·x; time); time (B,) is what the network is told."""
+
+    skip: Tensor
+    out: Tensor
+    scale: Tensor
+    time: Tensor
+
+
+class Family(Settled):
+    """sigma (B,) -> Coefficients, with the range of noise levels that the network knows."""
+
+    name = ""
+    sigma_min: float
+    sigma_max: float
+
+    def describe(self) -> str:
+        """One line for people: what is predicted, and what the network is told."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What tells it from others of its class, JSON-able: a predictor is for one of them. The range does not count."""
+        return {}
+
+
+def spread(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to multiply a tensor (B, ...)."""
+    return coefficient.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,101 @@
+"""Directories as the Hugging Face Hub keeps them: model.safetensors and config.json, local or of a fixed commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from amed_engine.checkpoints.files import CONFIG_FILE, WEIGHTS_FILE, read_config
+from amed_engine.checkpoints.native import PREDICTORS, load_model, load_predictor, save_model, save_predictor
+from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.networks import EDMPrecond
+from amed_engine.sampling.predictors import Predictor
+
+logger = logging.getLogger("amed_engine")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def save_pretrained(item: Predictor | EDMPrecond, directory: str | os.PathLike) -> None:
+    """Save a predictor, its plan included, or a network as a directory of model.safetensors and config.json.
+
+    The directory can be uploaded to the Hub as it is. Raises ConfigError for anything else.
+    """
+    if Path(directory).suffix == ".safetensors":
+        raise ConfigError(f"{directory} names a file; pass a directory, or use save_predictor for one file")
+    if isinstance(item, Predictor):
+        save_predictor(item, directory)
+    elif isinstance(item, EDMPrecond):
+        save_model(item, directory)
+    else:
+        raise ConfigError(f"save_pretrained saves a predictor or an EDMPrecond, got {type(item).__name__}")
+
+
+def from_pretrained(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+) -> Predictor | nn.Module:
+    """The predictor or network of a local directory or of a Hub repository ("owner/name"), loaded strictly.
+
+    revision: a branch, tag or commit; it is resolved to a commit once, and both files are of that commit.
+    local_files_only: nothing is asked of the network; what is not in the cache is an error.
+    cache_dir, token: as huggingface_hub takes them.
+    Only safetensors and JSON are read, in no case a pickle. Raises ConfigError where nothing is found or the Hub cannot be
+    reached, FileFormatError where the files are not ours.
+    """
+    if os.path.isdir(source):
+        if revision is not None:
+            raise ConfigError(f"{source} is a local directory, which has no revision {revision!r}; leave revision out")
+        folder = Path(source)
+    elif isinstance(source, str) and HUB_ID.fullmatch(source):
+        folder = _fetch(source, revision, local_files_only, cache_dir, token)
+    else:
+        raise ConfigError(f"{str(source)!r} is no directory, and no Hub repository of the form 'owner/name'")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileFormatError(f"{folder} has no {WEIGHTS_FILE}; nothing else is loaded, pickles least of all")
+    config = read_config(folder)
+    return load_predictor(folder) if config.get("kind") in list(PREDICTORS) else load_model(folder)
+
+
+def _fetch(repo: str, revision: str | None, offline: bool, cache: Any, token: Any) -> Path:
+    """The local folder of one commit of a repository, with our two files and no others."""
+    hub = _hub()
+    try:
+        if not offline and not (revision and COMMIT.fullmatch(revision)):
+            revision = hub.HfApi(token=token).model_info(repo, revision=revision).sha
+            logger.info("%s is commit %s", repo, revision)
+        return Path(
+            hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[WEIGHTS_FILE, CONFIG_FILE],
+                local_files_only=offline,
+                cache_dir=cache,
+                token=token,
+            )
+        )
+    except Exception as error:  # whatever the Hub's client and its transports raise
+        raise ConfigError(
+            f"{repo} at revision {revision or 'main'} cannot be had {'from the cache' if offline else 'from the Hub'}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError(
+            "models of the Hub need huggingface_hub: pip install 'amed-engine[hub]'; a local directory does not"
+        ) from error
+    return huggingface_hub

@@ -1,0 +1,58 @@
+"""`amed compare`: all solvers on the same seeds."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from amed_engine.cli.options import (
+    check_png,
+    check_writable,
+    drawing_options,
+    grid_options,
+    typed,
+    where_options,
+    with_levels,
+)
+
+
+@click.command()
+@where_options
+@click.option("--seeds", default="0-7", help="Columns of the picture.")
+@click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
+@grid_options
+@drawing_options
+@click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
+@click.option("--curve-samples", type=int, default=16, help="The same for the curves; 0 for no curves.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
+def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
+    """All solvers on the same seeds at equal NFE: errors to a fine reference solution."""
+    from amed_engine.checkpoints import atomic_write
+    from amed_engine.engine.seeds import parse_seeds
+    from amed_engine.evaluation import comparison as work
+    from amed_engine.evaluation import figure
+
+    check_png(out)
+    numbers = parse_seeds(seeds)
+    if out:
+        figure.import_matplotlib()
+    check_writable(out, None if json_file == "-" else json_file)
+    comparison = work.compare(
+        model,
+        nfe,
+        numbers,
+        samples=samples,
+        curve_samples=curve_samples,
+        predictor=predictor,
+        setting=work.Setting(**typed(with_levels(shared))),
+        progress=sys.stderr.isatty(),
+    )
+    if out:
+        atomic_write(out, figure.plot(comparison))
+    text = json.dumps(comparison.to_json(), indent=2)
+    if json_file and json_file != "-":
+        atomic_write(json_file, f"{text}\n".encode())
+    click.echo(text if json_file == "-" else comparison.table())

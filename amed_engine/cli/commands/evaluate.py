@@ -1,0 +1,70 @@
+"""`amed evaluate`: how good a sampler's samples are."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from amed_engine.cli.options import check_writable, drawing_options, make_sampler, plan_options, typed, where_options
+from amed_engine.errors import ConfigError
+
+BUNDLED = "digits"
+
+
+@click.command()
+@where_options
+@click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
+@click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
+@click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
+@plan_options
+@drawing_options
+@click.option(
+    "--reference", default="deis-fine", help="deis-fine, heun-fine, a folder of PNG or an .npz of statistics."
+)
+@click.option("--data", help="Real images: digits, a folder, an .npz, or none.", show_default="digits for digits")
+@click.option("--features", default="pixels", help="pixels, digits or inception.")
+@click.option("--classifier", type=click.Choice(["digits", "none"]), show_default="digits for digits")
+@click.option("--save-statistics", type=click.Path(dir_okay=False), help="Write the samples' mu and sigma, an .npz.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
+def evaluate(
+    model,
+    seeds,
+    class_labels,
+    guidance,
+    reference,
+    data,
+    features,
+    classifier,
+    batch,
+    save_statistics,
+    json_file,
+    **asked,
+) -> None:
+    """Distance to a fine solution, Frechet distance, precision and recall, class accuracy."""
+    from amed_engine.checkpoints import atomic_write
+    from amed_engine.engine.seeds import parse_seeds
+    from amed_engine.evaluation import quality as evaluation
+    from amed_engine.evaluation.comparison import Setting
+
+    if save_statistics and not save_statistics.endswith(".npz"):
+        raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")
+    check_writable(save_statistics, None if json_file == "-" else json_file)
+    own = BUNDLED if model == BUNDLED else "none"
+    given = {"data": data or own, "classifier": classifier or own}
+    found = evaluation.evaluate(
+        make_sampler(model, **typed(asked)),
+        parse_seeds(seeds),
+        reference=reference,
+        features=features,
+        setting=Setting(class_labels, guidance, batch=batch),
+        progress=sys.stderr.isatty(),
+        **{name: None if value == "none" else value for name, value in given.items()},
+    )
+    if save_statistics:
+        found.statistics.save(save_statistics)
+    text = json.dumps(found.to_json(), indent=2)
+    if json_file and json_file != "-":
+        atomic_write(json_file, f"{text}\n".encode())
+    click.echo(text if json_file == "-" else found.table())

@@ -1,0 +1,107 @@
+"""`amed reproduce`: a published evaluation again, samples and FID."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from amed_engine.cli.options import default_device
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--list", "show", is_flag=True, help="Print all recipes with their published FID.")
+@click.option(
+    "--weights", type=click.Path(exists=True), help="File or folder of the model.", show_default="AMED_WEIGHTS"
+)
+@click.option(
+    "--predictor", type=click.Path(exists=True), help="Of a learned method.", show_default="beside the weights"
+)
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False), help="File of a text-to-image recipe, .csv or .txt."
+)
+@click.option("--statistics", type=click.Path(exists=True, dir_okay=False), help="Reference statistics, EDM's .npz.")
+@click.option("--features", default="inception", help="What the distance is over: inception, pixels.")
+@click.option("--images", type=click.IntRange(min=2), help="How many samples.", show_default="as published")
+@click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples at once.")
+@click.option("--device", help="Where to run.", show_default="a GPU where there is one")
+@click.option("--outdir", type=click.Path(file_okay=False), help="Write the images too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def reproduce(name, show, statistics, features, images, batch, outdir, as_json, **parts) -> None:
+    """Run a published evaluation, e.g. cifar10-amed-5, and compare with the number in the table."""
+    from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
+
+    if show:
+        click.echo("\n".join(f"{each:<28} {load_recipe(each).fid:g}" for each in recipe_names()))
+        return
+    if name is None:
+        raise click.UsageError("name a recipe, e.g. cifar10-amed-5, or --list them")
+    recipe = load_recipe(name)
+    drawing = _prepare(recipe, batch=batch, **parts)
+    seeds = range(images or recipe.images)
+    stream = _counted(_stream(drawing, seeds, batch, outdir), len(seeds))
+    measured = None if statistics is None else _distance(stream, statistics, features, drawing.sampler.device)
+    if statistics is None:
+        for _ in stream:
+            pass
+    _report(recipe, drawing.sampler, len(seeds), measured, features, as_json)
+
+
+def _prepare(recipe: Any, *, device: str | None, **parts: Any) -> Any:
+    from amed_engine.evaluation.published.reproduce import prepare
+
+    return prepare(recipe, device=device or default_device(), **parts)
+
+
+def _stream(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
+    from amed_engine.engine import images
+    from amed_engine.evaluation.published.reproduce import draw
+
+    done = 0
+    for pictures in draw(drawing, seeds, batch):
+        if outdir:
+            rows = list(pictures.permute(0, 2, 3, 1).numpy())
+            images.save_each(outdir, rows, list(seeds[done : done + len(rows)]), True)
+        done += len(pictures)
+        yield pictures
+
+
+def _counted(stream: Iterator[Any], total: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="reproduce", unit="image", disable=None) as bar:
+        for pictures in stream:
+            yield pictures
+            bar.update(len(pictures))
+
+
+def _distance(stream: Iterator[Any], statistics: str, features: str, device: Any) -> float:
+    from amed_engine.evaluation.metrics import frechet
+
+    return float(frechet(stream, statistics, features, device))
+
+
+def _report(recipe: Any, sampler: Any, count: int, measured: float | None, features: str, as_json: bool) -> None:
+    facts = {
+        "recipe": recipe.name,
+        "plan": sampler.plan.describe(),
+        "guidance_scale": recipe.guidance,
+        "images": count,
+        "features": features,
+        "frechet_distance": measured,
+        "published_fid": recipe.fid,
+        "published_images": recipe.images,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{recipe.dataset}: {sampler.plan.describe()}")
+    found = (
+        f"Frechet distance of {features} {measured:.2f}" if measured is not None else "no distance without --statistics"
+    )
+    click.echo(f"{count} images, {found}; published: FID {recipe.fid:g} of {recipe.images} ({recipe.paper})")
+    if measured is None:
+        click.echo(f"the statistics are published as {recipe.statistics}")

@@ -1,0 +1,175 @@
+"""What commands share: options and their values, and the sampler that they ask for. Nothing heavy is imported before it is
+needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import click
+
+from amed_engine.errors import AmedError
+
+
+def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
+    """name=value, the value read as a number, true or false, or else as text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not (name and value):
+            raise click.BadParameter(f"{pair!r} is not name=value; write e.g. max_order=3", context, option)
+        try:
+            options[name] = json.loads(value.lower())
+        except ValueError:
+            options[name] = value
+    return options
+
+
+VARIABLE = "AMED_WEIGHTS"
+
+
+def _remember(context: click.Context, _: click.Parameter, place: str | None) -> None:
+    """As if the environment said so, until the command ends: names are looked up far below the command line."""
+    if place is None:
+        return
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = place
+    context.call_on_close(lambda: _restore(before))
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(exists=True),
+    expose_value=False,
+    callback=_remember,
+    help="File or folder of a published model's weights.",
+    show_default=VARIABLE,
+)
+
+
+Decorator = Callable[[Callable], Callable]
+
+
+def options(*decorators: Decorator) -> Decorator:
+    return lambda command: reduce(lambda done, add: add(done), reversed(decorators), command)
+
+
+PAIRS: dict[str, Any] = {"multiple": True, "callback": parse_pairs, "metavar": "NAME=VALUE"}
+where_options = options(
+    click.option(
+        "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
+    ),
+    weights_option,
+    click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
+)
+grid_options = options(
+    click.option(
+        "--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform"
+    ),
+    click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
+)
+plan_options = options(
+    click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **PAIRS),
+    grid_options,
+    click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
+)
+drawing_options = options(
+    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
+    click.option("--guidance", type=float, help="Strength of classifier-free guidance.", show_default="none"),
+    click.option(
+        "--predictor",
+        "--predictor_path",
+        "predictor",
+        help="Path of a predictor, or none to sample without.",
+        show_default="the bundled one",
+    ),
+    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
+    click.option(
+        "--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Of the sampling state."
+    ),
+)
+
+
+def default_device() -> str:
+    """A GPU if there is one, under torchrun this process's own."""
+    import torch
+
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return gpu if torch.cuda.is_available() else "cpu"
+
+
+def typed(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options with device and dtype as the engine takes them, and its names."""
+    import torch
+
+    done = {**asked, "device": asked["device"] or default_device(), "dtype": getattr(torch, asked["dtype"])}
+    if "guidance" in done:
+        done["guidance_scale"] = done.pop("guidance")
+    return done
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Before the work rather than after it: make the folders and try to write to them."""
+    for path in filter(None, paths):
+        folder = Path(path).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
+
+
+def check_png(path: str | None) -> None:
+    """Pictures are PNG, whatever the name says; a name of another kind is refused."""
+    if path and Path(path).suffix.lower() not in ("", ".png"):
+        raise click.UsageError(f"--out is written as PNG, got {path}; name it {Path(path).with_suffix('.png')}")
+
+
+def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:
+    """The sampler of a command's options, device and dtype as the engine takes them; predictor "none" keeps the bundled one
+    away, and a schedule may be a file of noise levels."""
+    from amed_engine.engine.sampler import Sampler
+    from amed_engine.solvers.plan import best_training_free
+
+    asked = with_levels(asked)
+    if predictor == "none":
+        predictor = None
+        # A solver by name keeps the bundled predictor away.
+        if not (asked["solver"] or asked["solver_options"]):
+            best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
+            asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
+    return Sampler(model, predictor, **asked)
+
+
+def with_levels(asked: dict[str, Any]) -> dict[str, Any]:
+    """The options with a schedule that is a file read: its levels, and its solver and analytic first step where none were
+    asked for. Raises FileFormatError and ConfigError."""
+    from amed_engine.checkpoints.levels import read_levels
+    from amed_engine.errors import ConfigError
+
+    if (name := asked["schedule"]) is None or not (name.endswith(".json") or Path(name).is_file()):
+        return asked
+    if asked["rho"] is not None:
+        raise ConfigError("rho is the exponent of a schedule by name, not of noise levels in a file; leave it out")
+    plan, asked = read_levels(name), dict(asked)
+    asked["schedule"] = plan.levels
+    if "solver" not in asked:  # compare has all of them
+        return asked
+    if asked["solver"] is None:
+        asked |= {"solver": plan.solver, "solver_options": asked["solver_options"] or dict(plan.options)}
+    if asked["afs"] is None and asked["nfe"] is None:
+        asked["afs"] = plan.afs
+    return asked

@@ -1,0 +1,115 @@
+"""The table of noise levels that diffusers' schedulers take, written as JSON; `read_schedule` reads it back."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.checkpoints import atomic_write
+from amed_engine.engine.export.strict_json import (
+    MAX_EVALUATIONS,
+    entries,
+    expect_names,
+    flag,
+    noise_levels,
+    numbers,
+    read_file,
+    short_text,
+    whole,
+)
+from amed_engine.engine.export.tableau import VERSION, refuse
+from amed_engine.engine.export.write_plan import Planned, evaluations, frozen, resolve_program
+from amed_engine.errors import ConfigError
+from amed_engine.solvers.program import Program
+from amed_engine.solvers.schedule import DiscreteTime
+from amed_engine.solvers.stage import Midpoint, Row
+
+
+def write_schedule(
+    source: Planned | Program,
+    path: str | os.PathLike,
+    *,
+    alphas_cumprod: Tensor | None = None,
+) -> dict:
+    """Write the noise levels of every evaluation as JSON, the form in which diffusers' schedulers take a schedule.
+
+    sigmas: level of each evaluation in order, then the last level; timesteps: the same as a network is told them,
+    log(sigma) / 4 (EDM), or with alphas_cumprod the discrete-time model's number of steps, counted from 0; scale_dir,
+    scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
+    """
+    program, plan = resolve_program(source)
+    program = frozen(program)
+    table = {
+        "format": "amed_schedule",
+        "version": 1,
+        "description": "" if plan is None else plan.describe(),
+        "timestep_type": "log_sigma" if alphas_cumprod is None else "discrete",
+        **_levels(program, alphas_cumprod),
+    }
+    try:
+        text = json.dumps(table, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError("the predictor says NaN or infinite numbers; train it again, or pass another") from error
+    atomic_write(path, (text + "\n").encode())
+    return table
+
+
+def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
+    steps = list(evaluations(program))
+    if any(e.points > 1 for e in steps):
+        raise ConfigError("a schedule has one noise level per evaluation, not parallel points; export format='plan'")
+    last = program.sigmas[-1:].double()
+    own, told = (
+        torch.cat([torch.tensor([getattr(e, name)[0] for e in steps], dtype=torch.float64), last])
+        for name in ("sigma", "sigma_net")
+    )
+    midpoints: Any = program.predictor or [Midpoint(1.0)] * program.intervals
+    if isinstance(midpoints[0], Row):
+        raise ConfigError(
+            "a schedule cannot say the coefficients of 'nonstationary'; export format='plan', or name another solver"
+        )
+    times = told.log() / 4 if alphas_cumprod is None else _discrete(told, alphas_cumprod)
+    scales = {name: [float(getattr(mid, name)) for mid in midpoints] for name in ("scale_dir", "scale_time")}
+    return {"sigmas": own.tolist(), "timesteps": times.tolist(), **scales, "afs": [e.analytic for e in steps]}
+
+
+def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Time runs over (k + 1) / n; diffusers counts steps from 0."""
+    return DiscreteTime.of(alphas_cumprod).time(sigma) * len(alphas_cumprod) - 1
+
+
+TIMESTEPS = ("log_sigma", "discrete")
+
+
+SCHEDULE = (
+    *("format", "version", "description", "timestep_type"),
+    *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),
+)
+
+
+def read_schedule(path: str | os.PathLike) -> dict[str, Any]:
+    """The table of a file that `write_schedule` made. Raises FileFormatError, naming the file."""
+    return read_file(path, _schedule)
+
+
+def _schedule(data: Any) -> dict[str, Any]:
+    expect_names(data, SCHEDULE, "schedule")
+    if data["format"] != "amed_schedule" or whole(data["version"], "version", 0) != VERSION:
+        refuse("format", f"{data['format']!r} version {data['version']!r}", f"'amed_schedule' version {VERSION}")
+    if data["timestep_type"] not in TIMESTEPS:
+        refuse("timestep_type", data["timestep_type"], f"one of {', '.join(TIMESTEPS)}")
+    short_text(data["description"], "description")
+    sigmas = noise_levels(data["sigmas"], "sigmas", 2, MAX_EVALUATIONS + 1)
+    if sigmas[0] <= sigmas[-1]:  # a learned midpoint may lie outside its interval, so no more than that
+        refuse("sigmas", f"levels from {sigmas[0]:g} to {sigmas[-1]:g}", "a start above the end")
+    numbers(data["timesteps"], "timesteps", len(sigmas), len(sigmas))
+    intervals = len(noise_levels(data["scale_dir"], "scale_dir", 1, len(sigmas) - 1))
+    noise_levels(data["scale_time"], "scale_time", intervals, intervals)
+    for k, free in enumerate(entries(data["afs"], "afs", len(sigmas) - 1, len(sigmas) - 1)):
+        if flag(free, f"afs[{k}]") and k:
+            refuse(f"afs[{k}]", free, "true for the first evaluation only")
+    return data

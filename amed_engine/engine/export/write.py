@@ -1,0 +1,227 @@
+"""Writing the whole sampling loop, network and predictor included, to one file that other programs run.
+
+FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of Python or C++ on this kind of machine;
+"exported" is the same graph as an ExportedProgram, compiled where it is used; "onnx" is for every runtime that reads ONNX.
+"plan" and "schedule" leave the network out: JSON for `Stepper`, the C API and CuPy, and noise levels for diffusers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import amed_engine.kernels as kernels
+from amed_engine.engine.export.package import DTYPES, Facts, first_line, import_onnx, load_package
+from amed_engine.engine.export.schedule_table import write_schedule
+from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.model import Model
+from amed_engine.engine.request import Request, make_request
+from amed_engine.engine.runner import BoundLoop
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+
+# Two of the sizes that compilers treat apart, 1 and 2, and one that the graph was not traced with.
+CHECKED_BATCHES = (1, 2, 5)
+_TRACED_BATCH = 3
+
+
+class Exported(NamedTuple):
+    """What was written: the file, per checked batch size the largest difference to `Sampler.run`, and what it follows."""
+
+    path: Path
+    format: str
+    differences: dict[int, float]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A loop to write: bound to its model, program and guidance, and the plan it follows, that guidance in it."""
+
+    loop: BoundLoop
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    max_batch: int = 256
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def program(self) -> Program:
+        return self.loop.program
+
+    @property
+    def model(self) -> Model:
+        return self.loop.model
+
+    def request(self, batch: int) -> Request:
+        """Latents and labels as `Sampler.run` would have them for these seeds."""
+        return make_request(self.loop.model, range(batch), None, None, dtype=self.dtype, device=self.device)
+
+    def facts(self, format: str) -> Facts:
+        shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
+        dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
+        device = "cpu" if format == "onnx" else self.device.type
+        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, _versions())
+
+
+class LoopModule(nn.Module):
+    """The loop as a module (latents (B, C, H, W)[, labels (B, label_dim)]) -> images, which torch.export can read."""
+
+    def __init__(self, loop: BoundLoop):
+        super().__init__()
+        # AOTInductor compiles by itself; a compiled network would be one inside the other.
+        network = getattr(loop.model.network, "_orig_mod", loop.model.network)
+        self._loop = replace(loop, model=replace(loop.model, network=network))
+        # Registered, so that their parameters are weights of the graph and not constants in it.
+        self.network = network if isinstance(network, nn.Module) else None
+        self.predictor = loop.program.predictor if isinstance(loop.program.predictor, nn.Module) else None
+
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self._loop(latents, labels)
+
+
+def trace(job: Job) -> torch.export.ExportedProgram:
+    """The loop as a graph of plain torch operators, for every batch from 1 to max_batch. Raises ConfigError."""
+    request = job.request(_TRACED_BATCH)
+    inputs = tuple(tensor for tensor in (request.latents, request.labels) if tensor is not None)
+    batch = torch.export.Dim("batch", min=1, max=job.max_batch)
+    try:
+        with kernels.use("reference"), torch.no_grad():
+            return torch.export.export(LoopModule(job.loop), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    except ConfigError:
+        raise
+    except Exception as error:  # torch.export has no base class for what it raises
+        raise ConfigError(
+            f"the model cannot be exported: {type(error).__name__}: {first_line(error)}; its forward must be "
+            "torch operators without branches on values, for every batch size"
+        ) from error
+
+
+# ---- one writer per format: (job, file) ----
+
+
+def write_exported(job: Job, file: Path) -> None:
+    torch.export.save(trace(job), file, extra_files=job.facts("exported").texts())
+
+
+def write_compiled(job: Job, file: Path) -> None:
+    """AOTInductor: native code for the device the sampler is on, behind a C++ and a Python loader."""
+    from torch._inductor import aoti_compile_and_package
+
+    settings = {**job.options, "aot_inductor.metadata": job.facts("pt2").texts()}
+    try:
+        aoti_compile_and_package(trace(job), package_path=str(file), inductor_configs=settings)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above; a missing compiler is the usual one
+        raise AmedError(
+            f"AOTInductor could not compile the loop: {first_line(error)}; it needs a C++ compiler, and on a "
+            "GPU the headers of CUDA; format='exported' needs neither"
+        ) from error
+
+
+def write_onnx(job: Job, file: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        import_onnx(name)
+    names = ["latents", "labels"][: 2 if job.loop.model.label_dim else 1]
+    traced = trace(job)
+    try:
+        program = torch.onnx.export(
+            traced, (), dynamo=True, input_names=names, output_names=["images"], verbose=False, **job.options
+        )
+    except (torch.onnx.OnnxExporterError, TypeError) as error:
+        raise ConfigError(
+            f"the loop cannot be written as ONNX: {first_line(_root(error))}; formats 'exported' and 'pt2' know every operator"
+        ) from error
+    assert program is not None
+    program.model.metadata_props.update(job.facts("onnx").texts())
+    program.save(str(file))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+Writer = Callable[[Job, Path], Any]
+FORMATS: dict[str, Writer] = {
+    "pt2": write_compiled,
+    "exported": write_exported,
+    "onnx": write_onnx,
+    "plan": lambda job, file: write_plan(job, file, **job.options),
+    "schedule": lambda job, file: write_schedule(job, file, **job.options),
+}
+# Of the formats that take no options of a compiler.
+OPTIONS = {"exported": (), "plan": ("freeze",), "schedule": ("alphas_cumprod",)}
+# Those that `load_package` reads back: a loop to run, and so one to check.
+LOOPS = ("pt2", "exported", "onnx")
+
+
+def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = True) -> Exported:
+    """Write the file, or nothing: it is renamed into place when it is complete and, with verify, gives the same images."""
+    path = Path(path)
+    _check(job, path, format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A folder, not a file: large ONNX models keep their weights in a second file.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder, path.name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
+            FORMATS[format](job, file)
+        differences = _compare(job, file) if verify and format in LOOPS else {}
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
+            os.replace(part, path.parent / part.name)
+    return Exported(path, format, differences, job.plan)
+
+
+def _check(job: Job, path: Path, format: str) -> None:
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+    if not isinstance(job.options, Mapping):
+        raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
+    known = OPTIONS.get(format, job.options)
+    if not set(job.options) <= set(known):
+        raise ConfigError(f"format {format!r} takes {', '.join(known) or 'no options'}, got {sorted(job.options)}")
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"format {format!r} is written to a {suffix} file, got {str(path)!r}; name it loop{suffix}")
+    if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
+        raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
+
+
+@torch.no_grad()
+def _compare(job: Job, file: Path) -> dict[int, float]:
+    """Largest differences between the file's images and the loop's, per batch size. Raises AmedError if they are large."""
+    package, differences = load_package(file), {}
+    for batch in (size for size in CHECKED_BATCHES if size <= job.max_batch):
+        request = job.request(batch)
+        expected = job.loop(request.latents, request.labels)
+        inputs = [None if tensor is None else tensor.to(package.device) for tensor in (request.latents, request.labels)]
+        images = package.run(inputs[0], inputs[1]).images.to(expected)  # type: ignore[arg-type]
+        differences[batch] = float((images - expected).abs().max())
+        # Rounding differs between compilers; half precision rounds a thousand times coarser.
+        allowed = (0.1 if job.loop.model.autocast else 1e-3) * max(1.0, float(expected.abs().max()))
+        if not differences[batch] <= allowed:
+            raise AmedError(
+                f"the exported loop differs from the sampler by {differences[batch]:.3g} on a batch of {batch}, more than "
+                f"{allowed:.3g}: nothing was written; pass verify=False to keep it all the same"
+            )
+    return differences
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    try:
+        own = version("amed-engine")
+    except PackageNotFoundError:
+        own = "unknown"
+    return (("amed_engine", own), ("torch", torch.__version__))

@@ -1,0 +1,248 @@
+"""Whole-loop CUDA graphs: the five evaluations and everything between them replayed by one launch.
+
+One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside the pool, so graphs
+may share its memory: they never run at once and never read each other's results. All warm-ups come before the first
+capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
+workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.engine.capture import Device, Recording, Weights, numerics
+from amed_engine.errors import AmedError, ConfigError
+
+WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six
+WARMUPS_TORCHSCRIPT = 6
+
+Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
+
+
+class Family(NamedTuple):
+    """What must be equal for graphs to belong together; only the batch size differs inside a family."""
+
+    guidance_scale: float | None
+    labels: tuple[torch.dtype, tuple[int, ...]] | None  # dtype and shape of one row
+    latents: tuple[torch.dtype, tuple[int, ...]]
+    flags: tuple[Any, ...]  # see `numerics`
+
+
+@dataclass
+class Stats:
+    """What ran how often since the cache was made."""
+
+    captures: int = 0
+    replays: int = 0
+    eager_runs: int = 0
+
+
+class Bucket(NamedTuple):
+    """One line of a warm-up report."""
+
+    batch: int
+    seconds: float
+    reserved_bytes: int
+    bitwise: bool  # the first replay equals the eager result to the last bit
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """What capturing cost: a line per batch size, none where nothing is captured."""
+
+    backend: str
+    buckets: tuple[Bucket, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return sum(bucket.seconds for bucket in self.buckets)
+
+
+@dataclass
+class Captured:
+    """A family's graphs by batch size, and what they read: weights where they were, the loop with its constants."""
+
+    graphs: dict[int, Graph]
+    weights: Weights
+    loop: Loop
+
+
+@dataclass
+class Graph:
+    """One captured batch size: static inputs, the recording, its output."""
+
+    recording: Recording
+    latents: Tensor
+    labels: Tensor | None
+    output: Tensor
+
+    def load(self, latents: Tensor, labels: Tensor | None) -> None:
+        """Copy a batch in; rows beyond it keep what they had, their results are not read."""
+        self.latents[: latents.shape[0]].copy_(latents)
+        if self.labels is not None and labels is not None:
+            self.labels[: latents.shape[0]].copy_(labels)
+
+
+def check_sizes(batch_sizes: Any) -> list[int]:
+    """The batch sizes to capture, largest first. Raises ConfigError."""
+    sizes = list(batch_sizes) if isinstance(batch_sizes, (Sequence, set)) else []
+    if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ConfigError(f"batch_sizes must be positive integers, e.g. (1, 8, 64), got {batch_sizes!r}")
+    return sorted(set(sizes), reverse=True)
+
+
+@dataclass
+class GraphCache:
+    """Graphs of one Sampler by family and batch size."""
+
+    device: Device
+    batch_sizes: Sequence[int]
+    module: nn.Module | None
+    warmups: int = WARMUPS
+    max_graphs: int = 16
+    insist: bool = False  # try again after running out of memory
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self):
+        self.batch_sizes = check_sizes(self.batch_sizes)
+        self._captured: dict[Family, Captured] = {}
+        self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
+        self._lock = threading.RLock()
+
+    def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
+        """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
+        with self._lock:
+            captured = None if self.device.capturing() else self._get(family, loop, latents, labels)
+            if captured is not None:
+                return self._replay_all(captured, latents, labels), "graph"
+            self.stats.eager_runs += 1
+        return loop(latents, labels), "eager"
+
+    def warmup(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
+        """Capture every batch size of a family now, from example rows of latents and labels.
+
+        Raises torch.OutOfMemoryError, after which the family runs eagerly until `clear`.
+        """
+        with self._lock:
+            if family in self._captured:
+                return WarmupReport("graph")
+            taken = sum(len(captured.graphs) for captured in self._captured.values())
+            full = taken + len(self.batch_sizes) > self.max_graphs
+            if full or family in self._refused or self.device.capturing():
+                return WarmupReport("eager")
+            return WarmupReport("graph", self._capture_all(family, loop, latents, labels))
+
+    def clear(self) -> None:
+        """Drop every graph and the memory they share."""
+        with self._lock:
+            recordings = [g.recording for captured in self._captured.values() for g in captured.graphs.values()]
+            # Our own references go first, and the static buffers with them: not while another stream still reads those.
+            self.device.wait()
+            self._captured.clear()
+            self._refused.clear()
+            self.device.drop(recordings)
+
+    def _get(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> Captured | None:
+        """The family's graphs, made now if need be and allowed."""
+        if family not in self._captured:
+            self.warmup(family, loop, latents, labels)
+        return self._captured.get(family)
+
+    def _replay_all(self, captured: Captured, latents: Tensor, labels: Tensor | None) -> Tensor:
+        captured.weights.check()
+        self.device.begin_use()
+        try:
+            images = [self._replay(captured.graphs, *part) for part in self._parts(latents, labels)]
+        finally:
+            self.device.end_use()
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _parts(self, latents: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        largest = self.batch_sizes[0]
+        rows = latents.split(largest)
+        return list(zip(rows, [None] * len(rows) if labels is None else labels.split(largest), strict=True))
+
+    def _replay(self, graphs: dict[int, Graph], latents: Tensor, labels: Tensor | None) -> Tensor:
+        count = latents.shape[0]
+        graph = graphs[min(size for size in graphs if size >= count)]
+        graph.load(latents, labels)
+        graph.recording.replay()
+        self.stats.replays += 1
+        # A copy: the next replay writes over the graph's own output.
+        return graph.output[:count].clone()
+
+    def _capture_all(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
+        inputs = {
+            size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
+        }
+        graphs: dict[int, Graph] = {}
+        # A warm-up shares workspaces with replays that may still run on another stream.
+        self.device.begin_use()
+        try:
+            expected = self._warm_up(loop, inputs)
+            report = tuple(self._capture(loop, size, inputs[size], expected[size], graphs) for size in self.batch_sizes)
+        except BaseException as error:
+            if isinstance(error, torch.OutOfMemoryError) and not self.insist:
+                self._refused.add(family)
+            self._abandon(graphs)
+            raise
+        self._captured[family] = Captured(graphs, Weights(self.module), loop)
+        return report
+
+    def _abandon(self, graphs: dict[int, Graph]) -> None:
+        """Half a family is worse than none. Its memory comes back once no other family uses the pool."""
+        recordings = [graph.recording for graph in graphs.values()]
+        self.device.wait()
+        graphs.clear()
+        if self._captured:
+            for recording in recordings:
+                recording.reset()
+        else:
+            self.device.drop(recordings)
+
+    def _warm_up(self, loop: Loop, inputs: dict[int, tuple[Tensor, Tensor | None]]) -> dict[int, Tensor]:
+        """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more.
+
+        All sizes in turns: what a later size makes torch.compile replace must have run for the earlier ones too.
+        """
+        results: dict[int, Tensor] = {}
+        for _ in range(self.warmups):
+            for size, arguments in inputs.items():
+                results[size] = self.device.side_stream(lambda arguments=arguments: loop(*arguments))
+        return results
+
+    def _capture(
+        self, loop: Loop, size: int, inputs: tuple[Tensor, Tensor | None], expected: Tensor, graphs: dict[int, Graph]
+    ) -> Bucket:
+        started, before = time.perf_counter(), self.device.reserved_bytes()
+        recording, output = self.device.record(lambda: loop(*inputs))
+        self.stats.captures += 1
+        graphs[size] = Graph(recording, *inputs, output)
+        recording.replay()
+        bitwise = torch.equal(output, expected)
+        # An empty or stale graph is far off; kernels that add in any order are not.
+        atol = 1e-2 * float(expected.nan_to_num().abs().max())
+        if not bitwise and not torch.allclose(output, expected, rtol=1e-2, atol=atol, equal_nan=True):
+            raise AmedError(
+                f"the captured graph for batch {size} does not reproduce the eager result; use backend='eager'"
+            )
+        return Bucket(size, time.perf_counter() - started, self.device.reserved_bytes() - before, bitwise)
+
+
+def _rows(example: Tensor, count: int) -> Tensor:
+    """A static buffer of `count` rows holding the example's, repeated."""
+    repeats = -(-count // example.shape[0])
+    return example.repeat(repeats, *[1] * (example.dim() - 1))[:count].clone()
+
+
+def family_of(guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None) -> Family:
+    """The family of a batch under the present global switches."""
+    described = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
+    return Family(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))

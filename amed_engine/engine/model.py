@@ -1,0 +1,184 @@
+"""A network and its facts, where it runs and in what arithmetic, and its labels bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, classifier_free, conditioned
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and its facts. `network` is (x, sigma[, labels (B, label_dim)]) -> D or (D, features)."""
+
+    network: Callable[..., Any]
+    shape: tuple[int, ...] | None  # (C, H, W)
+    label_dim: int
+    sigma_min: float
+    sigma_max: float
+    name: str | None = None  # in the zoo
+    autocast: torch.dtype | None = None  # of the network's arithmetic
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.network if isinstance(self.network, nn.Module) else None
+
+    @property
+    def _parameter(self) -> nn.Parameter | None:
+        # "is not None": some modules have a length, and a compiled one raises when it is asked whether it is true.
+        return next(self.module.parameters(), None) if self.module is not None else None
+
+    @property
+    def precision(self) -> str | None:
+        """Name of the dtype its arithmetic is in, "float32" etc.; None where a callable does not tell."""
+        parameter = self._parameter
+        dtype = self.autocast or (None if parameter is None else parameter.dtype)
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are; without any, what a compiled model says, or the CPU."""
+        parameter = self._parameter
+        own = getattr(self.network, "device", None)
+        known = own if isinstance(own, torch.device) else torch.device("cpu")
+        return known if parameter is None else parameter.device
+
+    def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
+        """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
+        parameter = self._parameter
+        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+        inputs = (x.contiguous(memory_format=self.memory_format), sigma, *labels)
+        # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
+        # after they changed.
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            denoised = as_denoised(self._call(*(tensor.to(dtype) for tensor in inputs)))
+        _check_answer(denoised.x0, x)
+        return denoised._replace(x0=denoised.x0.to(x.dtype))
+
+    def _call(self, *inputs: Tensor) -> Any:
+        """The network's answer; its own errors say how it was called, which is the cause of most of them."""
+        try:
+            return self.network(*inputs)
+        except (TypeError, RuntimeError) as error:
+            names = ("x", "sigma", "labels")[: len(inputs)]
+            given = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
+            error.add_note(f"the model was called with {given}; {_HOW_TO_WRAP}")
+            raise
+
+
+_HOW_TO_WRAP = (
+    "a raw network becomes a denoiser by amed_engine.wrap(network, prediction=...); one with classes needs label_dim="
+)
+
+
+def _named(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _check_answer(x0: Tensor, x: Tensor) -> None:
+    """D is an estimate of x without its noise. Looks at no values. Raises ConfigError."""
+    if x0.shape != x.shape:
+        raise ConfigError(
+            f"the model returned shape {tuple(x0.shape)} for an input of {tuple(x.shape)}; a denoiser returns an estimate "
+            "of the clean data in its input's shape"
+        )
+    if not x0.is_floating_point() or x0.device != x.device:
+        raise ConfigError(
+            f"the model returned {x0.dtype} on {x0.device} for an input on {x.device}; a denoiser returns an estimate of "
+            "the clean data, in floating point and where its input is"
+        )
+
+
+def place(model: Model, device: torch.device | str | None) -> torch.device:
+    """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError."""
+    if device is None:
+        return torch.empty(0, device=model.device).device  # with its index, as below
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
+    try:
+        # As tensors there have it: with its index on a GPU, without one on the CPU.
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if model.module is not None:
+        model.module.to(device)
+    return device
+
+
+def tune(
+    model: Model,
+    *,
+    compile: str | None,
+    memory_format: torch.memory_format | None,
+    autocast: torch.dtype | None,
+) -> Model:
+    """The model with its network compiled, in another memory format or under autocast; see `Sampler`."""
+    _check_compile(model, compile)
+    if autocast not in (None, torch.float16, torch.bfloat16):
+        raise ConfigError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
+        raise ConfigError(
+            f"memory_format must be torch.channels_last, another one of torch, or None, got {memory_format!r}"
+        )
+    if memory_format is not None and model.module is not None:
+        model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    network = model.network if compile is None else torch.compile(model.network, mode=compile)
+    return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
+
+
+def _check_compile(model: Model, mode: Any) -> None:
+    if mode in ("reduce-overhead", "max-autotune"):
+        raise ConfigError(
+            f"compile={mode!r} captures graphs of its own inside ours; use 'default' or 'max-autotune-no-cudagraphs'"
+        )
+    if mode not in (None, "default", "max-autotune-no-cudagraphs"):
+        raise ConfigError(f"compile must be 'default', 'max-autotune-no-cudagraphs' or None, got {mode!r}")
+    if mode is not None and isinstance(model.network, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ConfigError(
+            "torch.compile takes no TorchScript model; leave compile out, or pass the module it was made of"
+        )
+
+
+def vectors(classes: Tensor, label_dim: int) -> Tensor:
+    """Class numbers as one-hot rows; vectors as they are."""
+    return classes if classes.is_floating_point() else torch.nn.functional.one_hot(classes, label_dim)
+
+
+def check_guidance(model: Model, guidance_scale: Any) -> None:
+    """Whether a model can be guided at all, by a number. Raises ConfigError."""
+    if guidance_scale is None:
+        return
+    if not _is_number(guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+    if not model.label_dim:
+        raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+    if not getattr(model.network, "can_guide", True):
+        raise ConfigError(
+            'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
+            "or null_class, or leave guidance_scale out"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def bind_labels(model: Model, labels: Tensor | None, guidance_scale: float | None) -> Denoiser:
+    """The model's denoiser with its conditions and guidance bound: (x, sigma) -> Denoised."""
+    if labels is None:
+        return model.denoise
+    if guidance_scale is None or guidance_scale == 1:
+        return conditioned(model.denoise, labels)
+    return classifier_free(model.denoise, labels, guidance_scale)

@@ -1,0 +1,159 @@
+"""Which plan runs: what the caller asked for, what the predictor was trained for, and the defaults."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.adapters.fingerprint import is_model
+from amed_engine.engine.model import Model
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.predictors import Predictor
+from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
+from amed_engine.solvers.schedule import check_sigmas
+
+logger = logging.getLogger("amed_engine")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller asked for, before the predictor and the defaults have their say."""
+
+    solver: str | None
+    options: Mapping[str, Any] | None
+    nfe: int | None
+    schedule: str | Tensor | None
+    rho: float | None
+    afs: bool | None
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def open(self) -> bool:
+        """Nothing but perhaps the NFE was asked for."""
+        return self.solver is self.schedule is self.afs is self.rho is None and not self.options
+
+    def plan(self, *, midpoint: bool) -> Plan:
+        """The plan of these wishes, with a predictor that has none of its own or without any."""
+        schedule = "time_uniform" if self.schedule is None else self.schedule
+        nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
+        common: dict[str, Any] = {
+            "rho": self.rho,
+            "afs": self.afs,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+        }
+        if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
+            raise ConfigError(
+                f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
+            )
+        if self.solver is None and self.options:
+            raise ConfigError("solver_options need a solver; pass solver=... as well")
+        if self.solver is None and not midpoint and nfe is not None:
+            return best_training_free(nfe, schedule=schedule, **common)
+        solver = self.solver or ("amed" if midpoint else "ipndm")
+        return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
+
+
+def choose_plan(wishes: Wishes, predictor: Predictor | None) -> Plan:
+    if predictor is None or predictor.plan is None:
+        return wishes.plan(midpoint=predictor is not None)
+    if not predictor.plan.midpoint:
+        raise ConfigError(
+            f"the predictor's plan says midpoint=False ({predictor.plan.describe()}): a plan for a predictor refines every "
+            "interval; make it with make_plan(..., midpoint=True)"
+        )
+    _check_against(wishes, predictor.plan)
+    return predictor.plan
+
+
+def _check_against(wishes: Wishes, plan: Plan) -> None:
+    """A predictor is only right for what it was trained for."""
+    asked = {"nfe": wishes.nfe, "solver": wishes.solver, "rho": wishes.rho, "afs": wishes.afs}
+    if isinstance(wishes.schedule, str):
+        asked["schedule"] = wishes.schedule
+    for name, value in asked.items():
+        if value is not None and value != getattr(plan, name):
+            raise ConfigError(
+                f"this predictor was trained for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or train "
+                f"one for it with amed_engine.distill"
+            )
+    if isinstance(wishes.schedule, Tensor) and not _same_levels(wishes.schedule, plan.levels):
+        raise ConfigError(
+            "this predictor was trained for other noise levels than the schedule given; leave schedule out"
+        )
+    if wishes.options and dict(wishes.options) != dict(plan.options):
+        raise ConfigError(
+            f"this predictor was trained for solver options {dict(plan.options)}, got {dict(wishes.options)}"
+        )
+
+
+def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None) -> None:
+    """A range of noise levels that was asked for must be the one the predictor was trained on."""
+    for name, asked, own in (("sigma_min", sigma_min, plan.sigmas[-1]), ("sigma_max", sigma_max, plan.sigmas[0])):
+        if asked is not None and not math.isclose(asked, own, rel_tol=1e-6):
+            raise ConfigError(f"this predictor was trained for {name}={own:g}, got {name}={asked:g}; leave {name} out")
+
+
+def _same_levels(given: Tensor, levels: Tensor) -> bool:
+    given = check_sigmas(given)
+    return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
+
+
+def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
+    """The model's range inside that of the schedules; what was asked for beyond it is not cut off in silence."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    for name, asked, used in (("sigma_min", sigma_min, low), ("sigma_max", sigma_max, high)):
+        # Levels of a plan that are given back as a range are its ends to rounding only.
+        if asked and math.isfinite(asked) and not math.isclose(asked, used, rel_tol=1e-6):
+            logger.warning(
+                "%s=%g is outside the schedules' 0.002 to 80: using %g; pass levels as schedule", name, asked, used
+            )
+    return low, high
+
+
+def check_bottleneck(model: Model, predictor: Predictor) -> None:
+    """A predictor reads a bottleneck of one size; of other models than those that tell theirs, the loop finds out."""
+    expected, own = getattr(predictor, "bottleneck", None), getattr(model.network, "bottleneck_size", None)
+    if expected is not None and own is not None and tuple(own) != tuple(expected):
+        raise ConfigError(
+            f"this predictor reads bottlenecks of {expected[0]}x{expected[1]}, the model's are {own[0]}x{own[1]}: it was "
+            "made for another network"
+        )
+
+
+def check_model(model: Model, plan: Plan) -> None:
+    """By its fingerprint; a predictor without one, as published, at least by the noise levels that the model knows."""
+    if model.module is None or plan.model is None:
+        _check_levels(model, plan)
+    elif not is_model(model.module, plan.model):
+        raise ConfigError(
+            "this predictor was trained for another model (or other weights or another wrapping of it): the fingerprints "
+            "differ; pass its own predictor, train one with amed_engine.distill, or verify=False to use it all the same"
+        )
+
+
+def _check_levels(model: Model, plan: Plan) -> None:
+    low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
+    # A hundredth is rounding of the tables of discrete steps.
+    if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
+        raise ConfigError(
+            f"this predictor was trained for noise levels {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}, the model for {high:g} to "
+            f"{low:g}: it was made for another model; verify=False uses it all the same"
+        )
+
+
+def check_dtype(model: Model, plan: Plan) -> None:
+    """The network's arithmetic must be that of the training; plans from before it was noted say nothing."""
+    if None not in (plan.dtype, model.precision) and plan.dtype != model.precision:
+        remedy = "convert the network" if model.autocast is None else f"leave autocast={model.autocast} out"
+        raise ConfigError(
+            f"this predictor was trained for a network in {plan.dtype}, got one in {model.precision}, whose rounding it knows "
+            f"nothing of; {remedy}, or pass verify=False to use it all the same"
+        )

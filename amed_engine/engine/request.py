@@ -1,0 +1,159 @@
+"""From the arguments of `Sampler.run` to latents and labels, all of it checked before any network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.engine.arrays import imported
+from amed_engine.engine.model import Model, vectors
+from amed_engine.engine.seeds import check_seeds, draw, draw_seeds
+from amed_engine.errors import ConfigError
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Latents (B, C, H, W) of unit variance and labels (B, label_dim) on the device; seeds and classes as reported."""
+
+    latents: Tensor
+    labels: Tensor | None
+    seeds: list[int] | None
+    classes: Tensor | None
+    first_row: int = 0  # in the whole batch, where this is a piece of it
+
+    def rows(self, start: int, stop: int) -> Request:
+        def cut(field: Any) -> Any:
+            return None if field is None else field[start:stop]
+
+        return Request(self.latents[start:stop], cut(self.labels), cut(self.seeds), cut(self.classes), start)
+
+
+def make_request(
+    model: Model,
+    batch: int | Sequence[int] | Tensor,
+    class_labels: int | Sequence[int] | Tensor | None,
+    generator: torch.Generator | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    look: bool = True,
+) -> Request:
+    """Check and complete what was asked; see `Sampler.run`. Raises ConfigError.
+
+    look: read values that are on the device (NaN in latents, the range of labels), which waits for it.
+    """
+    batch, class_labels = imported("batch", batch), imported("class_labels", class_labels)
+    if generator is not None and not isinstance(batch, Integral):
+        raise ConfigError(
+            "generator draws the seeds where batch is a number, and has no say in seeds or latents; leave it out"
+        )
+    if isinstance(batch, Tensor) and batch.is_floating_point():
+        latents, seeds, drawn = _check_latents(batch, model, dtype, device, look), None, None
+        if model.label_dim and class_labels is None:
+            # Latents have no seeds: the row numbers stand in for them.
+            _, drawn = draw(range(len(latents)), (), model.label_dim)
+    else:
+        seeds = _seeds(batch, generator)
+        noise, drawn = draw(seeds, _shape(model), model.label_dim)
+        latents = _sent(noise, device, dtype)
+    classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents), look)
+    labels = None if classes is None else vectors(_sent(classes, device), model.label_dim).to(dtype)
+    return Request(latents, labels, seeds, classes)
+
+
+def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
+    if isinstance(batch, Integral) and not isinstance(batch, bool):  # NumPy's integers too
+        return draw_seeds(int(batch), generator)
+    if isinstance(batch, Tensor) and batch.dim() == 1:
+        batch = batch.tolist()
+    if isinstance(batch, (str, bytes, bool)) or not isinstance(batch, (Sequence, range)):
+        raise ConfigError(
+            "batch must be a number of samples, a sequence of seeds or a float tensor of latents (B, C, H, W), "
+            f"got {_name(batch)}"
+        )
+    return check_seeds(batch)
+
+
+def _name(value: Any) -> str:
+    return (
+        f"{value.dtype} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{type(value).__name__} {value!r}"
+    )
+
+
+def _shape(model: Model) -> tuple[int, ...]:
+    if model.shape is None:
+        raise ConfigError(
+            "the model does not say what shape its samples have; pass shape=(C, H, W) to the Sampler, or latents to run"
+        )
+    return model.shape
+
+
+def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
+    shape = model.shape
+    expected = "(B, C, H, W)" if shape is None else f"(B, {', '.join(map(str, shape))})"
+    if latents.dim() != (4 if shape is None else len(shape) + 1):
+        raise ConfigError(f"latents must have shape {expected}, got {tuple(latents.shape)}")
+    if shape is not None and tuple(latents.shape[1:]) != tuple(shape):
+        raise ConfigError(f"latents must have shape {expected} for this model, got {tuple(latents.shape)}")
+    if not len(latents):
+        raise ConfigError("latents hold no samples: the batch is empty; ask for at least one")
+    if latents.dtype != dtype:
+        raise ConfigError(
+            f"latents must be {dtype}, the sampler's dtype, got {latents.dtype}; convert them or pass dtype= to the Sampler"
+        )
+    if latents.device != device:
+        raise ConfigError(
+            f"latents are on {latents.device}, the sampler on {device}; move them, or pass device= to the Sampler"
+        )
+    if look and not bool((finite := torch.isfinite(latents).flatten(1).all(1)).all()):
+        raise ConfigError(f"latents hold NaN or infinite values in rows {(~finite).nonzero().flatten().tolist()}")
+    return latents
+
+
+def _check_labels(labels: Any, label_dim: int, batch: int, look: bool) -> Tensor:
+    if not label_dim:
+        raise ConfigError("class_labels were given, but the model is unconditional (label_dim 0); leave them out")
+    try:
+        labels = torch.as_tensor(labels).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ConfigError(f"class_labels must be class numbers or vectors, got {labels!r}") from error
+    look = look or labels.device.type == "cpu"
+    if labels.is_floating_point() or tuple(labels.shape) == (batch, label_dim):
+        return _check_vectors(labels, label_dim, batch, look)
+    if labels.dtype in INTEGERS and labels.dim() == 0:
+        labels = labels.expand(batch)
+    if labels.dtype not in INTEGERS or tuple(labels.shape) != (batch,):
+        raise ConfigError(
+            f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}"
+        )
+    if look and bool(((labels < 0) | (labels >= label_dim)).any()):
+        bad = labels[(labels < 0) | (labels >= label_dim)][0].item()
+        raise ConfigError(f"class_labels must be in 0 .. {label_dim - 1}, got {bad}")
+    return labels.to(torch.int64)
+
+
+def _check_vectors(labels: Tensor, label_dim: int, batch: int, look: bool) -> Tensor:
+    if tuple(labels.shape) != (batch, label_dim) or labels.is_complex():
+        raise ConfigError(
+            f"class_labels as vectors must have shape ({batch}, {label_dim}), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    if look and not bool(torch.isfinite(labels).all()):
+        raise ConfigError("class_labels hold NaN or infinite values")
+    return labels if labels.is_floating_point() else labels.float()
+
+
+def _sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """On the device; from the host by pinned memory, since an ordinary copy would wait for all the device has to do."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True).to(dtype or values.dtype)

@@ -1,0 +1,141 @@
+"""From whatever a caller has (a name, a file, a module, a program) to one callable and what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import amed_engine.zoo as zoo
+from amed_engine.adapters import Signature, is_package, load_onnx, load_package
+from amed_engine.checkpoints import load_model, load_program
+from amed_engine.engine.model import Model
+from amed_engine.errors import ConfigError
+
+
+def resolve(
+    model: Any,
+    *,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Model:
+    """A Model from a zoo name, a path, an nn.Module (compiled and scripted ones too), an ExportedProgram or a callable.
+
+    What is not given is read from the module's attributes, which EDM's networks have: img_channels, img_resolution,
+    label_dim, sigma_min, sigma_max. Modules are put into evaluation mode. Raises ConfigError.
+    """
+    name = model if isinstance(model, str) and model in zoo.names() else None
+    network = _open(model)
+    if isinstance(network, type):
+        raise ConfigError(
+            f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
+        )
+    if not callable(network):
+        raise ConfigError(
+            f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
+        )
+    if isinstance(network, nn.Module):
+        with contextlib.suppress(NotImplementedError):  # exported programs have no modes
+            network.eval()
+    if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
+        check()
+    own = _image_shape(network)
+    if shape is not None and own is not None and _check_shape(shape)[0] != own[0]:
+        raise ConfigError(
+            f"the model takes {own[0]} channels, got shape={tuple(shape)}; samples must have its channels"
+        )
+    return Model(
+        network=network,
+        shape=_check_shape(shape) if shape is not None else own,
+        label_dim=_label_dim(label_dim, int(getattr(network, "label_dim", 0) or 0)),
+        sigma_min=_sigma("sigma_min", sigma_min, getattr(network, "sigma_min", 0.002)),
+        sigma_max=_sigma("sigma_max", sigma_max, getattr(network, "sigma_max", math.inf)),
+        name=name,
+    )
+
+
+def _label_dim(given: Any, own: int) -> int:
+    if given is None:
+        return own
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < 0:
+        raise ConfigError(f"label_dim must be the number of classes, 0 for none, got {given!r}")
+    if given and own and given != own:
+        raise ConfigError(f"the model has {own} classes, got label_dim={given}; leave it out")
+    return int(given)
+
+
+def _sigma(name: str, given: Any, own: Any) -> float:
+    if given is None:
+        return float(own)
+    level = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if not isinstance(level, Real) or isinstance(level, bool) or not float(level) >= 0:
+        raise ConfigError(f"{name} must be a noise level, a number that is not negative, got {given!r}")
+    return float(level)
+
+
+def _check_shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {shape!r}")
+    return tuple(shape)
+
+
+def _image_shape(network: Any) -> tuple[int, ...] | None:
+    if (shape := getattr(network, "sample_shape", None)) is not None:
+        return tuple(shape)
+    channels, size = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
+    return None if channels is None or size is None else (int(channels), int(size), int(size))
+
+
+def _open(model: Any) -> Any:
+    if isinstance(model, torch.export.ExportedProgram):
+        return checked(model)
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
+        return zoo.load(model)
+    path = Path(model)
+    if not path.exists():
+        raise ConfigError(
+            f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}; "
+            f"published ones: {', '.join(zoo.published())}"
+        )
+    return _read(path)
+
+
+def _read(path: Path) -> Any:
+    """The model in a file or directory. Raises ConfigError or FileFormatError."""
+    if path.is_dir() or path.suffix == ".safetensors":
+        return load_model(path)
+    if path.suffix == ".onnx":
+        return load_onnx(path)
+    if path.suffix == ".pt2" and is_package(path):
+        return load_package(path)
+    try:
+        opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+    except Exception as error:  # torch raises what its archive readers happen to raise
+        kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ConfigError(
+            f"{path} is no {kind} file ({why}); known forms: TorchScript (.pt), ExportedProgram or AOTInductor package (.pt2), "
+            f"ONNX (.onnx), this package's .safetensors or directory; a published one: `amed convert {path}` first; a state "
+            "dict of your own: load it into its network and pass that"
+        ) from error
+    return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
+
+
+def checked(program: torch.export.ExportedProgram) -> nn.Module:
+    """The program's module, which checks its inputs first and knows the shape of its samples."""
+    module, signature = program.module(), Signature.of_program(program)
+    module.register_forward_pre_hook(lambda _, inputs: signature.check(inputs, strides=False), prepend=True)
+    module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    return module

@@ -1,0 +1,258 @@
+"""`Sampler(model).run(batch)`: what users call."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import amed_engine.zoo as zoo
+from amed_engine.checkpoints import load_predictor
+from amed_engine.engine.arrays import check_output_type, delivered, writable
+from amed_engine.engine.export.write import Exported, Job, export
+from amed_engine.engine.graphs import Stats, WarmupReport
+from amed_engine.engine.model import check_guidance, place, tune
+from amed_engine.engine.pairing import (
+    Wishes,
+    check_bottleneck,
+    check_dtype,
+    check_model,
+    check_range,
+    choose_plan,
+    usable_range,
+)
+from amed_engine.engine.request import make_request
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.result import SampleResult, StepInfo, make_observer
+from amed_engine.engine.runner import BoundLoop, Engine
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.predictors import Predictor
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.program import Program
+
+logger = logging.getLogger("amed_engine")
+
+_HOW_TO_TRAIN = "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one"
+_NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
+
+
+class Sampler:
+    """Draws samples from a model in a fixed number of network evaluations.
+
+    model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
+        (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
+    predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
+        schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE;
+        otherwise a training-free solver runs.
+    solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
+        predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
+    afs: analytic first step; None uses it wherever the NFE allows.
+    sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell.
+    device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
+    verify: compare the model with the fingerprint and the dtype in the predictor's plan.
+    backend: "auto" captures the whole loop as a CUDA graph on a GPU and runs eagerly elsewhere; "graph" insists, "eager"
+        never captures. batch_sizes: what is captured; other batches are padded or split.
+    compile: a mode of torch.compile ("default", "max-autotune-no-cudagraphs") for the network. memory_format: e.g.
+        torch.channels_last. autocast: dtype of the network's arithmetic. check_finite: one look at the result, which waits
+        for the device.
+    Raises ConfigError for anything that cannot work, before sampling.
+
+    Runs keep no state but captured graphs; a Sampler may be shared by threads.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        predictor: Predictor | str | os.PathLike | None = None,
+        *,
+        solver: str | None = None,
+        solver_options: Mapping[str, Any] | None = None,
+        nfe: int | None = None,
+        schedule: str | Tensor | None = None,
+        rho: float | None = None,
+        afs: bool | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        shape: tuple[int, ...] | None = None,
+        label_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        verify: bool = True,
+        backend: str = "auto",
+        batch_sizes: Sequence[int] = (1, 8, 64),
+        compile: str | None = None,
+        memory_format: torch.memory_format | None = None,
+        autocast: torch.dtype | None = None,
+        check_finite: bool = True,
+    ):
+        if dtype not in (torch.float32, torch.float64):
+            raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype!r}")
+        self.model = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
+        self.dtype, self.device = dtype, place(self.model, device)
+        sigma_low, sigma_high = usable_range(self.model, sigma_min, sigma_max)
+        wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
+        if isinstance(predictor, (str, os.PathLike)):
+            predictor = load_predictor(predictor)
+        if predictor is not None and not isinstance(predictor, Predictor):
+            raise ConfigError(
+                f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}"
+            )
+        bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
+        if bundled and self.model.name:
+            predictor = zoo.bundled_predictor(self.model.name, 5 if nfe is None else nfe)
+        self.plan = choose_plan(wishes, predictor)
+        if predictor is not None and predictor.plan is not None:
+            check_range(self.plan, sigma_min, sigma_max)
+        if predictor is not None and verify:
+            check_model(self.model, self.plan)
+        if predictor is not None and verify and not bundled:  # nobody who asks for autocast alone chose a predictor
+            check_dtype(replace(self.model, autocast=autocast), self.plan)
+        self._program = self._build(self.plan, predictor)
+        if predictor is not None:
+            check_bottleneck(self.model, predictor)
+        # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
+        fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
+        self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
+        if predictor is None and wishes.open:
+            logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
+        tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
+        self._engine = Engine(tuned, self.device, backend, batch_sizes, check_finite)
+
+    def __repr__(self) -> str:
+        model = self.model.name or getattr(self.model.network, "__name__", type(self.model.network).__name__)
+        return f"Sampler({model}, {self.plan.describe()}, backend {self._engine.backend} on {self.device})"
+
+    @property
+    def program(self) -> Program:
+        """The linear program that runs, on the sampler's device."""
+        return self._program
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample."""
+        return self.plan.nfe
+
+    def run(
+        self,
+        batch: int | Sequence[int] | Tensor,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callable[[StepInfo], None] | None = None,
+        progress: bool = False,
+        out: Tensor | None = None,
+        output_type: str = "torch",
+    ) -> SampleResult:
+        """Draw samples.
+
+        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance. The same seed gives the
+            same noise and label in any batch, order or device; the global generators are untouched.
+        class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
+            each label from its sample's seed (for latents, from the row number).
+        guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
+        callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
+        out: a tensor that receives the images.
+        output_type: "torch"; "numpy"; or "dlpack", the kind of array that the latents are, in the tensor's own memory.
+        Latents, seeds, labels and out may be any DLPack array (NumPy, CuPy, JAX); none is copied.
+        Raises ConfigError, NonFiniteError naming step and seeds, or StaleGraphError.
+        """
+        started = time.perf_counter()
+        check_output_type(output_type)
+        out = writable("out", out)
+        program, plan = self._choose(guidance_scale)
+        look = self._engine.may_wait()
+        request = make_request(
+            self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
+        )
+        _check_out(out, request.latents)
+        drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
+        images = drawn.images if out is None else out.copy_(drawn.images)
+        images = delivered(images, output_type, like=batch)
+        seconds = time.perf_counter() - started
+        return SampleResult(
+            images, plan.nfe, request.seeds, request.classes, drawn.backend, plan, drawn.chunks, seconds
+        )
+
+    def warmup(self, guidance_scale: float | None = None) -> WarmupReport:
+        """Capture the graphs of every batch size now instead of in the first run; seconds and bytes of each.
+
+        Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
+        """
+        program, _ = self._choose(guidance_scale)
+        example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
+        return self._engine.warmup(program, example, guidance_scale)
+
+    def clear_graphs(self) -> None:
+        """Drop all captured graphs and their memory; the next run captures anew."""
+        if self._engine.cache is not None:
+            self._engine.cache.clear()
+
+    def stats(self) -> Stats:
+        """Captures, replays and eager runs of this Sampler so far."""
+        return self._engine.stats
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "pt2",
+        *,
+        guidance_scale: float | None = None,
+        max_batch: int = 256,
+        verify: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> Exported:
+        """Write the whole loop, network and predictor included, to one file; `amed_engine.load_package` reads it back.
+
+        format: "pt2", compiled by AOTInductor for this kind of machine, which C++ runs too; "exported", the same graph as an
+            ExportedProgram; "onnx"; or without the network, as JSON, "plan" and "schedule". Inputs are latents (B, C, H, W)
+            of unit variance and, for a conditional model, labels (B, label_dim), for every B from 1 to max_batch; the
+            output is images. guidance_scale is fixed in the file.
+        verify: run the file and refuse it where its images differ. options: of AOTInductor, or of torch.onnx.export; for a
+            plan freeze=True, for a schedule alphas_cumprod, as of `write_plan` and `write_schedule`.
+        Raises ConfigError, or AmedError where a compiler fails.
+        """
+        program, plan = self._choose(guidance_scale)
+        plan = replace(plan, guidance_scale=guidance_scale)
+        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
+
+    def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
+        # A copy: the caller's predictor keeps its device, precision and mode.
+        learned = None if predictor is None else copy.deepcopy(predictor).to(self.device, self.dtype).eval().choices()
+        return plan.program(learned).on(self.device, self.dtype)
+
+    def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
+        """The program for this guidance: a predictor is only right for the one it was trained with."""
+        check_guidance(self.model, guidance_scale)
+        # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
+        asked, trained = (1 if scale is None else scale for scale in (guidance_scale, self.plan.guidance_scale))
+        if self._program.predictor is None or asked == trained:
+            return self._program, self.plan
+        if self._fallback is None:
+            raise ConfigError(
+                f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "
+                f"value, or train one with amed_engine.distill(model, guidance_scale={guidance_scale})"
+            )
+        logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
+        return self._fallback
+
+
+def _check_out(out: Tensor | None, latents: Tensor) -> None:
+    if out is None:
+        return
+    if not isinstance(out, Tensor):
+        raise ConfigError(f"out must be a tensor to write the images to, got {type(out).__name__}")
+    got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
+    if got != expected:
+        raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
+    if out.requires_grad or any(step == 0 and n > 1 for step, n in zip(out.stride(), out.shape, strict=False)):
+        raise ConfigError(
+            "out is written to: it must not require gradients, nor be an expanded view; pass a plain tensor"
+        )

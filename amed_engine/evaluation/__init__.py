@@ -1,0 +1,6 @@
+"""How good samples are: measured, compared between solvers, and held against published figures."""
+
+from amed_engine.evaluation.comparison import Comparison, compare
+from amed_engine.evaluation.quality import evaluate
+
+__all__ = ["Comparison", "compare", "evaluate"]

@@ -1,0 +1,1 @@
+"""Published evaluations as recipes, and what it takes to measure them again."""

@@ -1,0 +1,265 @@
+"""One sampler, judged: against a fine solution from the same latents, against images, against the classes asked for.
+
+    distance      RMSE, PSNR and per-image quantiles to the reference solution of the same latents
+    to_reference  Frechet distance, precision and recall against the set of reference images
+    to_data       the same against real images
+    class_accuracy  how many samples a classifier takes for the class they were drawn for
+
+The first judges the solver alone, the others what it makes of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from amed_engine.engine.result import SampleResult
+from amed_engine.engine.sampler import Sampler
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.evaluation.comparison import REFERENCES, Setting
+from amed_engine.evaluation.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
+from amed_engine.evaluation.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
+from amed_engine.evaluation.metrics.features import Extractor, extractor
+from amed_engine.evaluation.metrics.manifold import Manifold
+from amed_engine.evaluation.metrics.sources import Images, read_features
+from amed_engine.solvers.plan import Plan
+
+logger = logging.getLogger("amed_engine")
+
+NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a set of images: statistics, and the features (N, F) unless only an .npz of the first is there."""
+
+    statistics: Statistics
+    features: Tensor | None
+
+    @classmethod
+    def of(cls, features: Tensor) -> Known:
+        return cls(Statistics().update(features), features)
+
+    @cached_property
+    def manifold(self) -> Manifold | None:
+        """None without features, or with no more of them than neighbours are counted."""
+        return (
+            None
+            if self.features is None or len(self.features) <= NEIGHBOURS
+            else Manifold.of(self.features, NEIGHBOURS)
+        )
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Of one set of images to another. precision and recall are None where the other is known by statistics alone, or
+    one of both has no more images than neighbours are counted."""
+
+    frechet: float
+    precision: float | None = None
+    recall: float | None = None
+
+
+def know(source: Images, extract: Extractor) -> Known:
+    """A folder of PNG, an .npz of statistics, a tensor or batches, by their features. Raises as `metrics.gather` does."""
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".npz":
+        return Known(gather(source, extract), None)
+    return Known.of(read_features(source, extract))
+
+
+def closeness(samples: Known, other: Known) -> Closeness:
+    """Frechet distance of two sets; precision and recall of the samples, the other being the data."""
+    distance = frechet_distance(samples.statistics, other.statistics)
+    ours, theirs = samples.manifold, other.manifold
+    if ours is None or theirs is None:
+        return Closeness(distance)
+    return Closeness(distance, theirs.part_inside(ours.points), ours.part_inside(theirs.points))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found; None for what there was nothing to compare with."""
+
+    plan: str
+    nfe: int
+    samples: int
+    features: str
+    reference: str
+    data: str | None
+    distance: Distances | None
+    to_reference: Closeness
+    to_data: Closeness | None
+    class_accuracy: float | None
+    statistics: Statistics
+
+    def to_json(self) -> dict:
+        """All of it but the samples' statistics."""
+        data = asdict(self)
+        del data["statistics"]
+        return data
+
+    def table(self) -> str:
+        """For people, a line per number."""
+        lines = [self.plan, f"{self.samples} samples, features {self.features}"]
+        if self.distance:
+            quantiles = ", ".join(f"{q}: {value:.4f}" for q, value in self.distance.quantiles.items())
+            decibels = "" if self.distance.psnr is None else f", PSNR {self.distance.psnr:.2f} dB"
+            lines.append(f"distance to {self.reference}: RMSE {self.distance.rmse:.4f}{decibels}")
+            lines.append(f"quantiles of the images' RMSE: {quantiles}")
+        for name, other in ((self.reference, self.to_reference), (self.data, self.to_data)):
+            if other:
+                both = (
+                    "" if other.precision is None else f", precision {other.precision:.3f}, recall {other.recall:.3f}"
+                )
+                lines.append(f"against {name}: Frechet distance {other.frechet:.4f}{both}")
+        if self.class_accuracy is not None:
+            lines.append(f"class accuracy {self.class_accuracy:.4f}")
+        return "\n".join(lines)
+
+
+class Tally:
+    """Features, and classes recognised, of images that come batch by batch."""
+
+    def __init__(self, extract: Extractor, classifier: DigitClassifier | None = None):
+        self.extract, self.classifier = extract, classifier
+        self._features: list[Tensor] = []
+        self._hits, self._count = 0.0, 0
+
+    def add(self, result: SampleResult) -> None:
+        self._features.append(self.extract(result.images))
+        self._count += len(result.images)
+        if self.classifier is not None and result.labels is not None:
+            self._hits += class_accuracy(result.images, result.labels, self.classifier) * len(result.images)
+
+    @property
+    def known(self) -> Known:
+        return Known.of(torch.cat(self._features))
+
+    @property
+    def accuracy(self) -> float | None:
+        return None if self.classifier is None else self._hits / self._count
+
+
+def evaluate(
+    sampler: Sampler,
+    seeds: Sequence[int] = range(512),
+    *,
+    reference: str = "deis-fine",
+    data: Images | None = None,
+    features: str | Extractor = "pixels",
+    classifier: str | None = None,
+    setting: Setting | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Draw the samples of these seeds and measure them; images are let go batch by batch, their features are kept.
+
+    reference: "deis-fine" or "heun-fine", 80 evaluations of the sampler's model from the same latents; or a folder of PNG or
+    an .npz of statistics, to which no sample has a distance of its own. data: real images, "digits" for those the bundled
+    model learned, any source of `metrics.batches`, an .npz; None for none. features: see `metrics.extractor`.
+    classifier: "digits" for models of the ten digits; None for none. setting: class_labels, guidance_scale and batch.
+    progress: a bar on stderr. Where all samples are of one class, so are the digits; other images have no labels, are taken as
+    they are, and a warning says so. Raises ConfigError, FileFormatError and what `Sampler.run` raises.
+    """
+    if not isinstance(sampler, Sampler):
+        raise ConfigError(f"evaluate takes a Sampler, got {type(sampler).__name__}; pass Sampler(model, nfe=...)")
+    setting, seeds = setting or Setting(), list(seeds)
+    extract = extractor(features, sampler.device)
+    real = None if data is None else know(_of_class(data, setting.class_labels), extract)
+    own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
+    exact = _reference_sampler(reference, sampler)
+    images = know(_of_class(reference, setting.class_labels), extract) if exact is None else None
+    plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
+    samples = own.known
+    return Evaluation(
+        plan=plan.describe(),
+        nfe=plan.nfe,
+        samples=len(seeds),
+        features=features if isinstance(features, str) else type(features).__name__,
+        reference=reference,
+        data=None if data is None else data if isinstance(data, str) else type(data).__name__,
+        distance=Distances.of(torch.cat(errors)) if errors else None,
+        to_reference=closeness(samples, images or fine.known),
+        to_data=None if real is None else closeness(samples, real),
+        class_accuracy=own.accuracy,
+        statistics=samples.statistics,
+    )
+
+
+def _draw(
+    sampler: Sampler, exact: Sampler | None, seeds: list[int], setting: Setting, own: Tally, fine: Tally, progress: bool
+) -> tuple[Plan, list[Tensor]]:
+    """Fill the tallies, batch by batch in step; the plan that ran, and the images' RMSE where there is a fine solution."""
+    errors = []
+    total = len(seeds) * (sampler.nfe + (exact.nfe if exact else 0))
+    with tqdm(total=total, desc="evaluate", unit="eval", unit_scale=True, disable=not progress) as bar:
+        truths = setting.results(exact, seeds, bar) if exact else itertools.repeat(None)
+        plan = sampler.plan
+        for result, truth in zip(setting.results(sampler, seeds, bar), truths, strict=False):
+            plan = result.plan  # a bundled predictor steps aside for guidance it was not trained for
+            own.add(result)
+            if truth is not None:
+                fine.add(truth)
+                errors.append(per_image_rmse(result.images, truth.images).cpu())
+    return plan, errors
+
+
+def _is(source: Images, name: str) -> bool:
+    return isinstance(source, str) and source == name
+
+
+def _of_class(data: Images, label: int | None) -> Images:
+    """The data that samples of one class are to be compared with: that class, where the data says which is which."""
+    if _is(data, "digits"):
+        return bundled_digits(label)
+    if label is not None:
+        logger.warning(
+            "samples are of class %d; data %s have no labels and are taken as they are: pass images of that class alone",
+            *(label, data if isinstance(data, (str, os.PathLike)) else "given"),
+        )
+    return data
+
+
+def bundled_digits(label: int | None = None) -> Tensor:
+    """The images that the bundled model learned, of all classes or of one."""
+    from amed_engine.zoo.train_digits import load_digits
+
+    try:
+        digits = load_digits(torch.device("cpu"))
+    except ImportError as error:
+        raise AmedError(
+            "data 'digits' are scikit-learn's; install it: pip install 'amed-engine[zoo]', or pass a folder or 'none'"
+        ) from error
+    return digits.images if label is None else digits.images[digits.labels == label]
+
+
+def _classifier(name: str | None, sampler: Sampler) -> DigitClassifier | None:
+    if name is None:
+        return None
+    if name != "digits" or sampler.model.label_dim != 10:
+        raise ConfigError(
+            f"classifier must be 'digits', for a model with 10 classes, or None; got {name!r} and {sampler.model.label_dim} "
+            "classes"
+        )
+    return load_classifier()[0].to(sampler.device)
+
+
+def _reference_sampler(reference: str, sampler: Sampler) -> Sampler | None:
+    """Of the same model, for the names of REFERENCES; None for a path."""
+    if reference not in REFERENCES:
+        if not Path(reference).exists():
+            raise ConfigError(f"reference {reference!r} is neither {', '.join(REFERENCES)} nor a folder or .npz file")
+        return None
+    model = sampler.model
+    facts = {"shape": model.shape, "label_dim": model.label_dim}
+    noise = {"sigma_min": sampler.plan.sigmas[-1], "sigma_max": sampler.plan.sigmas[0]}
+    common = {"device": sampler.device, "dtype": sampler.dtype, **facts, **noise}
+    return Sampler(model.network, **common, **REFERENCES[reference])

@@ -1,0 +1,138 @@
+"""The denoiser protocol and the wrappers that turn one denoiser into another.
+
+A denoiser is any callable (x, sigma, **cond) -> D or (D, features): x (B, ...), sigma (B,) noise levels, D the estimate
+of the clean data in x's dtype, features the bottleneck activation (B, C, h, w) that a predictor reads, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
+
+from amed_engine.errors import ConfigError
+
+
+class Denoised(NamedTuple):
+    """A denoiser's answer: x0, the estimate of the clean data; features, the bottleneck (B, C, h, w) or None."""
+
+    x0: Tensor
+    features: Tensor | None = None
+
+
+# Named, so that an exported network that returns it can be saved to a file.
+_register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denoised")
+
+Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
+
+
+def as_denoised(output: Any) -> Denoised:
+    """D or (D, features) as a Denoised."""
+    if isinstance(output, Tensor):
+        return Denoised(output)
+    parts: tuple[Any, ...] = tuple(output) if isinstance(output, (tuple, list)) else ()
+    if 1 <= len(parts) <= 2 and isinstance(parts[0], Tensor) and isinstance(parts[-1], (Tensor, type(None))):
+        return Denoised(*parts)
+    of = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
+    raise ConfigError(
+        f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; give a function "
+        "(x, sigma) -> (D, features), or the raw network to amed_engine.wrap"
+    )
+
+
+def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:
+    """The denoiser, for a trajectory whose first answer is known: it is given, not computed."""
+    known = [answer]
+    return lambda x, sigma: known.pop() if known else as_denoised(denoiser(x, sigma))
+
+
+def analytic_first_step(x: Tensor, sigma: Tensor) -> Denoised:
+    """AFS as a denoiser: D = x - sigma·x / sqrt(1 + sigma²), without features and without a network evaluation."""
+    sigma = sigma.reshape(-1, *[1] * (x.dim() - 1))
+    return Denoised(x - sigma * first_step_direction(sigma) * x)
+
+
+def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
+    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor`. Saharia et al. 2022 (arXiv:2205.11487)."""
+    magnitude = x0.abs().flatten(1)
+    # torch.quantile would do, but refuses more than 16 million elements, and ONNX has none; this is its linear interpolation.
+    rank = quantile * (magnitude.shape[1] - 1)
+    count = magnitude.shape[1] - int(rank)
+    highest = magnitude.topk(count, dim=1).values
+    below, above = highest[:, -1], highest[:, max(count - 2, 0)]
+    s = torch.lerp(below, above, rank - int(rank)).clamp_min(floor)
+    s = s.reshape(-1, *[1] * (x0.dim() - 1))
+    return x0.clamp(-s, s) / s
+
+
+def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -> Denoiser:
+    """Guidance D_u + scale (D_c - D_u) by one doubled batch, with the conditional half's features.
+
+    network: (x, sigma, labels) -> D or (D, features), with zero rows of `labels` (B, K) meaning "no class".
+    Ho and Salimans 2022 (arXiv:2207.12598).
+    """
+
+    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+        rows = repeat_to(labels, x.shape[0])
+        both = network(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(rows), rows]))
+        x0, features = as_denoised(both)
+        halves = [x.shape[0]] * 2  # not chunk(2): its count would tie a symbolic batch to one size
+        unconditional, conditional = x0.split(halves)
+        guided = unconditional + scale * (conditional - unconditional)
+        return Denoised(guided, None if features is None else features.split(halves)[1])
+
+    return denoise
+
+
+def conditioned(network: Callable[..., Any], labels: Tensor) -> Denoiser:
+    """The network (x, sigma, labels) with its labels (B, K) bound."""
+    return lambda x, sigma: as_denoised(network(x, sigma, repeat_to(labels, x.shape[0])))
+
+
+def repeat_to(labels: Tensor, batch: int) -> Tensor:
+    """Labels repeated for parallel evaluation points, whose batch is a multiple of the samples'."""
+    return labels if labels.shape[0] == batch else labels.repeat(batch // labels.shape[0], 1)
+
+
+def thresholded(denoiser: Denoiser) -> Denoiser:
+    """The denoiser with its data prediction thresholded dynamically; features as they were."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Denoised:
+        denoised = as_denoised(denoiser(x, sigma))
+        return denoised._replace(x0=dynamic_thresholding(denoised.x0))
+
+    return denoise
+
+
+def first_step_direction(sigma: Tensor) -> Tensor:
+    """1 / sqrt(1 + sigma²): AFS takes d = x / sqrt(1 + sigma²), exact for data of unit variance about zero.
+
+    Dockhorn et al. 2022 (arXiv:2210.05475).
+    """
+    return 1 / (1 + sigma**2).sqrt()
+
+
+def is_tracing() -> bool:
+    """Under jit.trace sizes are tensors: comparing them would be frozen into the graph with a warning."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def one_hot(class_labels: Tensor | None, label_dim: int, like: Tensor) -> Tensor:
+    """Class labels as a matrix (B or 1, label_dim) in the dtype and on the device of `like`.
+
+    Integers (B,) become one-hot rows, an integer outside 0 .. label_dim - 1 the zero row; a float or one-hot matrix
+    (B, label_dim) is passed on; None is one zero row, the unconditional label. Raises ValueError for another shape.
+    """
+    if class_labels is None:
+        return like.new_zeros(1, label_dim)
+    if class_labels.ndim == 1 and not class_labels.is_floating_point():
+        class_labels = class_labels[:, None] == torch.arange(label_dim, device=class_labels.device)
+    elif not is_tracing() and tuple(class_labels.shape[1:]) != (label_dim,):
+        raise ValueError(
+            f"class_labels must be integers (B,) or a matrix (B, {label_dim}), got {class_labels.dtype} of shape "
+            f"{tuple(class_labels.shape)}"
+        )
+    return class_labels.to(like)

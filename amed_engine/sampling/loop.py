@@ -1,0 +1,167 @@
+"""The loop: evaluate, apply one matrix, repeat. Eager, captured, exported and differentiated runs all execute this code.
+
+Nothing here looks at a tensor's values; control flow depends on the program alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from amed_engine.errors import ConfigError
+from amed_engine.kernels import combine
+from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
+from amed_engine.solvers.base import Solver
+from amed_engine.solvers.program import PredictorLike, Program, Walk
+from amed_engine.solvers.stage import Update, map_choice
+
+
+class State(NamedTuple):
+    """A trajectory between two evaluations: anchor, evaluation points and past directions, newest first.
+
+    points: empty where the anchor itself is the one evaluation point.
+    """
+
+    x: Tensor
+    points: tuple[Tensor, ...] = ()
+    directions: tuple[Tensor, ...] = ()
+
+    @property
+    def y(self) -> tuple[Tensor, ...]:
+        """The evaluation points."""
+        return self.points or (self.x,)
+
+    def at(self, y: Tensor) -> State:
+        """This state with another evaluation point."""
+        return self._replace(points=(y,)) if self.points else self._replace(x=y)
+
+    def detach(self) -> State:
+        points, directions = (tuple(t.detach() for t in tensors) for tensors in (self.points, self.directions))
+        return State(self.x.detach(), points, directions)
+
+
+def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State:
+    """Apply one update with one `combine` call; denoised holds D at each point of state.y."""
+    tensors = (state.x, *state.points, *denoised, *state.directions)
+    outputs = combine([tensors[j] for j in update.columns], update.coeffs)
+    # Data prediction keeps D itself as its direction, without a copy.
+    new = tuple(outputs[: update.new_directions]) if update.new_directions else denoised
+    directions = (*new, *state.directions)[: update.keep]
+    rest = outputs[update.new_directions :]
+    if not update.moves_x:
+        return State(state.x, tuple(rest), directions)
+    if update.x_is_y:
+        return State(rest[0], directions=directions)
+    return State(rest[0], tuple(rest[1:]), directions)
+
+
+class Trajectory:
+    """A program at work on one batch: the denoisers of its evaluations and the coefficients carried along."""
+
+    def __init__(self, program: Program, denoiser: Denoiser):
+        wrap = thresholded if program.solver.thresholds else lambda d: d
+        self.program, self.network = program, wrap(denoiser)
+        self.first = wrap(analytic_first_step) if program.afs else self.network
+        self.walk = Walk(program, program.sigmas)
+
+    def interval(self, state: State, i: int) -> list[State]:
+        """The states after each evaluation from sigmas[i] to sigmas[i + 1]; the last is the one at its end.
+
+        Intervals are to be run in order: past noise levels are carried along.
+        """
+        denoiser = self.network if i else self.first
+        evaluated = evaluate(denoiser, state.y, (self.program.sigmas[i],))
+        updates = self._updates(i, evaluated[0].features, state.x.shape[0])
+        states = []
+        for s, update in enumerate(updates):
+            if s:
+                evaluated = evaluate(self.network, state.y, updates[s - 1].sigma_net)
+            state = advance(state, tuple(d.x0 for d in evaluated), update)
+            states.append(state)
+        return states
+
+    def _updates(self, i: int, features: Tensor | None, batch: int) -> tuple[Update, ...]:
+        program, predictor = self.program, self.program.predictor
+        if program.updates is not None:
+            return program.updates[i]
+        choice = predictor[i] if isinstance(predictor, Sequence) else predictor
+        if callable(choice):
+            sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
+            fused = getattr(choice, "fused", None)
+            said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
+            if updates is not None:
+                return updates
+            choice = choice(features, sigma, sigma_next) if said is None else said
+        dtype = program.sigmas.dtype
+        return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
+
+
+def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
+    """The denoiser at each point, several points in one batched call; sigma: () or (B,) per point."""
+    assert sigma is not None
+    # shape[0], not len(): a symbolic batch survives export.
+    batch, dtype = y[0].shape[0], y[0].dtype
+    x = y[0] if len(y) == 1 else torch.cat(y)
+    sigmas = torch.cat([level.expand(batch) for level in sigma])
+    x0, features = as_denoised(denoiser(x, sigmas))
+    if torch.promote_types(x0.dtype, dtype) != dtype:
+        x0 = x0.to(dtype)
+    if len(y) == 1:
+        return (Denoised(x0, features),)
+    sizes = [batch] * len(y)  # sizes, not one: how many pieces that makes would be a question to a symbolic batch
+    split = [None] * len(y) if features is None else features.split(sizes)
+    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), split, strict=True))
+
+
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    solver: Solver,
+    predictor: PredictorLike | None = None,
+    *,
+    afs: bool = False,
+    denoise_to_zero: bool = False,
+    trajectory: bool = False,
+) -> Tensor:
+    """Integrate the probability-flow ODE from sigmas[0] to sigmas[-1].
+
+    denoiser: (x, sigma: (B,)) -> D or (D, features). x: (B, ...), already scaled by sigmas[0]; the loop computes in its
+    dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or a
+    sequence of those or of Midpoints, one per interval (Rows for "nonstationary"). afs: the first evaluation is replaced
+    by its analytic estimate. denoise_to_zero: one more evaluation at sigmas[-1], whose D is the result.
+    Differentiable in x, the denoiser's and the predictor's parameters.
+    Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
+    Raises ConfigError.
+    """
+    if not x.is_floating_point():
+        raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
+    program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero)
+    states = integrate(program.on(x.device, x.dtype), denoiser, x)
+    return torch.stack(states) if trajectory else states[-1]
+
+
+def integrate(
+    program: Program, denoiser: Denoiser, x: Tensor, observe: Callable[[int, Tensor], None] | None = None
+) -> list[Tensor]:
+    """`sample` for a program that is already built and on x's device: what is captured and exported.
+
+    Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
+    predictor-corrector there is its prediction.
+    """
+    states, state = [x], State(x)
+    run = Trajectory(program, denoiser)
+    for i in range(program.intervals):
+        path = run.interval(state, i)
+        state = path[-1]
+        if i and program.solver.corrects:
+            states[-1] = path[0].x
+        states.append(state.y[0])
+        if observe is not None:
+            observe(i, state.y[0])
+    if program.denoise_to_zero:
+        states.append(evaluate(denoiser, (states[-1],), (program.sigmas[-1],))[0].x0)
+    return states

@@ -1,0 +1,100 @@
+"""Predictors that are numbers: constant midpoints, and non-stationary coefficients with or without per-sample offsets.
+
+Like an `AMEDPredictor` each says, per interval, what a solver needs to know; `choices()` is what the loop runs:
+a Midpoint per interval for AMED, EPD and the plugins, a Row per interval for the solver "nonstationary".
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.errors import ConfigError
+from amed_engine.solvers.base import in_range
+from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.stage import Row
+
+MAX_INTERVALS = 15  # `combine` reads at most 16 tensors: x_0 and the evaluations
+
+
+def described(plan: Plan | None, config: dict) -> str:
+    """What a predictor prints of itself."""
+    return plan.describe() if plan is not None else ", ".join(f"{name}={value}" for name, value in config.items())
+
+
+class CoefficientPredictor(nn.Module):
+    """All coefficients of the linear program, learned: non-stationary, and per sample where it reads the bottleneck.
+
+        x_{i+1} = a_i x_0 + Σ_{j<=i} b_ij D_j,    (a_i, b_i) = coefficients[i] + heads[i] phi_i(features)
+
+    coefficients: (intervals, intervals + 1), row i holds a_i·sigma_0 and then b_ij, newest first; behind an analytic first
+    step (afs) D_0 is a multiple of x_0 and has none. heads: (intervals, intervals + 1, codes), absent if codes = 0.
+
+        phi_i = soft(((mean_c(features), mean_hw(features)) - centre_i) basis_i),   soft(u) = u / sqrt(1 + u²/9)
+
+    with centre (intervals, inputs) and basis (intervals, inputs, codes) the whitened principal components that were seen in
+    training, inputs = h·w + C of features (B, C, h, w). soft keeps what was never seen from ruling. Features None: no offset.
+    The general linear form is that of Bespoke Non-Stationary Solvers, Shaul et al. 2024 (arXiv:2403.01329).
+    """
+
+    centre: Tensor
+    basis: Tensor
+
+    def __init__(self, intervals: int, sigma_max: float, *, afs: bool = False, codes: int = 0, inputs: int = 0):
+        super().__init__()
+        in_range("CoefficientPredictor", "intervals", intervals, 1, MAX_INTERVALS)
+        if not all(isinstance(n, int) and 0 <= n <= 4096 for n in (codes, inputs)) or (codes > 0) > (inputs > 0):
+            raise ConfigError(
+                f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {codes}, {inputs}"
+            )
+        self.plan: Plan | None = None
+        self.intervals, self.sigma_max, self.afs = intervals, float(sigma_max), bool(afs)
+        self.codes, self.inputs = codes, inputs
+        double = torch.float64
+        self.coefficients = nn.Parameter(torch.zeros(intervals, intervals + 1, dtype=double))
+        self.heads = nn.Parameter(torch.zeros(intervals, intervals + 1, codes, dtype=double)) if codes else None
+        self.register_buffer("centre", torch.zeros(intervals, inputs, dtype=double) if codes else None)
+        self.register_buffer("basis", torch.zeros(intervals, inputs, codes, dtype=double) if codes else None)
+
+    def extra_repr(self) -> str:
+        return described(self.plan, self.config)
+
+    @property
+    def config(self) -> dict:
+        """The constructor's arguments, JSON-able."""
+        return {name: getattr(self, name) for name in ("intervals", "sigma_max", "afs", "codes", "inputs")}
+
+    def choices(self) -> list:
+        """A Row per interval, or with heads a function (features, sigma, sigma_next) -> Row."""
+        if self.heads is None:
+            return [self._row(self.coefficients.detach()[i], i) for i in range(self.intervals)]
+        return [partial(self._choose, i) for i in range(self.intervals)]
+
+    def width(self, i: int) -> int:
+        """How many coefficients row i has: x_0's and one for each evaluation so far."""
+        return i + 1 if self.afs else i + 2
+
+    def code(self, features: Tensor | None, i: int) -> Tensor | None:
+        """phi_i, (B, codes)."""
+        if features is None or self.heads is None:
+            return None
+        u = (summary(features).to(self.centre.dtype) - self.centre[i]) @ self.basis[i]
+        return u / (1 + u.square() / 9).sqrt()
+
+    def _choose(self, i: int, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Row:
+        row = self.coefficients[i].expand(sigma.shape[0], -1)  # (B, intervals + 1)
+        phi = self.code(features, i)
+        if phi is not None:
+            row = row + phi @ self.heads[i].mT  # type: ignore[index]
+        return self._row(row, i)
+
+    def _row(self, row: Tensor, i: int) -> Row:
+        a, *b = row.unbind(-1)[: self.width(i)]
+        return Row(a / self.sigma_max, tuple(b))
+
+
+def summary(features: Tensor) -> Tensor:
+    """What a CoefficientPredictor reads of a bottleneck (B, C, h, w): means over channels and over places, (B, h·w + C)."""
+    return torch.cat([features.mean(1).flatten(1), features.mean((2, 3))], dim=1)

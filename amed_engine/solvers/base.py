@@ -1,0 +1,81 @@
+"""Solvers as data: `step` states, per network evaluation, where to go next. No image, network or device in sight.
+
+    step(past, sigma, sigma_next, midpoint, i, n) -> list[Stage]
+
+past: noise levels of earlier evaluations, newest first; midpoint: a predictor's word, or None (a `Midpoint`, except
+for the solver "nonstationary", whose predictor says a `Row`); i of n intervals.
+With a midpoint, a multistep rule runs on the grid refined by m = sigma_next^r · sigma^(1-r), its second half scaled by
+scale_dir: that is AMED-Plugin (Zhou et al. 2024, arXiv:2312.00094). It is a learned grid, so every rule has it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from amed_engine.errors import ConfigError
+from amed_engine.solvers.stage import Midpoint, Stage
+
+Past = tuple[Tensor, ...]
+UseOfPredictor = Literal["none", "optional", "required"]
+USE_WITH_PREDICTOR = "use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"  # what errors advise
+
+
+class Solver(ABC):
+    """What the loop needs of a solver. Attributes are constants of a solver, never state of a trajectory."""
+
+    # Whether it takes midpoints from a predictor.
+    takes_predictor: ClassVar[UseOfPredictor] = "none"
+    # What a predictor says of an interval.
+    answer: ClassVar[type] = Midpoint
+    # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
+    corrects: ClassVar[bool] = False
+
+    @property
+    def memory(self) -> int:
+        """Past directions, and noise levels, that a later step may read."""
+        return 0
+
+    @property
+    def data_prediction(self) -> bool:
+        """d = D if true, d = (y - D) / sigma otherwise."""
+        return False
+
+    @property
+    def thresholds(self) -> bool:
+        """Every data prediction is thresholded dynamically, as published for DPM-Solver++ and UniPC."""
+        return False
+
+    def evaluations(self, with_midpoint: bool) -> int:
+        """Network evaluations per interval."""
+        return 2
+
+    def rounds(self, with_midpoint: bool) -> int:
+        """Network calls per interval that wait for one another: fewer where evaluations share a call."""
+        return self.evaluations(with_midpoint)
+
+    @abstractmethod
+    def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:
+        """One stage per evaluation of interval i of n, from sigma to sigma_next."""
+
+
+def in_range(solver: str, name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{solver}: {name} must be an integer from {low} to {high}, got {value!r}")
+
+
+def is_bool(solver: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{solver}: {name} must be True or False, got {value!r}")
+
+
+def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
+
+
+def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: bool = False) -> int:
+    """NFE of a trajectory: evaluations per interval, less the one that an analytic first step saves."""
+    return solver.evaluations(midpoint) * intervals - int(afs)

@@ -1,0 +1,1 @@
+"""Predictors learned from a teacher's trajectories: fitted, distilled, and schedules searched. Imports nothing by itself."""

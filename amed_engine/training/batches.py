@@ -1,0 +1,135 @@
+"""Endless batches for training, fitting and searching: starting points, and denoisers with their conditions bound."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amed_engine.engine.model import Model, bind_labels, check_guidance, vectors
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.solvers.plan import Plan
+
+Condition = Tensor | Denoiser
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
+
+    model: Model
+    labels: Tensor | None
+    guidance_scale: float | None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        return as_denoised(bind_labels(self.model, self.labels, self.guidance_scale)(x, sigma))
+
+
+class Batches:
+    """Endless batches: starting points x = sigma_0 · noise and a denoiser with its conditions bound.
+
+    conditions: None draws class labels where the model has any; or an iterable that gives one entry per batch, class
+    numbers (B,), condition tensors (B, ...), or a denoiser (x, sigma) -> D with its own conditions bound. It is
+    started anew when it ends.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        batch: int,
+        generator: torch.Generator,
+        conditions: Iterable[Condition] | None = None,
+    ):
+        if model.shape is None:
+            raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+        check_guidance(model, plan.guidance_scale)
+        self.model, self.plan, self.batch, self.generator = model, plan, batch, generator
+        self.shape: tuple[int, ...] = model.shape
+        self.conditions = None if conditions is None else _endless(conditions)
+
+    def skip(self, rounds: int) -> None:
+        """Leave out the conditions of batches that were trained on before; the generator's state says the rest."""
+        if self.conditions is not None:
+            next(itertools.islice(self.conditions, rounds, rounds), None)
+
+    def probe(self) -> tuple[Denoiser, Tensor]:
+        """A denoiser and a starting point for a first look at what the network returns; no condition is used up."""
+        if self.conditions is None:
+            ((denoiser, x),) = self.draw([slice(0, 1)], 1)
+            return denoiser, x
+        first = next(self.conditions)
+        self.conditions = itertools.chain([first], self.conditions)
+        x = self._noise(self.batch)
+        return self._bind(first, slice(0, self.batch), 1), x
+
+    def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
+        """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
+        batch = batch or self.batch
+        x, condition = self._noise(batch), self._condition(batch)
+        return [(self._bind(condition, part, len(parts)), x[part]) for part in parts]
+
+    def _noise(self, batch: int) -> Tensor:
+        x = torch.randn((batch, *self.shape), generator=self.generator)
+        return x.to(self.model.device) * self.plan.sigmas[0]
+
+    def _condition(self, batch: int) -> Condition | None:
+        if self.conditions is not None:
+            return next(self.conditions)
+        if not self.model.label_dim:
+            return None
+        return torch.randint(self.model.label_dim, (batch,), generator=self.generator)
+
+    def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
+        if condition is None:
+            return Bound(self.model, None, self.plan.guidance_scale)
+        if not isinstance(condition, Tensor):
+            return _whole(condition, part, self.batch)
+        rows = condition[part].to(self.model.device)
+        if not rows.is_floating_point():
+            rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
+        if len(condition) < (part.stop or 0):
+            raise ConfigError(
+                f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
+            )
+        return Bound(self.model, rows, self.plan.guidance_scale)
+
+
+def _classes(rows: Tensor, label_dim: int) -> Tensor:
+    if not label_dim or rows.dim() != 1 or bool(((rows < 0) | (rows >= label_dim)).any()):
+        raise ConfigError(
+            f"whole-number conditions must be classes (B,) in 0 .. {label_dim - 1}, got {tuple(rows.shape)} from "
+            f"{rows.min().item()} to {rows.max().item()}; the model has label_dim {label_dim}"
+        )
+    return rows.long()
+
+
+def _whole(condition: Any, part: slice, batch: int) -> Denoiser:
+    if not callable(condition):
+        raise ConfigError(
+            f"conditions must give tensors or denoisers (x, sigma) -> D, got {type(condition).__name__} for a batch"
+        )
+    if (part.start, part.stop) != (0, batch):
+        raise ConfigError(
+            "a denoiser with its conditions bound cannot be cut; "
+            "train in one process with accumulate=1, fit samples that are a multiple of batch"
+        )
+    return condition  # type: ignore[return-value]
+
+
+def _endless(conditions: Iterable[Condition]) -> Iterator[Condition]:
+    """Over and over again; an iterator, which cannot start again, ends with an error."""
+    for turn in itertools.count():
+        empty = True
+        for condition in conditions:
+            empty = False
+            yield condition
+        if empty:
+            raise ConfigError(
+                f"conditions gave no batch{' any more' if turn else ''}; pass a list, or an iterable that starts anew"
+            )

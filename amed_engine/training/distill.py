@@ -1,0 +1,249 @@
+"""`distill`: a predictor for a model, trained against a teacher's trajectories. Zhou et al. 2024 (arXiv:2312.00094)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.engine.runner import Engine
+from amed_engine.errors import ConfigError, NonFiniteError
+from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers import make_solver
+from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.training import report
+from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.presets import OPTIONS, Settings, choose
+from amed_engine.training.ranks import join
+from amed_engine.training.resume import Checkpoints
+from amed_engine.training.teacher import Loss, Teacher, squared_error
+from amed_engine.training.trainer import Round, Trainer
+
+OBJECTIVES = ("greedy", "end_to_end")
+
+
+def distill(
+    model: Any,
+    *,
+    nfe: int = 5,
+    preset: str = "amed-solver",
+    solver: str | None = None,
+    solver_options: Mapping[str, Any] | None = None,
+    schedule: str | None = None,
+    rho: float | None = None,
+    afs: bool | None = None,
+    scale_dir: float | None = None,
+    scale_time: float | None = None,
+    scales: str = "bounded",
+    teacher: str | None = None,
+    teacher_options: Mapping[str, Any] | None = None,
+    teacher_intermediate: int | None = None,
+    teacher_schedule: str | None = None,
+    teacher_rho: float | None = None,
+    objective: str = "greedy",
+    learn_sigmas: bool = False,
+    loss: Loss = squared_error,
+    conditions: Iterable[Condition] | None = None,
+    guidance_scale: float | None = None,
+    total_kimg: float | None = None,
+    batch: int | None = None,
+    accumulate: int = 1,
+    lr: float | None = None,
+    seed: int = 0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    progress: bool = True,
+    on_round: Callable[[Round], None] | None = None,
+    out_dir: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: str = "auto",
+) -> AMEDPredictor:
+    """Train an AMED predictor for a model; minutes for small networks.
+
+        greedy:      loss_i = |x_student(sigma_i+1) - x_teacher(sigma_i+1)|² / B, a step of Adam per interval
+        end_to_end:  loss = |x_student(sigma_N) - x_teacher(sigma_N)|² / B, a step per batch, through all evaluations
+
+    Steps go down log(loss), so that intervals whose losses are orders of magnitude apart weigh the same.
+
+    model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them; training runs where the model's parameters
+    are, and leaves them alone. preset: "amed-solver" or "amed-plugin", the paper's; an option that is None is the
+    preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on euler, dpm, ipndm, deis,
+    dpmpp, unipc. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
+    training-free solver, with teacher_intermediate extra noise levels inside every interval, spaced as the student's or
+    by teacher_schedule. learn_sigmas: with end_to_end, train the inner noise levels too. loss: (x, target) -> (B,), not
+    negative, in place of the squared distance. conditions: None draws class labels; else see `Batches`. total_kimg:
+    thousands of trajectories, `batch` at a time, computed in `accumulate` parts. lr: of Adam, falling to zero over the
+    second half. seed: of the weights, latents and labels; the global generators are untouched. on_round: called after
+    every batch. out_dir: gets history.csv and history.png.
+    checkpoint_dir: gets the whole state of the run every checkpoint_seconds (default: in out_dir, if there is one);
+    with resume="auto" a run goes on from the newest, to the same bits on a CPU. Under torchrun the processes share the
+    work; the first one reports and writes.
+    Returns the predictor, its plan set. Raises ConfigError, FileFormatError, or NonFiniteError after three losses or
+    gradients in a row that were not finite: the last checkpoint is from before them.
+    """
+    resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
+    student = (solver, solver_options, schedule, rho, scale_dir, scale_time)
+    given = (*student, teacher, teacher_options, teacher_intermediate, total_kimg, batch, lr)
+    settings = choose(preset, dict(zip(OPTIONS, given, strict=True)))
+    _check_objective(objective, learn_sigmas)
+    plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
+    teach = Teacher.of(
+        plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, teacher_schedule, teacher_rho
+    )
+    if out_dir is not None:
+        report.import_figure()
+        checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
+    with _frozen(resolved.module), torch.enable_grad(), join(resolved.device) as ranks:
+        parts = ranks.parts(settings.batch, accumulate)
+        teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
+        data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
+        predictor = _new_predictor(data, settings, scales, seed)
+        rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
+        course: dict[str, Any] = {"lr": settings.lr, "length": rounds, "learn_sigmas": learn_sigmas}
+        trainer = Trainer(predictor, plan, teach, data, loss, ranks, **course)
+        identity = _identity(trainer, settings, objective, seed)
+        saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=ranks.rank == 0)
+        saved.resume(trainer, resume)
+        ranks.wait()
+        leads = ranks.rank == 0
+        after = _Reports(saved, out_dir, on_round) if leads else None
+        _train(trainer, parts, objective == "end_to_end", after, progress and leads)
+        ranks.wait()
+    predictor.plan = trainer.plan_of(plan)
+    return predictor.eval()
+
+
+def _check_objective(objective: str, learn_sigmas: bool) -> None:
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if learn_sigmas and objective != "end_to_end":
+        raise ConfigError(
+            f"learn_sigmas needs objective='end_to_end', got {objective!r}: the teacher's states are at fixed noise levels"
+        )
+
+
+def _graphs(model: Model, rows: int) -> GraphCache | None:
+    """For the teacher's trajectories of one part of a batch, on a GPU."""
+    return Engine(model, model.device, "auto", (rows,), check_finite=False).cache
+
+
+class _Reports:
+    """What the leading process does after every batch, and at the end."""
+
+    def __init__(self, saved: Checkpoints, out_dir: str | Path | None, on_round: Callable[[Round], None] | None):
+        self.saved, self.out_dir, self.on_round = saved, out_dir, on_round
+
+    def round(self, trainer: Trainer, seen: Round) -> None:
+        if self.saved.due():
+            self.saved.write(trainer)
+            report.save(self.out_dir, trainer.history, picture=False)
+        if self.on_round is not None:
+            self.on_round(seen)
+
+    def end(self, trainer: Trainer) -> None:
+        self.saved.write(trainer)
+        report.save(self.out_dir, trainer.history, picture=True)
+
+
+def _train(trainer: Trainer, parts: list[slice], end_to_end: bool, reports: _Reports | None, progress: bool) -> None:
+    title = f"distill NFE {trainer.data.plan.nfe}"
+    with tqdm(total=trainer.length, initial=trainer.rounds, desc=title, unit="batch", disable=not progress) as bar:
+        while trainer.rounds < trainer.length:
+            try:
+                seen = trainer.round(parts, end_to_end)
+            except NonFiniteError as error:
+                raise _with_checkpoint(error, reports) from None
+            report.show(bar, seen)
+            if reports is not None:
+                reports.round(trainer, seen)
+    if reports is not None:
+        reports.end(trainer)
+
+
+def _with_checkpoint(error: NonFiniteError, reports: _Reports | None) -> NonFiniteError:
+    files = [] if reports is None else reports.saved.files()
+    where = f"; the last good checkpoint is {files[-1]}" if files else ""
+    return NonFiniteError(f"{error}{where}; lower lr, or look at what the model returns", error.step, error.seeds)
+
+
+def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -> dict[str, Any]:
+    """What has to be the same for a checkpoint to be of this run; how it is split need not."""
+    return {
+        **asdict(settings),
+        "student": trainer.data.plan.to_json(),
+        "teacher": trainer.teacher.plan.to_json(),
+        "predictor": trainer.predictor.config,
+        "shape": list(trainer.data.shape),
+        "objective": objective,
+        "learn_sigmas": trainer.levels is not None,
+        "loss": getattr(trainer.loss, "__qualname__", type(trainer.loss).__qualname__),
+        "seed": seed,
+    }
+
+
+def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, guidance_scale: float | None) -> Plan:
+    solver, options = settings.solver, dict(settings.solver_options)
+    if make_solver(solver, **options).takes_predictor == "none":
+        raise ConfigError(
+            f"solver {solver!r} takes no predictor; students are amed, euler, dpm, ipndm, deis, dpmpp, unipc"
+        )
+    if options.get("points", 1) != 1:
+        raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    plan = make_plan(
+        nfe,
+        solver=solver,
+        options=options,
+        schedule=settings.schedule,
+        rho=settings.rho,
+        sigma_min=low,
+        sigma_max=high,
+        afs=afs,
+        midpoint=True,
+        guidance_scale=guidance_scale,
+    )
+    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
+
+
+def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:
+    """A predictor for this model's bottleneck, found by one evaluation, with weights drawn from the seed."""
+    denoiser, x = data.probe()
+    with torch.no_grad():
+        features = as_denoised(denoiser(x, torch.full((len(x),), data.plan.sigmas[0], device=x.device))).features
+    if features is not None and features.dim() != 4:
+        raise ConfigError(
+            f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
+        )
+    size = (8, 8) if features is None else (features.shape[2], features.shape[3])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
+        predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, bottleneck=size, scales=scales)
+    return predictor.to(x.device)
+
+
+@contextmanager
+def _frozen(module: nn.Module | None) -> Iterator[None]:
+    """The denoiser's parameters without gradients, put back as they were afterwards."""
+    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,244 @@
+"""Predictors that are fitted rather than trained: constants, EPD, non-stationary and adaptive coefficients.
+
+All are small enough for `fitting`: latents are solved once by an accurate teacher, and Gauss-Newton matches the final
+samples, end to end. A few hundred latents and some minutes on a CPU do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.loop import sample
+from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
+from amed_engine.sampling.predictors.constant import ConstantPredictor
+from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.candidate import Candidate, Fitted, nonstationary
+from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
+from amed_engine.training.presets import TEACHER
+
+Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
+VARIANTS = get_args(Variant)
+# Where a fit may start; the best on the first latents is taken.
+STARTS = (
+    *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),
+    *(("unipc", {"max_order": 3, "thresholding": False}, schedule) for schedule in ("time_uniform", "logsnr")),
+)
+FIRST = 128  # latents for the first iterations, when the coefficients are still far off
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent: latents in all and at once, how many starting points, and Gauss-Newton
+    iterations from each on the first latents and then from the best on all."""
+
+    samples: int = 512
+    batch: int = 64
+    starts: int = 2
+    early: int = 6
+    late: int = 4
+    teacher_nfe: int = 24
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low in (("samples", 8), ("batch", 1), ("starts", 1), ("early", 0), ("late", 1), ("teacher_nfe", 4)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned: the variant, its evaluations, and for constants the solver they serve."""
+
+    variant: Variant
+    nfe: int = 5
+    solver: str = "amed"
+    solver_options: Mapping[str, Any] | None = None
+    schedule: str = "time_uniform"
+    rho: float | None = None
+    afs: bool | None = None
+    guidance_scale: float | None = None
+    points: int = 2  # of epd
+    codes: int = 32  # of adaptive: principal components read from the bottleneck
+    ridge: float = 0.05  # of adaptive: what draws the offsets to zero
+    learn_sigmas: bool | None = None  # None: where the solver's rows do not depend on them
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        mine = (self.solver, self.schedule, self.rho) != ("amed", "time_uniform", None) or self.solver_options
+        if self.learns_all and mine:
+            raise ConfigError(
+                f"variant={self.variant!r} learns its coefficients and starts from solvers of its own choice; leave solver, "
+                "solver_options, schedule and rho out, or fit 'constants' or 'epd'"
+            )
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether all coefficients are free, and no solver has a say but as a start."""
+        return self.variant in ("nonstationary", "adaptive")
+
+
+def fit(
+    model: Any,
+    *,
+    variant: Variant = "nonstationary",
+    nfe: int | Sequence[int] = 5,
+    solver: str = "amed",
+    solver_options: Mapping[str, Any] | None = None,
+    schedule: str = "time_uniform",
+    rho: float | None = None,
+    afs: bool | None = None,
+    points: int = 2,
+    codes: int = 32,
+    ridge: float = 0.05,
+    learn_sigmas: bool | None = None,
+    conditions: Iterable[Condition] | None = None,
+    guidance_scale: float | None = None,
+    samples: int = 512,
+    batch: int = 64,
+    starts: int = 2,
+    early: int = 6,
+    late: int = 4,
+    teacher_nfe: int = 24,
+    seed: int = 0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    progress: bool = True,
+) -> Fitted | dict[int, Fitted]:
+    """Fit a predictor to a model, end to end, by Gauss-Newton: minutes for small networks, and no gradient of theirs.
+
+    model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them. variant: "nonstationary", all coefficients and
+    noise levels; "adaptive", per-sample offsets on top, from `codes` components of the bottleneck, drawn to zero by
+    `ridge`; "constants", r and the two scales of every step of `solver` ("amed" or a plugin) on `schedule`; "epd", the
+    same for `points` parallel points. nfe: one number, or several that share the teacher's work and give a dict.
+    learn_sigmas: None learns noise levels where the rows do not depend on them. samples: latents solved by a teacher of
+    teacher_nfe evaluations, `batch` at a time. starts, early, late: iterations on the first latents from each of the best
+    training-free solvers, then on all of them. seed: of latents and labels; the global generators are untouched.
+    conditions: None draws class labels where the model has any; else one entry per batch, as `distill` takes them.
+    Returns predictors with their plan set. Raises ConfigError.
+    """
+    resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
+    numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
+    if not numbers:
+        raise ConfigError("nfe is empty; pass a number of evaluations, or several")
+    effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
+    task = Task(
+        variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
+    )
+    tasks = {number: replace(task, nfe=number) for number in numbers}
+    for each in tasks.values():
+        plans_of(resolved, each)  # what cannot be is refused before the teacher's work
+    examples = draw_examples(resolved, task, effort, conditions)
+    fitted: dict[int, Fitted] = {}
+    for number, each in tasks.items():
+        with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
+            fitted[number] = learn(resolved, each, effort, examples, _reporter(bar))
+    return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
+
+
+def _reporter(bar: tqdm) -> Callable[[int, float], None]:
+    def report(_: int, loss: float) -> None:
+        bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        bar.update()
+
+    return report
+
+
+def learn(
+    model: Model,
+    task: Task,
+    effort: Effort,
+    examples: list[Example],
+    report: Callable[[int, float], None] | None = None,
+) -> Fitted:
+    """`fit` for one task on examples that are drawn."""
+    few = examples[: max(1, FIRST // effort.batch)]
+    starts = starts_of(model, task, examples)[: effort.starts]
+    tried = [gauss_newton(start, few, iterations=effort.early, report=report) for start in starts]
+    candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
+    candidate = gauss_newton(candidate, examples, iterations=effort.late, report=report)
+    if task.variant == "adaptive":
+        candidate = gauss_newton(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
+    return _finished(candidate, model, task)
+
+
+def _finished(candidate: Candidate, model: Model, task: Task) -> Fitted:
+    predictor = candidate.predictor
+    made_for = {"model": fingerprint(model.module), "dtype": model.precision, "guidance_scale": task.guidance_scale}
+    predictor.plan = replace(candidate.plan, **made_for)
+    return predictor.eval()
+
+
+def draw_examples(
+    model: Model, task: Task, effort: Effort, conditions: Iterable[Condition] | None = None
+) -> list[Example]:
+    """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    span = {"sigma_min": low, "sigma_max": high, "guidance_scale": task.guidance_scale}
+    teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
+    batch = min(effort.batch, effort.samples)
+    data = Batches(model, teacher, batch, torch.Generator().manual_seed(effort.seed), conditions)
+    counts = [min(batch, effort.samples - start) for start in range(0, effort.samples, batch)]
+    drawn = [data.draw([slice(0, count)], count)[0] for count in counts]
+    return [_solved(denoiser, x, teacher) for denoiser, x in drawn]
+
+
+@torch.no_grad()
+def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
+    images = sample(denoiser, x, teacher.levels, teacher.make_solver())
+    if not bool(images.isfinite().all()):
+        raise ConfigError("the teacher's samples are not finite; look at what the model returns")
+    return Example(denoiser, x, images)
+
+
+def plans_of(model: Model, task: Task) -> list[Plan]:
+    """The plans the fit of a task may begin with: training-free ones, or for constants the one to learn. Raises ConfigError."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
+    if not task.learns_all:
+        options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
+        own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
+        return [make_plan(task.nfe, midpoint=True, **own, **span)]
+    plans = [
+        make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
+        for solver, options, schedule in STARTS
+    ]
+    if plans[0].intervals > MAX_INTERVALS:
+        raise ConfigError(
+            f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {plans[0].intervals} for nfe={task.nfe}; "
+            "ask for fewer evaluations (afs=False has one interval less)"
+        )
+    return plans
+
+
+def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candidate]:
+    """Where the fit of a task may begin, best first: training-free solvers, or for constants DPM-Solver-2."""
+    plans = plans_of(model, task)
+    if task.learns_all:
+        return _classical(plans, examples, task, clamp_range(model.sigma_min, model.sigma_max)[0])
+    constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
+    return [Candidate(plans[0], constants, bool(task.learn_sigmas))]
+
+
+def _classical(plans: list[Plan], examples: list[Example], task: Task, sigma_min: float) -> list[Candidate]:
+    """Training-free programs as free coefficients, the best on the first latents first."""
+    learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
+    candidates = []
+    for plan in plans:
+        candidates.append(replace(nonstationary(plan.program(), sigma_min), learn_sigmas=learn_sigmas))
+    return sorted(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))

@@ -1,0 +1,70 @@
+"""What a training run shows: a progress bar, a table of its history and a picture of it."""
+
+from __future__ import annotations
+
+import io
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from amed_engine.checkpoints.files import atomic_write
+from amed_engine.errors import ConfigError
+from amed_engine.training.trainer import Round
+
+
+def show(bar: tqdm, seen: Round) -> None:
+    """Loss, r and scales of every interval behind the bar."""
+    r, scale_dir, scale_time = zip(*seen.midpoints, strict=True)
+    fields = {"loss": seen.losses, "r": r, "dir": scale_dir, "time": scale_time}
+    text = {name: " ".join(f"{value:.3g}" for value in values) for name, values in fields.items()}
+    bar.set_postfix(text | ({"skipped": seen.skipped} if seen.skipped else {}), refresh=False)
+    bar.update()
+
+
+def table(history: list[Round]) -> str:
+    """CSV: images, skipped, a column per loss, and r, scale_dir and scale_time of every interval; a row per batch."""
+    intervals = range(len(history[0].midpoints))
+    columns = ["images", "skipped", *(f"loss_{k}" for k in range(len(history[0].losses)))]
+    columns += [f"{name}_{i}" for i in intervals for name in ("r", "scale_dir", "scale_time")]
+    rows = [[seen.images, seen.skipped, *seen.losses, *sum(seen.midpoints, ())] for seen in history]
+    return "".join(",".join(f"{value:.9g}" for value in row) + "\n" for row in rows).join(
+        [",".join(columns) + "\n", ""]
+    )
+
+
+def import_figure() -> Any:
+    """matplotlib's Figure, or an error that says how to install it."""
+    try:
+        return import_module("matplotlib.figure").Figure
+    except ImportError as error:
+        raise ConfigError(
+            "out_dir gets a plot, which needs matplotlib: pip install 'amed-engine[plot]', or leave out_dir out"
+        ) from error
+
+
+def plot(history: list[Round]) -> bytes:
+    """A PNG: the losses, r and the two scales over the images seen, a line per interval."""
+    figure = import_figure()(figsize=(11, 6), layout="constrained")
+    images = [seen.images for seen in history]
+    lines = {"loss": [seen.losses for seen in history]}
+    for k, name in enumerate(("r", "scale_dir", "scale_time")):
+        lines[name] = [[midpoint[k] for midpoint in seen.midpoints] for seen in history]
+    for axes, (name, rows) in zip(figure.subplots(2, 2).flat, lines.items(), strict=True):
+        for i, values in enumerate(zip(*rows, strict=True)):
+            axes.plot(images, values, label=f"interval {i}")
+        axes.set(title=name, xlabel="images", yscale="log" if name == "loss" else "linear")
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def save(folder: str | Path | None, history: list[Round], picture: bool) -> None:
+    """history.csv, and history.png with `picture`; nothing without a folder or a history."""
+    if folder is None or not history:
+        return
+    atomic_write(Path(folder) / "history.csv", table(history).encode())
+    if picture:
+        atomic_write(Path(folder) / "history.png", plot(history))

@@ -67,6 +67,12 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture
+def off_checkout(monkeypatch):
+    """`python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+
+
 @pytest.fixture(scope="session")
 def goldens_dir() -> Path:
     """Numbers recorded from the published implementation, beside the checkout."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = [file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "conftest"]
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import random
 import stat
 import struct
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,19 +153,18 @@ def test_readers_only_ever_see_whole_files(tmp_path):
     """One writer, one reader: every read is one of the two contents."""
     target, contents = tmp_path / "p.bin", (b"a" * 300_000, b"b" * 300_000)
     atomic_write(target, contents[0])
-    stop = threading.Event()
 
     def keep_writing():
         for k in range(60):
             atomic_write(target, contents[k % 2])
-        stop.set()
 
-    writer = threading.Thread(target=keep_writing)
-    writer.start()
     seen = set()
-    while not stop.is_set():
-        seen.add(target.read_bytes())
-    writer.join()
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(keep_writing)
+        while not writer.done():
+            seen.add(target.read_bytes())
+    writer.result()
+    assert seen
     assert seen <= set(contents)
 
 

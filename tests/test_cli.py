@@ -288,6 +288,22 @@ def test_distill_finds_out_that_it_cannot_save_before_it_trains(amed, model, tmp
     assert re.fullmatch(r"amed: error: cannot write to folder .*file: .*; choose another\n", err)
 
 
+# ---- fit ----
+
+
+def test_fit_writes_a_predictor_per_number_of_evaluations(amed, tiny_model, tmp_path):
+    save_model(tiny_model, tmp_path / "m.safetensors")
+    options = ("--samples", 8, "--early", 0, "--late", 1, "--teacher-nfe", 4, "--starts", 1)
+    code, out, err = amed(
+        "fit", "--model", tmp_path / "m.safetensors", "--nfe", "2-3", *options, "--out", tmp_path / "out"
+    )
+    assert code == 0, out + err
+    for nfe in (2, 3):
+        predictor = load_predictor(tmp_path / "out" / f"nfe{nfe}.safetensors")
+        assert predictor.plan.nfe == nfe
+        assert amed_engine.Sampler(tiny_model, predictor).run(1).images.isfinite().all()
+
+
 # ---- failure ----
 
 USAGE = {

@@ -413,9 +413,3 @@ def test_bad_arguments_are_named(options, message):
 def test_a_bottleneck_that_is_no_picture_is_named():
     with pytest.raises(ConfigError, match=r"features.*\(B, C, h, w\), got"):
         train(lambda x, sigma: (mixture(x, sigma), torch.zeros(len(x), 5, 3)), shape=SHAPE)
-
-
-def test_the_plan_of_a_predictor_is_not_shared(trained):
-    predictor, _ = trained
-    changed = replace(predictor.plan, guidance_scale=3.0)
-    assert predictor.plan != changed

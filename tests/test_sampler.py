@@ -156,8 +156,8 @@ def test_the_result_says_what_was_done(tiny_conditional):
     assert not result.images.requires_grad
     assert (result.nfe, result.seeds, result.labels.tolist()) == (5, [1, 2], [3, 4])
     assert (result.plan, result.chunks) == (predictor.plan, 1)
-    assert isinstance(result.backend, str)
-    assert 0 < result.seconds < 600
+    assert result.backend == "eager"
+    assert result.seconds > 0
 
 
 def test_latents_have_no_seeds_and_an_unconditional_model_no_labels(plain):

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -305,15 +303,6 @@ def test_a_plan_with_a_predictor_is_not_written(tmp_path):
     with pytest.raises(ConfigError, match="save the predictor"):
         write_levels(make_plan(5, solver="amed"), tmp_path / "levels.json")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_code_block_of_the_page_runs():
-    page = (Path(__file__).resolve().parents[1] / "docs" / "schedules.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict = {}
-    exec(compile(source, "schedules.md", "exec"), names)
-    assert names["images"].isfinite().all()
-    assert len(names["levels"]) == 7
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ipndm", "deis", "dpmpp", "unipc"])

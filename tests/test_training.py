@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -108,10 +109,15 @@ def test_a_process_killed_by_the_system_leaves_checkpoints_to_go_on_from(tmp_pat
 
 
 def test_the_last_three_checkpoints_are_kept_and_every_one_is_whole(tmp_path):
-    train(checkpoint_dir=tmp_path, checkpoint_seconds=0)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f"round-{k:08d}.safetensors" for k in (8, 9, 10)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    last = weights(train(checkpoint_dir=tmp_path, checkpoint_seconds=0))
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"round-{k:08d}.safetensors" for k in (8, 9, 10)]
+    for file in files:
+        alone, rounds = tmp_path / file.stem, []
+        alone.mkdir()
+        file.rename(alone / file.name)
+        assert equal(weights(train(checkpoint_dir=alone, on_round=rounds.append)), last)
+        assert len(rounds) == 10 - int(file.stem.split("-")[1])
 
 
 def test_a_run_that_is_done_is_not_done_again(tmp_path):
@@ -323,8 +329,10 @@ def test_recomputed_activations_give_the_same_gradient(monkeypatch):
     from amed_engine.training import trainer as training
 
     recomputing = weights(train(objective="end_to_end"))
-    monkeypatch.setattr(training, "recomputed", lambda denoiser: denoiser)
+    kept = []
+    monkeypatch.setattr(training, "recomputed", lambda denoiser: kept.append(denoiser) or denoiser)
     assert equal(weights(train(objective="end_to_end")), recomputing)
+    assert kept
 
 
 def test_levels_start_where_they_were_and_stay_in_order():
@@ -480,4 +488,4 @@ def test_history_and_plot_are_written(tmp_path):
 def test_the_progress_bar_shows_loss_r_and_scales(capsys):
     train(progress=True)
     line = capsys.readouterr().err
-    assert all(f"{name}=" in line for name in ("loss", "r", "dir", "time"))
+    assert all(re.search(rf"\b{name}=", line) for name in ("loss", "r", "dir", "time"))

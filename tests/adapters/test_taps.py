@@ -1,8 +1,8 @@
 """The bottleneck is returned by what is traced, compiled, exported, copied and shared between threads."""
 
 import copy
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,24 +89,16 @@ def test_a_copy_has_a_tap_of_its_own(denoiser):
 
 
 def test_threads_do_not_see_each_others_bottleneck(denoiser):
-    wrong = []
-
     def work(seed):
         x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         expected = denoiser.network.middle_block(
             denoiser.network.first(x / (1 + SIGMA[0] ** 2).sqrt())
             + denoiser.network.time(denoiser.family(SIGMA[:1]).time[:, None] / 1000)[:, :, None, None]
         )
-        for _ in range(50):
-            if not torch.allclose(denoiser(x, SIGMA[:1]).features, expected, atol=1e-6):
-                wrong.append(seed)
+        return all(torch.allclose(denoiser(x, SIGMA[:1]).features, expected, atol=1e-6) for _ in range(50))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [True] * 4
 
 
 def test_bottlenecks_of_known_networks_are_found(make_unet, tiny_model):

@@ -47,7 +47,6 @@ def test_an_edm_model_has_the_bottleneck_and_about_the_parameters_it_is_publishe
 
 
 @pytest.mark.parametrize(("name", "millions"), [("edm-lsun-bedroom-256x256", 527), ("ldm-lsun-bedroom-256x256", 274)])
-@pytest.mark.skipif(not hasattr(networks, "OpenAIUNet"), reason="there is no network for it")
 def test_a_model_of_openais_has_the_bottleneck_and_parameters(name, millions):
     entry = CATALOGUE[name]
     with torch.device("meta"):
@@ -266,10 +265,7 @@ def test_the_command_lists_its_recipes(amed):
 
 # ---- models that need a preconditioning of another part of the package
 
-needs_adapters = pytest.mark.skipif(not hasattr(networks, "OpenAIUNet"), reason="there are no adapters for it")
 
-
-@needs_adapters
 @pytest.mark.parametrize("name", ["edm-lsun-bedroom-256x256", "ldm-lsun-bedroom-256x256"])
 def test_a_state_dict_becomes_a_denoiser(monkeypatch, tmp_path, name):
     from amed_engine.adapters import alphas_cumprod, wrap
@@ -290,7 +286,6 @@ def test_a_state_dict_becomes_a_denoiser(monkeypatch, tmp_path, name):
     assert torch.equal(ours.images, theirs.images)
 
 
-@needs_adapters
 def test_stable_diffusion_becomes_a_denoiser_that_is_told_the_text(monkeypatch, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     small = {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 16, "sample_size": 8}

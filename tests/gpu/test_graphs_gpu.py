@@ -292,17 +292,16 @@ def test_weights_changed_in_place_are_seen(place, model):
 
 @pytest.mark.parametrize("change", ["assign", "move", "load"])
 def test_weights_that_left_their_place_raise_instead_of_replaying(place, model, change):
-    sampler = place.graphed(model)
+    sampler, old = place.graphed(model), []
     sampler.run(place.noise(2))
     name, parameter = next(iter(model.named_parameters()))
     if change == "assign":
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter.detach().clone()))
     elif change == "move":
-        old = [parameter.data for parameter in model.parameters()]  # kept: the allocator may hand out its place again
+        old += [parameter.data for parameter in model.parameters()]  # kept: the allocator may hand out its place again
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-        assert old
     else:
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     with pytest.raises(StaleGraphError):
@@ -404,6 +403,18 @@ def test_out_of_memory_during_capture_leaves_the_engine_usable(wide_model):
 
 
 # ---- the host, threads and streams
+
+
+@pytest.mark.gpu
+def test_a_wait_for_the_device_is_an_error_where_none_is_allowed():
+    """What the three tests below stand on: they assert nothing else."""
+    x = noise(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -23,8 +23,9 @@ def test_the_loop_takes_nothing_from_the_host(no_host, solver, learned):
     predictor = AMEDPredictor(0.05, 0.2, bottleneck=(4, 4)).to("meta") if learned else None
     program = Program.build(plan.make_solver(), plan.levels, predictor, afs=plan.afs)
     program = program.on(torch.device("meta"), torch.float32)
-    with torch.no_grad(), no_host():
+    with torch.no_grad(), no_host() as watch:
         integrate(program, denoise, torch.empty(2, 1, 8, 8, device="meta"))
+    assert watch.seen > 10
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.facts import Facts
+from amed_engine.adapters.facts import NetworkFacts
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, classifier_free, conditioned
 
@@ -77,7 +77,7 @@ def check_guidance(scale: Any) -> float | None:
     return float(scale)
 
 
-def check_asked(facts: Facts, labels: bool, texts: bool, guided: bool) -> None:
+def check_asked(facts: NetworkFacts, labels: bool, texts: bool, guided: bool) -> None:
     """Raise ConfigError where a model is told what it does not take, or not told what it needs."""
     needs = set(facts.conditions)
     if needs - {"encoder_hidden_states", "text_embeds", "time_ids"}:

@@ -9,7 +9,6 @@ from torch import nn
 from amed_engine.adapters import wrap
 from amed_engine.adapters.fingerprint import is_model
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.taps import detach
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.diffusers.parameterization import Parameterization
 from amed_engine.solvers.plan import Plan
@@ -39,8 +38,8 @@ def check_trained_for(plan: Plan | None, unet: Any, scheduler: Any, null_class: 
     try:
         same = is_model(wrapped, plan.model)
     finally:
-        if wrapped.bottleneck is not None:
-            detach(unet, wrapped.bottleneck, wrapped._tap)
+        if wrapped._tap is not None:
+            wrapped._tap.detach()
     if not same:
         raise ConfigError(
             "this predictor was trained for another model (or other weights, another precision or another wrapping of it): the "

@@ -15,8 +15,9 @@ from torch import Tensor
 from amed_engine.adapters.adapter import keywords
 from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.latents import decode_latents, time_ids
+from amed_engine.adapters.taps import Tap
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import Tap, make_program, open_predictor
+from amed_engine.integrations.common import make_program, open_predictor
 from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,

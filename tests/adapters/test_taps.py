@@ -10,7 +10,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine.adapters import wrap
-from amed_engine.adapters.taps import find
+from amed_engine.adapters.taps import Tap, find
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond, OpenAIUNet
 
@@ -107,6 +107,33 @@ def test_threads_do_not_see_each_others_bottleneck(denoiser):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_that_tap_one_foreign_network_read_their_own():
+    network, wrong, meet = nn.Conv2d(1, 1, 1), [], threading.Barrier(2, timeout=60)
+
+    def model(x, sigma):
+        features = network(x)
+        meet.wait()
+        return features
+
+    def work(value):
+        x = torch.full((1, 1, 2, 2), value)
+        with torch.no_grad(), Tap(network, network) as tap:
+            denoiser = tap.denoiser(model)
+            meet.wait()
+            for _ in range(20):
+                denoised = denoiser(x, SIGMA[:1])
+                wrong.extend([value] if not torch.equal(denoised.features, denoised.x0) else [])
+            meet.wait()
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not network._forward_hooks
 
 
 def test_bottlenecks_of_known_networks_are_found(make_unet, tiny_model):

@@ -1,6 +1,7 @@
 """The bottleneck is returned by what is traced, compiled, exported, copied and shared between threads."""
 
 import copy
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine.adapters import wrap
-from amed_engine.adapters.taps import find
+from amed_engine.adapters.taps import Tap, find
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond, OpenAIUNet
 
@@ -99,6 +100,30 @@ def test_threads_do_not_see_each_others_bottleneck(denoiser):
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, range(4))) == [True] * 4
+
+
+def test_threads_that_tap_one_foreign_network_read_their_own():
+    network, meet = nn.Conv2d(1, 1, 1), threading.Barrier(2, timeout=60)
+
+    def model(x, sigma):
+        features = network(x)
+        meet.wait()
+        return features
+
+    def work(value):
+        x, own = torch.full((1, 1, 2, 2), value), []
+        with torch.no_grad(), Tap(network, network) as tap:
+            denoiser = tap.denoiser(model)
+            meet.wait()
+            for _ in range(20):
+                denoised = denoiser(x, SIGMA[:1])
+                own.append(torch.equal(denoised.features, denoised.x0))
+            meet.wait()
+        return own
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (1.0, 2.0))) == [[True] * 20] * 2
+    assert not network._forward_hooks
 
 
 def test_bottlenecks_of_known_networks_are_found(make_unet, tiny_model):

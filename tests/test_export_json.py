@@ -23,8 +23,8 @@ from amed_engine import (
 )
 from amed_engine.cli.commands.export import FORMATS as OFFERED
 from amed_engine.engine.export.write import FORMATS
-from amed_engine.engine.model import bind_labels
 from amed_engine.engine.request import make_request
+from amed_engine.sampling.denoiser import bind_labels
 
 SHAPE, LABELS = (2, 6, 6), [2, 0, 1, 1]
 
@@ -75,7 +75,7 @@ def hosted(sampler: Sampler, path, guidance: float | None = None) -> np.ndarray:
     stepper = Stepper(plan, (request.latents * np.float32(plan.sigmas[0])).numpy())
     while not stepper.done:
         points = torch.from_numpy(stepper.points)
-        denoise = bind_labels(sampler.model, request.labels.repeat(len(points) // batch, 1), guidance)
+        denoise = bind_labels(sampler.model.denoise, request.labels.repeat(len(points) // batch, 1), guidance)
         denoised, features = denoise(points, torch.from_numpy(np.ascontiguousarray(stepper.sigma)))
         stepper.advance(denoised.numpy(), features.numpy())
     truth = sampler.run(range(batch), LABELS, guidance_scale=guidance).images.numpy()

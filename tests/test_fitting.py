@@ -8,9 +8,8 @@ import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Sampler, make_plan, zoo
 from amed_engine.checkpoints import load_predictor, save_predictor
-from amed_engine.engine.model import bind_labels
 from amed_engine.engine.resolve import resolve
-from amed_engine.sampling.denoiser import Denoised
+from amed_engine.sampling.denoiser import Denoised, bind_labels
 from amed_engine.sampling.loop import integrate, sample
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
@@ -256,7 +255,7 @@ def test_latents_come_before_labels_from_one_generator(tiny_conditional):
         )
         assert torch.equal(example.x, x)
         sigma = torch.full((count,), 80.0)
-        expected = bind_labels(model, labels.float(), 2.0)(x, sigma)
+        expected = bind_labels(model.denoise, labels.float(), 2.0)(x, sigma)
         assert torch.equal(example.denoiser(x, sigma).x0, expected.x0)
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from amed_engine import cli
 from amed_engine.networks import EDMPrecond
 
+# Of tests/support, what tests of several packages share.
+pytest_plugins = ("host_guard", "publisher", "tables")
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT.parent / "shared" / "goldens"
 

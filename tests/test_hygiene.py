@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 READER = "pickles.py"  # the one file that may speak of pickles' operations
 UNSAFE = {
     r"\bpickle\.(load|loads|Unpickler)\b": ("pickle.load(f)", "pickle.loads(b)", "pickle.Unpickler(f)"),

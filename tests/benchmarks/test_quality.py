@@ -21,7 +21,7 @@ from amed_engine.networks import EDMPrecond
 
 pytest.importorskip("sklearn")
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)

@@ -221,7 +221,7 @@ def test_a_program_without_python_draws_the_samples_of_the_seeds(sampler, files,
     cmake = shutil.which("cmake")
     if not cmake or not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("needs cmake and a C++ compiler")
-    source = Path(__file__).resolve().parents[1] / "csrc/examples/run_package"
+    source = Path(__file__).resolve().parents[3] / "csrc/examples/run_package"
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
     for step in ([cmake, "-S", source, "-B", tmp_path / "build", prefix], [cmake, "--build", tmp_path / "build"]):
         done = subprocess.run(step, capture_output=True, text=True, check=False)

@@ -1,11 +1,15 @@
 """examples/: short, and doing what they say."""
 
+import base64
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -63,21 +67,25 @@ def test_serve_answers_with_images(tmp_path):
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/predict", body, {"Content-Type": "application/json"}, method="POST"
     )
+    command = [sys.executable, EXAMPLES / "serve.py", str(port)]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, EXAMPLES / "serve.py", str(port)], cwd=tmp_path, stdout=log, stderr=log
-        )
+        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        answer = first_answer(server, request, tmp_path / "log")
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # its workers too
+        server.wait()
+    assert [base64.b64decode(image)[1:4] for image in answer["images"]] == [b"PNG", b"PNG"]
+
+
+def first_answer(server: subprocess.Popen, request: urllib.request.Request, log: Path) -> dict:
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()
         try:
-            answer = None
-            for _ in range(300):
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                try:
-                    answer = json.load(urllib.request.urlopen(request, timeout=60))
-                    break
-                except OSError:
-                    time.sleep(0.5)
-        finally:
-            server.terminate()
-            server.wait(30)
-    assert answer is not None
-    assert len(answer["images"]) == 2
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            pytest.fail(error.read().decode())
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"no answer after minutes; the server said: {log.read_text()}")

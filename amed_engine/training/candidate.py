@@ -73,15 +73,14 @@ class Candidate(ABC):
         """Which of theta are noise levels that do not keep their distance to a neighbour."""
         sigmas, first = self.plan.sigmas, len(self._numbers()) - 1
         close = [k for k in range(1, len(sigmas)) if not sigmas[k - 1] >= CLOSEST * sigmas[k]]
-        inner = range(1, len(sigmas) - 1) if self.learn_sigmas else ()
-        return {first + k for pair in close for k in (pair - 1, pair) if k in inner}
+        return {first + k for pair in close for k in (pair - 1, pair) if k in self._inner()}
 
     def theta(self) -> Tensor:
-        return torch.cat([self._numbers(), self._inner().log(), self._offsets()])
+        return torch.cat([self._numbers(), self.plan.levels[list(self._inner())].log(), self._offsets()])
 
-    def _inner(self) -> Tensor:
-        """The noise levels that are learned."""
-        return self.plan.levels[1:-1] if self.learn_sigmas else self.plan.levels[:0]
+    def _inner(self) -> range:
+        """Which noise levels are learned."""
+        return range(1, self.plan.intervals if self.learn_sigmas else 1)
 
     def at(self, theta: Tensor) -> Self:
         """The candidate of another theta."""

@@ -176,10 +176,6 @@ def learn(
     if task.variant == "adaptive":
         candidate = adaptive(candidate, examples, task.codes)  # type: ignore[arg-type]  # it learns all coefficients
         candidate = gauss_newton(candidate, examples, iterations=2, ridge=task.ridge)
-    return _finished(candidate, model, task)
-
-
-def _finished(candidate: Candidate, model: Model, task: Task) -> Fitted:
     predictor = candidate.predictor
     predictor.plan = made_for(model, replace(candidate.plan, guidance_scale=task.guidance_scale))
     return predictor.eval()

@@ -162,7 +162,7 @@ def _descend(
 ) -> tuple[C, float, float]:
     """The first step, ever more damped, that lowers the loss; the candidate itself where none does."""
     prior = ridge * candidate.prior(normal.matrix.diagonal())
-    # Of what nothing draws, the place does not matter: it may be the logit of r = 1.
+    # What nothing draws may be infinite, as the logit of r = 1 is.
     offset = candidate.theta().to(prior.device).where(prior > 0, 0.0)
     cost = loss + (prior * offset.square()).sum().item()
     while damping < 1e6:

@@ -1,4 +1,4 @@
-"""Programs written down for other stacks as static plans: numbers alone, but for the weights of an AMED predictor."""
+"""Programs written down for other stacks as tables: numbers alone, but for the weights of an AMED predictor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from amed_engine.engine.export.tableau import (
     Coefficient,
     Evaluation,
     PredictorWeights,
-    StaticPlan,
+    Tableau,
 )
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -45,24 +45,24 @@ class Planned(Protocol):
 _SAMPLES = 64
 
 
-def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
-    """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the plan written.
+def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> Tableau:
+    """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the table written.
 
     freeze: ask the predictor once, with features of zero, and write its answers as constants. Otherwise a predictor goes
     along with its weights, for solvers whose steps need no more than `BASIS` (amed, dpm, euler, ipndm). Raises ConfigError.
     """
-    plan = make_static_plan(source, freeze=freeze)
+    plan = make_tableau(source, freeze=freeze)
     atomic_write(path, plan.dumps().encode())
     return plan
 
 
-def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> StaticPlan:
-    """The static plan of a sampler or a program; see `write_plan`."""
+def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
+    """The table of a sampler or a program; see `write_plan`."""
     program, plan = resolve_program(source)
     _check_adaptive(program)
     if freeze:
         program = frozen(program)
-    static = StaticPlan(
+    tableau = Tableau(
         sigmas=tuple(program.sigmas.double().tolist()),
         evaluations=tuple(evaluations(program)),
         shape=None if isinstance(source, Program) else source.model.shape,
@@ -70,14 +70,14 @@ def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> Stat
         guidance_scale=None if plan is None else plan.guidance_scale,
         predictor=_weights(program.predictor) if program.updates is None else None,
     )
-    _check_readable(static)
-    return static
+    _check_readable(tableau)
+    return tableau
 
 
-def _check_readable(static: StaticPlan) -> None:
-    """Readers are strict; a plan beyond what they take is refused here, where something else can be chosen."""
+def _check_readable(tableau: Tableau) -> None:
+    """Readers are strict; a table beyond what they take is refused here, where something else can be chosen."""
     try:
-        loads(text := static.dumps())
+        loads(text := tableau.dumps())
     except ValueError as error:  # a FileFormatError, or a NaN, which JSON does not have
         raise ConfigError(f"no reader of plans would take this one: {error}") from error
     if len(text) > MAX_BYTES:
@@ -122,7 +122,7 @@ def frozen(program: Program) -> Program:
 def _check_adaptive(program: Program) -> None:
     predictor = program.predictor
     if isinstance(predictor, Sequence) and any(callable(choice) for choice in predictor):
-        raise ConfigError("coefficients that depend on the sample are no static plan; export format='pt2' or 'onnx'")
+        raise ConfigError("coefficients that depend on the sample are no table; export format='pt2' or 'onnx'")
 
 
 def _device(predictor: Any) -> torch.device:

@@ -1,26 +1,54 @@
-"""The table of solvers by name."""
+"""The table of solvers by name. Names are known without torch; a class is imported when it is looked up."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.base import Solver
-from amed_engine.solvers.multistep import DEIS, IPNDM, DPMpp, Euler, Nonstationary, UniPC
-from amed_engine.solvers.singlestep import AMED, DPM2, Heun
 
-SOLVERS: dict[str, type[Solver]] = {
-    "euler": Euler,
-    "heun": Heun,
-    "dpm": DPM2,
-    "ipndm": IPNDM,
-    "deis": DEIS,
-    "dpmpp": DPMpp,
-    "unipc": UniPC,
-    "amed": AMED,
-    "nonstationary": Nonstationary,
+if TYPE_CHECKING:
+    from amed_engine.solvers.base import Solver, UseOfMidpoint
+
+# Name -> file and class, and whether it takes midpoints from a predictor, as the class says too.
+_TABLE: dict[str, tuple[str, str, UseOfMidpoint]] = {
+    "euler": ("multistep", "Euler", "optional"),
+    "heun": ("singlestep", "Heun", "none"),
+    "dpm": ("singlestep", "DPM2", "optional"),
+    "ipndm": ("multistep", "IPNDM", "optional"),
+    "deis": ("multistep", "DEIS", "optional"),
+    "dpmpp": ("multistep", "DPMpp", "optional"),
+    "unipc": ("multistep", "UniPC", "optional"),
+    "amed": ("singlestep", "AMED", "required"),
+    "nonstationary": ("multistep", "Nonstationary", "required"),
 }
+
+
+class _Solvers(Mapping):
+    """Name -> class."""
+
+    def __getitem__(self, name: str) -> type[Solver]:
+        file, kind, _ = _TABLE[name]
+        return getattr(import_module(f"{__name__}.{file}"), kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_TABLE)
+
+    def __len__(self) -> int:
+        return len(_TABLE)
+
+
+SOLVERS: Mapping[str, type[Solver]] = _Solvers()
+
+
+def solver_names(*uses: UseOfMidpoint) -> list[str]:
+    """The solvers whose use of a predictor is one of these: none, optional, required."""
+    return [name for name, (_, _, use) in _TABLE.items() if use in uses]
+
+
+USE_WITH_PREDICTOR = f"use amed, or a plugin on {', '.join(solver_names('optional'))}"  # what errors advise
 
 
 def make_solver(name: str, **options: Any) -> Solver:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.files import read_json, write_json
-from amed_engine.solvers import make_solver
-from amed_engine.solvers.base import USE_WITH_PREDICTOR, Solver, count_evaluations
+from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
+from amed_engine.solvers.base import Solver, count_evaluations
 from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
 
 # What the files of `amed search-schedule` say beside their plan.

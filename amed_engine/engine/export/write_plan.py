@@ -24,6 +24,7 @@ from amed_engine.engine.export.tableau import (
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers import SOLVERS
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
 from amed_engine.solvers.stage import Midpoint, Update
@@ -49,7 +50,7 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
     """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the table written.
 
     freeze: ask the predictor once, with features of zero, and write its answers as constants. Otherwise a predictor goes
-    along with its weights, for solvers whose steps need no more than `BASIS` (amed, dpm, euler, ipndm). Raises ConfigError.
+    along with its weights, for solvers whose steps need no more than `BASIS` (`Solver.tabulated`). Raises ConfigError.
     """
     plan = make_tableau(source, freeze=freeze)
     atomic_write(path, plan.dumps().encode())
@@ -246,7 +247,7 @@ def _weights_of(values: Tensor, basis: Tensor, program: Program) -> Coefficient:
     if misfit > 1e-9 * largest:
         raise ConfigError(
             f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of {', '.join(BASIS)}; "
-            "use amed, dpm, euler or ipndm, or pass freeze=True"
+            f"use {', '.join(name for name in SOLVERS if SOLVERS[name].tabulated)}, or pass freeze=True"
         )
     weights = torch.zeros(len(BASIS), dtype=torch.float64)
     weights[support] = found / norms[support]

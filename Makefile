@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 
-.PHONY: demo test test-integrations lint format bench clean
+.PHONY: demo test test-integrations lint format docs bench clean
 
 demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side by side
 	$(BIN)/amed sample --model digits --seeds 0-63 --nfe 5 --out samples.png
@@ -28,6 +28,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC) </dev/null
+
+docs: $(VENV)/.lint  ## the reference of every module, in build/docs
+	rm -rf build/docs
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python docs/build_reference.py build/docs
 
 bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)

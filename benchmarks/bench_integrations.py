@@ -1,4 +1,4 @@
-"""The same latents through every route of the README's table and through `Sampler.run`: difference, lines, time beside it.
+"""The same latents through every embedding route and through `Sampler.run`: difference, lines of code, time beside it.
 
     python benchmarks/bench_integrations.py --out benchmarks/results/integrations-cpu.json
 
@@ -54,13 +54,13 @@ def _row(route: Route, engine: dict[str, Any], measured: dict[str, Any]) -> dict
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """For the README."""
+    """For docs/results.md."""
     head = "| route | needs | lines of code | largest difference | latency, ms | `Sampler.run` beside it, ms |"
     return "\n".join([head, "|---|---|---|---|---|---|", *map(_line, rows)])
 
 
 def _line(row: dict[str, Any]) -> str:
-    start = f"| [{row['route']}](docs/{row['docs']}) | {row['needs']} | {row['lines']} |"
+    start = f"| [{row['route']}]({row['docs']}) | {row['needs']} | {row['lines']} |"
     if "skipped" in row:
         return f"{start} not measured: {row['skipped']} | | |"
     apart = f"{row['difference']:.0e}" if row["difference"] else "0, bitwise"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import MAX_OUTPUTS, MAX_SOURCES, hand_over, in_format, sample_format, targets_in
-from .reference import MidpointWeights, accumulation_dtype, frequency_values
+from .layout import MAX_OUTPUTS, MAX_SOURCES, batch_strides
+from .reference import MidpointWeights, frequency_values
 
 _LIBRARY = Path(__file__).with_name("amed_cuda.so")
 _SOURCES = Path(__file__).parents[1] / "csrc"  # beside kernels/, in a checkout and in an installation
@@ -96,51 +96,34 @@ def why_not() -> str:
 
 
 def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
-    """`reference.combine` into given outputs; arguments are checked by the caller."""
-    first = sources[0]
-    if first.numel() == 0:
-        return
-    order = sample_format(first)
-    sources = [in_format(source, order) for source in sources]
-    targets = targets_in(order, out)
-    args = _operands(sources, targets, coeffs.dtype == torch.float64)
+    """`reference.combine` of checked arguments whose samples are dense in one order, none empty."""
+    args = _operands(sources, out, coeffs.dtype == torch.float64)
     args.coeffs = coeffs.data_ptr()
-    args.coeff_stride[:] = [*coeffs.stride()[:2], coeffs.stride(2) if coeffs.shape[2] > 1 else 0]
-    _launch("combine", args, first.device)
-    hand_over(targets, out)
+    args.coeff_stride[:] = batch_strides(coeffs)
+    _launch("combine", args, coeffs.device)
 
 
-def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
-    """`reference.combine_coeff_grad`."""
-    first = grads[0]
-    order = sample_format(first)
-    dtype = accumulation_dtype(first.dtype)
-    result = torch.zeros(len(grads), len(sources), first.shape[0], dtype=dtype, device=first.device)
-    if first.numel() == 0:
-        return result
-    # Named, since only addresses are handed on: a copy made here must outlive the call.
-    grads = [in_format(grad, order) for grad in grads]
-    sources = [in_format(source, order) for source in sources]
-    args = DotArgs(_operands(sources, grads, dtype == torch.float64), result.data_ptr())
-    _launch("combine_coeff_grad", args, first.device)
-    return result
+def coeff_grad_into(grads: Sequence[Tensor], sources: Sequence[Tensor], result: Tensor) -> None:
+    """`reference.combine_coeff_grad` of such arguments."""
+    args = DotArgs(_operands(sources, grads, result.dtype == torch.float64), result.data_ptr())
+    _launch("combine_coeff_grad", args, result.device)
 
 
-def midpoint_table(
+def midpoint_into(
     features: Tensor | None,
     sigma: Tensor,
     sigma_next: Tensor,
     weights: MidpointWeights,
     scale_dir: float,
     scale_time: float,
-) -> Tensor:
-    """`reference.midpoint_table` in one launch, without gradients; ValueError for a predictor too large for a block."""
-    batch = sigma.shape[0] if features is None else features.shape[0]
-    result = torch.empty(10, batch, dtype=sigma.dtype, device=sigma.device)
-    if batch == 0:
-        return result
-    kept = [None if tensor is None else tensor.contiguous() for tensor in weights]
-    args = MidpointArgs(batch=batch, pixels=weights.enc_layer0_weight.shape[1], wide=sigma.dtype == torch.float64)
+    table: Tensor,
+) -> None:
+    """`reference.midpoint_table` in one launch; features (B, C, h, w), each sample contiguous like every weight.
+
+    Raises ValueError for a predictor too large for a block.
+    """
+    pixels = weights.enc_layer0_weight.shape[1]
+    args = MidpointArgs(batch=table.shape[1], pixels=pixels, wide=sigma.dtype == torch.float64)
     args.noise_channels, args.hidden, args.encoded = (len(bias) for bias in weights[1:6:2])  # pyright: ignore
     if args.noise_channels > _MAX_NOISE_CHANNELS or _shared_bytes(args) > _MAX_SHARED:
         raise ValueError(
@@ -148,20 +131,17 @@ def midpoint_table(
             "CUDA C++ (64 channels, 48 KiB in all); use Triton or the plain definition"
         )
     if features is not None:
-        features = in_format(features if features.dim() == 4 else features.unsqueeze(1), torch.contiguous_format)
-        args.features, args.channels, args.channel_stride = _view(features), features.shape[1], args.pixels
-    for name, level in (("sigma", sigma), ("sigma_next", sigma_next)):
-        setattr(args, name, level.data_ptr())
-        setattr(args, f"{name}_stride", level.stride(0) if level.shape[0] > 1 else 0)
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in kept]
+        args.features, args.channels, args.channel_stride = _view(features), features.shape[1], pixels
+    args.sigma, (args.sigma_stride,) = sigma.data_ptr(), batch_strides(sigma)
+    args.sigma_next, (args.sigma_next_stride,) = sigma_next.data_ptr(), batch_strides(sigma_next)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in weights]
     args.map_weight, args.map_bias, args.enc0_weight, args.enc0_bias, args.enc1_weight, args.enc1_bias = addresses[:6]
     args.head_weight[:], args.head_bias[:] = addresses[6::2], addresses[7::2]
     args.width[:] = (0.0, scale_dir, scale_time)
-    table = (c_double * (_MAX_NOISE_CHANNELS // 2))(*frequency_values(args.noise_channels))
-    args.frequencies = table
-    args.result = result.data_ptr()
+    frequencies = (c_double * (_MAX_NOISE_CHANNELS // 2))(*frequency_values(args.noise_channels))
+    args.frequencies = frequencies
+    args.result = table.data_ptr()
     _launch("midpoint", args, sigma.device)
-    return result
 
 
 def _shared_bytes(args: MidpointArgs) -> int:

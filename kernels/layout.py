@@ -133,8 +133,7 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
     shapes = [(channels, channels), (channels,), (hidden, pixels), (hidden,), (encoded, hidden), (encoded,)]
     shapes += [(1, inputs), (1,)] * 3
     for name, tensor, shape in zip(weights._fields, weights, shapes, strict=True):
-        partner = getattr(weights, name.replace("bias", "weight"))
-        if tensor is None and partner is None and name.startswith("fc_scale"):
+        if tensor is None and name.startswith("fc_scale") and getattr(weights, name.replace("bias", "weight")) is None:
             continue
         if tensor is None or tensor.shape != shape:
             got = None if tensor is None else tuple(tensor.shape)
@@ -143,8 +142,6 @@ def _check_weights(weights: MidpointWeights, sigma: Tensor, pixels: int | None) 
             raise ValueError(
                 f"{name} must be {sigma.dtype} on {sigma.device} like sigma, got {tensor.dtype} on {tensor.device}"
             )
-    if channels % 2 or channels < 4:
-        raise ValueError(f"the noise embedding must have an even number of channels from 4 on, got {channels}")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -174,14 +171,25 @@ def sample_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def in_format(tensor: Tensor, order: torch.memory_format) -> Tensor:
-    """The tensor if each of its samples is dense in that order (batch stride free), otherwise a copy that is."""
-    return tensor if _dense(tensor, order) else tensor.contiguous(memory_format=order)
+def sources_in(order: torch.memory_format, sources: Sequence[Tensor]) -> list[Tensor]:
+    """What a kernel may read in that order: sources whose samples are dense in it (batch stride free), copies of others."""
+    return [t if _dense(t, order) else t.contiguous(memory_format=order) for t in sources]
 
 
 def targets_in(order: torch.memory_format, out: Sequence[Tensor]) -> list[Tensor]:
     """What a kernel may write to in that order: the given outputs, new memory for those of another order."""
     return [t if _dense(t, order) else torch.empty_like(t, memory_format=order) for t in out]
+
+
+def as_maps(features: Tensor) -> Tensor:
+    """(B, C, h, w), each sample contiguous, of features that may be averaged, (B, h, w)."""
+    return sources_in(torch.contiguous_format, [features if features.dim() == 4 else features.unsqueeze(1)])[0]
+
+
+def batch_strides(values: Tensor) -> tuple[int, ...]:
+    """Strides of (..., B) or (..., 1), the last of them 0 where one value is for the whole batch."""
+    strides = values.stride()
+    return strides if values.shape[-1] > 1 else (*strides[:-1], 0)
 
 
 def hand_over(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:

@@ -19,8 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cuda, native, reference
-from .layout import MAX_OUTPUTS, check_combine, check_dots, check_memory, check_midpoint, check_out
+from . import cuda, layout, native, reference
 from .reference import MidpointStep, MidpointWeights
 
 _library = torch.library.Library("amed", "DEF")
@@ -58,7 +57,7 @@ def combine(sources: Sequence[Tensor], coeffs: Tensor, *, out: Sequence[Tensor] 
     if _forced == "reference":
         # Tracing warns about every comparison.
         if not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            check_combine(sources, coeffs)
+            layout.check_combine(sources, coeffs)
         return reference.combine(sources, coeffs)
     return torch.ops.amed.combine.default(sources, coeffs)
 
@@ -91,7 +90,7 @@ def midpoint(
     tensors = (features, sigma, sigma_next, *weights)
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if wanted or _forced == "reference":
-        check_midpoint(*arguments)
+        layout.check_midpoint(*arguments)
         return reference.midpoint(*arguments)
     return reference.split_step(torch.ops.amed.midpoint.default(*arguments))
 
@@ -128,6 +127,34 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+# ---- checked arguments and memory for results: all that compile and export see ----
+
+
+@torch.library.register_fake("amed::combine", lib=_library)
+def _empty_outputs(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
+    layout.check_combine(sources, coeffs)
+    return [torch.empty_like(sources[0]) for _ in range(coeffs.shape[0])]
+
+
+@torch.library.register_fake("amed::combine_out", lib=_library)
+def _check_all(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    layout.check_combine(sources, coeffs)
+    layout.check_out(sources, coeffs, out)
+
+
+@torch.library.register_fake("amed::combine_coeff_grad", lib=_library)
+def _empty_dots(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    layout.check_dots(grads, sources)
+    dtype = reference.accumulation_dtype(grads[0].dtype)
+    return grads[0].new_empty((len(grads), len(sources), grads[0].shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("amed::midpoint", lib=_library)
+def _empty_table(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
+    layout.check_midpoint(features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
+    return sigma.new_empty((10, sigma.shape[0] if features is None else features.shape[0]))
+
+
 # ---- implementations ----
 
 
@@ -151,9 +178,10 @@ def _default(device: str) -> str:
 
 
 def _implementation(device: torch.device) -> ModuleType:
-    """The module whose combine_into, combine_coeff_grad and midpoint_table run on that device."""
-    name = _active(device.type)
-    if _DEVICES.get(name, device.type) != device.type:
+    """The module whose combine_into, coeff_grad_into and midpoint_into run on that device."""
+    kind = device.type
+    name = _active(kind)
+    if _DEVICES.get(name, kind) != kind:
         raise ValueError(f"implementation {name!r} reads {_DEVICES[name]} memory, got tensors on {device}; move them")
     if name in ("native", "cuda"):
         return native if name == "native" else cuda
@@ -162,68 +190,57 @@ def _implementation(device: torch.device) -> ModuleType:
 
 
 def _combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
-    check_combine(sources, coeffs)
-    outputs = [torch.empty_like(sources[0]) for _ in range(coeffs.shape[0])]
-    _implementation(coeffs.device).combine_into(sources, coeffs, outputs)
+    outputs = _empty_outputs(sources, coeffs)
+    _combine_in_format(sources, coeffs, outputs)
     return outputs
 
 
 def _combine_out(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
-    check_combine(sources, coeffs)
-    check_out(sources, coeffs, out)
-    check_memory(sources, coeffs, out)
-    _implementation(coeffs.device).combine_into(sources, coeffs, out)
+    _check_all(sources, coeffs, out)
+    layout.check_memory(sources, coeffs, out)
+    _combine_in_format(sources, coeffs, out)
+
+
+def _combine_in_format(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
+    """Every sample dense in one order, as implementations expect: copies are made, and copied back, of what is not."""
+    combine_into = _implementation(coeffs.device).combine_into
+    if sources[0].numel():
+        order = layout.sample_format(sources[0])
+        targets = layout.targets_in(order, out)
+        combine_into(layout.sources_in(order, sources), coeffs, targets)
+        layout.hand_over(targets, out)
 
 
 def _coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
-    check_dots(grads, sources)
-    return _implementation(grads[0].device).combine_coeff_grad(grads, sources)
+    result = _empty_dots(grads, sources)
+    coeff_grad_into = _implementation(result.device).coeff_grad_into
+    if grads[0].numel() == 0:
+        return result.zero_()
+    order = layout.sample_format(grads[0])
+    coeff_grad_into(layout.sources_in(order, grads), layout.sources_in(order, sources), result)
+    return result
 
 
 def _midpoint_definition(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
     arguments = (features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
-    check_midpoint(*arguments)
+    layout.check_midpoint(*arguments)
     return reference.midpoint_table(*arguments)
 
 
 def _midpoint(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
-    arguments = (features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
-    check_midpoint(*arguments)
-    return _implementation(sigma.device).midpoint_table(*arguments)
+    table = _empty_table(features, sigma, sigma_next, weights, scale_dir, scale_time)
+    midpoint_into = _implementation(sigma.device).midpoint_into
+    if table.numel():
+        maps = None if features is None else layout.as_maps(features)
+        weights = MidpointWeights(*[t if t is None else t.contiguous() for t in weights])  # pyright: ignore
+        midpoint_into(maps, sigma, sigma_next, weights, scale_dir, scale_time, table)
+    return table
 
 
 _library.impl("combine", _combine, "CompositeExplicitAutograd")
 _library.impl("combine_out", _combine_out, "CompositeExplicitAutograd")
 _library.impl("combine_coeff_grad", _coeff_grad, "CompositeExplicitAutograd")
 _library.impl("midpoint", _midpoint, "CompositeExplicitAutograd")
-
-
-# ---- shapes without data, for compile and export ----
-
-
-@torch.library.register_fake("amed::combine", lib=_library)
-def _combine_fake(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
-    check_combine(sources, coeffs)
-    return [torch.empty_like(sources[0]) for _ in range(coeffs.shape[0])]
-
-
-@torch.library.register_fake("amed::combine_out", lib=_library)
-def _combine_out_fake(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
-    check_combine(sources, coeffs)
-    check_out(sources, coeffs, out)
-
-
-@torch.library.register_fake("amed::combine_coeff_grad", lib=_library)
-def _coeff_grad_fake(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
-    check_dots(grads, sources)
-    dtype = reference.accumulation_dtype(grads[0].dtype)
-    return grads[0].new_empty((len(grads), len(sources), grads[0].shape[0]), dtype=dtype)
-
-
-@torch.library.register_fake("amed::midpoint", lib=_library)
-def _midpoint_fake(features, sigma, sigma_next, weights, scale_dir, scale_time) -> Tensor:
-    check_midpoint(features, sigma, sigma_next, MidpointWeights(*weights), scale_dir, scale_time)
-    return sigma.new_empty((10, sigma.shape[0] if features is None else features.shape[0]))
 
 
 # ---- gradients ----
@@ -257,8 +274,8 @@ def _transposed(grads, coeffs, sources, wanted) -> list[Tensor | None]:
     """Σ_m coeffs[m, j] · grads[m] for each source j that wants a gradient, in the dtype of the source."""
     result: list[Tensor | None] = [None] * len(sources)
     needed = [j for j, flag in enumerate(wanted) if flag]
-    for start in range(0, len(needed), MAX_OUTPUTS):
-        rows = needed[start : start + MAX_OUTPUTS]
+    for start in range(0, len(needed), layout.MAX_OUTPUTS):
+        rows = needed[start : start + layout.MAX_OUTPUTS]
         for j, grad in zip(rows, combine(grads, torch.stack([coeffs.unbind(1)[j] for j in rows])), strict=True):
             result[j] = grad.to(sources[j].dtype)
     return result

@@ -27,8 +27,9 @@ def combine(sources: Sequence[Tensor], coeffs: Tensor) -> list[Tensor]:
     per_sample = coeffs.reshape(*coeffs.shape, *[1] * (first.dim() - 1))  # (M, J, B, 1, ...)
     outputs = []
     for row in per_sample.unbind(0):
-        total = row[0] * wide[0]
-        for coeff, source in zip(row.unbind(0)[1:], wide[1:], strict=True):
+        coeff, *others = row.unbind(0)
+        total = coeff * wide[0]
+        for coeff, source in zip(others, wide[1:], strict=True):
             total = torch.addcmul(total, coeff, source)
         outputs.append(total.to(first.dtype))
     return outputs
@@ -49,6 +50,11 @@ def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Te
     g = torch.stack([grad.to(dtype).flatten(1) for grad in grads])  # (M, B, N)
     s = torch.stack([source.to(dtype).flatten(1) for source in sources])  # (J, B, N)
     return torch.einsum("mbn,jbn->mjb", g, s).contiguous()
+
+
+def coeff_grad_into(grads: Sequence[Tensor], sources: Sequence[Tensor], result: Tensor) -> None:
+    """`combine_coeff_grad` into a given tensor."""
+    result.copy_(combine_coeff_grad(grads, sources))
 
 
 class MidpointWeights(NamedTuple):
@@ -83,8 +89,11 @@ class MidpointStep(NamedTuple):
     to_next: Tensor  # (1, 3, B) for combine([x, y, D at y])
 
 
-def frequencies(channels: int, device: torch.device) -> Tensor:
-    """Frequencies of the positional embedding, 10000^(-k / (E/2 - 1)), rounded to float32 as published."""
+def frequencies(channels: int, device: torch.device | None = None) -> Tensor:
+    """Frequencies of the positional embedding, 10000^(-k / (E/2 - 1)), (E / 2,).
+
+    In float32 whatever the precision of a predictor: published ones were trained with these rounded frequencies.
+    """
     half = channels // 2
     k = torch.arange(half, dtype=torch.float32, device=device)
     return (1 / 10000) ** (k / (half - 1))
@@ -96,10 +105,49 @@ def frequency_values(channels: int) -> tuple[float, ...]:
     return tuple(frequencies(channels, torch.device("cpu")).tolist())
 
 
-def noise_embedding(sigma: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """silu(map_layer0([sin(sigma·f), cos(sigma·f)])): (B,) -> (B, E)."""
-    angle = torch.outer(sigma, frequencies(weight.shape[1], sigma.device).to(sigma.dtype))
+def noise_embedding(sigma: Tensor, frequency: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """silu(map_layer0([sin(sigma·f), cos(sigma·f)])): () or (B,) -> (1 or B, E)."""
+    angle = sigma.reshape(-1, 1).to(weight.dtype) * frequency.to(weight.dtype)
     return silu(linear(torch.cat([angle.sin(), angle.cos()], dim=1), weight, bias))
+
+
+def predict(
+    features: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    weights: MidpointWeights,
+    frequency: Tensor,
+    scale_dir: float,
+    scale_time: float,
+    scales: str = "bounded",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The AMED network: (r, scale_dir, scale_time), each (B,) in the dtype of weights.
+
+        z = [enc_layer1(silu(enc_layer0(features))), emb(sigma), emb(sigma_next)]
+        r = sigmoid(fc_r z)
+        scale = 1 + s·(2·sigmoid(fc_scale z) - 1), or exp(s·tanh(fc_scale z)) if scales is "wide"
+
+    features: (B, h, w) averaged over channels, None for zeros. sigma, sigma_next: () or (B,). frequency: `frequencies`,
+    (E / 2,). scale_dir, scale_time: s of each scale, which is 1 where its head is absent. Sizes 1 of B are broadcast.
+    """
+    weight = weights.enc_layer0_weight
+    mean = weight.new_zeros(1, weight.shape[1]) if features is None else features.flatten(1).to(weight.dtype)
+    hidden = silu(linear(mean, weight, weights.enc_layer0_bias))
+    code = linear(hidden, weights.enc_layer1_weight, weights.enc_layer1_bias)
+    u, v = (noise_embedding(s, frequency, *weights[:2]) for s in (sigma, sigma_next))
+    (batch,) = torch.broadcast_shapes(code.shape[:1], u.shape[:1], v.shape[:1])
+    z = torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
+    r = linear(z, weights.fc_r_weight, weights.fc_r_bias).squeeze(1).sigmoid()
+    direction = _scale(z, weights.fc_scale_dir_weight, weights.fc_scale_dir_bias, scale_dir, scales)
+    time = _scale(z, weights.fc_scale_time_weight, weights.fc_scale_time_bias, scale_time, scales)
+    return r, direction, time
+
+
+def _scale(z: Tensor, weight: Tensor | None, bias: Tensor | None, width: float, scales: str) -> Tensor:
+    if weight is None or bias is None:
+        return z.new_ones(z.shape[0])
+    value = linear(z, weight, bias).squeeze(1)
+    return (width * value.tanh()).exp() if scales == "wide" else 1 + width * (2 * value.sigmoid() - 1)
 
 
 def midpoint(
@@ -133,26 +181,25 @@ def midpoint_table(
     scale_time: float = 0.0,
 ) -> Tensor:
     """`midpoint` as one tensor (10, B), the form that the compiled implementations write; see `split_step`."""
-    hidden = weights.enc_layer0_bias.unsqueeze(0)
     if features is not None:
-        pooled = features.to(sigma.dtype)
-        pooled = pooled.mean(1) if features.dim() == 4 else pooled
-        hidden = linear(pooled.flatten(1), weights.enc_layer0_weight, weights.enc_layer0_bias)
-    encoded = linear(silu(hidden), weights.enc_layer1_weight, weights.enc_layer1_bias)
-    embedded = [noise_embedding(s, weights.map_layer0_weight, weights.map_layer0_bias) for s in (sigma, sigma_next)]
-    batch = sigma.shape[0] if features is None else features.shape[0]
-    z = torch.cat([part.expand(batch, -1) for part in (encoded, *embedded)], dim=1)
-
-    r = linear(z, weights.fc_r_weight, weights.fc_r_bias)[:, 0].sigmoid()
-    direction = _scale(z, weights.fc_scale_dir_weight, weights.fc_scale_dir_bias, scale_dir)
-    time = _scale(z, weights.fc_scale_time_weight, weights.fc_scale_time_bias, scale_time)
-    return _table(r, direction, time, sigma, sigma_next)
+        features = features.to(sigma.dtype)
+        features = features.mean(1) if features.dim() == 4 else features
+    frequency = frequencies(weights.map_layer0_weight.shape[0], sigma.device)
+    choices = predict(features, sigma, sigma_next, weights, frequency, scale_dir, scale_time)
+    return _table(*choices, sigma, sigma_next)
 
 
-def _scale(z: Tensor, weight: Tensor | None, bias: Tensor | None, width: float) -> Tensor:
-    if weight is None or bias is None:
-        return z.new_ones(z.shape[0])
-    return 2 * width * linear(z, weight, bias)[:, 0].sigmoid() + (1 - width)
+def midpoint_into(
+    features: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    weights: MidpointWeights,
+    scale_dir: float,
+    scale_time: float,
+    table: Tensor,
+) -> None:
+    """`midpoint_table` into a given tensor."""
+    table.copy_(midpoint_table(features, sigma, sigma_next, weights, scale_dir, scale_time))
 
 
 def _table(r: Tensor, scale_dir: Tensor, scale_time: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What `ops.py` calls on CUDA; imported when first needed, because importing Triton takes a second."""
 
-from .triton_combine import combine_coeff_grad, combine_into
-from .triton_midpoint import midpoint_table
+from .triton_combine import coeff_grad_into, combine_into
+from .triton_midpoint import midpoint_into
 
-__all__ = ["combine_coeff_grad", "combine_into", "midpoint_table"]
+__all__ = ["coeff_grad_into", "combine_into", "midpoint_into"]

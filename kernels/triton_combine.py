@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import hand_over, in_format, sample_format, targets_in
-from .reference import accumulation_dtype
+from .layout import batch_strides
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -64,50 +63,34 @@ def dot_kernel(left, left_stride, right, right_stride, result, size,
 
 
 def combine_into(sources: Sequence[Tensor], coeffs: Tensor, out: Sequence[Tensor]) -> None:
-    """`reference.combine` into given outputs; arguments are checked by the caller."""
-    first = sources[0]
-    if first.numel() == 0:
-        return
-    order = sample_format(first)
-    sources = [in_format(source, order) for source in sources]
-    targets = targets_in(order, out)
-    size = first.numel() // first.shape[0]
-    stride_m, stride_j, stride_b = coeffs.stride()
-    with torch.cuda.device_of(first):
-        combine_kernel[(first.shape[0] * triton.cdiv(size, BLOCK),)](
+    """`reference.combine` of checked arguments whose samples are dense in one order, none empty."""
+    batch = sources[0].shape[0]
+    size = sources[0].numel() // batch
+    with torch.cuda.device_of(coeffs):
+        combine_kernel[(batch * triton.cdiv(size, BLOCK),)](
             tuple(sources),
             tuple(source.stride(0) for source in sources),
-            tuple(targets),
-            tuple(target.stride(0) for target in targets),
+            tuple(out),
+            tuple(target.stride(0) for target in out),
             coeffs,
-            stride_m,
-            stride_j,
-            stride_b if coeffs.shape[2] > 1 else 0,
+            *batch_strides(coeffs),
             size,
             BLOCK=BLOCK,
             ACC=TL_DTYPES[coeffs.dtype],
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
-    hand_over(targets, out)
 
 
-def combine_coeff_grad(grads: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
-    """`reference.combine_coeff_grad`: one launch per pair, since it runs in training only."""
-    first = grads[0]
-    order = sample_format(first)
-    dtype = accumulation_dtype(first.dtype)
-    result = torch.zeros(len(grads), len(sources), first.shape[0], dtype=dtype, device=first.device)
-    if first.numel() == 0:
-        return result
-    size = first.numel() // first.shape[0]
-    sources = [in_format(source, order) for source in sources]
-    with torch.cuda.device_of(first):
-        for m, grad in enumerate(in_format(grad, order) for grad in grads):
+def coeff_grad_into(grads: Sequence[Tensor], sources: Sequence[Tensor], result: Tensor) -> None:
+    """`reference.combine_coeff_grad` of such arguments: one launch per pair, since it runs in training only."""
+    batch = grads[0].shape[0]
+    size = grads[0].numel() // batch
+    with torch.cuda.device_of(result):
+        for m, grad in enumerate(grads):
             for j, source in enumerate(sources):
-                dot_kernel[(first.shape[0],)](
+                dot_kernel[(batch,)](
                     grad, grad.stride(0), source, source.stride(0), result[m, j], size,
-                    BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK, ACC=TL_DTYPES[dtype], num_warps=NUM_WARPS,
+                    BLOCKS=triton.cdiv(size, BLOCK), BLOCK=BLOCK, ACC=TL_DTYPES[result.dtype], num_warps=NUM_WARPS,
                     enable_fp_fusion=False,
                 )  # fmt: skip
-    return result

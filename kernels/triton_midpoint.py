@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import in_format
+from .layout import batch_strides
 from .reference import MidpointWeights, frequency_values
 from .triton_combine import TL_DTYPES
 
@@ -178,37 +178,32 @@ def constants(
     }
 
 
-def midpoint_table(
+def midpoint_into(
     features: Tensor | None,
     sigma: Tensor,
     sigma_next: Tensor,
     weights: MidpointWeights,
     scale_dir: float,
     scale_time: float,
-) -> Tensor:
-    """`reference.midpoint_table` in one launch, without gradients."""
-    batch = sigma.shape[0] if features is None else features.shape[0]
-    result = torch.empty(10, batch, dtype=sigma.dtype, device=sigma.device)
-    if batch == 0:
-        return result
-    maps = result if features is None else features if features.dim() == 4 else features.unsqueeze(1)
-    maps = maps if features is None else in_format(maps, torch.contiguous_format)
-    # An absent head is never read; the kernel still wants an address.
-    parameters = [result if tensor is None else tensor.contiguous() for tensor in weights]
+    table: Tensor,
+) -> None:
+    """`reference.midpoint_table` in one launch; features (B, C, h, w), each sample contiguous like every weight."""
+    batch, channels = table.shape[1], 0 if features is None else features.shape[1]
+    # Absent features and an absent head are never read; the kernel still wants an address.
+    maps, *parameters = (table if tensor is None else tensor for tensor in (features, *weights))
     with torch.cuda.device_of(sigma):
         midpoint_kernel[(batch,)](
             maps,
             maps.stride(0),
             weights.enc_layer0_weight.shape[1],
             sigma,
-            sigma.stride(0) if sigma.shape[0] > 1 else 0,
+            *batch_strides(sigma),
             sigma_next,
-            sigma_next.stride(0) if sigma_next.shape[0] > 1 else 0,
+            *batch_strides(sigma_next),
             *parameters,
-            result,
+            table,
             batch,
-            **constants(weights, sigma.dtype, 0 if features is None else maps.shape[1], scale_dir, scale_time),
+            **constants(weights, sigma.dtype, channels, scale_dir, scale_time),
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
-    return result

@@ -370,7 +370,7 @@ def test_every_route_is_measured_beside_the_engine_and_tabulated(integrations, t
         assert row["difference"] <= row["tolerance"]
         assert row["wall_ms"]["median"] > 0
         assert row["sampler_run_ms"]["median"] > 0
-        assert line.startswith(f"| [{row['route']}](docs/{row['docs']}) | {row['needs']} | {row['lines']} |")
+        assert line.startswith(f"| [{row['route']}]({row['docs']}) | {row['needs']} | {row['lines']} |")
     assert {row["group"]: row["sampler_run_ms"] for row in data["routes"]}.keys() >= {"per_sample", "multistep"}
 
 
@@ -383,6 +383,11 @@ def test_the_routes_are_those_of_the_documentation(integrations):
         assert (docs / route.docs).is_file()
         assert route.lines > 10, route.name
         assert all(list(BENCHMARKS.parent.glob(pattern)) for pattern in route.files), route.name
+
+
+def test_the_documentation_shows_the_routes_as_measured(integrations):
+    measured = json.loads((BENCHMARKS / "results" / "integrations-cpu.json").read_text("utf-8"))["routes"]
+    assert integrations.table(measured) in (BENCHMARKS.parent / "docs" / "results.md").read_text("utf-8")
 
 
 def test_a_route_that_cannot_run_says_why_in_the_table(integrations, harness):

@@ -33,6 +33,8 @@ def tracked() -> list[Path]:
 
 def test_one_version():
     assert amed_engine.__version__ == PROJECT["version"]
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.findall(r"^version: (.+)$", citation, flags=re.MULTILINE) == [PROJECT["version"]]
     assert metadata.version("amed-engine") == PROJECT["version"], "installed from an older tree; run make test"
 
 

@@ -184,7 +184,7 @@ def test_parallel_points_cost_one_evaluation_each(points):
 def test_make_plan_spends_exactly_the_nfe_or_says_why_not(solver, nfe, afs, midpoint):
     name, options = solver
     made = make_solver(name, **options)
-    midpoint = made.midpoint == "required" or (midpoint and made.midpoint != "none")
+    midpoint = made.takes_predictor == "required" or (midpoint and made.takes_predictor != "none")
     cost = made.evaluations(midpoint)
     if all((nfe + free) % cost for free in ([0, 1] if afs is None else [int(afs)])):
         with pytest.raises(ConfigError, match="not a whole number of intervals"):

@@ -77,7 +77,7 @@ def test_the_scanner_finds_the_table_itself():
 
 def test_the_table_says_what_the_classes_say():
     for use in ("none", "optional", "required"):
-        assert solver_names(use) == [name for name, solver in SOLVERS.items() if solver.midpoint == use]
+        assert solver_names(use) == [name for name, solver in SOLVERS.items() if solver.takes_predictor == use]
     assert solver_names("none", "optional", "required") == list(SOLVERS)
     assert all(issubclass(solver, Solver) for solver in SOLVERS.values())
     assert "rk4" not in SOLVERS

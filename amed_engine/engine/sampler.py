@@ -232,10 +232,7 @@ class Sampler:
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
         # A copy: the caller's predictor keeps its device, precision and mode.
         learned = None if predictor is None else copy.deepcopy(predictor).to(self.device, self.dtype).eval().choices()
-        program = Program.build(
-            plan.make_solver(), plan.levels, learned, afs=plan.afs, denoise_to_zero=plan.denoise_to_zero
-        )
-        return program.on(self.device, self.dtype)
+        return plan.program(learned).on(self.device, self.dtype)
 
     def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
         """The program for this guidance: a predictor is only right for the one it was trained with."""

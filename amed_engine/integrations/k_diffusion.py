@@ -54,7 +54,7 @@ def run(
 ) -> Tensor:
     """The loop with k-diffusion's callback and progress bar."""
     recorder = Recorder(denoiser)
-    trajectory, state = Trajectory(program, recorder), State.start(x)
+    trajectory, state = Trajectory(program, recorder), State(x)
     for i in trange(program.intervals, disable=disable):
         recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
         before, state = state.y[0], trajectory.interval(state, i)[-1]

@@ -59,7 +59,7 @@ class AMEDSolver:
         program = Program(self.solver, levels, self._midpoint(levels))
         with Tap(self.denoiser, self.bottleneck) as tap:
             first = FirstAnswer(tap.denoiser(self._denoised))
-            moved = Trajectory(program, first).interval(State.start(x), 0)[-1].y[0]
+            moved = Trajectory(program, first).interval(State(x), 0)[-1].y[0]
         assert first.x0 is not None
         return torch.where(ends.reshape(-1, *[1] * (x.dim() - 1)), first.x0, moved)
 

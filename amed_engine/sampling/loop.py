@@ -15,32 +15,37 @@ from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
 from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
 from amed_engine.solvers.base import Solver
-from amed_engine.solvers.program import Predictor, Program, Walk
-from amed_engine.solvers.stage import Midpoint, Update, map_choice
+from amed_engine.solvers.program import PredictorLike, Program, Walk
+from amed_engine.solvers.stage import Update, map_choice
 
 
 class State(NamedTuple):
-    """A trajectory between two evaluations: anchor, evaluation point(s) and past directions, newest first."""
+    """A trajectory between two evaluations: anchor, evaluation points and past directions, newest first.
+
+    points: empty where the anchor itself is the one evaluation point.
+    """
 
     x: Tensor
-    y: tuple[Tensor, ...]
+    points: tuple[Tensor, ...] = ()
     directions: tuple[Tensor, ...] = ()
 
-    @classmethod
-    def start(cls, x: Tensor) -> State:
-        """At rest in x, which is anchor and evaluation point."""
-        return cls(x, (x,))
+    @property
+    def y(self) -> tuple[Tensor, ...]:
+        """The evaluation points."""
+        return self.points or (self.x,)
+
+    def at(self, y: Tensor) -> State:
+        """This state with another evaluation point."""
+        return self._replace(points=(y,)) if self.points else self._replace(x=y)
 
     def detach(self) -> State:
-        x = self.x.detach()
-        y = (x,) if len(self.y) == 1 and self.y[0] is self.x else tuple(point.detach() for point in self.y)
-        return State(x, y, tuple(d.detach() for d in self.directions))
+        points, directions = (tuple(t.detach() for t in tensors) for tensors in (self.points, self.directions))
+        return State(self.x.detach(), points, directions)
 
 
 def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State:
     """Apply one update with one `combine` call; denoised holds D at each point of state.y."""
-    points = () if len(state.y) == 1 and state.y[0] is state.x else state.y
-    tensors = (state.x, *points, *denoised, *state.directions)
+    tensors = (state.x, *state.points, *denoised, *state.directions)
     outputs = combine([tensors[j] for j in update.columns], update.coeffs)
     # Data prediction keeps D itself as its direction, without a copy.
     new = tuple(outputs[: update.new_directions]) if update.new_directions else denoised
@@ -49,7 +54,7 @@ def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State
     if not update.moves_x:
         return State(state.x, tuple(rest), directions)
     if update.x_is_y:
-        return State(rest[0], (rest[0],), directions)
+        return State(rest[0], directions=directions)
     return State(rest[0], tuple(rest[1:]), directions)
 
 
@@ -86,10 +91,10 @@ class Trajectory:
         if callable(choice):
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
             fused = getattr(choice, "fused", None)
-            step = None if fused is None else fused(features, sigma, sigma_next)
-            if step is not None and (updates := program.solver.fused(step)) is not None:
+            said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
+            if updates is not None:
                 return updates
-            choice = choice(features, sigma, sigma_next) if step is None else Midpoint(*step[:3])
+            choice = choice(features, sigma, sigma_next) if said is None else said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 
@@ -116,7 +121,7 @@ def sample(
     x: Tensor,
     sigmas: Tensor,
     solver: Solver,
-    predictor: Predictor | None = None,
+    predictor: PredictorLike | None = None,
     *,
     afs: bool = False,
     denoise_to_zero: bool = False,
@@ -147,7 +152,7 @@ def integrate(
     Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
     predictor-corrector there is its prediction.
     """
-    states, state = [x], State.start(x)
+    states, state = [x], State(x)
     run = Trajectory(program, denoiser)
     for i in range(program.intervals):
         path = run.interval(state, i)

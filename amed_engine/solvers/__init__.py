@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from amed_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from amed_engine.solvers.base import Solver, UseOfMidpoint
+    from amed_engine.solvers.base import Solver, UseOfPredictor
 
 # Name -> file and class, and whether it takes midpoints from a predictor, as the class says too.
-_TABLE: dict[str, tuple[str, str, UseOfMidpoint]] = {
+_TABLE: dict[str, tuple[str, str, UseOfPredictor]] = {
     "euler": ("multistep", "Euler", "optional"),
     "heun": ("singlestep", "Heun", "none"),
     "dpm": ("singlestep", "DPM2", "optional"),
@@ -43,7 +43,7 @@ class _Solvers(Mapping):
 SOLVERS: Mapping[str, type[Solver]] = _Solvers()
 
 
-def solver_names(*uses: UseOfMidpoint) -> list[str]:
+def solver_names(*uses: UseOfPredictor) -> list[str]:
     """The solvers whose use of a predictor is one of these: none, optional, required."""
     return [name for name, (_, _, use) in _TABLE.items() if use in uses]
 

@@ -17,24 +17,23 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.kernels import MidpointStep
-from amed_engine.solvers.stage import Midpoint, Stage, Update
+from amed_engine.solvers.stage import Midpoint, Stage
 
 Past = tuple[Tensor, ...]
-UseOfMidpoint = Literal["none", "optional", "required"]
+UseOfPredictor = Literal["none", "optional", "required"]
 
 
 class Solver(ABC):
     """What the loop needs of a solver. Attributes are constants of a solver, never state of a trajectory."""
 
     # Whether it takes midpoints from a predictor.
-    midpoint: ClassVar[UseOfMidpoint] = "none"
+    takes_predictor: ClassVar[UseOfPredictor] = "none"
     # Whether its coefficients under a midpoint m are combinations of m and 1/m, so that a table says them with a predictor.
     tabulated: ClassVar[bool] = False
     # Options worth comparing, by what follows the solver's name in tables.
     compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
     # What a predictor says of an interval.
-    choice: ClassVar[type] = Midpoint
+    answer: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
     corrects: ClassVar[bool] = False
 
@@ -60,10 +59,6 @@ class Solver(ABC):
     def rounds(self, with_midpoint: bool) -> int:
         """Network calls per interval that wait for one another: fewer where evaluations share a call."""
         return self.evaluations(with_midpoint)
-
-    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
-        """The updates of an interval as the fused predictor kernel wrote them; None where it writes other solvers'."""
-        return None
 
     @abstractmethod
     def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Any, i: int, n: int) -> list[Stage]:

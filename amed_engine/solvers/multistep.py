@@ -8,34 +8,31 @@ from typing import ClassVar
 from torch import Tensor
 
 from amed_engine.solvers import rules
-from amed_engine.solvers.base import Past, Solver, UseOfMidpoint, in_range, is_bool, one_of
+from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range, is_bool, one_of
 from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 
 class _Multistep(Solver):
     """A rule applied once per interval, or twice on the refined grid."""
 
-    midpoint: ClassVar[UseOfMidpoint] = "optional"
+    takes_predictor: ClassVar[UseOfPredictor] = "optional"
 
     def evaluations(self, with_midpoint: bool) -> int:
         return 2 if with_midpoint else 1
 
-    def substep(
-        self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float
-    ) -> tuple[Row | None, Row]:
-        """New anchor and next evaluation point of sub-step k of n; sigmas are all levels so far, newest first."""
+    def substep(self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float) -> Stage:
+        """Sub-step k of n; sigmas are all levels so far, newest first."""
         raise NotImplementedError
 
     def step(
         self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Midpoint | None, i: int, n: int
     ) -> list[Stage]:
         if midpoint is None:
-            x, y = self.substep((sigma, *past), sigma_next, i, n, 1.0)
-            return [Stage((y,), x)]
+            return [self.substep((sigma, *past), sigma_next, i, n, 1.0)]
         m = rules.midpoint_level(sigma, sigma_next, midpoint.r)
-        x1, y1 = self.substep((sigma, *past), m, 2 * i, 2 * n, 1.0)
-        x2, y2 = self.substep((m, sigma, *past), sigma_next, 2 * i + 1, 2 * n, midpoint.scale_dir)
-        return [Stage((y1,), x1, m, midpoint.scale_time * m), Stage((y2,), x2)]
+        first = self.substep((sigma, *past), m, 2 * i, 2 * n, 1.0)
+        second = self.substep((m, sigma, *past), sigma_next, 2 * i + 1, 2 * n, midpoint.scale_dir)
+        return [first._replace(sigma=m, sigma_net=midpoint.scale_time * m), second]
 
 
 class _Rule(_Multistep):
@@ -44,9 +41,8 @@ class _Rule(_Multistep):
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
         raise NotImplementedError
 
-    def substep(self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float) -> tuple[Row, Row]:
-        row = self.row(sigmas, sigma_next, k, n).scaled(scale)
-        return row, row
+    def substep(self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float) -> Stage:
+        return Stage((self.row(sigmas, sigma_next, k, n).scaled(scale),), x_is_y=True)
 
 
 @dataclass(frozen=True)
@@ -173,17 +169,15 @@ class UniPC(_Exponential):
     def memory(self) -> int:
         return self.max_order
 
-    def substep(
-        self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float
-    ) -> tuple[Row | None, Row]:
+    def substep(self, sigmas: Past, sigma_next: Tensor, k: int, n: int, scale: Tensor | float) -> Stage:
         predicted = self._interval(sigmas, sigma_next, k, n).predictor().scaled(scale)
         if k == 0:
-            return None, predicted
+            return Stage((predicted,))
         corrected = self._interval(sigmas[1:], sigmas[0], k - 1, n).corrector()
-        return corrected, predicted.after(corrected)
+        return Stage((predicted.after(corrected),), corrected)
 
-    def _interval(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> rules.UniPC:
-        return rules.UniPC(sigmas[: self.order(k, n)], sigma_next, data=self.predict_x0, variant=self.variant)
+    def _interval(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> rules.UniPCWeights:
+        return rules.UniPCWeights(sigmas[: self.order(k, n)], sigma_next, data=self.predict_x0, variant=self.variant)
 
 
 @dataclass(frozen=True)
@@ -194,8 +188,8 @@ class Nonstationary(Solver):
     2024 (arXiv:2403.01329).
     """
 
-    midpoint: ClassVar[UseOfMidpoint] = "required"
-    choice: ClassVar[type] = Row
+    takes_predictor: ClassVar[UseOfPredictor] = "required"
+    answer: ClassVar[type] = Row
 
     @property
     def memory(self) -> int:
@@ -209,4 +203,4 @@ class Nonstationary(Solver):
         return 1
 
     def step(self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Row, i: int, n: int) -> list[Stage]:
-        return [Stage((midpoint,), None)]
+        return [Stage((midpoint,))]

@@ -16,6 +16,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.files import read_json, write_json
 from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
 from amed_engine.solvers.base import Solver, count_evaluations
+from amed_engine.solvers.program import PredictorLike, Program
 from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
 
 # What the files of `amed search-schedule` say beside their plan.
@@ -46,6 +47,11 @@ class Plan:
 
     def make_solver(self) -> Solver:
         return make_solver(self.solver, **dict(self.options))
+
+    def program(self, predictor: PredictorLike | None = None) -> Program:
+        """The program of this plan, with what a predictor says of its intervals."""
+        options = {"afs": self.afs, "denoise_to_zero": self.denoise_to_zero}
+        return Program.build(self.make_solver(), self.levels, predictor, **options)
 
     @property
     def levels(self) -> Tensor:
@@ -190,8 +196,8 @@ def make_plan(
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
     made = make_solver(solver, **dict(options or {}))
-    midpoint = midpoint or made.midpoint == "required"
-    if midpoint and made.midpoint == "none":
+    midpoint = midpoint or made.takes_predictor == "required"
+    if midpoint and made.takes_predictor == "none":
         raise ConfigError(f"solver {solver!r} takes no predictor; {USE_WITH_PREDICTOR}")
     if not isinstance(schedule, (str, Tensor)):
         raise ConfigError(

@@ -16,8 +16,7 @@ from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, level
 
 Choose = Callable[[Tensor | None, Tensor, Tensor], Choice]
 
-
-Predictor = Choose | Sequence[Choice] | Sequence[Choose]
+PredictorLike = Choose | Sequence[Choice] | Sequence[Choose]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Program:
 
     solver: Solver
     sigmas: Tensor  # (n + 1,) float64 on the host, or on `device` in the state's precision after `on`
-    predictor: Predictor | None = None
+    predictor: PredictorLike | None = None
     afs: bool = False
     denoise_to_zero: bool = False
     updates: tuple[tuple[Update, ...], ...] | None = None
@@ -40,7 +39,7 @@ class Program:
         cls,
         solver: Solver,
         sigmas: Tensor,
-        predictor: Predictor | None = None,
+        predictor: PredictorLike | None = None,
         *,
         afs: bool = False,
         denoise_to_zero: bool = False,
@@ -66,7 +65,7 @@ class Program:
         return replace(self, sigmas=self.sigmas.to(device, precision), updates=updates)
 
     def _check_predictor(self) -> None:
-        takes, name = self.solver.midpoint, type(self.solver).__name__
+        takes, name = self.solver.takes_predictor, type(self.solver).__name__
         if self.predictor is None and takes == "required":
             raise ConfigError(
                 f"solver {name} needs a predictor: one that amed_engine.fit or distill made for this model, or one entry "
@@ -111,10 +110,10 @@ class Walk:
         self.directions, self.y_is_x = 0, True
 
     def updates(self, i: int, choice: Choice | None) -> tuple[Update, ...]:
-        if choice is not None and not isinstance(choice, self.solver.choice):
+        if choice is not None and not isinstance(choice, self.solver.answer):
             name = type(self.solver).__name__
             raise ConfigError(
-                f"solver {name} needs a {self.solver.choice.__name__} for every interval, got {type(choice).__name__}; "
+                f"solver {name} needs a {self.solver.answer.__name__} for every interval, got {type(choice).__name__}; "
                 "this predictor is for another solver"
             )
         sigma, sigma_next = self.sigmas[i], self.sigmas[i + 1]

@@ -148,7 +148,7 @@ def _weigh(order: int, *terms: tuple) -> tuple:
     return tuple(sum(weight * vector[j] for weight, vector in terms if vector) for j in range(order))
 
 
-class UniPC:
+class UniPCWeights:
     """Coefficients of UniPC (arXiv:2302.04867) of order p over one interval s -> s', with h = log(s/s').
 
         x' = base - B (Σ_k rho_k D1_k + [corrector] rho_p (d_new - d_0)),   D1_k = (d_k - d_0) / r_k

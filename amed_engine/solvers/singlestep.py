@@ -8,10 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.kernels import MidpointStep
 from amed_engine.solvers import rules
-from amed_engine.solvers.base import Past, Solver, UseOfMidpoint, in_range
-from amed_engine.solvers.stage import Midpoint, Row, Stage, Update
+from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range
+from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Heun(Solver):
     ) -> list[Stage]:
         h = sigma_next - sigma
         row = Row(1.0, (h / 2, h / 2))
-        return [Stage((Row(1.0, (h,)),), None, sigma_next), Stage((row,), row)]
+        return [Stage((Row(1.0, (h,)),), sigma=sigma_next), Stage((row,), x_is_y=True)]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class DPM2(Solver):
     """
 
     r: float = 0.5
-    midpoint: ClassVar[UseOfMidpoint] = "optional"
+    takes_predictor: ClassVar[UseOfPredictor] = "optional"
     tabulated: ClassVar[bool] = True
     compared: ClassVar = {"-2": {}}
 
@@ -49,7 +48,10 @@ class DPM2(Solver):
         m, h = rules.midpoint_level(sigma, sigma_next, mid.r), sigma_next - sigma
         share = 1 / (2 * mid.r)
         row = Row(1.0, (h * share, h * (1 - share))).scaled(mid.scale_dir)
-        return [Stage((Row(1.0, (m - sigma,)),), None, m, mid.scale_time * m), Stage((row,), row)]
+        return [
+            Stage((Row(1.0, (m - sigma,)),), sigma=m, sigma_net=mid.scale_time * m),
+            Stage((row,), x_is_y=True),
+        ]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class AMED(Solver):
     """
 
     points: int = 1
-    midpoint: ClassVar[UseOfMidpoint] = "required"
+    takes_predictor: ClassVar[UseOfPredictor] = "required"
     tabulated: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -85,17 +87,8 @@ class AMED(Solver):
         m = tuple(rules.midpoint_level(sigma, sigma_next, p.r) for p in points)
         y = tuple(Row(1.0, (level - sigma,)) for level in m)
         row = Row(1.0, tuple(p.scale_dir * h for p in points))
-        return [
-            Stage(y, None, m, tuple(p.scale_time * level for p, level in zip(points, m, strict=True))),
-            Stage((row,), row),
-        ]
-
-    def fused(self, step: MidpointStep) -> tuple[Update, ...] | None:
-        """y from [x, D], then x' from [x, y, D at y]: the same two matrices that `fold` makes of `step`."""
-        if self.points > 1:
-            return None
-        middle = Update(step.to_midpoint, (0, 1), 0, 0, False, False, (step.sigma,), (step.sigma_net,))
-        return middle, Update(step.to_next, (0, 1, 2), 0, 0, True, True, None, None)
+        told = tuple(p.scale_time * level for p, level in zip(points, m, strict=True))
+        return [Stage(y, sigma=m, sigma_net=told), Stage((row,), x_is_y=True)]
 
     def _point(self, midpoint: Midpoint, k: int) -> Midpoint:
         if self.points == 1:

@@ -41,15 +41,21 @@ class Stage(NamedTuple):
     """What follows one evaluation.
 
     y: next evaluation point; several rows are independent points, evaluated in one batched call.
-    x: new anchor, None keeps it; the same object as y[0] where the anchor goes to the evaluation point.
+    x: new anchor, None keeps it. x_is_y: the anchor goes to the evaluation point, and x is None.
     sigma: noise level of y, () or (B,), a tuple of them for several points; None ends the step (y is then at sigma_next).
     sigma_net: noise level told to the network; None means sigma.
     """
 
     y: tuple[Row, ...]
-    x: Row | None
+    x: Row | None = None
+    x_is_y: bool = False
     sigma: Tensor | tuple[Tensor, ...] | None = None
     sigma_net: Tensor | tuple[Tensor, ...] | None = None
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """What one update writes besides directions: the anchor if it goes elsewhere than y, then the evaluation points."""
+        return self.y if self.x is None else (self.x, *self.y)
 
 
 class Midpoint(NamedTuple):
@@ -147,9 +153,7 @@ def levels(sigma: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def fold(stage: Stage, layout: Layout, keep: int) -> Update:
     """The stage as one matrix over the tensors of `layout`, retaining the newest `keep` directions."""
     new = 0 if layout.data_prediction else min(keep, layout.points)
-    x_is_y = stage.x is stage.y[0]
-    moved = () if stage.x is None or x_is_y else (stage.x,)
-    matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in (*moved, *stage.y)]
+    matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in stage.rows]
     columns = tuple(j for j in range(layout.size) if any(not is_zero(row[j]) for row in matrix))
     sigma = None if stage.sigma is None else levels(stage.sigma)
     return Update(
@@ -157,8 +161,8 @@ def fold(stage: Stage, layout: Layout, keep: int) -> Update:
         columns=columns,
         new_directions=new,
         keep=min(keep, layout.points + layout.past),
-        moves_x=stage.x is not None,
-        x_is_y=x_is_y,
+        moves_x=stage.x_is_y or stage.x is not None,
+        x_is_y=stage.x_is_y,
         sigma=sigma,
         sigma_net=sigma if stage.sigma_net is None else levels(stage.sigma_net),
     )
@@ -186,8 +190,7 @@ def retained(stages: list[Stage], index: int, memory: int) -> int:
     counts = [memory]
     points = len(stages[index].y)
     for stage in stages[index + 1 :]:
-        longest = max(len(row.b) for row in (*stage.y, *(() if stage.x is None else (stage.x,))))
-        counts.append(longest - points)
+        counts.append(max(len(row.b) for row in stage.rows) - points)
         points = len(stage.y)
     return max(counts)
 
@@ -201,6 +204,4 @@ def trimmed(stage: Stage) -> Stage:
             b.pop()
         return Row(row.a, tuple(b))
 
-    y = tuple(trim(row) for row in stage.y)
-    x = None if stage.x is None else y[0] if stage.x is stage.y[0] else trim(stage.x)
-    return stage._replace(y=y, x=x)
+    return stage._replace(y=tuple(trim(row) for row in stage.y), x=None if stage.x is None else trim(stage.x))

@@ -96,10 +96,7 @@ class Candidate:
     def program(self, like: Tensor) -> Program:
         """What the loop runs, on the device and in the precision of a state."""
         predictor = copy.deepcopy(self.predictor).to(like.device)
-        plan = self.plan
-        return Program.build(plan.make_solver(), plan.levels, predictor.choices(), afs=plan.afs).on(
-            like.device, like.dtype
-        )
+        return self.plan.program(predictor.choices()).on(like.device, like.dtype)
 
 
 def unrolled(program: Program) -> tuple[Tensor, list[float]]:

@@ -198,7 +198,7 @@ def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -
 
 def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, guidance_scale: float | None) -> Plan:
     solver, options = settings.solver, dict(settings.solver_options)
-    if make_solver(solver, **options).midpoint == "none":
+    if make_solver(solver, **options).takes_predictor == "none":
         raise ConfigError(
             f"solver {solver!r} takes no predictor; students are amed, {', '.join(solver_names('optional'))}"
         )

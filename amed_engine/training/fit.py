@@ -23,7 +23,6 @@ from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
-from amed_engine.solvers.program import Program
 from amed_engine.training.batches import Batches, Condition
 from amed_engine.training.candidate import Candidate, Fitted, nonstationary
 from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
@@ -241,6 +240,5 @@ def _classical(plans: list[Plan], examples: list[Example], task: Task, sigma_min
     learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
     candidates = []
     for plan in plans:
-        program = Program.build(plan.make_solver(), plan.levels, afs=plan.afs)
-        candidates.append(replace(nonstationary(program, sigma_min), learn_sigmas=learn_sigmas))
+        candidates.append(replace(nonstationary(plan.program(), sigma_min), learn_sigmas=learn_sigmas))
     return sorted(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     @classmethod
     def of(cls, program: Program, denoiser: Denoiser, x: Tensor) -> Run:
         firsts: list[Denoised] = []
-        state, states, walks = State.start(x), [], []
+        state, states, walks = State(x), [], []
 
         def remembering(y: Tensor, sigma: Tensor) -> Denoised:
             firsts.append(as_denoised(denoiser(y, sigma)))

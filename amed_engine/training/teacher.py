@@ -59,7 +59,7 @@ class Teacher:
 
     def states(self, denoiser: Denoiser, x: Tensor) -> Tensor:
         """The teacher's states at the student's noise levels, (intervals + 1, B, ...)."""
-        program = Program.build(self.plan.make_solver(), self.plan.levels).on(x.device, x.dtype)
+        program = self.plan.program().on(x.device, x.dtype)
         with torch.no_grad():
             states = self._captured(Course(program, self.stride, denoiser), x)
         return states.transpose(0, 1).contiguous()

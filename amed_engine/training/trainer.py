@@ -93,8 +93,7 @@ class Trainer:
             raise ConfigError(f"loss must be a function (x, target) -> (B,), got {loss!r}")
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
         self.watched = Watched(predictor, plan.intervals, data.model.device)
-        program = Program.build(plan.make_solver(), plan.levels, self.watched, afs=plan.afs)
-        self.program = program.on(data.model.device, torch.float32)
+        self.program = plan.program(self.watched).on(data.model.device, torch.float32)
         self.levels = Levels(plan.levels).to(data.model.device) if learn_sigmas else None
         self.named = dict(predictor.named_parameters())
         if self.levels is not None:
@@ -178,7 +177,7 @@ class Run:
         self.trainer, self.targets = trainer, trainer.teacher.states(denoiser, x)
         # A whole trajectory's activations would not fit; those of one evaluation at a time do.
         self.trajectory = Trajectory(trainer.current(), recomputed(denoiser) if end_to_end else denoiser)
-        self.state = State.start(x)
+        self.state = State(x)
 
     def interval(self, i: int) -> Tensor:
         """This part's share of the loss at the end of interval i; the way there is cut off from the next one.
@@ -186,7 +185,7 @@ class Run:
         Single-step solvers start from the teacher's state, multistep ones from their own, whose history they need.
         """
         if not self.trainer.program.solver.memory:
-            self.state = State.start(self.targets[i])
+            self.state = State(self.targets[i])
         self._advance(i)
         loss = self._loss(self.targets[i + 1])
         self.state = self.state.detach()

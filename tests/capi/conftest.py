@@ -44,7 +44,7 @@ CASES = [
     for refined in (False, True)
     for afs in (False, True)
     for last in (False, True)
-    if make_solver(solver, **options).midpoint != ("none" if refined else "required")
+    if make_solver(solver, **options).takes_predictor != ("none" if refined else "required")
 ]
 
 
@@ -65,7 +65,7 @@ class NonStationary(Solver):
 
     def step(self, past, sigma, sigma_next, midpoint, i, n) -> list[Stage]:
         b = tuple((1 - sigma_next / SIGMAS[0]) * 2.0**-j / (2 - 2.0**-i) for j in range(i + 1))
-        return [Stage((Row(sigma_next / SIGMAS[0], b),), None)]
+        return [Stage((Row(sigma_next / SIGMAS[0], b),))]
 
 
 def midpoints(points: int) -> list[Midpoint]:

@@ -277,8 +277,8 @@ def test_dpm_solver_2_at_one_half_neither_keeps_nor_reads_its_first_direction():
 
 
 def test_every_solver_says_whether_it_takes_midpoints():
-    assert {name for name in SOLVERS if make_solver(name).midpoint == "none"} == {"heun"}
-    assert {name for name in SOLVERS if make_solver(name).midpoint == "required"} == {"amed", "nonstationary"}
+    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "none"} == {"heun"}
+    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "required"} == {"amed", "nonstationary"}
 
 
 @pytest.mark.parametrize("name", ["euler", "amed", "unipc"])

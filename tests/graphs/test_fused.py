@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amed_engine import AMEDPredictor, Sampler, kernels, make_plan
+from amed_engine import AMEDPredictor, Sampler, kernels, make_plan, make_solver
 from amed_engine.kernels import native
 from amed_engine.sampling.denoiser import Denoised, classifier_free, conditioned
 from amed_engine.sampling.loop import integrate
@@ -112,10 +112,25 @@ def test_training_takes_the_plain_definition():
 def test_wide_scales_and_other_precisions_take_the_plain_definition():
     one = torch.ones(2)
     with torch.no_grad():
-        assert predictor().fused(None, 2 * one, one) is not None
-        assert predictor(scales="wide").fused(None, 2 * one, one) is None
-        assert predictor().fused(None, 2 * one.double(), one.double()) is None
-    assert predictor().fused(None, 2 * one, one) is None
+        midpoint, updates = predictor().fused(make_solver("amed"), None, 2 * one, one)
+        assert midpoint is not None
+        assert updates is not None
+        assert predictor().fused(make_solver("ipndm"), None, 2 * one, one)[1] is None
+        assert predictor().fused(make_solver("amed", points=2), None, 2 * one, one)[1] is None
+        assert predictor(scales="wide").fused(make_solver("amed"), None, 2 * one, one) == (None, None)
+        assert predictor().fused(make_solver("amed"), None, 2 * one.double(), one.double()) == (None, None)
+    assert predictor().fused(make_solver("amed"), None, 2 * one, one) == (None, None)
+
+
+def test_the_plain_definition_of_the_predictor_is_that_of_the_kernel():
+    """To the last bit: there is one."""
+    made, features = predictor(), torch.randn(3, 5, 4, 4)
+    sigma, sigma_next = torch.rand(2, 3) + torch.tensor([[1.0], [0.1]])
+    with torch.no_grad(), kernels.use("reference"):
+        for told in (features, None):
+            plain = kernels.midpoint(told, sigma, sigma_next, made._weights(), made.scale_dir, made.scale_time)
+            for answer, expected in zip(made(told, sigma, sigma_next), plain[:3], strict=True):
+                assert torch.equal(answer, expected)
 
 
 def test_a_sampler_draws_by_the_fused_kernel(tiny_conditional):

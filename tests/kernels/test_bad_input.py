@@ -193,4 +193,4 @@ def test_a_predictor_too_large_for_a_block_of_cuda(noise, side, monkeypatch):
     shapes = [(noise, noise), (noise,), (16, side * side), (16,), (4, 16), (4,), (1, 4 + 2 * noise), (1,)]
     weights = kernels.MidpointWeights(*(torch.ones(shape) for shape in shapes))
     with pytest.raises(ValueError, match="too large for one block of CUDA"):
-        cuda.midpoint_table(torch.ones(1, 2, side, side), ONE, ONE, weights, 0.0, 0.0)
+        cuda.midpoint_into(torch.ones(1, 2, side, side), ONE, ONE, weights, 0.0, 0.0, torch.empty(10, 1))

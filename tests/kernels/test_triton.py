@@ -134,10 +134,12 @@ JITFunction.run = compile_only
 
 x, d = torch.randn(3, 3, 64, 64), torch.randn(3, 3, 64, 64).bfloat16()
 triton_backend.combine_into([x, d, x], torch.randn(2, 3, 3), [torch.empty_like(x) for _ in range(2)])
-triton_backend.combine_coeff_grad([x], [d])
+triton_backend.coeff_grad_into([x], [d], torch.empty(1, 1, 3))
 shapes = [(8, 8), (8,), (128, 64), (128,), (4, 128), (4,), (1, 20), (1,), (1, 20), (1,)]
 weights = MidpointWeights(*(torch.ones(shape) for shape in shapes))
-triton_backend.midpoint_table(torch.randn(3, 256, 8, 8), torch.ones(3), torch.ones(1), weights, 0.01, 0.0)
+triton_backend.midpoint_into(
+    torch.randn(3, 256, 8, 8), torch.ones(3), torch.ones(1), weights, 0.01, 0.0, torch.empty(10, 3)
+)
 for name, ptx in built:
     print(name, ptx.count("ld.global.v4"), ".f64" in ptx)
 built.clear()
@@ -147,7 +149,7 @@ single, half, double = torch.float32, torch.float16, torch.float64
 for shape, dtype in [((1, 1, 1, 1), single), ((5, 1), single), ((1, 3, 5, 5), half), ((1, 1), double)]:
     x, acc = torch.ones(shape, dtype=dtype), torch.promote_types(dtype, torch.float32)
     triton_backend.combine_into([x, x], torch.ones(1, 2, 1, dtype=acc), [torch.empty_like(x)])
-    triton_backend.combine_coeff_grad([x], [x])
+    triton_backend.coeff_grad_into([x], [x], torch.empty(1, 1, len(x), dtype=acc))
 cases = [
     (1, 1, 1, single, (0.0, 0.0)),
     (1, 256, 2, single, (0.05, 0.2)),
@@ -158,7 +160,7 @@ for side, channels, batch, dtype, scales in cases:
     weights = MidpointWeights(*(torch.ones(shape, dtype=dtype) for shape in [*shapes, (1, 20), (1,)]))
     features = torch.ones(batch, channels, side, side) if channels else None
     sigma = torch.ones(batch, dtype=dtype)
-    triton_backend.midpoint_table(features, sigma, sigma[:1], weights, *scales)
+    triton_backend.midpoint_into(features, sigma, sigma[:1], weights, *scales, sigma.new_empty(10, batch))
 print("odd", len(built))
 """
 

@@ -94,9 +94,7 @@ def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
         return source, None
     if not isinstance(source, Planned):
         raise ConfigError(f"a plan is made of a Sampler or a Program, got {type(source).__name__}")
-    plan, predictor = source.plan, source.program.predictor
-    options = {"afs": plan.afs, "denoise_to_zero": plan.denoise_to_zero}
-    return Program.build(plan.make_solver(), plan.levels, predictor, **options), plan
+    return source.plan.program(source.program.predictor), source.plan
 
 
 def frozen(program: Program) -> Program:

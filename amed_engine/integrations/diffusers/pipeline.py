@@ -251,23 +251,18 @@ class AMEDPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.promote_types(latents.dtype, torch.float32))
 
     def _loop(self, program: Program, denoiser: Denoiser, x: Tensor, callback: Any, names: Sequence[str]) -> Tensor:
-        trajectory, state = Trajectory(program, denoiser), State.start(x)
+        trajectory, state = Trajectory(program, denoiser), State(x)
         with self.progress_bar(total=program.intervals) as bar:  # type: ignore[call-arg]
             for i in range(program.intervals):
                 state = trajectory.interval(state, i)[-1]
                 if callback is not None:
                     timestep = self.scheduler.model.timestep(program.sigmas[i])
                     given = callback(self, i, timestep, dict.fromkeys(names, state.y[0]))
-                    state = _replaced(state, given.get("latents", state.y[0]))
+                    state = state.at(given.get("latents", state.y[0]))
                 bar.update()
                 if self._interrupt:
                     return state.y[0]
         return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0 if program.denoise_to_zero else state.y[0]
-
-
-def _replaced(state: State, latents: Tensor) -> State:
-    """The state with what a callback made of it."""
-    return State(latents if state.y[0] is state.x else state.x, (latents,), state.directions)
 
 
 def _check(output_type: str, names: Sequence[str]) -> None:

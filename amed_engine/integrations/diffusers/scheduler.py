@@ -216,7 +216,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     def _check_solver(self) -> None:
         made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
-        if made.midpoint == "none" or made.evaluations(True) != 2:
+        if made.takes_predictor == "none" or made.evaluations(True) != 2:
             raise ConfigError(
                 f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config['solver']!r}"
             )
@@ -286,16 +286,15 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         assert self._program.updates is not None
         update = self._program.updates[0][0].to(x.device, x.dtype)
         sigma = self.levels[:1].to(x.device, x.dtype)
-        return advance(State.start(x), (analytic_first_step(x, sigma).x0,), update)
+        return advance(State(x), (analytic_first_step(x, sigma).x0,), update)
 
     def _advance(self, y: Tensor, denoised: Tensor, update: Update) -> Tensor:
         state = self._state
         if state is None:
             # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
             analytic = self.config["afs"] and self._step_index == 0
-            state = self._analytic(y / self._stretch) if analytic else State.start(y)
-        # The pipeline's sample counts: a callback may have changed it. A view, should the caller pass one tensor for both.
-        rests = state.y[0] is state.x
-        state = State(y, (y,), state.directions) if rests else State(state.x, (y.view_as(y),), state.directions)
+            state = self._analytic(y / self._stretch) if analytic else State(y)
+        # The pipeline's sample counts: a callback may have changed it.
+        state = state.at(y)
         self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]

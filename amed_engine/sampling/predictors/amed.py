@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 import amed_engine.kernels as kernels
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
+from amed_engine.kernels.reference import frequencies, predict
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.constant import ConstantPredictor
+from amed_engine.solvers.base import Solver
 from amed_engine.solvers.plan import Plan
-from amed_engine.solvers.stage import Midpoint
+from amed_engine.solvers.singlestep import AMED
+from amed_engine.solvers.stage import Midpoint, Update
 
 # Each parameterisation, with what its half-widths must stay below.
 SCALES = {"bounded": 1, "wide": 5}
@@ -72,9 +74,7 @@ class AMEDPredictor(nn.Module):
         self.fc_r = nn.Linear(width, 1)
         self.fc_scale_dir = nn.Linear(width, 1) if scale_dir else None
         self.fc_scale_time = nn.Linear(width, 1) if scale_time else None
-        # float32 whatever the module's precision: published predictors were trained with these rounded frequencies.
-        k = torch.arange(embedding_dim // 2, dtype=torch.float32) / (embedding_dim // 2 - 1)
-        self.register_buffer("frequencies", (1 / 10000) ** k, persistent=False)
+        self.register_buffer("frequencies", frequencies(embedding_dim), persistent=False)
 
     @property
     def config(self) -> dict:
@@ -118,20 +118,30 @@ class AMEDPredictor(nn.Module):
         frozen.plan = plan
         return frozen
 
-    def fused(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> MidpointStep | None:
-        """`forward` and AMED-Solver's coefficients by one kernel; sigma, sigma_next: (B,). None where there is none for it:
-        "wide" scales, a gradient that is wanted, a program that is being traced, another precision, plain torch."""
-        weight = self.enc_layer0.weight
-        if self.scales == "wide" or kernels.backends().get(weight.device.type, "reference") == "reference":
-            return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return None
-        learning = (features is not None and features.requires_grad) or any(p.requires_grad for p in self.parameters())
-        if (learning and torch.is_grad_enabled()) or weight.dtype != sigma.dtype or weight.device != sigma.device:
-            return None
+    def fused(
+        self, solver: Solver, features: Tensor | None, sigma: Tensor, sigma_next: Tensor
+    ) -> tuple[Midpoint | None, tuple[Update, ...] | None]:
+        """`forward` by one kernel, which writes AMED-Solver's updates of the interval as well; sigma, sigma_next: (B,).
+
+        Without updates for any other solver. Neither where there is no kernel for it: "wide" scales, a gradient that is
+        wanted, a program that is being traced, another precision, plain torch.
+        """
+        if not self._has_kernel(features, sigma):
+            return None, None
         if features is not None:
             self._check(features)
-        return kernels.midpoint(features, sigma, sigma_next, self._weights(), self.scale_dir, self.scale_time)
+        step = kernels.midpoint(features, sigma, sigma_next, self._weights(), self.scale_dir, self.scale_time)
+        return Midpoint(*step[:3]), _updates(step) if solver == AMED() else None
+
+    def _has_kernel(self, features: Tensor | None, sigma: Tensor) -> bool:
+        weight = self.enc_layer0.weight
+        if self.scales == "wide" or kernels.backends().get(weight.device.type, "reference") == "reference":
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return False
+        learning = (features is not None and features.requires_grad) or any(p.requires_grad for p in self.parameters())
+        learning = learning and torch.is_grad_enabled()
+        return not learning and weight.dtype == sigma.dtype and weight.device == sigma.device
 
     def _weights(self) -> kernels.MidpointWeights:
         layers = (self.map_layer0, self.enc_layer0, self.enc_layer1, self.fc_r, self.fc_scale_dir, self.fc_scale_time)
@@ -139,23 +149,11 @@ class AMEDPredictor(nn.Module):
         return kernels.MidpointWeights(*(tensor for pair in pairs for tensor in pair))  # type: ignore[arg-type]
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
-        z = self._encode(features, sigma, sigma_next)
-        r = self.fc_r(z).squeeze(1).sigmoid()
-        return Midpoint(
-            r, self._scale(self.fc_scale_dir, self.scale_dir, z), self._scale(self.fc_scale_time, self.scale_time, z)
-        )
-
-    def _encode(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        weight = self.enc_layer0.weight
-        u, v = self._embed(sigma), self._embed(sigma_next)
-        mean = weight.new_zeros(1, weight.shape[1]) if features is None else self._mean(features).to(weight.dtype)
-        code = self.enc_layer1(silu(self.enc_layer0(mean)))
-        (batch,) = torch.broadcast_shapes(code.shape[:1], u.shape[:1], v.shape[:1])
-        return torch.cat([part.expand(batch, -1) for part in (code, u, v)], dim=1)
-
-    def _mean(self, features: Tensor) -> Tensor:
-        self._check(features)
-        return features.mean(dim=1).flatten(1)
+        if features is not None:
+            self._check(features)
+            features = features.mean(dim=1)
+        widths = (self.scale_dir, self.scale_time)
+        return Midpoint(*predict(features, sigma, sigma_next, self._weights(), self.frequencies, *widths, self.scales))
 
     def _check(self, features: Tensor) -> None:
         if features.dim() != 4 or tuple(features.shape[2:]) != self.bottleneck:
@@ -164,18 +162,11 @@ class AMEDPredictor(nn.Module):
                 f"{tuple(features.shape)}; it was made for another network"
             )
 
-    def _embed(self, sigma: Tensor) -> Tensor:
-        """silu(map_layer0(sinusoidal embedding)), (1 or B, embedding_dim)."""
-        angles = sigma.reshape(-1, 1).to(self.map_layer0.weight.dtype) * self.frequencies.to(
-            self.map_layer0.weight.dtype
-        )
-        return silu(self.map_layer0(torch.cat([angles.sin(), angles.cos()], dim=1)))
 
-    def _scale(self, head: nn.Linear | None, width: float, z: Tensor) -> Tensor:
-        if head is None:
-            return z.new_ones(z.shape[0])
-        value = head(z).squeeze(1)
-        return (width * value.tanh()).exp() if self.scales == "wide" else 1 + width * (2 * value.sigmoid() - 1)
+def _updates(step: MidpointStep) -> tuple[Update, ...]:
+    """y from [x, D], then x' from [x, y, D at y]: the same two matrices that `fold` makes of AMED-Solver's step."""
+    middle = Update(step.to_midpoint, (0, 1), 0, 0, False, False, (step.sigma,), (step.sigma_net,))
+    return middle, Update(step.to_next, (0, 1, 2), 0, 0, True, True, None, None)
 
 
 def _latents(network: Denoiser, count: int) -> Tensor:

@@ -1,0 +1,115 @@
+"""docs/results.md: every table has its command and says what the files in benchmarks/results say."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "docs" / "results.md").read_text("utf-8")
+SECTIONS = {section.partition("\n")[0]: section for section in PAGE.split("\n## ")[1:]}
+TABLE = re.compile(r"^\|.*\|\n\|[-|]+\|\n((?:\|.*\|\n)+)", flags=re.MULTILINE)
+COMMAND = re.compile(r"^    (?:\S*/)?(python|amed) (.+)$", flags=re.MULTILINE)
+
+
+def cells(title: str) -> dict[str, list[str]]:
+    """First cell -> the others, of the rows of a section's table."""
+    (rows,) = TABLE.findall(SECTIONS[title])
+    split = [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+    return {name: rest for name, *rest in split}
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("title", [title for title, text in SECTIONS.items() if "\n|" in text])
+def test_a_table_stands_below_its_commands(title):
+    (table,) = TABLE.finditer(SECTIONS[title])
+    commands = [shlex.split(line) for _, line in COMMAND.findall(SECTIONS[title][: table.start()])]
+    assert commands
+    for script, *arguments in commands:
+        source = (ROOT / script).read_text("utf-8")
+        assert [word for word in arguments if word.startswith("--") and f'"{word}"' not in source] == []
+
+
+def test_only_tables_of_measurements_are_on_the_page():
+    assert len(TABLE.findall(PAGE)) == 4
+
+
+DIGITS = {
+    "fitted (bundled)": "nonstationary",
+    "iPNDM-3": "ipndm-3",
+    "iPNDM-2": "ipndm-2",
+    "DEIS-3": "deis-3",
+    "DPM-Solver++ 2M, noise": "dpmpp-2 noise",
+    "UniPC-3": "unipc-3",
+    "DPM-Solver++ 3M, noise": "dpmpp-3 noise",
+    "DPM-Solver++ 3M, data": "dpmpp-3 data",
+    "iPNDM-4": "ipndm-4",
+    "Euler = DDIM": "euler",
+    "DPM-Solver-2": "dpm-2",
+    "Heun": "heun",
+}
+
+
+def best(rows: list[dict], solver: str) -> list[dict]:
+    """A solver's row of least error at each NFE from 3 to 10."""
+    own = [row for row in rows if row["solver"] == solver]
+    return [min((row for row in own if row["nfe"] == nfe), key=lambda row: row["rmse"]) for nfe in range(3, 11)]
+
+
+def test_every_solver_is_shown_at_its_best():
+    data, title = load("quality-digits.json"), "Every solver on the bundled model"
+    measured = {
+        name: [f"{row['rmse']:.3f} / {row['fd_reference_pixels']:.3f}" for row in best(data["rows"], name)]
+        for name in {row["solver"] for row in data["rows"]}
+    }
+    assert {DIGITS[label]: numbers for label, numbers in cells(title).items()} == measured
+    assert [run["command"] for run in data["runs"] if f"    {run['command']}\n" not in SECTIONS[title]] == []
+
+
+@pytest.mark.parametrize(
+    ("label", "variant", "part"),
+    [
+        ("fitted, seed 0", "nonstationary", "recorded"),
+        ("the same on fresh latents", "nonstationary", "fresh"),
+        ("AMED-Solver distilled here", "amed-solver", "recorded"),
+    ],
+)
+def test_predictors_for_the_reference_network_are_shown_as_measured(label, variant, part):
+    rows = load("reference_digits/fit-reference.json")["rows"]
+    measured = [rows.get(f"{variant}-nfe{nfe}-seed0", {}).get(part) for nfe in range(3, 11)]
+    numbers = [m and f"{m['rmse']:.3f} / {m['fd']:.{2 if m['fd'] >= 1 else 3}f}" for m in measured]
+    assert cells("Against the published method")[label] == [number or "" for number in numbers]
+
+
+VARIANTS = {
+    "`nonstationary`, seed 0": "nonstationary-nfe5-seed0",
+    "`nonstationary`, seed 1": "nonstationary-nfe5-seed1",
+    "`nonstationary`, seed 2": "nonstationary-nfe5-seed2",
+    "`nonstationary`, noise levels fixed": "nonstationary-fixed-levels-nfe5-seed0",
+    "`adaptive`, 8 codes, ridge 1": "adaptive-few-codes-nfe5-seed0",
+    "`constants`: r and two scales per step": "constants-nfe5-seed0",
+    "`constants` and noise levels": "constants-levels-nfe5-seed0",
+    "`epd`, two parallel points": "epd-nfe5-seed0",
+    "`epd` and noise levels": "epd-levels-nfe5-seed0",
+    "`distill`: the paper's AMED-Solver": "amed-solver-nfe5-seed0",
+    "`distill`, scale_time 0.2": "amed-solver-scale-time-nfe5-seed0",
+    "`distill`, wide scales": "amed-solver-wide-nfe5-seed0",
+    "`distill`, wide scales, end to end": "amed-solver-end-to-end-nfe5-seed0",
+}
+
+
+def test_variants_are_shown_as_measured():
+    rows, shown = load("reference_digits/fit-reference.json")["rows"], cells("What each variant is worth")
+    assert shown.keys() == VARIANTS.keys()
+    for label, name in VARIANTS.items():
+        row = rows[name]
+        numbers = [row["recorded"]["rmse"], row["recorded"]["median"], row["recorded"]["fd"]]
+        numbers += [row["fresh"]["rmse"], row["fresh"]["fd"]]
+        evaluations = f"{round(row['evaluations'], -3):,}" if "evaluations" in row else "about 200,000"
+        assert shown[label] == [*(f"{n:.4f}" for n in numbers), evaluations, f"{row['fit_seconds']:.0f}"], label

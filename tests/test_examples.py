@@ -1,0 +1,83 @@
+"""examples/: short, and doing what they say."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, *arguments: object, folder: Path) -> str:
+    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_five_of_at_most_forty_lines():
+    lengths = {path.stem: len(path.read_text("utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert set(lengths) == {"sample", "fit", "wrap", "export", "serve"}
+    assert max(lengths.values()) <= 40
+
+
+def test_sample_draws_a_picture(tmp_path):
+    assert "NFE 5" in run("sample", "digits.png", folder=tmp_path)
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.size == (16 * 64, 64)
+        assert picture.getextrema() == (0, 255)  # ink and paper
+
+
+def test_fit_comes_nearer_than_the_solver_it_started_from(tmp_path):
+    out = run("fit", "predictor.safetensors", folder=tmp_path)
+    errors = {name: float(value) for name, value in re.findall(r"^(\w+): RMSE (\S+)", out, flags=re.MULTILINE)}
+    assert errors["fitted"] < errors["ipndm"] / 5
+
+
+def test_wrap_says_what_it_takes_the_network_for(tmp_path):
+    out = run("wrap", folder=tmp_path)
+    assert "predicts    the noise" in out
+    assert "(4, 3, 16, 16)" in out
+
+
+def test_export_draws_the_same_elsewhere(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    out = run("export", "digits.onnx", folder=tmp_path)
+    assert float(out.rsplit(maxsplit=1)[-1]) < 1e-4
+
+
+def test_serve_answers_with_images(tmp_path):
+    pytest.importorskip("litserve")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    body = json.dumps({"seeds": [0, 1], "class_labels": 3}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/predict", body, {"Content-Type": "application/json"}, method="POST"
+    )
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, EXAMPLES / "serve.py", str(port)], cwd=tmp_path, stdout=log, stderr=log
+        )
+        try:
+            answer = None
+            for _ in range(300):
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                try:
+                    answer = json.load(urllib.request.urlopen(request, timeout=60))
+                    break
+                except OSError:
+                    time.sleep(0.5)
+        finally:
+            server.terminate()
+            server.wait(30)
+    assert answer is not None
+    assert len(answer["images"]) == 2

@@ -113,9 +113,7 @@ def test_a_frozen_predictor_is_asked_with_features_of_zero(tools, same_kernels):
     constants = [Midpoint(*(field.squeeze() for field in mid)) for mid in said]
     frozen = make_tableau(program, freeze=True)
     assert frozen.predictor is None
-    assert (
-        frozen.evaluations == make_tableau(Program.build(make_solver("ipndm"), tools.SIGMAS, constants)).evaluations
-    )
+    assert frozen.evaluations == make_tableau(Program.build(make_solver("ipndm"), tools.SIGMAS, constants)).evaluations
 
 
 def test_midpoints_that_were_being_trained_are_frozen(tools):

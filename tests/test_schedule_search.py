@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from pathlib import Path as File
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from amed_engine import ConfigError, FileFormatError, Sampler, make_schedule, ma
 from amed_engine.checkpoints import save_model
 from amed_engine.checkpoints.levels import read_levels, write_levels
 from amed_engine.solvers.plan import make_plan
-from amed_engine.training.search import Path, cheapest_path, cost_matrix, euler_step, step_of
+from amed_engine.training.search import TeacherPath, cheapest_path, cost_matrix, euler_step, step_of
 
 SHAPE = (1, 4, 4)
 CENTRES = torch.tensor([-0.8, 0.8])
@@ -58,7 +58,7 @@ def levels():
 
 def path_of(levels, afs=False, denoiser=mixture):
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * levels[0]
-    return Path.of(denoiser, x, levels, afs=afs)
+    return TeacherPath.of(denoiser, x, levels, afs=afs)
 
 
 def test_the_states_and_answers_are_the_teachers(levels):
@@ -308,7 +308,7 @@ def test_a_plan_with_a_predictor_is_not_written(tmp_path):
 
 
 def test_the_code_block_of_the_page_runs():
-    page = (File(__file__).resolve().parents[1] / "docs" / "schedules.md").read_text()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "schedules.md").read_text()
     (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict = {}
     exec(compile(source, "schedules.md", "exec"), names)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amed_engine import AMEDPredictor, ConfigError, make_plan
+from amed_engine import AMEDPredictor, ConfigError, make_plan, solvers
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.evaluation.comparison import TRAINING_FREE
 from amed_engine.evaluation.figure import style
@@ -80,6 +80,7 @@ def test_the_table_says_what_the_classes_say():
         assert solver_names(use) == [name for name, solver in SOLVERS.items() if solver.takes_predictor == use]
     assert solver_names("none", "optional", "required") == list(SOLVERS)
     assert all(issubclass(solver, Solver) for solver in SOLVERS.values())
+    assert all(getattr(solvers, solver.__name__) is solver for solver in (Solver, *SOLVERS.values()))
     assert "rk4" not in SOLVERS
     assert USE_WITH_PREDICTOR == "use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"
 
@@ -117,5 +118,5 @@ def test_what_is_tabulated_goes_into_a_table_with_its_predictor(name):
     if SOLVERS[name].tabulated:
         assert make_tableau(program).predictor is not None
         return
-    with pytest.raises(ConfigError, match="use euler, dpm, ipndm, amed, or pass freeze=True"):
+    with pytest.raises(ConfigError, match="use amed, dpm, euler or ipndm, or pass freeze=True"):
         make_tableau(program)

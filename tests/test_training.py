@@ -14,7 +14,7 @@ import torch
 
 from amed_engine import ConfigError, FileFormatError, NonFiniteError, distill, make_schedule, make_solver, sample
 from amed_engine.training.presets import PRESETS, Settings, choose
-from amed_engine.training.trainer import Levels, Trainer
+from amed_engine.training.trainer import LearnedLevels, Trainer
 
 SHAPE = (1, 4, 4)
 
@@ -329,7 +329,7 @@ def test_recomputed_activations_give_the_same_gradient(monkeypatch):
 
 def test_levels_start_where_they_were_and_stay_in_order():
     sigmas = make_schedule("time_uniform", 5, 0.002, 80.0)
-    levels = Levels(sigmas)
+    levels = LearnedLevels(sigmas)
     torch.testing.assert_close(levels(), sigmas, rtol=1e-6, atol=0)
     with torch.no_grad():
         levels.shares.copy_(torch.tensor([3.0, -4.0, 5.0, -6.0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,6 @@ from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
 MAX_LAYERS = 32  # of modules inside modules
-EDM_ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 
 
 class Converted(NamedTuple):
@@ -154,8 +154,8 @@ def edm_network(record: Record, path: Path) -> EDMPrecond:
     positional, named = state.get("_init_args") or (), state.get("_init_kwargs")
     if not isinstance(named, dict) or not isinstance(positional, (tuple, list)):
         raise FileFormatError(f"{path}: its network does not say how it was constructed (_init_kwargs)")
-    arguments = {**dict(zip(EDM_ARGUMENTS, positional, strict=False)), **named}
-    return restore(EDMPrecond, arguments, _finite(module_tensors(record), path), path).eval()
+    make = partial(EDMPrecond, *positional)  # its arguments are those of the published constructor, in their order
+    return restore(make, named, _finite(module_tensors(record), path), path).eval()
 
 
 def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:
@@ -164,25 +164,17 @@ def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, An
     return openai_state.infer_config(tensors, path, settings), tensors
 
 
-def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
+def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> str:
     config, tensors = _openai_parts(data, path, settings)
-    save_tensors(OPENAI, config, tensors, out)
-    return f"U-Net of guided-diffusion for {config['in_channels']}x{config['image_size']}x{config['image_size']}"
-
-
-def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
-    return build_network(OPENAI, *_openai_parts(data, path, settings), path)
-
-
-def _classifier(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    config, tensors = _openai_parts(data, path, settings)
-    save_tensors(CLASSIFIER, config, tensors, out)
+    save_tensors(kind, config, tensors, out)
     size = f"{config['in_channels']}x{config['image_size']}x{config['image_size']}"
-    return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
+    if kind == CLASSIFIER:
+        return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
+    return f"U-Net of guided-diffusion for {size}"
 
 
-def _load_classifier(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
-    return build_network(CLASSIFIER, *_openai_parts(data, path, settings), path)
+def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> nn.Module:
+    return build_network(kind, *_openai_parts(data, path, settings), path)
 
 
 def _latent_parts(
@@ -254,8 +246,8 @@ LAYOUTS = (
     _Layout(
         "guided-diffusion classifier (time_embed.*, input_blocks.*, out.2.positional_embedding)",
         openai_state.is_classifier,
-        _classifier,
-        _load_classifier,
+        partial(_openai, kind=CLASSIFIER),
+        partial(_load_openai, kind=CLASSIFIER),
     ),
     _Layout(
         "latent-diffusion checkpoint (state_dict with model.diffusion_model.*)", latent.fits, _latent, _load_latent, ""

@@ -36,7 +36,7 @@ def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
     if kind is None:
         raise ConfigError(f"save_predictor takes {', '.join(PREDICTORS)}, got {type(predictor).__name__}")
     plan = None if predictor.plan is None else predictor.plan.to_json()
-    write(path, predictor.state_dict(), {"kind": kind, "predictor": predictor.config, "plan": plan, **_versions()})
+    write(path, predictor.state_dict(), {"kind": kind, "predictor": predictor.config, "plan": plan, **versions()})
 
 
 def load_predictor(path: str | os.PathLike) -> Predictor:
@@ -56,7 +56,7 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
 
 def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None:
     """Save a network of `amed_engine.networks`; notes (training time, loss ...) go into its configuration."""
-    write(path, model.state_dict(), {"kind": "edm_precond", "model": model.config, **notes, **_versions()})
+    write(path, model.state_dict(), {"kind": "edm_precond", "model": model.config, **notes, **versions()})
 
 
 def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
@@ -64,7 +64,7 @@ def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor
     if (network := _network(kind)) is not None:
         with torch.device("meta"):
             check_tensors(_build(network, arguments, path), tensors, path)
-    write(path, tensors, {"kind": kind, "model": arguments, **_versions()})
+    write(path, tensors, {"kind": kind, "model": arguments, **versions()})
 
 
 def load_model(path: str | os.PathLike) -> Any:
@@ -123,7 +123,8 @@ def _build(make: Callable[..., M], arguments: Any, path: str | os.PathLike) -> M
         raise FileFormatError(f"{path}: its configuration does not build: {error}") from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What wrote a file."""
     try:
         own = version("amed-engine")
     except PackageNotFoundError:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.solvers import solver_names
+from amed_engine.solvers import alternatives, solver_names
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
@@ -28,11 +28,6 @@ def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence
         except ValueError:
             options[name] = value
     return options
-
-
-def alternatives(names: Sequence[str]) -> str:
-    """The names as text: a, b or c."""
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 Decorator = Callable[[Callable], Callable]

@@ -80,7 +80,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class Score:
     """One solver: its error over all samples, and its images (seeds, C, H, W)."""
 
     name: str
@@ -98,8 +98,8 @@ class Comparison:
     seeds: list[int]
     samples: int
     curve_samples: int
-    reference: Row
-    rows: list[Row]
+    reference: Score
+    rows: list[Score]
     curves: dict[str, dict[int, float]]
 
     def to_json(self) -> dict:
@@ -152,9 +152,8 @@ def compare(
         for name, sampler, chosen in runs:
             images = setting.images(sampler, chosen, bar)
             if sampler.nfe == nfe:
-                rows.append(
-                    Row(name, sampler.plan.describe(), rmse(images, truth[: len(images)]), images[: len(seeds)].clone())
-                )
+                error = rmse(images, truth[: len(images)])
+                rows.append(Score(name, sampler.plan.describe(), error, images[: len(seeds)].clone()))
             if curve_samples:
                 curves.setdefault(name, {})[sampler.nfe] = rmse(images[:curve_samples], truth[:curve_samples])
     return Comparison(
@@ -163,7 +162,7 @@ def compare(
         seeds=seeds,
         samples=len(everyone),
         curve_samples=curve_samples,
-        reference=Row("reference", reference.plan.describe(), 0.0, truth[: len(seeds)]),
+        reference=Score("reference", reference.plan.describe(), 0.0, truth[: len(seeds)]),
         rows=sorted(rows, key=lambda row: row.rmse),
         curves=curves,
     )

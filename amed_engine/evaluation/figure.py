@@ -11,7 +11,7 @@ import numpy as np
 
 from amed_engine.engine.images import grid, to_uint8
 from amed_engine.errors import AmedError
-from amed_engine.evaluation.comparison import CURVE_NFES, TRAINING_FREE, Comparison, Row
+from amed_engine.evaluation.comparison import CURVE_NFES, TRAINING_FREE, Comparison, Score
 
 # One colour per family in the order of the solvers, one dash per order; what is learned is black.
 PALETTE = ("gray", "brown", "olive", "blue", "green", "orange", "red", "purple", "pink", "cyan")
@@ -45,7 +45,7 @@ def plot(comparison: Comparison) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_rows(axes: Any, rows: list[Row], seeds: list[int]) -> None:
+def _draw_rows(axes: Any, rows: list[Score], seeds: list[int]) -> None:
     pictures = np.concatenate([to_uint8(row.images) for row in rows])
     sheet = grid(pictures, columns=len(seeds))
     axes.imshow(sheet.repeat(3, axis=2) if sheet.shape[2] == 1 else sheet)

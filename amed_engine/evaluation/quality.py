@@ -52,11 +52,9 @@ class Known:
     @cached_property
     def manifold(self) -> Manifold | None:
         """None without features, or with no more of them than neighbours are counted."""
-        return (
-            None
-            if self.features is None or len(self.features) <= NEIGHBOURS
-            else Manifold.of(self.features, NEIGHBOURS)
-        )
+        if self.features is None or len(self.features) <= NEIGHBOURS:
+            return None
+        return Manifold.of(self.features, NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def closeness(samples: Known, other: Known) -> Closeness:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Report:
     """What `evaluate` found; None for what there was nothing to compare with."""
 
     plan: str
@@ -159,7 +157,7 @@ def evaluate(
     classifier: str | None = None,
     setting: Setting | None = None,
     progress: bool = False,
-) -> Evaluation:
+) -> Report:
     """Draw the samples of these seeds and measure them; images are let go batch by batch, their features are kept.
 
     reference: "deis-fine" or "heun-fine", 80 evaluations of the sampler's model from the same latents; or a folder of PNG or
@@ -179,7 +177,7 @@ def evaluate(
     images = know(_of_class(reference, setting.class_labels), extract) if exact is None else None
     plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
-    return Evaluation(
+    return Report(
         plan=plan.describe(),
         nfe=plan.nfe,
         samples=len(seeds),
@@ -212,13 +210,9 @@ def _draw(
     return plan, errors
 
 
-def _is(source: Images, name: str) -> bool:
-    return isinstance(source, str) and source == name
-
-
 def _of_class(data: Images, label: int | None) -> Images:
     """The data that samples of one class are to be compared with: that class, where the data says which is which."""
-    if _is(data, "digits"):
+    if isinstance(data, str) and data == "digits":
         return bundled_digits(label)
     if label is not None:
         logger.warning(

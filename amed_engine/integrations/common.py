@@ -43,11 +43,9 @@ def open_predictor(predictor: Any) -> Predictor | list[Midpoint]:
 
 def constants(predictor: AMEDPredictor, sigmas: Tensor) -> list[Midpoint]:
     """What the predictor says without features, one Midpoint of numbers per interval of `sigmas` (N + 1,)."""
-    frozen = copy.deepcopy(predictor).to("cpu", torch.float64).eval()
-    levels = check_sigmas(sigmas)
-    with torch.no_grad():
-        fields = zip(*frozen(None, levels[:-1], levels[1:]), strict=True)
-        return [Midpoint(*(float(field) for field in midpoint)) for midpoint in fields]
+    exact = copy.deepcopy(predictor).to("cpu", torch.float64).eval()
+    said: Any = Program.build(make_solver("amed"), sigmas, exact).frozen().predictor
+    return [Midpoint(*map(float, midpoint)) for midpoint in said]
 
 
 def without_zero(sigmas: Tensor) -> Tensor:

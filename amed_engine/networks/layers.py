@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ class ConvThenDown(Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, init: Init, resample_filter: tuple[float, ...]
     ):
-        super().__init__(in_channels, out_channels, kernel, init, "down", resample_filter)
+        super().__init__(in_channels, out_channels, kernel, init, resample="down", resample_filter=resample_filter)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -199,16 +199,16 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.out_channels, self.style, self.heads = out_channels, style, heads
-        filtered = (resample, style.resample_filter)
+        filtered: Any = {"resample": resample, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, style.eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, *filtered)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **filtered)
         self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
         self.skip = None
         if resample or in_channels != out_channels:
             kernel = 1 if style.resample_proj or in_channels != out_channels else 0
-            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, *filtered)
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **filtered)
         if heads:
             self.norm2 = GroupNorm(out_channels, style.eps)
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, style.init_attn)

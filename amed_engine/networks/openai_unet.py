@@ -62,9 +62,17 @@ class _Encoder(nn.Module):
         self.config: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         if self.dims != 2:
             raise ConfigError(f"dims must be 2 (images), got {self.dims}")
-        shared = (self.dropout, self.use_scale_shift_norm, self.resblock_updown, self.conv_resample)
         width = 4 * self.model_channels
-        self.style = Style(width, *shared, self.num_head_channels, self.num_heads, self.use_new_attention_order)
+        self.style = Style(
+            emb_channels=width,
+            dropout=self.dropout,
+            scale_shift=self.use_scale_shift_norm,
+            resblock_updown=self.resblock_updown,
+            conv_resample=self.conv_resample,
+            head_channels=self.num_head_channels,
+            heads=self.num_heads,
+            new_attention_order=self.use_new_attention_order,
+        )
         self.widths = [int(mult * self.model_channels) for mult in self.channel_mult]
         self.time_embed = nn.Sequential(Dense(self.model_channels, width), nn.SiLU(), Dense(width, width))
         self._build_descent()

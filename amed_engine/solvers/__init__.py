@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,21 @@ _TABLE: dict[str, tuple[str, str, UseOfPredictor]] = {
 }
 
 
+_HOMES = {"Solver": "base", **{kind: file for file, kind, _ in _TABLE.values()}}
+
+
+def __getattr__(kind: str) -> type[Solver]:
+    """`from amed_engine.solvers import AMED`: a class, whose file is imported now."""
+    if kind not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {kind!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[kind]}"), kind)
+
+
 class _Solvers(Mapping):
     """Name -> class."""
 
     def __getitem__(self, name: str) -> type[Solver]:
-        file, kind, _ = _TABLE[name]
-        return getattr(import_module(f"{__name__}.{file}"), kind)
+        return __getattr__(_TABLE[name][1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(_TABLE)
@@ -46,6 +55,11 @@ SOLVERS: Mapping[str, type[Solver]] = _Solvers()
 def solver_names(*uses: UseOfPredictor) -> list[str]:
     """The solvers whose use of a predictor is one of these: none, optional, required."""
     return [name for name, (_, _, use) in _TABLE.items() if use in uses]
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """The names as text: a, b or c."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 USE_WITH_PREDICTOR = f"use amed, or a plugin on {', '.join(solver_names('optional'))}"  # what errors advise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR
 from amed_engine.solvers.base import Solver, count_evaluations
 from amed_engine.solvers.schedule import check_sigmas
-from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, trimmed
+from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, stack, trimmed
 
 Choose = Callable[[Tensor | None, Tensor, Tensor], Choice]
 
@@ -64,6 +65,36 @@ class Program:
         updates = self.updates and tuple(tuple(u.to(device, precision) for u in step) for step in self.updates)
         return replace(self, sigmas=self.sigmas.to(device, precision), updates=updates)
 
+    def evaluations(self, updates: Iterable[Sequence[Update]] | None = None) -> Iterator[Call]:
+        """Its calls in order, an analytic first one included, for hosts that run a program by themselves.
+
+        updates: per interval, in place of its own, where a predictor has yet to say them.
+        """
+        own = self.updates if updates is None else updates
+        assert own is not None
+        for i, step in enumerate(own):
+            sigma = told = (self.sigmas[i],)
+            for s, update in enumerate(step):
+                yield Call(i, s, sigma, told, update)
+                sigma, told = update.sigma or (), update.sigma_net or ()
+        if self.denoise_to_zero:
+            yield Call(self.intervals, 0, (self.sigmas[-1],), (self.sigmas[-1],), None)
+
+    def frozen(self, features: Tensor | None = None) -> Program:
+        """The program with what its predictor says to `features` in place of the predictor, as numbers on the host."""
+        if self.updates is not None:
+            return self
+        said = self.predictor
+        if not isinstance(said, Sequence):
+            parameters = getattr(said, "parameters", tuple)()
+            levels = self.sigmas.double().to(next((p.device for p in parameters), "cpu")).unsqueeze(1)
+            with torch.no_grad():
+                said = [said(features, levels[i], levels[i + 1]) for i in range(self.intervals)]  # type: ignore[misc]
+        numbers = [map_choice(lambda c: c.squeeze(), _on_host(choice)) for choice in said]  # type: ignore[arg-type, union-attr]
+        return Program.build(
+            self.solver, self.sigmas.double().cpu(), numbers, afs=self.afs, denoise_to_zero=self.denoise_to_zero
+        )
+
     def _check_predictor(self) -> None:
         takes, name = self.solver.takes_predictor, type(self.solver).__name__
         if self.predictor is None and takes == "required":
@@ -101,11 +132,22 @@ def _on_host(choice: Choice) -> Choice:
     return map_choice(lambda c: torch.as_tensor(c, dtype=torch.float64).detach().cpu(), choice)
 
 
+class Call(NamedTuple):
+    """One call of the network on its way through a program: the place s of an evaluation in interval i, the noise level of each
+    point, the one told to the network, and what follows; None where D itself is the result."""
+
+    i: int
+    s: int
+    sigma: tuple[Tensor, ...]
+    sigma_net: tuple[Tensor, ...]
+    update: Update | None
+
+
 class Walk:
     """Asks the solver for its stages along a trajectory and folds them, carrying noise levels and layout only."""
 
-    def __init__(self, program: Program, sigmas: Tensor):
-        self.solver, self.sigmas, self.intervals = program.solver, sigmas, len(sigmas) - 1
+    def __init__(self, program: Program, sigmas: Any, stack: Callable[..., Any] = stack):
+        self.solver, self.sigmas, self.intervals, self.stack = program.solver, sigmas, len(sigmas) - 1, stack
         self.past: tuple[Tensor, ...] = ()
         self.directions, self.y_is_x = 0, True
 
@@ -134,6 +176,6 @@ class Walk:
 
     def _fold(self, stage: Stage, sigma: tuple[Tensor, ...], keep: int) -> Update:
         layout = Layout(sigma, self.y_is_x, self.directions, self.solver.data_prediction)
-        update = fold(stage, layout, keep)
+        update = fold(stage, layout, keep, self.stack)
         self.directions, self.y_is_x = update.keep, update.x_is_y
         return update

@@ -12,7 +12,7 @@ so that one pass over the tensors applies it. Coefficients are float64 tensors o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,14 +150,22 @@ def levels(sigma: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return sigma if isinstance(sigma, tuple) else (sigma,)
 
 
-def fold(stage: Stage, layout: Layout, keep: int) -> Update:
-    """The stage as one matrix over the tensors of `layout`, retaining the newest `keep` directions."""
+def stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:
+    """(M, J, 1 or B) from nested coefficients, each () or (B,)."""
+    # new_full, not new_tensor: a copy from the host cannot be captured.
+    flat = [c if isinstance(c, Tensor) else like.new_full((), c) for row in matrix for c in row]
+    flat = torch.broadcast_tensors(*(c.reshape(-1) for c in flat))
+    return torch.stack(flat).unflatten(0, (len(matrix), -1))
+
+
+def fold(stage: Stage, layout: Layout, keep: int, stack: Callable[..., Any] = stack) -> Update:
+    """The stage as one matrix over the tensors of `layout`, retaining the newest `keep` directions. stack: makes `coeffs`."""
     new = 0 if layout.data_prediction else min(keep, layout.points)
     matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in stage.rows]
     columns = tuple(j for j in range(layout.size) if any(not is_zero(row[j]) for row in matrix))
     sigma = None if stage.sigma is None else levels(stage.sigma)
     return Update(
-        coeffs=_stack([[row[j] for j in columns] for row in matrix], like=layout.sigma[0]),
+        coeffs=stack([[row[j] for j in columns] for row in matrix], like=layout.sigma[0]),
         columns=columns,
         new_directions=new,
         keep=min(keep, layout.points + layout.past),
@@ -175,14 +183,6 @@ def is_zero(c: Coefficient) -> bool:
         return c == 0
     constant = c.dim() == 0 and c.device.type == "cpu" and not c.requires_grad and not torch.compiler.is_compiling()
     return constant and bool(c == 0)
-
-
-def _stack(matrix: list[list[Coefficient]], like: Tensor) -> Tensor:
-    """(M, J, 1 or B) from nested coefficients, each () or (B,)."""
-    # new_full, not new_tensor: a copy from the host cannot be captured.
-    flat = [c if isinstance(c, Tensor) else like.new_full((), c) for row in matrix for c in row]
-    flat = torch.broadcast_tensors(*(c.reshape(-1) for c in flat))
-    return torch.stack(flat).unflatten(0, (len(matrix), -1))
 
 
 def retained(stages: list[Stage], index: int, memory: int) -> int:

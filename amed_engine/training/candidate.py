@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised
 from amed_engine.sampling.loop import integrate
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
@@ -20,16 +24,49 @@ NUDGE = 0.01  # of a coefficient, relative to what it is added to
 CLOSEST = 1.01  # ratio of neighbouring noise levels at least, wider than a nudge
 
 
+class Probe(NamedTuple):
+    """How one number is differentiated: how far it moves, small against the noise where it acts, and the interval from
+    which on it matters. again: it changes what that interval evaluates first."""
+
+    nudge: float
+    start: int
+    again: bool = False
+
+
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(ABC):
     """A predictor with its noise levels, as a vector theta and back.
 
-    theta holds the predictor's numbers and then log sigma of the inner noise levels, if those are learned.
+    theta holds the predictor's numbers, then log sigma of the inner noise levels, if those are learned, then per-sample
+    offsets, if there are any.
     """
 
     plan: Plan
     predictor: Fitted
     learn_sigmas: bool = True
+
+    @abstractmethod
+    def _numbers(self) -> Tensor:
+        """Of the predictor, (numbers,) float64, none of them bounded."""
+
+    @abstractmethod
+    def _write(self, numbers: Tensor, offsets: Tensor) -> None:
+        """Make these the predictor's, in place."""
+
+    @abstractmethod
+    def probes(self) -> list[Probe]:
+        """Of every number of theta but the offsets."""
+
+    def _offsets(self) -> Tensor:
+        return self.plan.levels[:0]
+
+    def expanded(self, columns: Tensor, evaluations: Sequence[Denoised]) -> Tensor:
+        """The Jacobian (B, n, probes), with the columns of the offsets; evaluations: the first one of every interval."""
+        return columns
+
+    def prior(self, diagonal: Tensor) -> Tensor:
+        """How strongly each number of theta is drawn to zero, given the diagonal of JᵀJ; both (theta,)."""
+        return torch.zeros_like(diagonal)
 
     @property
     def collisions(self) -> set[int]:
@@ -39,64 +76,99 @@ class Candidate:
         inner = range(1, len(sigmas) - 1) if self.learn_sigmas else ()
         return {first + k for pair in close for k in (pair - 1, pair) if k in inner}
 
-    @property
-    def free(self) -> list[tuple[int, int]]:
-        """(interval, column) of each free coefficient of a CoefficientPredictor."""
-        predictor = self.predictor
-        if not isinstance(predictor, CoefficientPredictor):
-            return []
-        return [(i, j) for i in range(predictor.intervals) for j in range(predictor.width(i))]
-
     def theta(self) -> Tensor:
-        inner = self.plan.levels[1:-1].log() if self.learn_sigmas else self.plan.levels[:0]
-        return torch.cat([self._numbers(), inner])
+        return torch.cat([self._numbers(), self._inner().log(), self._offsets()])
 
-    def _numbers(self) -> Tensor:
-        predictor = self.predictor
-        if isinstance(predictor, CoefficientPredictor):
-            return torch.stack([predictor.coefficients.detach()[place] for place in self.free])
-        parts = (predictor.r.detach().logit(), predictor.scale_dir.detach(), predictor.scale_time.detach().log())
-        return torch.cat([part.flatten() for part in parts])
+    def _inner(self) -> Tensor:
+        """The noise levels that are learned."""
+        return self.plan.levels[1:-1] if self.learn_sigmas else self.plan.levels[:0]
 
-    def at(self, theta: Tensor) -> Candidate:
+    def at(self, theta: Tensor) -> Self:
         """The candidate of another theta."""
-        predictor, count = copy.deepcopy(self.predictor), len(self._numbers())
+        own, inner = len(self._numbers()), len(self._inner())
+        numbers, levels, offsets = theta.tensor_split([own, own + inner])
+        plan = self.plan.through(levels.exp().tolist()) if self.learn_sigmas else self.plan
+        moved = replace(self, plan=plan, predictor=copy.deepcopy(self.predictor))
         with torch.no_grad():
-            if isinstance(predictor, CoefficientPredictor):
-                for place, value in zip(self.free, theta, strict=False):
-                    predictor.coefficients[place] = value
-            else:
-                r, direction, time = theta[:count].reshape(3, *predictor.r.shape)
-                predictor.r.copy_(r.sigmoid())
-                predictor.scale_dir.copy_(direction)
-                predictor.scale_time.copy_(time.exp())
-        return replace(self, plan=self._moved(theta[count:]), predictor=predictor)
+            moved._write(numbers, offsets)
+        return moved
 
-    def _moved(self, inner: Tensor) -> Plan:
-        return self.plan.through(inner.exp().tolist()) if self.learn_sigmas else self.plan
-
-    def nudges(self) -> Tensor:
-        """How far to move each number for a finite difference: small against the noise where it acts."""
-        sizes = []
-        if isinstance(self.predictor, CoefficientPredictor):
-            sizes = [NUDGE * max(self.plan.sigmas[i + 1], 0.1) for i, _ in self.free]
-        else:
-            sizes = [size for size in (5 * NUDGE, NUDGE, 2 * NUDGE) for _ in range(self.predictor.r.numel())]
-        return torch.tensor(sizes + [NUDGE / 2] * (len(self.theta()) - len(sizes)), dtype=torch.float64)
-
-    def starts(self) -> list[int]:
-        """The interval from which on each number matters."""
-        n = self.plan.intervals
-        if isinstance(self.predictor, CoefficientPredictor):
-            own, level = [i for i, _ in self.free], range(1, n)
-        else:
-            own, level = [i for _ in range(3) for i in range(n) for _ in range(self.predictor.points)], range(n - 1)
-        return [*own, *(level if self.learn_sigmas else ())]
+    def _level_probes(self, first: int, again: bool = False) -> list[Probe]:
+        """Of the noise levels, the first of which matters from the interval `first` on."""
+        return [Probe(NUDGE / 2, first + k, again) for k in range(len(self._inner()))]
 
     def program(self, like: Tensor) -> Program:
         """What the loop runs, on the device and in the precision of a state."""
         predictor = copy.deepcopy(self.predictor).to(like.device)
         return self.plan.program(predictor.choices()).on(like.device, like.dtype)
+
+
+class Constants(Candidate):
+    """logit r, scale_dir and log scale_time of every interval and point."""
+
+    predictor: ConstantPredictor
+
+    def _numbers(self) -> Tensor:
+        predictor = self.predictor
+        parts = (predictor.r.detach().logit(), predictor.scale_dir.detach(), predictor.scale_time.detach().log())
+        return torch.cat([part.flatten() for part in parts])
+
+    def _write(self, numbers: Tensor, offsets: Tensor) -> None:
+        r, direction, time = numbers.reshape(3, *self.predictor.r.shape)
+        self.predictor.r.copy_(r.sigmoid())
+        self.predictor.scale_dir.copy_(direction)
+        self.predictor.scale_time.copy_(time.exp())
+
+    def probes(self) -> list[Probe]:
+        places = [i for i in range(self.plan.intervals) for _ in range(self.predictor.points)]
+        own = [Probe(nudge, i) for nudge in (5 * NUDGE, NUDGE, 2 * NUDGE) for i in places]
+        return [*own, *self._level_probes(0)]
+
+
+class Coefficients(Candidate):
+    """The free coefficients of every row, and the heads of their offsets, where the predictor has any."""
+
+    predictor: CoefficientPredictor
+
+    @property
+    def free(self) -> list[tuple[int, int]]:
+        """(interval, column) of each free coefficient."""
+        predictor = self.predictor
+        return [(i, j) for i in range(predictor.intervals) for j in range(predictor.width(i))]
+
+    def _numbers(self) -> Tensor:
+        return torch.stack([self.predictor.coefficients.detach()[place] for place in self.free])
+
+    def _offsets(self) -> Tensor:
+        heads = self.predictor.heads
+        return super()._offsets() if heads is None else torch.cat([heads.detach()[place] for place in self.free])
+
+    def _write(self, numbers: Tensor, offsets: Tensor) -> None:
+        coefficients, heads = self.predictor.coefficients, self.predictor.heads
+        rows = offsets.reshape(len(numbers), self.predictor.codes)
+        for place, number, row in zip(self.free, numbers, rows, strict=True):
+            coefficients[place] = number
+            if heads is not None:
+                heads[place] = row
+
+    def probes(self) -> list[Probe]:
+        own = [Probe(NUDGE * max(self.plan.sigmas[i + 1], 0.1), i) for i, _ in self.free]
+        # Free rows leave the points where they are: a noise level changes what the network is told there.
+        return [*own, *self._level_probes(1, again=True)]
+
+    def expanded(self, columns: Tensor, evaluations: Sequence[Denoised]) -> Tensor:
+        """An offset w·phi of a coefficient acts like the coefficient, times phi."""
+        predictor = copy.deepcopy(self.predictor).to(columns.device)
+        codes = [predictor.code(evaluation.features, i) for i, evaluation in enumerate(evaluations)]
+        blank = columns.new_zeros(len(columns), predictor.codes)
+        phi = [blank if (code := codes[i]) is None else code for i, _ in self.free]
+        heads = columns[:, :, : len(phi), None] * torch.stack(phi, dim=1)[:, None]  # (B, n, free, codes)
+        return torch.cat([columns, heads.flatten(2)], dim=2)
+
+    def prior(self, diagonal: Tensor) -> Tensor:
+        prior, free = torch.zeros_like(diagonal), len(self.free)
+        prior[len(self.probes()) :] = diagonal[:free].repeat_interleave(self.predictor.codes)
+        return prior
 
 
 def unrolled(program: Program) -> tuple[Tensor, list[float]]:
@@ -121,7 +193,7 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
     return torch.stack([*points, end[0]]), levels
 
 
-def nonstationary(program: Program, sigma_min: float) -> Candidate:
+def nonstationary(program: Program, sigma_min: float) -> Coefficients:
     """A program of constants in the most general linear form: the start of a fit."""
     rows, levels = unrolled(program)
     start = float(program.sigmas[0])
@@ -134,4 +206,4 @@ def nonstationary(program: Program, sigma_min: float) -> Candidate:
             predictor.coefficients[i, 0] = row[0] * start
             predictor.coefficients[i, 1:width] = row[1:width].flip(0)
     sigmas = (start, *(levels if afs else levels[1:]), sigma_min)
-    return Candidate(Plan("nonstationary", sigmas, afs=afs, midpoint=True), predictor)
+    return Coefficients(Plan("nonstationary", sigmas, afs=afs, midpoint=True), predictor)

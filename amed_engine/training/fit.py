@@ -24,7 +24,7 @@ from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan, clamp_range, make_plan
 from amed_engine.training.batches import Batches, Condition
-from amed_engine.training.candidate import Candidate, Fitted, nonstationary
+from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
 from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
 from amed_engine.training.presets import TEACHER
 
@@ -173,7 +173,8 @@ def learn(
     candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
     candidate = gauss_newton(candidate, examples, iterations=effort.late, report=report)
     if task.variant == "adaptive":
-        candidate = gauss_newton(adaptive(candidate, examples, task.codes), examples, iterations=2, ridge=task.ridge)
+        candidate = adaptive(candidate, examples, task.codes)  # type: ignore[arg-type]  # it learns all coefficients
+        candidate = gauss_newton(candidate, examples, iterations=2, ridge=task.ridge)
     return _finished(candidate, model, task)
 
 
@@ -232,7 +233,7 @@ def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candida
     if task.learns_all:
         return _classical(plans, examples, task, clamp_range(model.sigma_min, model.sigma_max)[0])
     constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
-    return [Candidate(plans[0], constants, bool(task.learn_sigmas))]
+    return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
 
 
 def _classical(plans: list[Plan], examples: list[Example], task: Task, sigma_min: float) -> list[Candidate]:

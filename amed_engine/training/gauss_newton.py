@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known
 from amed_engine.sampling.loop import State, Trajectory, integrate
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor, summary
 from amed_engine.solvers.program import Program
-from amed_engine.training.candidate import Candidate
+from amed_engine.training.candidate import Candidate, Coefficients
+
+C = TypeVar("C", bound=Candidate)
 
 
 class Example(NamedTuple):
@@ -36,7 +38,7 @@ class Example(NamedTuple):
     target: Tensor
 
 
-class Run(NamedTuple):
+class Recorded(NamedTuple):
     """A trajectory with what it takes to branch off at any interval: state, walk and first evaluation there."""
 
     states: list[State]
@@ -48,7 +50,7 @@ class Run(NamedTuple):
         return self.states[-1].y[0]
 
     @classmethod
-    def of(cls, program: Program, denoiser: Denoiser, x: Tensor) -> Run:
+    def of(cls, program: Program, denoiser: Denoiser, x: Tensor) -> Recorded:
         firsts: list[Denoised] = []
         state, states, walks = State(x), [], []
 
@@ -78,58 +80,39 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def jacobian(candidate: Candidate, example: Example) -> tuple[Tensor, Tensor, Run]:
-    """(B, n, P) derivatives of the samples by theta, and their residuals (B, n), both float64, and the run itself."""
-    theta, nudges, starts = candidate.theta(), candidate.nudges(), candidate.starts()
-    own = len(candidate._numbers())
-    run = Run.of(candidate.program(example.x), example.denoiser, example.x)
-    end = run.end.double().flatten(1)
+def jacobian(candidate: Candidate, example: Example) -> tuple[Tensor, Tensor]:
+    """(B, n, P) derivatives of the samples by theta, and their residuals (B, n), both float64."""
+    theta = candidate.theta()
+    recorded = Recorded.of(candidate.program(example.x), example.denoiser, example.x)
+    end = recorded.end.double().flatten(1)
     columns = []
-    for p, (nudge, start) in enumerate(zip(nudges, starts, strict=True)):
-        other = candidate.at(theta + nudge * (torch.arange(len(theta)) == p))
-        # A noise level changes what the network is told, of an evaluation that is not the first of a free row.
-        again = p >= own and isinstance(candidate.predictor, CoefficientPredictor)
-        moved = run.branch(other.program(example.x), example.denoiser, start, again)
-        columns.append((moved.double().flatten(1) - end) / nudge.item())
-    return torch.stack(columns, dim=2), end - example.target.double().flatten(1), run
-
-
-def expanded(columns: Tensor, candidate: Candidate, run: Run) -> Tensor:
-    """The Jacobian with columns for the heads: an offset w·phi of a coefficient acts like the coefficient, times phi."""
-    predictor = candidate.predictor
-    if not isinstance(predictor, CoefficientPredictor) or predictor.heads is None:
-        return columns
-    codes = [predictor.code(evaluation.features, i) for i, evaluation in enumerate(run.evaluations)]
-    blank = columns.new_zeros(len(columns), predictor.codes)
-    phi = torch.stack(
-        [blank if (code := codes[i]) is None else code for i, _ in candidate.free], dim=1
-    )  # (B, free, codes)
-    heads = columns[:, :, : len(candidate.free), None] * phi[:, None]
-    return torch.cat([columns, heads.flatten(2)], dim=2)
+    for p, probe in enumerate(candidate.probes()):
+        other = theta.clone()
+        other[p] += probe.nudge
+        program = candidate.at(other).program(example.x)
+        moved = recorded.branch(program, example.denoiser, probe.start, probe.again)
+        columns.append((moved.double().flatten(1) - end) / probe.nudge)
+    columns = candidate.expanded(torch.stack(columns, dim=2), recorded.evaluations)
+    return columns, end - example.target.double().flatten(1)
 
 
 @dataclass
 class Normal:
-    """The normal equations of the least squares, added up over examples, and the loss."""
+    """The normal equations of the least squares, added up over examples: JᵀJ (P, P) and Jᵀ residual (P,)."""
 
-    matrix: Tensor | None = None
-    gradient: Tensor | None = None
-    loss: float = 0.0
+    matrix: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, columns: Tensor, residual: Tensor) -> None:
         flat = columns.flatten(0, 1)
-        matrix, gradient = flat.mT @ flat, flat.mT @ residual.flatten()
-        self.matrix = matrix if self.matrix is None else self.matrix + matrix
-        self.gradient = gradient if self.gradient is None else self.gradient + gradient
-        self.loss += residual.square().sum().item()
+        self.matrix = self.matrix + flat.mT @ flat
+        self.gradient = self.gradient + flat.mT @ residual.flatten()
 
     def step(self, damping: float, prior: Tensor, offset: Tensor, fixed: Collection[int] = ()) -> Tensor:
         """-(A + damping diag(A) + prior)^-1 (g + prior·offset): Marquardt's step, with a quadratic prior about zero.
 
         fixed: numbers that stay as they are.
         """
-        assert self.matrix is not None
-        assert self.gradient is not None
         diagonal = self.matrix.diagonal()
         system = self.matrix + torch.diag(damping * diagonal + prior + 1e-12 * diagonal.max())
         right = self.gradient + prior * offset
@@ -151,21 +134,20 @@ def loss_of(candidate: Candidate, examples: Sequence[Example]) -> float:
 
 @torch.no_grad()
 def gauss_newton(
-    candidate: Candidate,
+    candidate: C,
     examples: Sequence[Example],
     *,
     iterations: int = 10,
     ridge: float = 0.02,
     tolerance: float = 2e-3,
     report: Callable[[int, float], None] | None = None,
-) -> Candidate:
+) -> C:
     """Gauss-Newton until an iteration gains less than `tolerance` of the loss. ridge: prior on the heads, relative."""
     damping, loss = 1e-3, loss_of(candidate, examples)
     for k in range(iterations):
         normal = Normal()
         for example in examples:
-            columns, residual, run = jacobian(candidate, example)
-            normal.add(expanded(columns, candidate, run), residual)
+            normal.add(*jacobian(candidate, example))
         before = loss
         candidate, loss, damping = _descend(candidate, normal, examples, loss, damping, ridge)
         if report is not None:
@@ -176,63 +158,38 @@ def gauss_newton(
 
 
 def _descend(
-    candidate: Candidate, normal: Normal, examples: Sequence[Example], loss: float, damping: float, ridge: float
-) -> tuple[Candidate, float, float]:
+    candidate: C, normal: Normal, examples: Sequence[Example], loss: float, damping: float, ridge: float
+) -> tuple[C, float, float]:
     """The first step, ever more damped, that lowers the loss; the candidate itself where none does."""
-    heads, prior = _prior(candidate, normal, ridge)
-    cost = loss + (prior * heads.square()).sum().item()
+    prior = ridge * candidate.prior(normal.matrix.diagonal())
+    # Of what nothing draws, the place does not matter: it may be the logit of r = 1.
+    offset = candidate.theta().to(prior.device).where(prior > 0, 0.0)
+    cost = loss + (prior * offset.square()).sum().item()
     while damping < 1e6:
-        trial, step = _in_order_step(candidate, normal, damping, prior, heads)
+        trial, step = _in_order_step(candidate, normal, damping, prior, offset)
         trial_loss = loss_of(trial, examples)
-        if trial_loss + (prior * (heads + step).square()).sum().item() < cost:
+        if trial_loss + (prior * (offset + step).square()).sum().item() < cost:
             return trial, trial_loss, max(damping / 10, 1e-7)
         damping *= 10
     return candidate, loss, damping
 
 
-def _in_order_step(
-    candidate: Candidate, normal: Normal, damping: float, prior: Tensor, heads: Tensor
-) -> tuple[Candidate, Tensor]:
+def _in_order_step(candidate: C, normal: Normal, damping: float, prior: Tensor, offset: Tensor) -> tuple[C, Tensor]:
     """A step that keeps the noise levels in order: those that would meet their neighbours stay where they are."""
     fixed: set[int] = set()
     while True:
-        step = normal.step(damping, prior, heads, fixed)
-        trial = _stepped(candidate, step)
+        step = normal.step(damping, prior, offset, fixed)
+        trial = candidate.at(candidate.theta() + step.cpu())
         if not trial.collisions:
             return trial, step
         fixed |= trial.collisions
 
 
-def _prior(candidate: Candidate, normal: Normal, ridge: float) -> tuple[Tensor, Tensor]:
-    """Where the heads are, and the weight that draws each to zero; zeros for theta."""
-    assert normal.matrix is not None
-    own, predictor = len(candidate.theta()), candidate.predictor
-    heads = torch.zeros(len(normal.matrix), dtype=torch.float64, device=normal.matrix.device)
-    prior = torch.zeros_like(heads)
-    if isinstance(predictor, CoefficientPredictor) and predictor.heads is not None:
-        places = candidate.free
-        heads[own:] = torch.cat([predictor.heads.detach()[place] for place in places])
-        prior[own:] = ridge * normal.matrix.diagonal()[: len(places)].repeat_interleave(predictor.codes)
-    return heads, prior
-
-
-def _stepped(candidate: Candidate, step: Tensor) -> Candidate:
-    own = len(candidate.theta())
-    moved = candidate.at(candidate.theta() + step[:own].cpu())
-    predictor = moved.predictor
-    if isinstance(predictor, CoefficientPredictor) and predictor.heads is not None:
-        with torch.no_grad():
-            for place, change in zip(candidate.free, step[own:].split(predictor.codes), strict=True):
-                predictor.heads[place] += change
-    return moved
-
-
 @torch.no_grad()
-def adaptive(candidate: Candidate, examples: Sequence[Example], codes: int) -> Candidate:
+def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -> Coefficients:
     """The candidate with heads at zero that read the principal components of the bottleneck along its trajectories."""
     predictor = candidate.predictor
-    assert isinstance(predictor, CoefficientPredictor)
-    runs = [Run.of(candidate.program(x), denoiser, x) for denoiser, x, _ in examples]
+    runs = [Recorded.of(candidate.program(x), denoiser, x) for denoiser, x, _ in examples]
     seen = [[run.evaluations[i].features for run in runs] for i in range(predictor.intervals)]
     inputs = [None if part[0] is None else torch.cat([summary(f) for f in part]).double().cpu() for part in seen]  # type: ignore[arg-type]
     width = next((len(part[0]) for part in inputs if part is not None), 0)

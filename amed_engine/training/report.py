@@ -29,9 +29,8 @@ def table(history: list[Round]) -> str:
     columns = ["images", "skipped", *(f"loss_{k}" for k in range(len(history[0].losses)))]
     columns += [f"{name}_{i}" for i in intervals for name in ("r", "scale_dir", "scale_time")]
     rows = [[seen.images, seen.skipped, *seen.losses, *sum(seen.midpoints, ())] for seen in history]
-    return "".join(",".join(f"{value:.9g}" for value in row) + "\n" for row in rows).join(
-        [",".join(columns) + "\n", ""]
-    )
+    lines = [columns, *([f"{value:.9g}" for value in row] for row in rows)]
+    return "".join(",".join(line) + "\n" for line in lines)
 
 
 def import_figure() -> Any:

@@ -93,13 +93,13 @@ def search_schedule(
     with tqdm(total=count, desc=f"search NFE {nfe}", unit="batch", disable=not progress) as bar:
         for _ in range(count):
             ((denoiser, x),) = data.draw([slice(0, batch)])
-            total += cost_matrix(Path.of(denoiser, x, levels, afs=plan.afs), step)
+            total += cost_matrix(TeacherPath.of(denoiser, x, levels, afs=plan.afs), step)
             bar.update()
     return levels[cheapest_path(total / count, plan.intervals, coefficient)]
 
 
 @dataclass(frozen=True)
-class Path:
+class TeacherPath:
     """A teacher's states (levels, B, ...) at the noise levels, and the denoiser's answers (levels - 1, B, ...) there."""
 
     denoiser: Denoiser
@@ -109,7 +109,7 @@ class Path:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, denoiser: Denoiser, x: Tensor, levels: Tensor, *, afs: bool = False) -> Path:
+    def of(cls, denoiser: Denoiser, x: Tensor, levels: Tensor, *, afs: bool = False) -> TeacherPath:
         """From x (B, ...), scaled by levels[0]. afs: the answer at the first level is the analytic one."""
         answers: list[Tensor] = []
 
@@ -125,12 +125,11 @@ class Path:
         return cls(denoiser, levels, torch.stack(states), torch.stack(answers))
 
 
-Step = Callable[
-    [Path, int], Tensor
-]  # (path, i) -> the states (levels - 1 - i, B, ...) that steps from i to each j > i reach
+# (path, i) -> the states (levels - 1 - i, B, ...) that steps from i to each j > i reach
+Step = Callable[[TeacherPath, int], Tensor]
 
 
-def euler_step(path: Path, i: int) -> Tensor:
+def euler_step(path: TeacherPath, i: int) -> Tensor:
     """x_i + (sigma_j - sigma_i) (x_i - D_i) / sigma_i for all j > i at once."""
     x, sigma = path.states[i], path.levels[i]
     h = (path.levels[i + 1 :] / sigma - 1).to(x).reshape(-1, *[1] * x.dim())
@@ -140,7 +139,7 @@ def euler_step(path: Path, i: int) -> Tensor:
 def step_of(solver: Solver) -> Step:
     """One step of a solver from i to each j > i; its first evaluation is known."""
 
-    def to(path: Path, i: int, j: int) -> Tensor:
+    def to(path: TeacherPath, i: int, j: int) -> Tensor:
         x = path.states[i]
         program = Program.build(solver, path.levels[[i, j]]).on(x.device, x.dtype)
         return integrate(program, known_first(path.denoiser, Denoised(path.answers[i])), x)[-1]
@@ -149,7 +148,7 @@ def step_of(solver: Solver) -> Step:
 
 
 @torch.no_grad()
-def cost_matrix(path: Path, step: Step) -> Tensor:
+def cost_matrix(path: TeacherPath, step: Step) -> Tensor:
     """c(i, j) for i < j, (levels, levels) float64 on the CPU; infinite elsewhere: no step goes up."""
     count = len(path.levels)
     cost = torch.full((count, count), math.inf, dtype=torch.float64)

@@ -51,7 +51,7 @@ class Watched:
         return midpoint
 
 
-class Levels(nn.Module):
+class LearnedLevels(nn.Module):
     """Noise levels to learn that stay in order: log sigma falls from the first to the last by shares.
 
     log sigma_i = log sigma_0 - (log sigma_0 - log sigma_N) (s_1 + ... + s_i),   s = softmax(shares)
@@ -94,7 +94,7 @@ class Trainer:
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
         self.watched = Watched(predictor, plan.intervals, data.model.device)
         self.program = plan.program(self.watched).on(data.model.device, torch.float32)
-        self.levels = Levels(plan.levels).to(data.model.device) if learn_sigmas else None
+        self.levels = LearnedLevels(plan.levels).to(data.model.device) if learn_sigmas else None
         self.named = dict(predictor.named_parameters())
         if self.levels is not None:
             self.named |= {f"levels.{name}": parameter for name, parameter in self.levels.named_parameters()}
@@ -123,7 +123,7 @@ class Trainer:
         self.watched.sums.zero_()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, 2 * (1 - self.rounds / self.length))
-        runs = [Run(self, denoiser, x, end_to_end) for denoiser, x in self.data.draw(parts)]
+        runs = [StudentRun(self, denoiser, x, end_to_end) for denoiser, x in self.data.draw(parts)]
         if end_to_end:
             losses = [self._descend(run.to_the_end() for run in runs)]
         else:
@@ -170,7 +170,7 @@ class Trainer:
         self.optimizer.step()
 
 
-class Run:
+class StudentRun:
     """The student under way on one part of a batch."""
 
     def __init__(self, trainer: Trainer, denoiser: Denoiser, x: Tensor, end_to_end: bool):

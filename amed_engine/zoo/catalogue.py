@@ -36,8 +36,8 @@ class Entry:
     url: where its weights are. form: what that file is. file: the name that `load` looks for.
     shape: (C, R, R) of a sample. bottleneck: (C', h, w) that a predictor reads. sigma_min, sigma_max: the noise levels it is
     sampled between. prediction: "denoised" where the network brings its preconditioning, else one of `wrap`'s.
-    betas: (kind, first, last) of the 1000 steps of a discrete-time model. arguments: the constructor arguments of `network`
-    that tell this model from others; a file that says otherwise is refused.
+    betas: of the 1000 steps of a discrete-time model, as `alphas_cumprod` takes them. arguments: the constructor arguments of
+    `network` that tell this model from others; a file that says otherwise is refused.
     """
 
     url: str
@@ -48,7 +48,7 @@ class Entry:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     prediction: str = "denoised"
-    betas: tuple[str, float, float] | None = None
+    betas: Mapping[str, Any] | None = None
     network: str = "EDMPrecond"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""
@@ -59,14 +59,20 @@ class Entry:
 
     def alphas_cumprod(self) -> Tensor | None:
         """Of its 1000 steps, float64; None for a model of continuous time."""
-        return None if self.betas is None else alphas_cumprod(self.betas[0], 1000, *self.betas[1:])
+        return None if self.betas is None else alphas_cumprod(steps=1000, **self.betas)
 
 
-def _edm(name: str, size: int, labels: int, network: Mapping[str, Any], **rest: Any) -> Entry:
-    arguments = {"img_resolution": size, "img_channels": 3, "label_dim": labels, **network, **rest}
+def _edm(name: str, *, size: int, label_dim: int, network: Mapping[str, Any], **rest: Any) -> Entry:
+    arguments = {"img_resolution": size, "img_channels": 3, "label_dim": label_dim, **network, **rest}
     channels = rest["channel_mult"][-1] * network["model_channels"]
-    form = "a pickle of EDM, its network under 'ema'"
-    return Entry(f"{_EDM}{name}.pkl", form, (3, size, size), (channels, 8, 8), labels, arguments=arguments)
+    return Entry(
+        url=f"{_EDM}{name}.pkl",
+        form="a pickle of EDM, its network under 'ema'",
+        shape=(3, size, size),
+        bottleneck=(channels, 8, 8),
+        label_dim=label_dim,
+        arguments=arguments,
+    )
 
 
 def _edm_models() -> dict[str, Entry]:
@@ -74,13 +80,13 @@ def _edm_models() -> dict[str, Entry]:
     for form, network in (("vp", _DDPMPP), ("ve", _NCSNPP)):
         for kind, labels in (("cond", 10), ("uncond", 0)):
             name = f"edm-cifar10-32x32-{kind}-{form}"
-            models[name] = _edm(name, 32, labels, network, channel_mult=[2, 2, 2])
+            models[name] = _edm(name, size=32, label_dim=labels, network=network, channel_mult=[2, 2, 2])
         for data in ("ffhq", "afhqv2"):
             name = f"edm-{data}-64x64-uncond-{form}"
-            models[name] = _edm(name, 64, 0, network, channel_mult=[1, 2, 2, 2])
+            models[name] = _edm(name, size=64, label_dim=0, network=network, channel_mult=[1, 2, 2, 2])
     name = "edm-imagenet-64x64-cond-adm"
     adm = {"model_type": "DhariwalUNet", "model_channels": 192}
-    return {**models, name: _edm(name, 64, 1000, adm, channel_mult=[1, 2, 3, 4])}
+    return {**models, name: _edm(name, size=64, label_dim=1000, network=adm, channel_mult=[1, 2, 3, 4])}
 
 
 CATALOGUE: dict[str, Entry] = {
@@ -115,7 +121,7 @@ CATALOGUE: dict[str, Entry] = {
         sigma_min=0.03876,
         sigma_max=83.82,
         prediction="epsilon",
-        betas=("scaled_linear", 0.0015, 0.0195),
+        betas={"betas": "scaled_linear", "start": 0.0015, "end": 0.0195},
         network="OpenAIUNet",
         arguments={
             "image_size": 64,
@@ -137,7 +143,7 @@ CATALOGUE: dict[str, Entry] = {
         sigma_min=0.0292,
         sigma_max=14.6146,
         prediction="epsilon",
-        betas=("scaled_linear", 0.00085, 0.012),
+        betas={"betas": "scaled_linear", "start": 0.00085, "end": 0.012},
         network="UNet2DConditionModel",
         arguments={"in_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
     ),

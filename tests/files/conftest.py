@@ -73,9 +73,12 @@ class Publisher:
         skip = {"skip_scale": np.sqrt(0.5)} if kind == "UNetBlock" else {}
         return None if child is None else self.module(child, kind if kind in known else "Conv2d", **skip)
 
-    def edm(self, model: EDMPrecond, file: Path, class_name: str = "EDMPrecond") -> Path:
-        config = self.easy_dict(model.config)
-        network = self.module(model, class_name, _init_args=(), _init_kwargs=config, sigma_max=float("inf"))
+    def edm(self, model: EDMPrecond, file: Path, class_name: str = "EDMPrecond", positional: tuple = ()) -> Path:
+        """positional: arguments that were given without their names, which stand in the published order."""
+        names = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
+        rest = [name for name in model.config if name not in (*names, "model_type")[: len(positional)]]
+        config = self.easy_dict({name: model.config[name] for name in rest})
+        network = self.module(model, class_name, _init_args=positional, _init_kwargs=config, sigma_max=float("inf"))
         loss = self.object("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5})
         data = {"ema": network, "loss_fn": loss, "augment_pipe": None, "dataset_kwargs": self.easy_dict(path="x.zip")}
         file.write_bytes(pickle.dumps(data))

@@ -238,6 +238,15 @@ def test_a_network_with_wrong_arguments_is_refused(tmp_path, publish, tiny_model
         convert(publish.edm(tiny_model, tmp_path / "edm.pkl"))
 
 
+def test_arguments_without_names_are_those_of_the_published_constructor(tmp_path, publish, tiny_conditional):
+    own = tiny_conditional.config
+    given = (8, 1, own["label_dim"], False, 0.01, 50.0, 0.25, own["model_type"])
+    again = load_model(convert(publish.edm(tiny_conditional, tmp_path / "edm.pkl", positional=given)).path)
+    assert again.config == {**own, "sigma_min": 0.01, "sigma_max": 50.0, "sigma_data": 0.25}
+    with pytest.raises(FileFormatError, match="its configuration does not build"):
+        convert(publish.edm(tiny_conditional, tmp_path / "edm.pkl", positional=(*given, 3)))
+
+
 def test_a_module_inside_itself_ends(tmp_path, publish):
     state: dict = {"_parameters": {}, "_modules": {}}
     record = publish.object("EDMPrecond", {"_modules": {"model": torch.nn.ModuleDict()}, "_init_kwargs": {}})

@@ -59,8 +59,8 @@ def test_the_tables_are_there():
 def test_levels_are_uniform_in_the_models_own_time(name, steps):
     """NFE counts solver steps, also where guidance doubles the work in each."""
     plan = load_recipe(name).plan()
-    _, first, last = CATALOGUE[load_recipe(name).model].betas
-    betas = np.linspace(math.sqrt(first), math.sqrt(last), 1000) ** 2
+    ends = CATALOGUE[load_recipe(name).model].betas
+    betas = np.linspace(math.sqrt(ends["start"]), math.sqrt(ends["end"]), 1000) ** 2
     log_alpha = np.log(np.cumprod(1 - betas)) / 2
     t = np.linspace(1, 1 / 1000, steps + 1)
     expected = np.sqrt(np.expm1(-2 * np.interp(t, np.arange(1, 1001) / 1000, log_alpha)))

@@ -59,7 +59,7 @@ def test_a_model_of_openais_has_the_bottleneck_and_parameters(name, millions):
 @pytest.mark.parametrize("name", ["ldm-lsun-bedroom-256x256", "sd-v1-5"])
 def test_the_noise_levels_of_a_discrete_model_are_those_of_its_betas(name):
     entry = CATALOGUE[name]
-    _, start, end = entry.betas
+    start, end = entry.betas["start"], entry.betas["end"]
     alphas = (1 - torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     sigmas = ((1 - alphas) / alphas).sqrt()
     assert (entry.sigma_min, entry.sigma_max) == pytest.approx((sigmas[0].item(), sigmas[-1].item()), rel=2e-3)
@@ -239,7 +239,7 @@ def test_the_command_measures(weights, amed, tmp_path, monkeypatch):
         )
         return 12.5
 
-    monkeypatch.setitem(sys.modules, "amed_engine.metrics", type("metrics", (), {"frechet": frechet}))
+    monkeypatch.setitem(sys.modules, "amed_engine.evaluation.metrics", type("metrics", (), {"frechet": frechet}))
     (tmp_path / "s.npz").write_bytes(b"")
     arguments = ("--images", 4, "--batch", 3, "--device", "cpu", "--statistics", tmp_path / "s.npz")
     code, out, error = amed("reproduce", "cifar10-ipndm-5", *arguments)
@@ -284,7 +284,7 @@ def test_a_state_dict_becomes_a_denoiser(monkeypatch, tmp_path, name):
     if entry.betas:
         state = {"state_dict": {f"model.diffusion_model.{key}": value for key, value in state.items()}}
     torch.save(state, tmp_path / entry.file)
-    betas = {"betas": alphas_cumprod(entry.betas[0], 1000, *entry.betas[1:])} if entry.betas else {}
+    betas = {"betas": alphas_cumprod(steps=1000, **entry.betas)} if entry.betas else {}
     ours = Sampler(amed_engine.load(name, tmp_path), nfe=5, solver="ipndm").run([0, 1])
     theirs = Sampler(wrap(network, entry.prediction, shape=(3, 16, 16), **betas), nfe=5, solver="ipndm").run([0, 1])
     assert torch.equal(ours.images, theirs.images)

@@ -449,7 +449,7 @@ def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional
 
     run = {"nfe": 3, "total_kimg": 0.008, "batch": 4, "accumulate": 2, "teacher_intermediate": 1, "progress": False}
     eager = distill(tiny_conditional, **run).state_dict()
-    monkeypatch.setattr("amed_engine.training.api._graphs", doubled)
+    monkeypatch.setattr("amed_engine.training.distill._graphs", doubled)
     captured = distill(tiny_conditional, **run).state_dict()
     assert all(torch.equal(captured[name], value) for name, value in eager.items())
     assert [(c.batch_sizes, c.stats.captures, c.stats.replays) for c in caches] == [([2], 1, 4)]

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from amed_engine.cli.options import alternatives, default_device, parse_pairs, where_options
-from amed_engine.solvers import solver_names
+from amed_engine.cli.options import default_device, parse_pairs, where_options
+from amed_engine.solvers import alternatives, solver_names
 
 
 @click.command("search-schedule")

@@ -22,7 +22,7 @@ from amed_engine.engine.export.strict_json import (
     whole,
 )
 from amed_engine.engine.export.tableau import VERSION, refuse
-from amed_engine.engine.export.write_plan import Planned, evaluations, frozen, resolve_program
+from amed_engine.engine.export.write_plan import Planned, check_adaptive, evaluations, resolve_program
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import DiscreteTime
@@ -42,7 +42,8 @@ def write_schedule(
     scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
     """
     program, plan = resolve_program(source)
-    program = frozen(program)
+    check_adaptive(program)
+    program = program.frozen()
     table = {
         "format": "amed_schedule",
         "version": 1,

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
+from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, Facts, first_line, import_onnx, load_package
 from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.write_plan import write_plan
@@ -71,7 +71,8 @@ class Job:
         shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
-        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, _versions())
+        wrote = tuple(versions().items())
+        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
 
 
 class LoopModule(nn.Module):
@@ -217,11 +218,3 @@ def _compare(job: Job, file: Path) -> dict[int, float]:
                 f"{allowed:.3g}: nothing was written; pass verify=False to keep it all the same"
             )
     return differences
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    try:
-        own = version("amed-engine")
-    except PackageNotFoundError:
-        own = "unknown"
-    return (("amed_engine", own), ("torch", torch.__version__))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
+from amed_engine.engine.export.expression import Expression, NoExpression
 from amed_engine.engine.export.read_plan import loads
 from amed_engine.engine.export.strict_json import MAX_BYTES
 from amed_engine.engine.export.tableau import (
@@ -24,9 +25,10 @@ from amed_engine.engine.export.tableau import (
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
-from amed_engine.solvers import SOLVERS
+from amed_engine.solvers import SOLVERS, alternatives
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
+from amed_engine.solvers.rules import midpoint_level
 from amed_engine.solvers.stage import Midpoint, Update
 
 
@@ -40,10 +42,6 @@ class Planned(Protocol):
     def program(self) -> Program: ...
     @property
     def model(self) -> Model: ...
-
-
-# Midpoints on which learned coefficients are measured.
-_SAMPLES = 64
 
 
 def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> Tableau:
@@ -60,9 +58,9 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
 def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
     """The table of a sampler or a program; see `write_plan`."""
     program, plan = resolve_program(source)
-    _check_adaptive(program)
+    check_adaptive(program)
     if freeze:
-        program = frozen(program)
+        program = program.frozen()
     tableau = Tableau(
         sigmas=tuple(program.sigmas.double().tolist()),
         evaluations=tuple(evaluations(program)),
@@ -97,159 +95,87 @@ def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
     return source.plan.program(source.program.predictor), source.plan
 
 
-def frozen(program: Program) -> Program:
-    """The program with what its predictor says to features of zero in place of the predictor."""
-    if program.updates is not None:
-        return program
-    _check_adaptive(program)
-    predictor, sigmas = program.predictor, program.sigmas.double()
-    if isinstance(predictor, Sequence):
-        said = list(predictor)  # numbers already, but ones that were being trained
-    else:
-        levels = sigmas.to(_device(predictor)).unsqueeze(1)
-        with torch.no_grad():
-            said = [predictor(None, levels[i], levels[i + 1]) for i in range(program.intervals)]  # type: ignore[misc]
-    midpoints: list[Midpoint] = []
-    for mid in said:
-        fields = (torch.as_tensor(field, dtype=torch.float64).detach().squeeze() for field in mid)  # type: ignore[union-attr]
-        midpoints.append(Midpoint(*fields))
-    return Program.build(
-        program.solver, sigmas.cpu(), midpoints, afs=program.afs, denoise_to_zero=program.denoise_to_zero
-    )
-
-
-def _check_adaptive(program: Program) -> None:
+def check_adaptive(program: Program) -> None:
     predictor = program.predictor
     if isinstance(predictor, Sequence) and any(callable(choice) for choice in predictor):
         raise ConfigError("coefficients that depend on the sample are no table; export format='pt2' or 'onnx'")
 
 
-def _device(predictor: Any) -> torch.device:
-    parameters = predictor.parameters() if isinstance(predictor, torch.nn.Module) else ()
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-
 def evaluations(program: Program) -> Iterator[Evaluation]:
-    for i, folded in enumerate(_folded(program)):
-        told: tuple[float, ...] | None = (float(program.sigmas[i]),)
-        level = told
-        for s, (update, coefficients) in enumerate(folded):
-            yield Evaluation(
-                sigma=level,
-                sigma_net=told,
-                columns=update.columns,
-                coefficients=coefficients,
-                new_directions=update.new_directions,
-                keep=update.keep,
-                moves_x=update.moves_x,
-                x_is_y=update.x_is_y,
-                analytic=program.afs and i == s == 0,
-                threshold=program.solver.thresholds,
-                predict=_interval(program, i) if program.updates is None and s == 0 else None,
-            )
-            level, told = _told(update.sigma), _told(update.sigma_net)
-    if program.denoise_to_zero:
-        yield _last(program)
-
-
-def _interval(program: Program, i: int) -> tuple[float, float]:
-    return float(program.sigmas[i]), float(program.sigmas[i + 1])
-
-
-def _last(program: Program) -> Evaluation:
-    """The evaluation at the last level whose D, not thresholded, is the sample."""
-    last = program.updates[-1][-1] if program.updates else None
-    level = (float(program.sigmas[-1]),)
-    column = 1 if last is None or last.x_is_y else 2
-    return Evaluation(level, level, (column,), ((1.0,),), 0, 0, moves_x=False, x_is_y=False)
-
-
-def _told(levels: tuple[Tensor, ...] | None) -> tuple[float, ...] | None:
-    """Numbers, or None for what a predictor says: measured on many midpoints, a level of its own for each."""
-    if levels is None or any(level.numel() > 1 for level in levels):
-        return None
-    return tuple(float(level) for level in levels)
-
-
-Numbers = tuple[tuple[Coefficient, ...], ...]
-
-
-def _folded(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
-    """Per interval its updates with their coefficients."""
-    if program.updates is None:
-        yield from _learned_updates(program)
-        return
-    for updates in program.updates:
-        yield [(update, _numbers(update.coeffs)) for update in updates]
-
-
-def _numbers(coeffs: Tensor) -> Numbers:
-    _check_size(coeffs.shape)
-    return tuple(tuple(row) for row in coeffs[..., 0].double().tolist())
-
-
-def _check_size(shape: Sequence[int]) -> None:
-    if shape[0] > MAX_ROWS or shape[1] > MAX_COLUMNS:
-        raise ConfigError(
-            f"one update has {shape[0]} x {shape[1]} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}"
+    learned, sigmas, last_is_anchor = program.updates is None, program.sigmas.tolist(), True
+    for i, s, sigma, sigma_net, update in program.evaluations(_learned_updates(program) if learned else None):
+        levels: dict[str, Any] = {"sigma": _told(sigma), "sigma_net": _told(sigma_net)}
+        if update is None:  # D itself is the sample, not thresholded
+            columns = (1,) if last_is_anchor else (2,)
+            yield Evaluation(**levels, columns=columns, coefficients=((1.0,),), **_NOTHING_MOVES)
+            return
+        last_is_anchor = update.x_is_y
+        yield Evaluation(
+            **levels,
+            columns=update.columns,
+            coefficients=_numbers(update.coeffs),
+            new_directions=update.new_directions,
+            keep=update.keep,
+            moves_x=update.moves_x,
+            x_is_y=update.x_is_y,
+            analytic=program.afs and i == s == 0,
+            threshold=program.solver.thresholds,
+            predict=(sigmas[i], sigmas[i + 1]) if learned and s == 0 else None,
         )
+
+
+_NOTHING_MOVES: dict[str, Any] = {"new_directions": 0, "keep": 0, "moves_x": False, "x_is_y": False}
+
+
+def _told(levels: Sequence[Any]) -> tuple[float, ...] | None:
+    """Numbers, or None for what a predictor says."""
+    numbers: list[Any] = [level.number if isinstance(level, Expression) else level for level in levels]
+    return None if any(number is None for number in numbers) else tuple(map(float, numbers))
+
+
+def _numbers(coeffs: Tensor | list) -> tuple[tuple[Coefficient, ...], ...]:
+    matrix = coeffs[..., 0].double().tolist() if isinstance(coeffs, Tensor) else coeffs
+    rows, columns = len(matrix), len(matrix[0])
+    if rows > MAX_ROWS or columns > MAX_COLUMNS:
+        raise ConfigError(f"one update has {rows} x {columns} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}")
+    return tuple(tuple(row) for row in matrix)
 
 
 # ---- learned coefficients ----
 
 
-def _learned_updates(program: Program) -> Iterator[list[tuple[Update, Numbers]]]:
-    """Per interval (update, weights on BASIS): measured on random midpoints, so that any solver may ask, and those whose
-    coefficients are something else (logarithms, earlier midpoints) are refused."""
-    if not isinstance(program.predictor, AMEDPredictor):
+def _learned_updates(program: Program) -> Iterator[list[Update]]:
+    """Per interval its updates, coefficients as weights on BASIS: the solver is asked with symbols for what the predictor will
+    say. Refused where its coefficients are something else (logarithms, earlier midpoints)."""
+    _check_weights(program.predictor)
+    sigmas = [Expression.of(Fraction(sigma)) for sigma in program.sigmas.tolist()]
+    walk = Walk(program, sigmas, stack=lambda matrix, like: matrix)
+    r, c, time = map(Expression.symbol, ("r", "c", "time"))
+    for i in range(program.intervals):
+        m: Any = midpoint_level(sigmas[i], sigmas[i + 1], r)
+        basis = (Expression.of(1), m, 1 / m, c, c * m, c / m, c / r, c / (r * m))
+        try:
+            updates = walk.updates(i, Midpoint(r, c, time))
+            written = [[[Expression.of(entry).over(basis) for entry in row] for row in u.coeffs] for u in updates]
+        except NoExpression as error:
+            tabulated = sorted(name for name, solver in SOLVERS.items() if solver.tabulated)
+            raise ConfigError(
+                f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of "
+                f"{', '.join(BASIS)}; use {alternatives(tabulated)}, or pass freeze=True"
+            ) from error
+        yield [update._replace(coeffs=matrix) for update, matrix in zip(updates, written, strict=True)]  # type: ignore[arg-type]
+
+
+def _check_weights(predictor: Any) -> None:
+    if not isinstance(predictor, AMEDPredictor):
         raise ConfigError(
             "only an AMEDPredictor goes into a plan with its weights; pass freeze=True for its answers alone"
         )
-    if program.predictor.scales != "bounded":
+    if predictor.scales != "bounded":
         raise ConfigError(
-            f"a plan cannot say {program.predictor.scales!r} scales; pass freeze=True for the predictor's answers alone, or "
+            f"a plan cannot say {predictor.scales!r} scales; pass freeze=True for the predictor's answers alone, or "
             "export format='pt2' or 'onnx'"
         )
-    generator = torch.Generator().manual_seed(0)
-    walk = Walk(program, program.sigmas.double().cpu())
-    for i in range(program.intervals):
-        r, c, time = torch.rand(3, _SAMPLES, generator=generator, dtype=torch.float64) * 0.9 + 0.05
-        midpoint = Midpoint(r, c + 0.5, time + 0.5)
-        sigma, sigma_next = _interval(program, i)
-        basis = _basis(midpoint, sigma_next**r * sigma ** (1 - r))
-        yield [(update, _fit(update.coeffs, basis, program)) for update in walk.updates(i, midpoint)]
-
-
-def _basis(midpoint: Midpoint, m: Tensor) -> Tensor:
-    """BASIS, (samples, 8)."""
-    r, c = torch.as_tensor(midpoint.r), torch.as_tensor(midpoint.scale_dir)
-    return torch.stack([torch.ones_like(m), m, 1 / m, c, c * m, c / m, c / r, c / (r * m)], dim=1)
-
-
-def _fit(coeffs: Tensor, basis: Tensor, program: Program) -> Numbers:
-    _check_size(coeffs.shape)
-    return tuple(tuple(_weights_of(values, basis, program) for values in row) for row in coeffs)
-
-
-def _weights_of(values: Tensor, basis: Tensor, program: Program) -> Coefficient:
-    """One coefficient on all samples as weights: first on every function, then on those that matter."""
-    if bool((values == values[0]).all()):
-        return float(values[0])
-    norms, largest = basis.abs().amax(0), float(values.abs().max())
-    support = torch.arange(len(BASIS))
-    for _ in range(2):
-        scaled = basis[:, support] / norms[support]
-        found = torch.linalg.lstsq(scaled, values[:, None], driver="gelsd").solution[:, 0]
-        misfit = float((scaled @ found - values).abs().max())
-        support, found = support[found.abs() > 1e-8 * largest], found[found.abs() > 1e-8 * largest]
-    if misfit > 1e-9 * largest:
-        raise ConfigError(
-            f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of {', '.join(BASIS)}; "
-            f"use {', '.join(name for name in SOLVERS if SOLVERS[name].tabulated)}, or pass freeze=True"
-        )
-    weights = torch.zeros(len(BASIS), dtype=torch.float64)
-    weights[support] = found / norms[support]
-    return tuple(weights.tolist())
 
 
 def _weights(predictor: Any) -> PredictorWeights:

@@ -94,14 +94,6 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def check_output(output: Tensor, sample: Tensor) -> None:
-    """Raise ConfigError for an output of another shape, which arithmetic might broadcast."""
-    if output.shape != sample.shape:
-        raise ConfigError(
-            f"model_output must have the shape of sample {tuple(sample.shape)}, got {tuple(output.shape)}"
-        )
-
-
 def translated(config: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
     """A scheduler's configuration for a class with these parameters. Raises ConfigError where it would mean something else.
 

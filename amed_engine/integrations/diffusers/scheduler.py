@@ -15,13 +15,13 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
-from amed_engine.integrations.diffusers.evaluations import AMEDSchedulerOutput, Evaluation, evaluations
-from amed_engine.integrations.diffusers.parameterization import Parameterization, check_output, translated
+from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
+from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
 from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.sampling.loop import State, advance
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
-from amed_engine.solvers.program import Program
+from amed_engine.solvers.program import Call, Program
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Update
 
@@ -182,12 +182,12 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigError("set_timesteps must be called before step")
         check_output(model_output, sample)
         index = self._index(timestep)
-        sigma, update = self._evaluations[index]
+        call = self._evaluations[index]
         y = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        denoised = self.model.denoised(y, model_output.to(y.dtype), sigma)
+        denoised = self.model.denoised(y, model_output.to(y.dtype), _told(call))
         if self._program.solver.thresholds:
             denoised = dynamic_thresholding(denoised)
-        moved = denoised if update is None else self._advance(y, denoised, update)
+        moved = denoised if call.update is None else self._advance(y, denoised, call.update)
         self._step_index = index + 1
         moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype)
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
@@ -244,9 +244,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
         """Stand at the start of these levels. Without a program there is only noise to add."""
         self.levels, self._program = levels, program
-        self._evaluations = [] if program is None else evaluations(program)
+        self._evaluations: list[Call] = [] if program is None else list(program.evaluations())
         skipped = int(program is not None and program.afs)
-        told = levels if program is None else torch.stack([e.sigma for e in self._evaluations[skipped:]])
+        told = levels if program is None else torch.stack([_told(call) for call in self._evaluations[skipped:]])
         self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if skipped else 1.0
         self._evaluations = self._evaluations[skipped:]
         self.timesteps = self.model.timestep(told).to(device, torch.float32)
@@ -265,7 +265,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = index
         return self._step_index
 
-    def _from(self, index: int) -> list[Evaluation]:
+    def _from(self, index: int) -> list[Call]:
         """The evaluations of a trajectory that starts here, without a history."""
         assert self._program is not None
         interval, inside = divmod(index + int(self._program.afs), 2)
@@ -278,7 +278,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         if len(rest) == 1:
             return self._evaluations[index:]
         fixed = program.predictor[interval:]  # type: ignore[index]
-        return evaluations(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero))
+        rest_of_it = Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero)
+        return list(rest_of_it.evaluations())
 
     def _analytic(self, x: Tensor) -> State:
         """The state after the analytic first step from x."""
@@ -298,3 +299,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         state = state.at(y)
         self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]
+
+
+def _told(call: Call) -> Tensor:
+    """The noise level that the network is told, ()."""
+    return call.sigma_net[0].reshape(())

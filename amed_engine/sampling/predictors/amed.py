@@ -15,9 +15,8 @@ from amed_engine.kernels.reference import frequencies, predict
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.constant import ConstantPredictor
-from amed_engine.solvers.base import Solver
+from amed_engine.solvers import AMED, Solver
 from amed_engine.solvers.plan import Plan
-from amed_engine.solvers.singlestep import AMED
 from amed_engine.solvers.stage import Midpoint, Update
 
 # Each parameterisation, with what its half-widths must stay below.

@@ -307,7 +307,8 @@ def test_a_plan_with_a_predictor_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_code_block_of_the_page_runs():
+def test_the_code_block_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     page = (Path(__file__).resolve().parents[1] / "docs" / "schedules.md").read_text()
     (source,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict = {}

@@ -54,7 +54,7 @@ class Teacher:
         plan = make_plan(None, solver=solver, options=options, schedule=levels, afs=False)
         if plan.midpoint:
             free = solver_names("none", "optional")
-            raise ConfigError(f"teacher {solver!r} needs a predictor itself; use one of {', '.join(free)}")
+            raise ConfigError(f"teacher {solver!r} needs a predictor itself; use heun, or one of {', '.join(free)}")
         return cls(plan, stride)
 
     def states(self, denoiser: Denoiser, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ test: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-integrations: $(VENV)-integrations/.installed  ## against the real stacks, in an environment of its own
-	$(VENV)-integrations/bin/pytest tests/integrations $(PYTEST_ARGS)
+	$(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

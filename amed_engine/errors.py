@@ -1,5 +1,10 @@
 """The exceptions a caller may catch. Each message says what was wrong, what was got, what was expected and what to do."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
 
 class AmedError(Exception):
     """Base of every error raised on purpose by amed_engine."""
@@ -7,6 +12,10 @@ class AmedError(Exception):
 
 class ConfigError(AmedError, ValueError):
     """An argument, a combination of arguments or a pairing of objects that cannot work."""
+
+
+class MissingDependency(ConfigError, ImportError):
+    """An optional package that cannot be imported."""
 
 
 class FileFormatError(AmedError, ValueError):
@@ -24,3 +33,16 @@ class NonFiniteError(AmedError, FloatingPointError):
         super().__init__(message)
         self.step = step
         self.seeds = seeds
+
+
+def require(module: str, extra: str, user: str = "this", otherwise: str = "") -> ModuleType:
+    """The imported module of an optional package. Raises MissingDependency: who needs it, and how to get it or do without.
+
+    extra: the extra of this package that brings it, or a sentence for what no package index has.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        how = extra if " " in extra else f"pip install 'amed-engine[{extra}]'"
+        how += f"; or {otherwise}" if otherwise else ""
+        raise MissingDependency(f"{user} needs {module}; {how} ({error})") from error

@@ -16,6 +16,9 @@ from torch import Tensor
 from amed_engine import cli
 from amed_engine.networks import EDMPrecond
 
+# Of tests/support, what tests of several packages share.
+pytest_plugins = ("host_guard", "publisher", "tables")
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT.parent / "shared" / "goldens"
 
@@ -65,6 +68,12 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def off_checkout(monkeypatch):
+    """`python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from amed_engine import Sampler
+from amed_engine.engine.graphs import GraphCache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -221,6 +225,34 @@ def test_only_native_knows_the_extension():
     assert "_native" in SOURCES["amed_engine.kernels.native"]
     assert not [module for module, source in SOURCES.items() if names_the_extension(module, source)]
     assert names_the_extension("amed_engine.kernels.ops", 'importlib.import_module("amed_engine._native")')
+
+
+def files_from_run_to(denoiser_frame) -> list[str]:
+    """Files of amed_engine/ on the stack between `Sampler.run` and a denoiser that it called, each once, outermost first."""
+    frames = [frame.f_code for frame, _ in traceback.walk_stack(denoiser_frame)][::-1]
+    start = next(i for i, code in enumerate(frames) if code is Sampler.run.__code__)
+    files = [Path(code.co_filename) for code in frames[start:]]
+    package = ROOT / "amed_engine"
+    return list(dict.fromkeys(file.relative_to(package).as_posix() for file in files if package in file.parents))
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_few_files_lie_between_the_user_and_the_loop(double, captured):
+    """What the loop itself calls, to ask the network, lies below it."""
+    seen = []
+
+    def denoiser(x, sigma):
+        seen.append(files_from_run_to(sys._getframe()))
+        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    sampler = Sampler(denoiser, solver="ipndm", nfe=3, shape=(1, 4, 4), sigma_min=0.002, sigma_max=80.0)
+    if captured:
+        sampler._runner.cache = GraphCache(double, (1,), None, warmups=1)
+    assert sampler.run(1).backend == ("graph" if captured else "eager")
+    graphs = ["engine/graphs.py"] if captured else []  # and engine/capture.py, for which the double stands
+    way = ["engine/sampler.py", "engine/runner.py", *graphs, "sampling/loop.py", "engine/model.py"]
+    assert seen
+    assert all(files == way for files in seen)
 
 
 def test_csrc_is_free_of_frameworks():

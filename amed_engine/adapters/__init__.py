@@ -1,7 +1,7 @@
 """Adapters: networks of every family as denoisers (x, sigma (B,)) -> Denoised(D, bottleneck)."""
 
 from amed_engine.adapters.adapter import Adapter
-from amed_engine.adapters.compiled import Compiled, is_package, load_package, save_package
+from amed_engine.adapters.compiled import Compiled, is_package, load_compiled, save_package
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.flow import Flow, flow_levels
@@ -13,6 +13,8 @@ from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.schedulers import shift_of
 from amed_engine.adapters.signature import Signature
 from amed_engine.adapters.wrapping import PREDICTIONS, wrap
+
+load_package = load_compiled  # its public name here; amed_engine.load_package opens whole loops
 
 __all__ = [
     "EDM",
@@ -38,6 +40,7 @@ __all__ = [
     "encode_texts",
     "flow_levels",
     "is_package",
+    "load_compiled",
     "load_onnx",
     "load_package",
     "save_package",

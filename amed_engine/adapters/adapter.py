@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.conditions import Conditions
-from amed_engine.adapters.facts import Facts
+from amed_engine.adapters.facts import NetworkFacts
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.errors import ConfigError
@@ -29,7 +29,7 @@ class Adapter(nn.Module):
         self,
         network: Any,
         family: Family,
-        facts: Facts,
+        facts: NetworkFacts,
         conditions: Conditions,
         bottleneck: str | None = None,
         notes: Mapping[str, str] | None = None,

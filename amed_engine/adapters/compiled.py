@@ -55,7 +55,7 @@ def is_package(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_package(path: str | os.PathLike) -> Compiled:
+def load_compiled(path: str | os.PathLike) -> Compiled:
     """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
     signature = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():

@@ -32,9 +32,10 @@ def alphas_cumprod(betas: str, steps: int = 1000, start: float | None = None, en
     if betas == "cosine":
         f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - (1 - f[1:] / f[:-1]).clamp_max(0.999)).cumprod(0)
-    low, high = (own if given is None else given for given, own in zip((start, end), RANGES[betas], strict=True))
-    if not 0 < low < high < 1:
-        raise ConfigError(f"betas must grow inside (0, 1), got {low} to {high}")
+    own_start, own_end = RANGES[betas]
+    low, high = own_start if start is None else start, own_end if end is None else end
+    if not 0 < low <= high < 1:
+        raise ConfigError(f"betas must stay or grow inside (0, 1), got {low} to {high}")
     if betas == "linear":
         return (1 - torch.linspace(low, high, steps, dtype=torch.float64)).cumprod(0)
     return (1 - torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2).cumprod(0)
@@ -76,13 +77,17 @@ class DiscreteSteps(Family):
         return DiscreteTime(self.log_alpha).time(sigma) * self.steps - 1
 
     def forward(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """skip, out, scale"""
         variance, one = 1 + sigma**2, torch.ones_like(sigma)
         skip, out = {
             "epsilon": (one, -sigma),
             "v": (1 / variance, -sigma / variance.sqrt()),
             "x0": (torch.zeros_like(sigma), one),
         }[self.name]
-        return Coefficients(skip, out, 1 / variance.sqrt(), self.time(sigma).to(sigma.dtype))
+        return skip, out, 1 / variance.sqrt()
 
     def describe(self) -> str:
         return f"{PREDICTS[self.name]}; told one of {self.steps} steps, fractions allowed"

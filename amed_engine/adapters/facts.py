@@ -15,7 +15,7 @@ from amed_engine.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Facts:
+class NetworkFacts:
     """What is known of a network before it is called.
 
     shape: (C, H, W) of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as
@@ -39,7 +39,7 @@ class Facts:
     reduction: int | None = None
 
 
-def facts_of(network: Any) -> Facts:
+def facts_of(network: Any) -> NetworkFacts:
     """The facts of a network; a callable that no reader knows has none."""
     bare = getattr(network, "_orig_mod", network)
     for ancestor in type(bare).__mro__:
@@ -49,7 +49,7 @@ def facts_of(network: Any) -> Facts:
         return _guided_diffusion(bare)
     if hasattr(bare, "round_sigma") and hasattr(bare, "img_channels"):  # EDM's classes for iDDPM, VP and VE
         return _edm(bare)
-    return Facts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
+    return NetworkFacts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
 
 
 def _square(channels: Any, size: Any) -> tuple[int, ...] | None:
@@ -60,47 +60,49 @@ def _square(channels: Any, size: Any) -> tuple[int, ...] | None:
     return int(channels), int(height), int(width)
 
 
-def _edm(network: Any) -> Facts:
+def _edm(network: Any) -> NetworkFacts:
     shape = _square(network.img_channels, network.img_resolution)
     own = type(network).__module__.startswith("amed_engine.")
     label_dim = int(getattr(network, "label_dim", 0) or 0)
     reduction = network.img_resolution // network.bottleneck_shape[1] if own else None
     known = {"prediction": "denoised", "returns_bottleneck": own, "denoises": True, "reduction": reduction}
-    return Facts(shape, network.img_channels, label_dim, **known)
+    return NetworkFacts(shape, network.img_channels, label_dim, **known)
 
 
-def _raw_edm(network: Any) -> Facts:
+def _raw_edm(network: Any) -> NetworkFacts:
     own = type(network).__module__.startswith("amed_engine.")
-    return Facts(label_dim=int(network.label_dim or 0), prediction="edm", returns_bottleneck=own)
+    return NetworkFacts(label_dim=int(network.label_dim or 0), prediction="edm", returns_bottleneck=own)
 
 
-def _openai(network: Any) -> Facts:
+def _openai(network: Any) -> NetworkFacts:
     shape = _square(network.in_channels, network.image_size)
     reduction = network.image_size // network.bottleneck_shape[1]
-    return Facts(shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True, reduction=reduction)
+    return NetworkFacts(
+        shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True, reduction=reduction
+    )
 
 
-def _guided_diffusion(network: Any) -> Facts:
+def _guided_diffusion(network: Any) -> NetworkFacts:
     shape = _square(network.in_channels, getattr(network, "image_size", None))
     classes = getattr(network, "num_classes", None) or 0
-    return Facts(shape, getattr(network, "out_channels", None), classes, "index")
+    return NetworkFacts(shape, getattr(network, "out_channels", None), classes, "index")
 
 
-def _onnx(network: Any) -> Facts:
-    return Facts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
+def _onnx(network: Any) -> NetworkFacts:
+    return NetworkFacts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
 
 
-def _diffusers_unet(network: Any) -> Facts:
+def _diffusers_unet(network: Any) -> NetworkFacts:
     config = network.config
     _refuse(network, class_embed_type=None)
     shape = _square(config.in_channels, config.sample_size)
     classes = config.num_class_embeds or 0
-    return Facts(
+    return NetworkFacts(
         shape, config.out_channels, classes, "index", betas="linear", diffusers=True, reduction=_reduction(config)
     )
 
 
-def _diffusers_conditional(network: Any) -> Facts:
+def _diffusers_conditional(network: Any) -> NetworkFacts:
     config = network.config
     _refuse(network, class_embed_type=None, num_class_embeds=None, time_cond_proj_dim=None)
     width = config.encoder_hid_dim or config.cross_attention_dim
@@ -111,7 +113,7 @@ def _diffusers_conditional(network: Any) -> Facts:
         _refuse(network, addition_embed_type=None)
     shape = _square(config.in_channels, config.sample_size)
     known = {"betas": "scaled_linear", "diffusers": True, "reduction": _reduction(config)}
-    return Facts(shape, config.out_channels, conditions=conditions, **known)
+    return NetworkFacts(shape, config.out_channels, conditions=conditions, **known)
 
 
 def _reduction(config: Any) -> int:
@@ -119,31 +121,31 @@ def _reduction(config: Any) -> int:
     return 2 ** (len(config.block_out_channels) - 1)
 
 
-def _diffusers_dit(network: Any) -> Facts:
+def _diffusers_dit(network: Any) -> NetworkFacts:
     config, classes = network.config, network.config.num_embeds_ada_norm
     shape = _square(config.in_channels, config.sample_size)
     # The table of classes ends with a row for "none", which training drops labels to.
     known = {"null_class": classes, "prediction": "epsilon", "betas": "linear", "diffusers": True}
-    return Facts(shape, config.out_channels or config.in_channels, classes, "index", **known)
+    return NetworkFacts(shape, config.out_channels or config.in_channels, classes, "index", **known)
 
 
-def _diffusers_sd3(network: Any) -> Facts:
+def _diffusers_sd3(network: Any) -> NetworkFacts:
     config = network.config
     conditions = {
         "encoder_hidden_states": config.joint_attention_dim,
         "pooled_projections": config.pooled_projection_dim,
     }
     shape = _square(config.in_channels, config.sample_size)
-    return Facts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
+    return NetworkFacts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
 
 
-def _flux(network: Any) -> Facts:
+def _flux(network: Any) -> NetworkFacts:
     config = network.transformer.config
     conditions = {
         "encoder_hidden_states": config.joint_attention_dim,
         "pooled_projections": config.pooled_projection_dim,
     }
-    return Facts(None, network.channels, conditions=conditions, prediction="flow")
+    return NetworkFacts(None, network.channels, conditions=conditions, prediction="flow")
 
 
 def _refuse(network: Any, **expected: Any) -> None:
@@ -155,7 +157,7 @@ def _refuse(network: Any, **expected: Any) -> None:
             )
 
 
-READERS: dict[str, Callable[[Any], Facts]] = {
+READERS: dict[str, Callable[[Any], NetworkFacts]] = {
     "EDMPrecond": _edm,
     "SongUNet": _raw_edm,
     "DhariwalUNet": _raw_edm,

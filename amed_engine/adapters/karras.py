@@ -40,9 +40,19 @@ class EDM(Family):
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
 
     def forward(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(*self.mix(sigma), self.time(sigma))
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """skip, out, scale"""
         variance, sd = sigma**2 + self.sigma_data**2, self.sigma_data
-        time = self.time_scale * sigma.log()
-        return Coefficients(sd**2 / variance, sigma * sd / variance.sqrt(), 1 / variance.sqrt(), time)
+        return sd**2 / variance, sigma * sd / variance.sqrt(), 1 / variance.sqrt()
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.time_scale * sigma.log()
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The noise level of a time, float64; the inverse of `time`."""
+        return (time.double() / self.time_scale).exp()
 
     def describe(self) -> str:
         return f"EDM preconditioning, sigma_data {self.sigma_data:g}; told {self.time_scale:g}·log(sigma)"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError, require
 
 TYPES = {
     "tensor(float)": "float32",
@@ -29,20 +29,34 @@ class OnnxModel(Compiled):
 
     @property
     def returns_bottleneck(self) -> bool:
-        return len(self.call.session.get_outputs()) > 1
+        return len(self.call.outputs) > 1
 
 
-class _Session:
-    """An onnxruntime session on tensors."""
+class OnnxSession:
+    """A model on the CPU: tensors in the order of its inputs -> its first two outputs, or its only one.
 
-    def __init__(self, session: Any):
-        self.session = session
-        self.inputs = [entry.name for entry in session.get_inputs()]
-        self.outputs = [entry.name for entry in session.get_outputs()][:2]
+    inputs: name, type and shape of each. metadata: the file's custom texts by name. threads: of one call, None for
+    onnxruntime's own choice. Raises MissingDependency without onnxruntime, FileFormatError for a file that it does not open.
+    """
+
+    def __init__(self, path: str | os.PathLike, threads: int | None = None):
+        runtime = require("onnxruntime", "onnx", "ONNX")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no common class of its errors
+            reason = str(error).splitlines()[0]
+            raise FileFormatError(f"{path} cannot be loaded: it is damaged, or no ONNX model: {reason}") from error
+        self.inputs = self._session.get_inputs()
+        self.outputs = [entry.name for entry in self._session.get_outputs()][:2]
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        feed = {name: tensor.detach().numpy() for name, tensor in zip(self.inputs, tensors, strict=True)}
-        return tuple(torch.from_numpy(array) for array in self.session.run(self.outputs, feed))
+        feed = {entry.name: tensor.detach().numpy() for entry, tensor in zip(self.inputs, tensors, strict=True)}
+        return tuple(torch.from_numpy(array) for array in self._session.run(self.outputs, feed))
 
 
 def load_onnx(path: str | os.PathLike, *, threads: int | None = None) -> OnnxModel:
@@ -51,23 +65,12 @@ def load_onnx(path: str | os.PathLike, *, threads: int | None = None) -> OnnxMod
     threads: of one evaluation, None for onnxruntime's own choice. Raises ConfigError without onnxruntime or for inputs that
     are not x (B, C, H, W), sigma (B,) and perhaps labels (B, K), FileFormatError for a file that is no ONNX model.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError("ONNX models need onnxruntime: pip install 'amed-engine[onnx]'") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no common class of its errors
-        raise FileFormatError(f"{path} is no ONNX model: {str(error).splitlines()[0]}") from error
-    return OnnxModel(_Session(session), _signature(session, path))
+    session = OnnxSession(path, threads)
+    return OnnxModel(session, _signature(session, path))
 
 
-def _signature(session: Any, path: str | os.PathLike) -> Signature:
-    entries = session.get_inputs()
+def _signature(session: OnnxSession, path: str | os.PathLike) -> Signature:
+    entries, metadata = session.inputs, session.metadata
     if len(entries) not in (2, 3) or any(e.type not in TYPES or not e.shape for e in entries):
         raise ConfigError(
             f"{path} has inputs {[(e.name, e.type, e.shape) for e in entries]}; expected x (B, C, H, W), sigma (B,) and "
@@ -76,7 +79,6 @@ def _signature(session: Any, path: str | os.PathLike) -> Signature:
     inputs = tuple(Input(TYPES[e.type], tuple(map(_static, e.shape[1:]))) for e in entries)
     fixed = _static(entries[0].shape[0])
     batch = (1, UNBOUNDED) if fixed is None else (fixed, fixed)
-    metadata = session.get_modelmeta().custom_metadata_map
     return Signature(inputs, batch, "cpu", _level(metadata, "sigma_min", path), _level(metadata, "sigma_max", path))
 
 

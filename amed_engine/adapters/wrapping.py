@@ -14,7 +14,7 @@ from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import Facts, facts_of
+from amed_engine.adapters.facts import NetworkFacts, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
@@ -97,7 +97,7 @@ def _check_callable(model: Any) -> None:
         )
 
 
-def _with_given(facts: Facts, shape: Any, label_dim: int | None, null_class: int | None) -> Facts:
+def _with_given(facts: NetworkFacts, shape: Any, label_dim: int | None, null_class: int | None) -> NetworkFacts:
     """The facts with what the caller says; contradictions raise."""
     if shape is not None:
         if facts.shape is not None and facts.shape[0] != shape[0]:
@@ -116,7 +116,7 @@ def _with_given(facts: Facts, shape: Any, label_dim: int | None, null_class: int
     return facts
 
 
-def _choose_family(prediction: Any, facts: Facts, scheduler: Any, betas: Any) -> tuple[Family, str]:
+def _choose_family(prediction: Any, facts: NetworkFacts, scheduler: Any, betas: Any) -> tuple[Family, str]:
     """The family, and a word on where it comes from."""
     if isinstance(prediction, Family):
         return prediction, "given"
@@ -140,7 +140,7 @@ def _choose_family(prediction: Any, facts: Facts, scheduler: Any, betas: Any) ->
     return DiscreteSteps(name, alphas), f"{why}; betas {source}"
 
 
-def _choose_betas(betas: Any, facts: Facts, scheduler: Any) -> tuple[Tensor, str]:
+def _choose_betas(betas: Any, facts: NetworkFacts, scheduler: Any) -> tuple[Tensor, str]:
     if betas is not None:
         given = betas if isinstance(betas, Tensor) else alphas_cumprod(betas)
         _check_scheduler(given, scheduler)
@@ -164,7 +164,7 @@ def _check_scheduler(alphas: Tensor, scheduler: Any) -> None:
         )
 
 
-def _check_channels(model: Any, facts: Facts) -> None:
+def _check_channels(model: Any, facts: NetworkFacts) -> None:
     if facts.shape is None or facts.out_channels is None:
         return
     channels = facts.shape[0]
@@ -175,7 +175,7 @@ def _check_channels(model: Any, facts: Facts) -> None:
         )
 
 
-def _make_conditions(facts: Facts, conditions: Any, null: Mapping[str, Tensor] | None) -> Conditions:
+def _make_conditions(facts: NetworkFacts, conditions: Any, null: Mapping[str, Tensor] | None) -> Conditions:
     if conditions is None or isinstance(conditions, Mapping):
         bound, names = conditions, ()
     else:
@@ -186,7 +186,7 @@ def _make_conditions(facts: Facts, conditions: Any, null: Mapping[str, Tensor] |
     return tables
 
 
-def _choose_bottleneck(model: Any, facts: Facts, asked: str | None) -> tuple[str | None, str]:
+def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tuple[str | None, str]:
     """The module to tap, if any, and a word on it."""
     if asked != "auto":
         return asked, "none, as asked" if asked is None else f"{asked}, given"
@@ -196,7 +196,7 @@ def _choose_bottleneck(model: Any, facts: Facts, asked: str | None) -> tuple[str
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
-def _with_range(family: Family, model: Any, facts: Facts) -> Family:
+def _with_range(family: Family, model: Any, facts: NetworkFacts) -> Family:
     """A denoiser's own range of noise levels."""
     if facts.denoises:
         family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
@@ -204,7 +204,9 @@ def _with_range(family: Family, model: Any, facts: Facts) -> Family:
     return family
 
 
-def _notes(model: Any, facts: Facts, family: Family, why: str, tables: Conditions, bottleneck: str) -> dict[str, str]:
+def _notes(
+    model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
+) -> dict[str, str]:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
     if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:

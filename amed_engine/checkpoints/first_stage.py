@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from amed_engine.checkpoints.files import parse_config
 from amed_engine.checkpoints.native import restore
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import FileFormatError, require
 
 PREFIX, CODEBOOK = "first_stage_model.", "quantize.embedding.weight"
 PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")  # losses and averages are for training
@@ -102,12 +102,6 @@ def load(folder: Path) -> nn.Module:
 
 def _diffusers() -> tuple[tuple[Any, Any], Any]:
     """((AutoencoderKL, VQModel), the converter of names)"""
-    try:
-        from diffusers import AutoencoderKL, VQModel  # type: ignore[attr-defined]
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    except ImportError as error:
-        raise ConfigError(
-            f"the first stage of a latent-diffusion checkpoint needs diffusers: pip install 'amed-engine[diffusers]'; or "
-            f"{HOW_TO_LEAVE_OUT}"
-        ) from error
-    return (AutoencoderKL, VQModel), convert_ldm_vae_checkpoint
+    library = require("diffusers", "diffusers", "the first stage of a latent-diffusion checkpoint", HOW_TO_LEAVE_OUT)
+    names = require("diffusers.loaders.single_file_utils", "diffusers")
+    return (library.AutoencoderKL, library.VQModel), names.convert_ldm_vae_checkpoint

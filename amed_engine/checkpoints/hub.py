@@ -12,7 +12,7 @@ from torch import nn
 
 from amed_engine.checkpoints.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from amed_engine.checkpoints.native import PREDICTORS, load_model, load_predictor, save_model, save_predictor
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.networks import EDMPrecond
 from amed_engine.sampling.predictors import Predictor
 
@@ -69,7 +69,7 @@ def from_pretrained(
 
 def _fetch(repo: str, revision: str | None, offline: bool, cache: Any, token: Any) -> Path:
     """The local folder of one commit of a repository, with our two files and no others."""
-    hub = _hub()
+    hub = require("huggingface_hub", "hub", "a model of the Hub", "pass a local directory")
     try:
         if not offline and not (revision and COMMIT.fullmatch(revision)):
             revision = hub.HfApi(token=token).model_info(repo, revision=revision).sha
@@ -89,13 +89,3 @@ def _fetch(repo: str, revision: str | None, offline: bool, cache: Any, token: An
             f"{repo} at revision {revision or 'main'} cannot be had {'from the cache' if offline else 'from the Hub'}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ConfigError(
-            "models of the Hub need huggingface_hub: pip install 'amed-engine[hub]'; a local directory does not"
-        ) from error
-    return huggingface_hub

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from amed_engine.checkpoints.files import save_diffusers
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError, require
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
 HOW_TO_SET = "pass what differs from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
@@ -98,10 +98,4 @@ def load(folder: Path) -> Any:
 
 
 def _diffusers() -> Any:
-    try:
-        from diffusers import UNet2DConditionModel  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise ConfigError(
-            "latent-diffusion checkpoints with a condition need diffusers: pip install 'amed-engine[diffusers]'"
-        ) from error
-    return UNet2DConditionModel
+    return require("diffusers", "diffusers", "a latent-diffusion checkpoint with a condition").UNet2DConditionModel

@@ -1,6 +1,6 @@
 """How a click program ends: exit codes, and errors, warnings and log lines as one line each on stderr.
 
-Exit codes: 0; 1 for a failure; 2 for bad usage, a ConfigError included; 130 for Ctrl-C.
+Exit codes: 0; 1 for a failure, a missing package included; 2 for bad usage, any other ConfigError included; 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from amed_engine.errors import AmedError, ConfigError
+from amed_engine.errors import AmedError, ConfigError, MissingDependency
 
 
 def run(app: App, args: Sequence[str] | None = None) -> int:
@@ -44,7 +44,8 @@ class App(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            raise (Misuse if isinstance(error, ConfigError) else Failure)(_explain(error, ctx)) from error
+            misuse = isinstance(error, ConfigError) and not isinstance(error, MissingDependency)
+            raise (Misuse if misuse else Failure)(_explain(error, ctx)) from error
 
 
 class Failure(click.ClickException):

@@ -205,7 +205,7 @@ def numerics(module: nn.Module | None) -> tuple[Any, ...]:
     )
 
 
-class Weights:
+class Addresses:
     """Where a module's parameters and buffers were when a graph was captured.
 
     In-place changes keep the address and are seen by replays; anything else is stale, a submodule put in another's place too.

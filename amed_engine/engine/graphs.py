@@ -3,7 +3,7 @@
 One pool, one capture stream and one lock for each cache. Inputs and outputs are static buffers outside the pool, so graphs
 may share its memory: they never run at once and never read each other's results. All warm-ups come before the first
 capture, the largest batch is captured first. Nothing is ever evicted alone (a later graph may hold an earlier one's
-workspace): above `max_graphs` a batch runs eagerly and is counted, `clear` drops all of them together.
+workspace): above `max_graphs` there is none for a batch, `clear` drops all of them together.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from amed_engine.engine.capture import Device, Recording, Weights, numerics
+from amed_engine.engine.capture import Addresses, Device, Recording, numerics
 from amed_engine.errors import AmedError, ConfigError
 
 WARMUPS = 3  # torch's own figure; TorchScript's profiling executor and fuser settle after six
 WARMUPS_TORCHSCRIPT = 6
 
+_COUNTING = threading.Lock()
+
 Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
 
 
-class Family(NamedTuple):
-    """What must be equal for graphs to belong together; only the batch size differs inside a family."""
+class GraphKey(NamedTuple):
+    """What must be equal for graphs to belong together; only the batch size differs under one key."""
 
     guidance_scale: float | None
     labels: tuple[torch.dtype, tuple[int, ...]] | None  # dtype and shape of one row
@@ -37,11 +39,16 @@ class Family(NamedTuple):
 
 @dataclass
 class Stats:
-    """What ran how often since the cache was made."""
+    """What ran how often so far."""
 
     captures: int = 0
     replays: int = 0
     eager_runs: int = 0
+
+    def count(self, what: Literal["captures", "replays", "eager_runs"]) -> None:
+        """One more, from any thread."""
+        with _COUNTING:
+            setattr(self, what, getattr(self, what) + 1)
 
 
 class Bucket(NamedTuple):
@@ -67,10 +74,10 @@ class WarmupReport:
 
 @dataclass
 class Captured:
-    """A family's graphs by batch size, and what they read: weights where they were, the loop with its constants."""
+    """A key's graphs by batch size, and what they read: weights where they were, the loop with its constants."""
 
     graphs: dict[int, Graph]
-    weights: Weights
+    addresses: Addresses
     loop: Loop
 
 
@@ -100,7 +107,7 @@ def check_sizes(batch_sizes: Any) -> list[int]:
 
 @dataclass
 class GraphCache:
-    """Graphs of one Sampler by family and batch size."""
+    """Graphs of one Sampler by key and batch size."""
 
     device: Device
     batch_sizes: Sequence[int]
@@ -112,32 +119,35 @@ class GraphCache:
 
     def __post_init__(self):
         self.batch_sizes = check_sizes(self.batch_sizes)
-        self._captured: dict[Family, Captured] = {}
-        self._refused: set[Family] = set()  # ran out of memory; not tried again until `clear`
+        self._captured: dict[GraphKey, Captured] = {}
+        self._refused: set[GraphKey] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()
 
-    def run(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Tensor, str]:
-        """The loop on a batch, padded to a captured size or split above the largest; the images and what ran."""
-        with self._lock:
-            captured = None if self.device.capturing() else self._get(family, loop, latents, labels)
-            if captured is not None:
-                return self._replay_all(captured, latents, labels), "graph"
-            self.stats.eager_runs += 1
-        return loop(latents, labels), "eager"
+    def run(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> Tensor | None:
+        """The loop's images of a batch, padded to a captured size or split above the largest; None without a graph.
 
-    def warmup(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
-        """Capture every batch size of a family now, from example rows of latents and labels.
-
-        Raises torch.OutOfMemoryError, after which the family runs eagerly until `clear`.
+        Graphs that are missing are captured first, unless that is not allowed or failed before: see `warmup`.
         """
         with self._lock:
-            if family in self._captured:
+            if self.device.capturing():
+                return None
+            self.warmup(key, loop, latents, labels)
+            captured = self._captured.get(key)
+            return None if captured is None else self._replay_all(captured, latents, labels)
+
+    def warmup(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
+        """Capture every batch size of a key now, from example rows of latents and labels.
+
+        Raises torch.OutOfMemoryError, after which the key has no graphs until `clear`.
+        """
+        with self._lock:
+            if key in self._captured:
                 return WarmupReport("graph")
             taken = sum(len(captured.graphs) for captured in self._captured.values())
             full = taken + len(self.batch_sizes) > self.max_graphs
-            if full or family in self._refused or self.device.capturing():
+            if full or key in self._refused or self.device.capturing():
                 return WarmupReport("eager")
-            return WarmupReport("graph", self._capture_all(family, loop, latents, labels))
+            return WarmupReport("graph", self._capture_all(key, loop, latents, labels))
 
     def clear(self) -> None:
         """Drop every graph and the memory they share."""
@@ -149,14 +159,8 @@ class GraphCache:
             self._refused.clear()
             self.device.drop(recordings)
 
-    def _get(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> Captured | None:
-        """The family's graphs, made now if need be and allowed."""
-        if family not in self._captured:
-            self.warmup(family, loop, latents, labels)
-        return self._captured.get(family)
-
     def _replay_all(self, captured: Captured, latents: Tensor, labels: Tensor | None) -> Tensor:
-        captured.weights.check()
+        captured.addresses.check()
         self.device.begin_use()
         try:
             images = [self._replay(captured.graphs, *part) for part in self._parts(latents, labels)]
@@ -174,11 +178,11 @@ class GraphCache:
         graph = graphs[min(size for size in graphs if size >= count)]
         graph.load(latents, labels)
         graph.recording.replay()
-        self.stats.replays += 1
+        self.stats.count("replays")
         # A copy: the next replay writes over the graph's own output.
         return graph.output[:count].clone()
 
-    def _capture_all(self, family: Family, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
+    def _capture_all(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
         inputs = {
             size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
         }
@@ -190,14 +194,14 @@ class GraphCache:
             report = tuple(self._capture(loop, size, inputs[size], expected[size], graphs) for size in self.batch_sizes)
         except BaseException as error:
             if isinstance(error, torch.OutOfMemoryError) and not self.insist:
-                self._refused.add(family)
+                self._refused.add(key)
             self._abandon(graphs)
             raise
-        self._captured[family] = Captured(graphs, Weights(self.module), loop)
+        self._captured[key] = Captured(graphs, Addresses(self.module), loop)
         return report
 
     def _abandon(self, graphs: dict[int, Graph]) -> None:
-        """Half a family is worse than none. Its memory comes back once no other family uses the pool."""
+        """Some of the sizes are worse than none. Their memory comes back once no other graph uses the pool."""
         recordings = [graph.recording for graph in graphs.values()]
         self.device.wait()
         graphs.clear()
@@ -223,7 +227,7 @@ class GraphCache:
     ) -> Bucket:
         started, before = time.perf_counter(), self.device.reserved_bytes()
         recording, output = self.device.record(lambda: loop(*inputs))
-        self.stats.captures += 1
+        self.stats.count("captures")
         graphs[size] = Graph(recording, *inputs, output)
         recording.replay()
         bitwise = torch.equal(output, expected)
@@ -242,7 +246,9 @@ def _rows(example: Tensor, count: int) -> Tensor:
     return example.repeat(repeats, *[1] * (example.dim() - 1))[:count].clone()
 
 
-def family_of(guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None) -> Family:
-    """The family of a batch under the present global switches."""
+def graph_key(
+    guidance_scale: float | None, latents: Tensor, labels: Tensor | None, module: nn.Module | None
+) -> GraphKey:
+    """The key of a batch under the present global switches."""
     described = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
-    return Family(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))
+    return GraphKey(guidance_scale, described, (latents.dtype, tuple(latents.shape[1:])), numerics(module))

@@ -1,4 +1,4 @@
-"""A network and its facts, where it runs and in what arithmetic, and its labels bound."""
+"""A network and its facts, where it runs and in what arithmetic, and what it can be told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, classifier_free, conditioned
+from amed_engine.sampling.denoiser import Denoised, as_denoised
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,3 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def bind_labels(model: Model, labels: Tensor | None, guidance_scale: float | None) -> Denoiser:
-    """The model's denoiser with its conditions and guidance bound: (x, sigma) -> Denoised."""
-    if labels is None:
-        return model.denoise
-    if guidance_scale is None or guidance_scale == 1:
-        return conditioned(model.denoise, labels)
-    return classifier_free(model.denoise, labels, guidance_scale)

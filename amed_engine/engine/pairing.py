@@ -32,7 +32,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlanRequest:
     """What the caller asked for, before the predictor and the defaults have their say."""
 
     solver: str | None
@@ -51,7 +51,7 @@ class Wishes:
         return self.solver is self.schedule is self.afs is self.rho is self.recipe is None and not self.options
 
     def plan(self, *, midpoint: bool) -> Plan:
-        """The plan of these wishes, with a predictor that has none of its own or without any."""
+        """The plan that was asked for, with a predictor that has none of its own or without any."""
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         common: dict[str, Any] = {
@@ -95,19 +95,19 @@ def open_predictor(predictor: Any) -> Predictor:
     return predictor
 
 
-def choose_predictor(model: Model, wishes: Wishes, bundled: bool) -> Predictor | None:
+def choose_predictor(model: Model, request: PlanRequest, bundled: bool) -> Predictor | None:
     """The model's own, where the default one is right (`bundled`), or where the plan that was asked for is its plan."""
-    recipe = wishes.recipe
+    recipe = request.recipe
     if model.name and bundled:
-        return zoo.bundled_predictor(model.name, 5 if wishes.nfe is None else wishes.nfe)
+        return zoo.bundled_predictor(model.name, 5 if request.nfe is None else request.nfe)
     if not model.name or recipe is None or not recipe.midpoint:
         return None
     found = zoo.bundled_predictor(model.name, recipe.nfe)
     return found if found and found.plan and not differences(recipe, found.plan) else None
 
 
-def choose_plan(wishes: Wishes, predictor: Predictor | None) -> Plan:
-    own, recipe = None if predictor is None else predictor.plan, wishes.recipe
+def choose_plan(request: PlanRequest, predictor: Predictor | None) -> Plan:
+    own, recipe = None if predictor is None else predictor.plan, request.recipe
     if own is not None and not own.midpoint:
         raise ConfigError(
             f"the predictor's plan says midpoint=False ({own.describe()}): a plan for a predictor refines every "
@@ -117,8 +117,8 @@ def choose_plan(wishes: Wishes, predictor: Predictor | None) -> Plan:
         _check_recipe(recipe, predictor, own)
     plan = own or recipe
     if plan is None:
-        return wishes.plan(midpoint=predictor is not None)
-    _check_against(wishes, plan, TRAINED if own else MADE)
+        return request.plan(midpoint=predictor is not None)
+    _check_against(request, plan, TRAINED if own else MADE)
     return plan
 
 
@@ -152,21 +152,21 @@ def differences(plan: Plan, other: Plan) -> list[str]:
     return [name for name in names if getattr(plan, name) != getattr(other, name)]
 
 
-def _check_against(wishes: Wishes, plan: Plan, made: str) -> None:
+def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
     """A predictor is only right for what it was trained for, and a plan says everything."""
-    asked = {"nfe": wishes.nfe, "solver": wishes.solver, "rho": wishes.rho, "afs": wishes.afs}
-    if isinstance(wishes.schedule, str):
-        asked["schedule"] = wishes.schedule
+    asked = {"nfe": request.nfe, "solver": request.solver, "rho": request.rho, "afs": request.afs}
+    if isinstance(request.schedule, str):
+        asked["schedule"] = request.schedule
     for name, value in asked.items():
         if value is not None and value != getattr(plan, name):
             raise ConfigError(
                 f"{made} for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or "
                 f"{'train one for it with amed_engine.distill' if made == TRAINED else 'pass another plan'}"
             )
-    if isinstance(wishes.schedule, Tensor) and not _same_levels(wishes.schedule, plan.levels):
+    if isinstance(request.schedule, Tensor) and not _same_levels(request.schedule, plan.levels):
         raise ConfigError(f"{made} for other noise levels than the schedule given; leave schedule out")
-    if wishes.options and wishes.options != dict(plan.options):
-        raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {wishes.options}")
+    if request.options and request.options != dict(plan.options):
+        raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {request.options}")
 
 
 def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None, made: str = TRAINED) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters import Signature, is_package, load_onnx, load_package
+from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -126,7 +126,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".onnx":
         return load_onnx(path)
     if path.suffix == ".pt2" and is_package(path):
-        return load_package(path)
+        return load_compiled(path)
     try:
         opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise

@@ -19,12 +19,13 @@ from amed_engine.engine.graphs import (
     Stats,
     WarmupReport,
     check_sizes,
-    family_of,
+    graph_key,
 )
-from amed_engine.engine.model import Model, bind_labels
+from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request
 from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import bind_labels
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers.program import Program
 
@@ -35,7 +36,7 @@ BACKENDS = ("auto", "graph", "eager")
 SHORTAGES = ("CUDA out of memory", "DefaultCPUAllocator")
 
 
-class Images(NamedTuple):
+class Drawn(NamedTuple):
     """Samples, what ran ("graph", "eager", or "graph+eager" for different pieces), and in how many pieces."""
 
     images: Tensor
@@ -43,7 +44,7 @@ class Images(NamedTuple):
     chunks: int
 
 
-class Engine:
+class Runner:
     """A model on a device with its graphs. backend: "auto" captures on a GPU, "graph" insists on it, "eager" never does."""
 
     def __init__(
@@ -55,18 +56,14 @@ class Engine:
             raise ConfigError(f"backend='graph' needs a CUDA device, got {device}; use backend='auto' or 'eager'")
         self.model, self.device, self.backend, self.check_finite = model, device, backend, check_finite
         batch_sizes = check_sizes(batch_sizes)  # without a GPU too: what is wrong there should not wait for one
-        self._eager_runs = 0
+        self.stats = Stats()
         self.cache: GraphCache | None = None
         if device.type == "cuda" and backend != "eager":
             scripted = isinstance(model.module, torch.jit.ScriptModule)
             warmups = WARMUPS_TORCHSCRIPT if scripted else WARMUPS
-            self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, warmups, insist=backend == "graph")
-
-    @property
-    def stats(self) -> Stats:
-        """Captures, replays and eager runs so far."""
-        cached = self.cache.stats if self.cache else Stats()
-        return Stats(cached.captures, cached.replays, cached.eager_runs + self._eager_runs)
+            self.cache = GraphCache(
+                CudaDevice(device), batch_sizes, model.module, warmups, insist=backend == "graph", stats=self.stats
+            )
 
     def may_wait(self) -> bool:
         """Whether tensors on the device may be looked at, which waits for them: not inside a caller's capture."""
@@ -77,18 +74,19 @@ class Engine:
         """Capture every batch size for requests like the example."""
         if self.cache is None:
             return WarmupReport("eager")
-        family = family_of(scale, example.latents, example.labels, self.model.module)
-        return self.cache.warmup(family, BoundLoop(self.model, program, scale), example.latents, example.labels)
+        key = graph_key(scale, example.latents, example.labels, self.model.module)
+        return self.cache.warmup(key, BoundLoop(self.model, program, scale), example.latents, example.labels)
 
-    def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Images:
+    def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Drawn:
         """The whole batch, or pieces of half the size each time memory runs out."""
+        loop = BoundLoop(self.model, program, scale)
         total = size = len(request.latents)
         pieces: list[Tensor] = []
         ran: set[str] = set()
         start = 0
         while start < total:
             try:
-                images, how = self._draw(program, request.rows(start, start + size), scale, observe)
+                images, how = self._draw(loop, request.rows(start, start + size), observe)
             except RuntimeError as error:
                 # Whoever insists on graphs is told, and gets no smaller pieces without them.
                 if not _is_out_of_memory(error) or size == 1 or self.backend == "graph":
@@ -101,55 +99,56 @@ class Engine:
             pieces.append(images)
             ran.add(how)
             start += size
-        return Images(
+        return Drawn(
             pieces[0] if len(pieces) == 1 else torch.cat(pieces), "+".join(sorted(ran, reverse=True)), len(pieces)
         )
 
     @torch.no_grad()
-    def _draw(
-        self, program: Program, request: Request, scale: float | None, observe: Observer | None
-    ) -> tuple[Tensor, str]:
+    def _draw(self, loop: BoundLoop, request: Request, observe: Observer | None) -> tuple[Tensor, str]:
+        look = self.may_wait()
         # Intervals can only be observed one by one.
-        images, how = (None, "eager") if observe is not None else self._by_graph(program, request, scale)
-        if images is not None and (not self.check_finite or _finite(images)):
-            return images, how
+        images = None if observe is not None else self._by_graph(loop, request)
+        if images is not None and (not look or _finite(images)):
+            return images, "graph"
         # Also after a broken replay: the eager states tell the step.
-        self._eager_runs += 1
-        with torch.autocast(self.device.type, enabled=False):
-            states = integrate(
-                program, bind_labels(self.model, request.labels, scale), request.latents * program.sigmas[0], observe
-            )
-        if self.check_finite and not _finite(states[-1]):
+        self.stats.count("eager_runs")
+        states = loop.states(request.latents, request.labels, observe)
+        if look and not _finite(states[-1]):
             raise non_finite(states, request)
         return states[-1], "eager"
 
-    def _by_graph(self, program: Program, request: Request, scale: float | None) -> tuple[Tensor | None, str]:
-        """What the cache makes of the batch; None where there is no cache, or no memory for it."""
+    def _by_graph(self, loop: BoundLoop, request: Request) -> Tensor | None:
+        """The images of the batch; None where there is no graph for it, or no memory for one."""
         if self.cache is None:
-            return None, "eager"
-        family = family_of(scale, request.latents, request.labels, self.model.module)
+            return None
+        key = graph_key(loop.scale, request.latents, request.labels, self.model.module)
         try:
-            return self.cache.run(family, BoundLoop(self.model, program, scale), request.latents, request.labels)
+            return self.cache.run(key, loop, request.latents, request.labels)
         except torch.OutOfMemoryError:
             if self.backend == "graph":
                 raise
             logger.warning("out of memory while capturing: this batch runs eagerly; pass fewer or smaller batch_sizes")
-            return None, "eager"
+            return None
 
 
 @dataclass(frozen=True)
 class BoundLoop:
-    """(latents, labels) -> images. Not a closure over the engine: a cycle through a CUDA graph would outlive it."""
+    """(latents, labels) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
 
     model: Model
     program: Program
     scale: float | None
 
     def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        return self.states(latents, labels)[-1]
+
+    def states(self, latents: Tensor, labels: Tensor | None, observe: Observer | None = None) -> list[Tensor]:
+        """What `integrate` returns: the state at each noise level, the images last."""
         x = latents * self.program.sigmas[0]
+        denoiser = bind_labels(self.model.denoise, labels, self.scale)
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
-            return integrate(self.program, bind_labels(self.model, labels, self.scale), x)[-1]
+            return integrate(self.program, denoiser, x, observe)
 
 
 def _finite(images: Tensor) -> bool:

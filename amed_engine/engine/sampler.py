@@ -19,7 +19,7 @@ from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.model import check_guidance, place, tune
 from amed_engine.engine.pairing import (
     TRAINED,
-    Wishes,
+    PlanRequest,
     check_bottleneck,
     check_dtype,
     check_model,
@@ -34,7 +34,7 @@ from amed_engine.engine.pairing import (
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult, StepInfo, make_observer
-from amed_engine.engine.runner import BoundLoop, Engine
+from amed_engine.engine.runner import BoundLoop, Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.plan import Plan
@@ -107,10 +107,10 @@ class Sampler:
         self.dtype, self.device = dtype, place(self.model, device)
         sigma_low, sigma_high = usable_range(self.model, sigma_min, sigma_max)
         recipe = open_plan(plan)
-        wishes = Wishes(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high, recipe)
-        bundled = predictor is None and wishes.open and sigma_min is None and sigma_max is None
-        predictor = choose_predictor(self.model, wishes, bundled) if predictor is None else open_predictor(predictor)
-        self.plan = choose_plan(wishes, predictor)
+        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high, recipe)
+        bundled = predictor is None and request.open and sigma_min is None and sigma_max is None
+        predictor = choose_predictor(self.model, request, bundled) if predictor is None else open_predictor(predictor)
+        self.plan = choose_plan(request, predictor)
         rules = ruling(recipe, predictor)
         for rule, made in rules:
             check_range(rule, sigma_min, sigma_max, made)
@@ -124,16 +124,16 @@ class Sampler:
         if predictor is not None:
             check_bottleneck(self.model, predictor)
         # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
-        fallback = wishes.plan(midpoint=False) if bundled and predictor is not None else None
+        fallback = request.plan(midpoint=False) if bundled and predictor is not None else None
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
-        if predictor is None and wishes.open:
+        if predictor is None and request.open:
             logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
-        self._engine = Engine(tuned, self.device, backend, batch_sizes, check_finite)
+        self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)
 
     def __repr__(self) -> str:
         model = self.model.name or getattr(self.model.network, "__name__", type(self.model.network).__name__)
-        return f"Sampler({model}, {self.plan.describe()}, backend {self._engine.backend} on {self.device})"
+        return f"Sampler({model}, {self.plan.describe()}, backend {self._runner.backend} on {self.device})"
 
     @property
     def program(self) -> Program:
@@ -173,12 +173,12 @@ class Sampler:
         check_output_type(output_type)
         out = writable("out", out)
         program, plan = self._choose(guidance_scale)
-        look = self._engine.may_wait()
+        look = self._runner.may_wait()
         request = make_request(
             self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
         )
         _check_out(out, request.latents)
-        drawn = self._engine.run(program, request, guidance_scale, make_observer(callback, progress, plan))
+        drawn = self._runner.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
         images = delivered(images, output_type, like=batch)
         seconds = time.perf_counter() - started
@@ -193,16 +193,16 @@ class Sampler:
         """
         program, _ = self._choose(guidance_scale)
         example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
-        return self._engine.warmup(program, example, guidance_scale)
+        return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:
         """Drop all captured graphs and their memory; the next run captures anew."""
-        if self._engine.cache is not None:
-            self._engine.cache.clear()
+        if self._runner.cache is not None:
+            self._runner.cache.clear()
 
     def stats(self) -> Stats:
         """Captures, replays and eager runs of this Sampler so far."""
-        return self._engine.stats
+        return replace(self._runner.stats)
 
     def export(
         self,
@@ -226,7 +226,7 @@ class Sampler:
         """
         program, plan = self._choose(guidance_scale)
         plan = replace(plan, guidance_scale=guidance_scale)
-        loop = BoundLoop(self._engine.model, program, guidance_scale)
+        loop = BoundLoop(self._runner.model, program, guidance_scale)
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:

@@ -13,7 +13,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,16 +141,14 @@ def compare(
     everyone = _extended(seeds, max(samples, curve_samples))
     reference = setting.sampler(resolved, **REFERENCE)
     nfes = {nfe, *CURVE_NFES} if curve_samples else {nfe}
-    runs = [
-        _Run(name, sampler, everyone if sampler.nfe == nfe else everyone[:curve_samples])
-        for name, sampler in _samplers(resolved, sorted(nfes), nfe, predictor, setting)
-    ]
-    total = len(everyone) * reference.nfe + sum(len(run.seeds) * run.sampler.nfe for run in runs)
+    drawn = dict.fromkeys(nfes, everyone[:curve_samples]) | {nfe: everyone}
+    runs = list(_samplers(resolved, sorted(nfes), nfe, predictor, setting))
+    total = len(everyone) * reference.nfe + sum(len(drawn[sampler.nfe]) * sampler.nfe for _, sampler in runs)
     rows, curves = [], {}
     with tqdm(total=total, desc="compare", unit="eval", unit_scale=True, disable=not progress) as bar:
         truth = setting.images(reference, everyone, bar)
-        for name, sampler, chosen in runs:
-            images = setting.images(sampler, chosen, bar)
+        for name, sampler in runs:
+            images = setting.images(sampler, drawn[sampler.nfe], bar)
             if sampler.nfe == nfe:
                 error = rmse(images, truth[: len(images)])
                 rows.append(Score(name, sampler.plan.describe(), error, images[: len(seeds)].clone()))
@@ -166,12 +164,6 @@ def compare(
         rows=sorted(rows, key=lambda row: row.rmse),
         curves=curves,
     )
-
-
-class _Run(NamedTuple):
-    name: str
-    sampler: Sampler
-    seeds: list[int]
 
 
 def _check(seeds: list[int], samples: int, curve_samples: int, batch: int) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amed_engine.engine.images import grid, to_uint8
-from amed_engine.errors import AmedError
+from amed_engine.errors import require
 from amed_engine.evaluation.comparison import CURVE_NFES, TRAINING_FREE, Comparison, Score
 
 # One colour per family in the order of the solvers, one dash per order; what is learned is black.
@@ -20,10 +19,7 @@ DASHES = {"2": "--", "3": "-", "4": ":"}
 
 def import_matplotlib() -> Any:
     """matplotlib.figure, or an error that says how to install it."""
-    try:
-        return import_module("matplotlib.figure")
-    except ImportError as error:
-        raise AmedError("the picture needs matplotlib; install it: pip install 'amed-engine[plot]'") from error
+    return require("matplotlib.figure", "plot", "the picture")
 
 
 def plot(comparison: Comparison) -> bytes:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
-from amed_engine.errors import AmedError, ConfigError
+from amed_engine.errors import ConfigError, require
 from amed_engine.evaluation.comparison import REFERENCES, Setting
 from amed_engine.evaluation.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
@@ -226,12 +226,8 @@ def bundled_digits(label: int | None = None) -> Tensor:
     """The images that the bundled model learned, of all classes or of one."""
     from amed_engine.zoo.train_digits import load_digits
 
-    try:
-        digits = load_digits(torch.device("cpu"))
-    except ImportError as error:
-        raise AmedError(
-            "data 'digits' are scikit-learn's; install it: pip install 'amed-engine[zoo]', or pass a folder or 'none'"
-        ) from error
+    require("sklearn", "zoo", "data='digits'", "pass a folder or 'none'")
+    digits = load_digits(torch.device("cpu"))
     return digits.images if label is None else digits.images[digits.labels == label]
 
 

@@ -1,18 +1,17 @@
-"""What the integrations share: a program for a predictor on given noise levels, and the bottleneck of foreign models."""
+"""What the integrations share: a program for a predictor on given noise levels."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
@@ -22,7 +21,6 @@ from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint
 
 AnyPredictor = Predictor | Sequence[Midpoint] | str | os.PathLike
-Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
 # Hosts compute their schedules in float32, and Karras' seventh power multiplies the rounding.
 SAME_LEVEL = 1e-4
@@ -83,68 +81,3 @@ def check_plan(plan: Plan, levels: Tensor, afs: bool) -> None:
         )
     if afs != plan.afs:
         raise ConfigError(f"this predictor was trained for afs={plan.afs}, got afs={afs}; pass afs=predictor.plan.afs")
-
-
-class Tap:
-    """Reads the bottleneck of a foreign model while the `with` block lasts; nothing is left on the model.
-
-    bottleneck: the dotted name of a submodule of `root`, or a module, whose latest output (B, C, h, w) is read by a
-    forward hook; or a function without arguments that returns the features of the latest evaluation; None reads nothing.
-    """
-
-    def __init__(self, root: Any, bottleneck: Bottleneck | None):
-        self.module = _find(root, bottleneck) if isinstance(bottleneck, str) else bottleneck
-        if self.module is not None and not callable(self.module):
-            raise ConfigError(
-                f"bottleneck must be a module's name, a module or a function, got {type(bottleneck).__name__}"
-            )
-        self.latest: Tensor | None = None
-        self._handle: Any = None
-
-    def __enter__(self) -> Tap:
-        if isinstance(self.module, nn.Module):
-            self._handle = self.module.register_forward_hook(self._keep)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self.latest = self._handle = None
-
-    def _keep(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        self.latest = output[0] if isinstance(output, (tuple, list)) else output
-
-    def denoiser(self, model: Callable[[Tensor, Tensor], Any]) -> Denoiser:
-        """The model as a denoiser whose features are what the tap reads."""
-        if self.module is None:
-            return lambda x, sigma: as_denoised(model(x, sigma))
-
-        def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            self.latest = None
-            x0 = as_denoised(model(x, sigma)).x0
-            return Denoised(x0, self._read(x.shape[0]))
-
-        return denoise
-
-    def _read(self, batch: int) -> Tensor:
-        features = self.latest if isinstance(self.module, nn.Module) else self.module()  # type: ignore[misc]
-        if features is None:
-            raise ConfigError(
-                "the bottleneck was not read in this evaluation; hooks see no call inside a compiled, traced or exported "
-                "model: pass the plain module, or a function that returns the features"
-            )
-        if features.shape[0] != batch:
-            raise ConfigError(
-                f"the bottleneck holds {features.shape[0]} rows for {batch} samples, as under batched guidance; pass a "
-                "function that returns the conditional rows"
-            )
-        return features
-
-
-def _find(root: Any, name: str) -> nn.Module:
-    try:
-        return root.get_submodule(name)
-    except AttributeError as error:
-        raise ConfigError(
-            f"the model has no submodule {name!r} to read a bottleneck from ({error}); pass the module itself"
-        ) from error

@@ -20,7 +20,7 @@ import numpy as np
 from amed_engine.engine.export.locations import get_include
 from amed_engine.engine.export.stepper import Array, Stepper
 from amed_engine.engine.export.tableau import Tableau
-from amed_engine.errors import ConfigError
+from amed_engine.errors import require
 
 _THREADS, _VEC = 256, 8  # kThreads and kVec of csrc/cuda
 _CODES = {"float32": 0, "float64": 1}
@@ -99,8 +99,4 @@ def _kernel(name: str) -> Any:
 
 
 def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise ConfigError(f"cupy cannot be imported ({error}); pip install 'amed-engine[gpu]'") from error
-    return cupy
+    return require("cupy", "gpu")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from amed_engine.integrations.common import AnyPredictor, Bottleneck, Tap, make_program
+from amed_engine.adapters.taps import Bottleneck, Tap
+from amed_engine.integrations.common import AnyPredictor, make_program
 from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
 from amed_engine.sampling.loop import State, Trajectory, evaluate
 from amed_engine.solvers.program import Program

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.taps import Bottleneck, Tap
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import Bottleneck, Tap, open_predictor
+from amed_engine.integrations.common import open_predictor
 from amed_engine.sampling.loop import State, Trajectory
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver

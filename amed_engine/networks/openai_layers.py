@@ -78,24 +78,24 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
 
 
 class Style(NamedTuple):
-    """What the residual and attention blocks of one network have in common."""
+    """What the residual and attention blocks of one network have in common, by the names of its arguments."""
 
     emb_channels: int
     dropout: float = 0.0
-    scale_shift: bool = False  # the embedding scales and shifts the second norm; otherwise it is added before it
+    use_scale_shift_norm: bool = False  # the embedding scales and shifts the second norm, else it is added before it
     resblock_updown: bool = False  # residual blocks resample; otherwise layers of their own do
     conv_resample: bool = True  # those layers convolve
-    head_channels: int = -1  # per attention head; -1: `heads` decides
-    heads: int = 1
-    new_attention_order: bool = False
+    num_head_channels: int = -1  # per attention head; -1: `num_heads` decides
+    num_heads: int = 1
+    use_new_attention_order: bool = False
 
     def count_heads(self, channels: int) -> int:
         """Attention heads of a layer. Raises ConfigError where the channels do not divide."""
-        heads = self.heads if self.head_channels == -1 else channels // self.head_channels
-        if heads < 1 or channels % heads or (self.head_channels != -1 and heads * self.head_channels != channels):
+        heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        if heads < 1 or channels % heads or self.num_head_channels not in (-1, channels // heads):
             raise ConfigError(
-                f"{channels} channels cannot be split among attention heads with num_heads={self.heads}, "
-                f"num_head_channels={self.head_channels}; choose a divisor"
+                f"{channels} channels cannot be split among attention heads with num_heads={self.num_heads}, "
+                f"num_head_channels={self.num_head_channels}; choose a divisor"
             )
         return heads
 
@@ -142,10 +142,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, style: Style, resample: str | None = None):
         super().__init__()
-        self.scale_shift = style.scale_shift
+        self.scale_shift = style.use_scale_shift_norm
         self.resample = {None: nn.Identity(), "up": Upsample(0, False), "down": Downsample(0, False)}[resample]
         self.in_layers = nn.Sequential(Norm(channels), nn.SiLU(), Conv(channels, out_channels, 3, padding=1))
-        width = out_channels * (2 if style.scale_shift else 1)
+        width = out_channels * (2 if style.use_scale_shift_norm else 1)
         self.emb_layers = nn.Sequential(nn.SiLU(), Dense(style.emb_channels, width))
         last = zero(Conv(out_channels, out_channels, 3, padding=1))
         self.out_layers = nn.Sequential(Norm(out_channels), nn.SiLU(), nn.Dropout(style.dropout), last)

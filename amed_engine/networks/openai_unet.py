@@ -63,16 +63,7 @@ class _Encoder(nn.Module):
         if self.dims != 2:
             raise ConfigError(f"dims must be 2 (images), got {self.dims}")
         width = 4 * self.model_channels
-        self.style = Style(
-            emb_channels=width,
-            dropout=self.dropout,
-            scale_shift=self.use_scale_shift_norm,
-            resblock_updown=self.resblock_updown,
-            conv_resample=self.conv_resample,
-            head_channels=self.num_head_channels,
-            heads=self.num_heads,
-            new_attention_order=self.use_new_attention_order,
-        )
+        self.style = Style(width, **{name: getattr(self, name) for name in Style._fields[1:]})
         self.widths = [int(mult * self.model_channels) for mult in self.channel_mult]
         self.time_embed = nn.Sequential(Dense(self.model_channels, width), nn.SiLU(), Dense(width, width))
         self._build_descent()
@@ -97,7 +88,7 @@ class _Encoder(nn.Module):
 
     def _attention(self, channels: int, style: Style | None = None) -> AttentionBlock:
         style = style or self.style
-        return AttentionBlock(channels, style.count_heads(channels), style.new_attention_order)
+        return AttentionBlock(channels, style.count_heads(channels), style.use_new_attention_order)
 
     @property
     def bottleneck_shape(self) -> tuple[int, int, int]:
@@ -147,7 +138,7 @@ class OpenAIUNet(_Encoder):
             self.label_emb = nn.Embedding(self.num_classes, self.style.emb_channels)
         same = self.num_heads_upsample == -1
         self.output_blocks = self._build_ascent(
-            self.style if same else self.style._replace(heads=self.num_heads_upsample)
+            self.style if same else self.style._replace(num_heads=self.num_heads_upsample)
         )
         first = self.widths[0]
         self.out = nn.Sequential(Norm(first), nn.SiLU(), zero(Conv(first, self.out_channels, 3, padding=1)))

@@ -92,6 +92,16 @@ def conditioned(network: Callable[..., Any], labels: Tensor) -> Denoiser:
     return lambda x, sigma: as_denoised(network(x, sigma, repeat_to(labels, x.shape[0])))
 
 
+def bind_labels(network: Callable[..., Any], labels: Tensor | None, guidance_scale: float | None) -> Denoiser:
+    """The network (x, sigma[, labels]) with its labels and guidance bound; without labels there is nothing to guide to."""
+    if labels is None:
+        return network
+    # D_u + 1 (D_c - D_u) = D_c
+    if guidance_scale is None or guidance_scale == 1:
+        return conditioned(network, labels)
+    return classifier_free(network, labels, guidance_scale)
+
+
 def repeat_to(labels: Tensor, batch: int) -> Tensor:
     """Labels repeated for parallel evaluation points, whose batch is a multiple of the samples'."""
     return labels if labels.shape[0] == batch else labels.repeat(batch // labels.shape[0], 1)

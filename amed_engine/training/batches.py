@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.model import Model, bind_labels, check_guidance, vectors
+from amed_engine.engine.model import Model, check_guidance, vectors
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_labels
 from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundDenoiser:
     """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
 
     model: Model
@@ -27,7 +27,7 @@ class Bound:
     guidance_scale: float | None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        return as_denoised(bind_labels(self.model, self.labels, self.guidance_scale)(x, sigma))
+        return as_denoised(bind_labels(self.model.denoise, self.labels, self.guidance_scale)(x, sigma))
 
 
 class Batches:
@@ -87,7 +87,7 @@ class Batches:
 
     def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
         if condition is None:
-            return Bound(self.model, None, self.plan.guidance_scale)
+            return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
             return _whole(condition, part, self.batch)
         rows = condition[part].to(self.model.device)
@@ -97,7 +97,7 @@ class Batches:
             raise ConfigError(
                 f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
             )
-        return Bound(self.model, rows, self.plan.guidance_scale)
+        return BoundDenoiser(self.model, rows, self.plan.guidance_scale)
 
 
 def _classes(rows: Tensor, label_dim: int) -> Tensor:

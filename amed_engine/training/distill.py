@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
-from amed_engine.engine.runner import Engine
+from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
-from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Condition
-from amed_engine.training.presets import OPTIONS, Settings, choose
+from amed_engine.training.presets import Settings, choose, made_for, noise_range
 from amed_engine.training.ranks import join
 from amed_engine.training.resume import Checkpoints
 from amed_engine.training.teacher import Loss, Teacher, squared_error
@@ -97,14 +96,13 @@ def distill(
     gradients in a row that were not finite: the last checkpoint is from before them.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    student = (solver, solver_options, schedule, rho, scale_dir, scale_time)
-    given = (*student, teacher, teacher_options, teacher_intermediate, total_kimg, batch, lr)
-    settings = choose(preset, dict(zip(OPTIONS, given, strict=True)))
+    student = {"solver": solver, "solver_options": solver_options, "schedule": schedule, "rho": rho}
+    taught = {"teacher": teacher, "teacher_options": teacher_options, "teacher_intermediate": teacher_intermediate}
+    rest = {"scale_dir": scale_dir, "scale_time": scale_time, "total_kimg": total_kimg, "batch": batch, "lr": lr}
+    settings = choose(preset, {**student, **taught, **rest})
     _check_objective(objective, learn_sigmas)
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
-    teach = Teacher.of(
-        plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, teacher_schedule, teacher_rho
-    )
+    teach = _teacher(plan, settings, teacher_schedule, teacher_rho)
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
@@ -116,11 +114,10 @@ def distill(
         rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
         course: dict[str, Any] = {"lr": settings.lr, "length": rounds, "learn_sigmas": learn_sigmas}
         trainer = Trainer(predictor, plan, teach, data, loss, ranks, **course)
-        identity = _identity(trainer, settings, objective, seed)
-        saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=ranks.rank == 0)
+        identity, leads = _identity(trainer, settings, objective, seed), ranks.rank == 0
+        saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=leads)
         saved.resume(trainer, resume)
         ranks.wait()
-        leads = ranks.rank == 0
         after = _Reports(saved, out_dir, on_round) if leads else None
         _train(trainer, parts, objective == "end_to_end", after, progress and leads)
         ranks.wait()
@@ -139,7 +136,7 @@ def _check_objective(objective: str, learn_sigmas: bool) -> None:
 
 def _graphs(model: Model, rows: int) -> GraphCache | None:
     """For the teacher's trajectories of one part of a batch, on a GPU."""
-    return Engine(model, model.device, "auto", (rows,), check_finite=False).cache
+    return Runner(model, model.device, "auto", (rows,), check_finite=False).cache
 
 
 class _Reports:
@@ -204,20 +201,23 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         )
     if options.get("points", 1) != 1:
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
     plan = make_plan(
         nfe,
         solver=solver,
         options=options,
         schedule=settings.schedule,
         rho=settings.rho,
-        sigma_min=low,
-        sigma_max=high,
         afs=afs,
         midpoint=True,
         guidance_scale=guidance_scale,
+        **noise_range(model),
     )
-    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
+    return made_for(model, plan)
+
+
+def _teacher(student: Plan, settings: Settings, schedule: str | None, rho: float | None) -> Teacher:
+    solver, options, extra = settings.teacher, settings.teacher_options, settings.teacher_intermediate
+    return Teacher.of(student, solver=solver, options=options, intermediate=extra, schedule=schedule, rho=rho)
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:
@@ -232,7 +232,8 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
-        predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, bottleneck=size, scales=scales)
+        widths: Any = {"scale_dir": settings.scale_dir, "scale_time": settings.scale_time}
+        predictor = AMEDPredictor(**widths, bottleneck=size, scales=scales)
     return predictor.to(x.device)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
@@ -22,11 +21,11 @@ from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
-from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, Condition
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
 from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
-from amed_engine.training.presets import TEACHER
+from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)
@@ -136,10 +135,12 @@ def fit(
     numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
     if not numbers:
         raise ConfigError("nfe is empty; pass a number of evaluations, or several")
-    effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
-    task = Task(
-        variant, 5, solver, solver_options, schedule, rho, afs, guidance_scale, points, codes, ridge, learn_sigmas
+    effort = Effort(
+        samples=samples, batch=batch, starts=starts, early=early, late=late, teacher_nfe=teacher_nfe, seed=seed
     )
+    begins: dict[str, Any] = {"solver": solver, "solver_options": solver_options, "schedule": schedule, "rho": rho}
+    learns: dict[str, Any] = {"points": points, "codes": codes, "ridge": ridge, "learn_sigmas": learn_sigmas}
+    task = Task(variant=variant, afs=afs, guidance_scale=guidance_scale, **begins, **learns)
     tasks = {number: replace(task, nfe=number) for number in numbers}
     for each in tasks.values():
         plans_of(resolved, each)  # what cannot be is refused before the teacher's work
@@ -180,8 +181,7 @@ def learn(
 
 def _finished(candidate: Candidate, model: Model, task: Task) -> Fitted:
     predictor = candidate.predictor
-    made_for = {"model": fingerprint(model.module), "dtype": model.precision, "guidance_scale": task.guidance_scale}
-    predictor.plan = replace(candidate.plan, **made_for)
+    predictor.plan = made_for(model, replace(candidate.plan, guidance_scale=task.guidance_scale))
     return predictor.eval()
 
 
@@ -189,8 +189,7 @@ def draw_examples(
     model: Model, task: Task, effort: Effort, conditions: Iterable[Condition] | None = None
 ) -> list[Example]:
     """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
-    span = {"sigma_min": low, "sigma_max": high, "guidance_scale": task.guidance_scale}
+    span = {**noise_range(model), "guidance_scale": task.guidance_scale}
     teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
     batch = min(effort.batch, effort.samples)
     data = Batches(model, teacher, batch, torch.Generator().manual_seed(effort.seed), conditions)
@@ -209,8 +208,7 @@ def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
 
 def plans_of(model: Model, task: Task) -> list[Plan]:
     """The plans the fit of a task may begin with: training-free ones, or for constants the one to learn. Raises ConfigError."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
-    span: dict[str, Any] = {"sigma_min": low, "sigma_max": high, "afs": task.afs}
+    span = {**noise_range(model), "afs": task.afs}
     if not task.learns_all:
         options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
         own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
@@ -231,7 +229,7 @@ def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candida
     """Where the fit of a task may begin, best first: training-free solvers, or for constants DPM-Solver-2."""
     plans = plans_of(model, task)
     if task.learns_all:
-        return _classical(plans, examples, task, clamp_range(model.sigma_min, model.sigma_max)[0])
+        return _classical(plans, examples, task, noise_range(model)["sigma_min"])
     constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
     return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
 

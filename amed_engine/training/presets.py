@@ -1,13 +1,16 @@
-"""What a training run is: the paper's settings by name, and what a caller puts in their place."""
+"""What a training run is: the paper's settings by name, what a caller puts in their place, and what the model says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.plan import Plan, clamp_range
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class Settings:
     batch: int = 128
     lr: float = 1e-2
 
-
-OPTIONS = tuple(option.name for option in fields(Settings))
 
 # The two of Zhou et al. 2024 (arXiv:2312.00094) for unconditional networks in pixel space. The learning rate is ours: they
 # had 5e-3 throughout, we start higher and come to rest.
@@ -70,3 +71,14 @@ def choose(preset: str, given: Mapping[str, Any]) -> Settings:
 
 # Of one evaluation per step the one that comes nearest to the exact solution; 24 leave an error of about 0.01 on digits.
 TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "schedule": "polynomial", "rho": 7.0}
+
+
+def noise_range(model: Model) -> dict[str, Any]:
+    """sigma_min and sigma_max of plans for this model."""
+    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    return {"sigma_min": low, "sigma_max": high}
+
+
+def made_for(model: Model, plan: Plan) -> Plan:
+    """The plan of a predictor that was trained for this model and no other."""
+    return replace(plan, model=fingerprint(model.module), dtype=model.precision)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from amed_engine.checkpoints.files import atomic_write
-from amed_engine.errors import ConfigError
+from amed_engine.errors import require
 from amed_engine.training.trainer import Round
 
 
@@ -35,12 +34,7 @@ def table(history: list[Round]) -> str:
 
 def import_figure() -> Any:
     """matplotlib's Figure, or an error that says how to install it."""
-    try:
-        return import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise ConfigError(
-            "out_dir gets a plot, which needs matplotlib: pip install 'amed-engine[plot]', or leave out_dir out"
-        ) from error
+    return require("matplotlib.figure", "plot", "the plot in out_dir", "leave out_dir out").Figure
 
 
 def plot(history: list[Round]) -> bytes:

@@ -28,11 +28,11 @@ from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_ste
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver, in_range
-from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import check_sigmas, make_schedule
 from amed_engine.training.batches import Batches, Condition
-from amed_engine.training.presets import TEACHER
+from amed_engine.training.presets import TEACHER, noise_range
 
 logger = logging.getLogger("amed_engine")
 
@@ -74,17 +74,9 @@ def search_schedule(
     Returns (intervals + 1,) float64, decreasing, on the CPU. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    low, high = clamp_range(resolved.sigma_min, resolved.sigma_max)
-    plan = make_plan(
-        nfe,
-        solver=solver,
-        options=solver_options,
-        afs=afs,
-        sigma_min=low,
-        sigma_max=high,
-        guidance_scale=guidance_scale,
-    )
-    levels, step = _grid(grid, plan, low, high), _step(cost, plan)
+    span = noise_range(resolved)
+    plan = make_plan(nfe, solver=solver, options=solver_options, afs=afs, guidance_scale=guidance_scale, **span)
+    levels, step = _grid(grid, plan, span), _step(cost, plan)
     _check_numbers(samples, batch, coefficient)
     batch = min(batch, samples)
     data = Batches(resolved, plan, batch, torch.Generator().manual_seed(seed), conditions)
@@ -187,7 +179,7 @@ def _check_numbers(samples: int, batch: int, coefficient: float) -> None:
         raise ConfigError(f"coefficient must be a positive number, got {coefficient!r}")
 
 
-def _grid(grid: int | Tensor, plan: Plan, low: float, high: float) -> Tensor:
+def _grid(grid: int | Tensor, plan: Plan, span: Mapping[str, Any]) -> Tensor:
     """The levels to choose from: at least as many as the plan has."""
     least = plan.intervals + 1
     if isinstance(grid, Tensor):
@@ -196,7 +188,7 @@ def _grid(grid: int | Tensor, plan: Plan, low: float, high: float) -> Tensor:
             raise ConfigError(f"NFE {plan.nfe} needs {least} noise levels, got a grid of {len(levels)} to choose from")
         return levels
     in_range("search_schedule", "grid", grid, least, 1000)
-    return make_schedule("polynomial", grid, low, high)
+    return make_schedule("polynomial", grid, **span)
 
 
 def _step(cost: str, plan: Plan) -> Step:

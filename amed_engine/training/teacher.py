@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.graphs import GraphCache, family_of
+from amed_engine.engine.graphs import GraphCache, graph_key
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import integrate
@@ -19,7 +19,7 @@ from amed_engine.solvers import solver_names
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
-from amed_engine.training.batches import Bound
+from amed_engine.training.batches import BoundDenoiser
 
 logger = logging.getLogger("amed_engine")
 
@@ -67,16 +67,16 @@ class Teacher:
     def _captured(self, course: Course, x: Tensor) -> Tensor:
         """The course by graph where one may be; a denoiser with its own conditions has no input for others."""
         bound = course.denoiser
-        if self.cache is None or not isinstance(bound, Bound):
+        if self.cache is None or not isinstance(bound, BoundDenoiser):
             return course(x)
-        family = family_of(bound.guidance_scale, x, bound.labels, bound.model.module)
+        key = graph_key(bound.guidance_scale, x, bound.labels, bound.model.module)
         try:
-            return self.cache.run(family, course, x, bound.labels)[0]
+            states = self.cache.run(key, course, x, bound.labels)
         except (AmedError, torch.OutOfMemoryError) as error:
             logger.warning("the teacher runs eagerly from here on, as its trajectories cannot be captured: %s", error)
             self.cache.clear()
-            self.cache = None
-        return course(x)
+            self.cache = states = None
+        return course(x) if states is None else states
 
 
 @dataclass(frozen=True)

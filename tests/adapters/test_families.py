@@ -169,6 +169,7 @@ def test_families_take_their_options():
         alphas_cumprod("quadratic")
     with pytest.raises(ConfigError, match="grow"):
         alphas_cumprod("linear", start=0.5, end=0.1)
+    torch.testing.assert_close(alphas_cumprod("linear", 3, 0.1, 0.1), 0.9 ** torch.arange(1.0, 4.0).double())
 
 
 # ---- recorded numbers

@@ -73,7 +73,7 @@ def test_a_package_samples_from_its_path(eager, package):
 def test_a_package_is_captured_like_any_network(eager, package, double):
     opened = load_package(package)
     sampler, plain = (amed_engine.Sampler(model, solver="ipndm", nfe=4) for model in (opened, eager))
-    sampler._engine.cache = GraphCache(double, (1, 4), opened, warmups=1)
+    sampler._runner.cache = GraphCache(double, (1, 4), opened, warmups=1)
     result = sampler.run(range(6))  # 4, and 2 padded to 4
     assert result.backend == "graph"
     torch.testing.assert_close(result.images, plain.run(range(6)).images, rtol=1e-4, atol=1e-4)

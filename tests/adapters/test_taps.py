@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine.adapters import wrap
-from amed_engine.adapters.taps import find
+from amed_engine.adapters.taps import Tap, find
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond, OpenAIUNet
 
@@ -89,24 +90,40 @@ def test_a_copy_has_a_tap_of_its_own(denoiser):
 
 
 def test_threads_do_not_see_each_others_bottleneck(denoiser):
-    wrong = []
-
     def work(seed):
         x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
         expected = denoiser.network.middle_block(
             denoiser.network.first(x / (1 + SIGMA[0] ** 2).sqrt())
             + denoiser.network.time(denoiser.family(SIGMA[:1]).time[:, None] / 1000)[:, :, None, None]
         )
-        for _ in range(50):
-            if not torch.allclose(denoiser(x, SIGMA[:1]).features, expected, atol=1e-6):
-                wrong.append(seed)
+        return all(torch.allclose(denoiser(x, SIGMA[:1]).features, expected, atol=1e-6) for _ in range(50))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [True] * 4
+
+
+def test_threads_that_tap_one_foreign_network_read_their_own():
+    network, meet = nn.Conv2d(1, 1, 1), threading.Barrier(2, timeout=60)
+
+    def model(x, sigma):
+        features = network(x)
+        meet.wait()
+        return features
+
+    def work(value):
+        x, own = torch.full((1, 1, 2, 2), value), []
+        with torch.no_grad(), Tap(network, network) as tap:
+            denoiser = tap.denoiser(model)
+            meet.wait()
+            for _ in range(20):
+                denoised = denoiser(x, SIGMA[:1])
+                own.append(torch.equal(denoised.features, denoised.x0))
+            meet.wait()
+        return own
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, (1.0, 2.0))) == [[True] * 20] * 2
+    assert not network._forward_hooks
 
 
 def test_bottlenecks_of_known_networks_are_found(make_unet, tiny_model):

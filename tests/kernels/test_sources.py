@@ -101,6 +101,7 @@ def test_cuda_compiles_without_spills(tmp_path, name, architecture):
     if find_spec("triton"):
         sass = run([Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump", "-sass", cubin])
         bodies = dict(re.findall(r"Function : (\w+)(.*?)(?=Function :|\Z)", sass, re.DOTALL))
+        assert bodies.keys() == {kernel for kernel, _ in entries}
         for kernel, body in bodies.items():
             assert "LDG.E.128" in body, "aligned rows are read 16 bytes at a time"
             assert "STG.E.128" in body or not kernel.startswith("amed_combine"), "and written so"

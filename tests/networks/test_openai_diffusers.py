@@ -73,7 +73,7 @@ def renamed(network, heads):
 
 
 def split(qkv, network, heads):
-    if network.style.new_attention_order:
+    if network.style.use_new_attention_order:
         return qkv.chunk(3)
     by_head = qkv.unflatten(0, (heads, 3, -1))  # (head, q/k/v, channel, ...)
     return [by_head[:, k].flatten(0, 1) for k in range(3)]

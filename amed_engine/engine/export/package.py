@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.onnx import TYPES, OnnxSession
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import make_request
@@ -35,7 +35,7 @@ Call = Callable[..., Tensor]  # (latents[, labels]) -> images
 
 
 @dataclass(frozen=True)
-class Facts:
+class PackageFacts:
     """What a package says of itself.
 
     shape: (C, H, W) of one sample. label_dim: columns of the second input, labels (B, label_dim); 0 where there is none.
@@ -82,7 +82,7 @@ class Facts:
         }
 
     @classmethod
-    def from_text(cls, text: str | bytes | None, path: Path) -> Facts:
+    def from_text(cls, text: str | bytes | None, path: Path) -> PackageFacts:
         """The facts in a file's metadata. Raises FileFormatError."""
         if text is None:
             raise FileFormatError(f"{path} holds no facts under {KEY!r}; it was not written by Sampler.export")
@@ -104,7 +104,7 @@ class Facts:
             raise FileFormatError(f"{path}: its facts cannot be read: {reason}") from error
 
     @classmethod
-    def _read(cls, data: dict) -> Facts:
+    def _read(cls, data: dict) -> PackageFacts:
         shape, label_dim, max_batch = tuple(data["shape"]), data["label_dim"], data["max_batch"]
         if not shape or not all(type(n) is int for n in (*shape, label_dim, max_batch)):
             raise ConfigError("shape, label_dim and max_batch must be integers")
@@ -122,7 +122,7 @@ class Package:
     facts: what the file says of itself.
     """
 
-    def __init__(self, facts: Facts, call: Call):
+    def __init__(self, facts: PackageFacts, call: Call):
         self.facts, self._call = facts, call
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
@@ -187,7 +187,7 @@ def load_package(path: str | os.PathLike) -> Package:
     if path.suffix == ".json":
         raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
     compiled, text = _look_into(path)
-    facts = Facts.from_text(text, path)
+    facts = PackageFacts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
     return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts))
@@ -211,7 +211,7 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
         raise FileFormatError(f"{path}: its metadata is not a JSON object: {error}") from error
 
 
-def _open_exported(path: Path, facts: Facts) -> Call:
+def _open_exported(path: Path, facts: PackageFacts) -> Call:
     program = load_program(path)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [values.get(name) for name in program.graph_signature.user_inputs]
@@ -219,7 +219,7 @@ def _open_exported(path: Path, facts: Facts) -> Call:
     return program.module()
 
 
-def _check_graph(path: Path, facts: Facts, found: list[tuple]) -> None:
+def _check_graph(path: Path, facts: PackageFacts, found: list[tuple]) -> None:
     """Whether the graph takes what its facts say: (dtype, sizes of one sample) of every input."""
     rows = [facts.shape, *([(facts.label_dim,)] if facts.label_dim else [])]
     if found != (expected := [(str(DTYPES[facts.dtype]), *row) for row in rows]):
@@ -234,47 +234,22 @@ def _open_compiled(path: Path) -> Call:
     try:
         return torch._inductor.aoti_load_package(str(path))
     except Exception as error:  # the loader raises what its parts happen to raise
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> FileFormatError:
-    return FileFormatError(
-        f"{path} cannot be loaded: {first_line(error)}; it is damaged, or for another torch or machine"
-    )
+        raise FileFormatError(
+            f"{path} cannot be loaded: {first_line(error)}; it is damaged, or for another torch or machine"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def import_onnx(name: str) -> Any:
-    """One of the libraries behind ONNX. Raises ConfigError with the line that installs it."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"ONNX needs {name}; pip install 'amed-engine[onnx]'") from error
-
-
 def _open_onnx(path: Path) -> Package:
-    runtime = import_onnx("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-    facts = Facts.from_text(session.get_modelmeta().custom_metadata_map.get(KEY), path)
+    session = OnnxSession(path, torch.get_num_threads())
+    facts = PackageFacts.from_text(session.metadata.get(KEY), path)
     if facts.device != "cpu":
         raise FileFormatError(
             f"{path}: an ONNX loop is opened on the CPU, its facts say {facts.device!r}; it is damaged"
         )
-    inputs = session.get_inputs()
-    names = [wanted.name for wanted in inputs]
-    kinds = {"tensor(float)": "torch.float32", "tensor(double)": "torch.float64"}
-    _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in inputs])
-
-    def call(*inputs: Tensor) -> Tensor:
-        feeds = dict(zip(names, (tensor.numpy() for tensor in inputs), strict=True))
-        return torch.from_numpy(session.run(None, feeds)[0])
-
-    return Package(facts, call)
+    kinds = {kind: f"torch.{name}" for kind, name in TYPES.items()}
+    _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in session.inputs])
+    return Package(facts, lambda *inputs: session(*inputs)[0])

@@ -34,7 +34,7 @@ class Stepper:
         self._combine = combine or self._plain_combine
         _check_latents(self.xp, plan, x)
         self._constants = [_constants(self.xp, e, x) for e in plan.evaluations]
-        self._weights = None if plan.predictor is None else Weights(self.xp, plan.predictor)
+        self._weights = None if plan.predictor is None else ArrayPredictor(self.xp, plan.predictor)
         self._template = x
         self.restart(x)
 
@@ -201,7 +201,7 @@ def dynamic_thresholding(xp: Any, x0: Array, quantile: float = 0.995, floor: flo
     return xp.clip(x0, -s, s) / s
 
 
-class Weights:
+class ArrayPredictor:
     """An AMED predictor on arrays, in float64; formulas in `AMEDPredictor`."""
 
     def __init__(self, xp: Any, source: PredictorWeights):

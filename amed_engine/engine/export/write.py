@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
 from amed_engine.checkpoints.native import versions
-from amed_engine.engine.export.package import DTYPES, Facts, first_line, import_onnx, load_package
+from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
 from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.write_plan import write_plan
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import BoundLoop
-from amed_engine.errors import AmedError, ConfigError
+from amed_engine.errors import AmedError, ConfigError, require
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
@@ -67,12 +67,12 @@ class Job:
         """Latents and labels as `Sampler.run` would have them for these seeds."""
         return make_request(self.loop.model, range(batch), None, None, dtype=self.dtype, device=self.device)
 
-    def facts(self, format: str) -> Facts:
+    def facts(self, format: str) -> PackageFacts:
         shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
         wrote = tuple(versions().items())
-        return Facts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
+        return PackageFacts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
 
 
 class LoopModule(nn.Module):
@@ -133,7 +133,7 @@ def write_compiled(job: Job, file: Path) -> None:
 
 def write_onnx(job: Job, file: Path) -> None:
     for name in ("onnx", "onnxscript"):
-        import_onnx(name)
+        require(name, "onnx", "ONNX")
     names = ["latents", "labels"][: 2 if job.loop.model.label_dim else 1]
     traced = trace(job)
     try:

@@ -6,14 +6,13 @@ EDM's rule, clip(127.5 x + 128, 0, 255) cut to an integer, the second into the f
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from amed_engine.engine.images import check_pictures, to_uint8
-from amed_engine.errors import AmedError, ConfigError
+from amed_engine.errors import ConfigError, require
 from amed_engine.evaluation.metrics.classifier import load_classifier
 
 
@@ -69,13 +68,8 @@ class Inception:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = device
-        try:
-            network = import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise AmedError(
-                f"features 'inception' need torch-fidelity ({error}); install it: pip install 'amed-engine[inception]'"
-            ) from error
-        self.network = network("inception-v3-compat", ["2048"]).to(device)
+        library = require("torch_fidelity.feature_extractor_inceptionv3", "inception", "features='inception'")
+        self.network = library.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -87,7 +81,7 @@ EXTRACTORS: dict[str, Any] = {"pixels": Pixels, "digits": DigitFeatures, "incept
 
 
 def extractor(features: str | Extractor, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor by name, on a device; a callable is returned as it is. Raises ConfigError and AmedError."""
+    """An extractor by name, on a device; a callable is returned as it is. Raises ConfigError."""
     if not isinstance(features, str):
         if not callable(features):
             raise ConfigError(f"features must be a name or a callable, got {type(features).__name__}")

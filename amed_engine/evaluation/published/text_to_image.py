@@ -15,7 +15,7 @@ from torch import Tensor
 
 import amed_engine.adapters as adapters
 from amed_engine.checkpoints import latent, load_first_stage
-from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.zoo.catalogue import CATALOGUE
 from amed_engine.zoo.weights import VARIABLE, check_network
 
@@ -74,13 +74,11 @@ def find_pipeline(name: str, weights: str | os.PathLike | None = None) -> Path:
 
 def _text_parts(folder: Path) -> tuple[Any, Any]:
     """(tokenizer, encoder)"""
+    transformers = require("transformers", "diffusers", "a prompt")
     try:
-        from transformers import CLIPTextModel, CLIPTokenizer
-    except ImportError as error:
-        raise ConfigError("prompts need transformers: pip install 'amed-engine[diffusers]'") from error
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, use_safetensors=True)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        options = {"local_files_only": True, "use_safetensors": True}
+        encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{folder} holds no text encoder: {str(error)[:300]}") from error
     return tokenizer, encoder.eval()

@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
-from amed_engine.errors import ConfigError
+from amed_engine.errors import ConfigError, require
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.flow import sample_amed_flow, to_flow
 from amed_engine.integrations.k_diffusion import sample_amed
-from amed_engine.integrations.require import require
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.taps import Bottleneck
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.nodes import plan_of
-from amed_engine.integrations.common import Bottleneck
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 

@@ -3,7 +3,7 @@
 Import this before loading a saved pipeline that holds one of these: diffusers only looks among imported modules.
 """
 
-from amed_engine.integrations.require import require
+from amed_engine.errors import require
 
 require("diffusers", "diffusers")
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from amed_engine.adapters import wrap
+from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.adapters.fingerprint import is_model
-from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.taps import detach
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.diffusers.parameterization import Parameterization
 from amed_engine.solvers.plan import Plan
@@ -32,15 +31,16 @@ def check_trained_for(plan: Plan | None, unet: Any, scheduler: Any, null_class: 
     model: Parameterization = scheduler.model
     if plan is None or plan.model is None or not isinstance(unet, nn.Module):
         return
-    if model.time is None and model.prediction_type != "epsilon":
+    discrete = isinstance(model.family, DiscreteSteps)
+    if not discrete and model.prediction_type != "epsilon":
         return
-    how: dict[str, Any] = {"prediction": EDM(model.sigma_data)} if model.time is None else {"scheduler": scheduler}
+    how: dict[str, Any] = {"scheduler": scheduler} if discrete else {"prediction": model.family}
     wrapped = wrap(unet, **how, null_class=null_class, verify=False)
     try:
         same = is_model(wrapped, plan.model)
     finally:
-        if wrapped.bottleneck is not None:
-            detach(unet, wrapped.bottleneck, wrapped._tap)
+        if wrapped._tap is not None:
+            wrapped._tap.detach()
     if not same:
         raise ConfigError(
             "this predictor was trained for another model (or other weights, another precision or another wrapping of it): the "

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.facts import Facts
+from amed_engine.adapters.facts import NetworkFacts
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, classifier_free, conditioned
+from amed_engine.sampling.denoiser import Denoised, Denoiser, bind_labels
 
 Ask = Callable[[Tensor, Tensor, dict[str, Tensor]], Denoised]
 
@@ -51,7 +51,7 @@ class Conditions(NamedTuple):
         def network(x: Tensor, sigma: Tensor, on: Tensor) -> Denoised:
             return ask(x, sigma, {name: self._chosen(name, on) for name in self.told})
 
-        return conditioned(network, on) if self.scale is None else classifier_free(network, on, self.scale)
+        return bind_labels(network, on, self.scale)
 
     def _chosen(self, name: str, on: Tensor) -> Tensor:
         """A row for each of `on` (B, 1): what is told, and "none" where that is zero."""
@@ -77,7 +77,7 @@ def check_guidance(scale: Any) -> float | None:
     return float(scale)
 
 
-def check_asked(facts: Facts, labels: bool, texts: bool, guided: bool) -> None:
+def check_asked(facts: NetworkFacts, labels: bool, texts: bool, guided: bool) -> None:
     """Raise ConfigError where a model is told what it does not take, or not told what it needs."""
     needs = set(facts.conditions)
     if needs - {"encoder_hidden_states", "text_embeds", "time_ids"}:
@@ -134,15 +134,16 @@ def of_prompts(embeds: Tensor, negative: Tensor | None, width: int | None, scale
     return Conditions({"encoder_hidden_states": embeds}, {"encoder_hidden_states": negative.to(embeds)}, scale)
 
 
-def with_pooled(texts: Conditions, pooled: Sequence[Tensor | None], ids: Tensor) -> Conditions:
+def with_pooled(texts: Conditions, ids: Tensor, pooled: Tensor, negative: Tensor | None) -> Conditions:
     """SDXL's: with the pooled embeddings (B, P) of prompts and of what guidance leads away from, and ids (1, 6) of sizes."""
     rows = texts.rows or 0
-    for name, value in zip(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), pooled, strict=True):
+    for name, value in {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative}.items():
         if value is not None and (value.dim() != 2 or len(value) != rows):
             raise ConfigError(f"{name} must have shape ({rows}, P), got {tuple(value.shape)}")
-    told, negative = ({"text_embeds": value, "time_ids": ids.expand(rows, -1)} for value in pooled)
+    sizes = ids.expand(rows, -1)
+    told = texts.told | {"text_embeds": pooled, "time_ids": sizes}
     if texts.scale is None:
-        return Conditions(texts.told | told, {})
-    if pooled[1] is None:
+        return Conditions(told, {})
+    if negative is None:
         raise ConfigError("guidance away from prompt_embeds needs negative_pooled_prompt_embeds beside the others")
-    return Conditions(texts.told | told, texts.none | negative, texts.scale)
+    return Conditions(told, texts.none | {"text_embeds": negative, "time_ids": sizes}, texts.scale)

@@ -15,8 +15,9 @@ from torch import Tensor
 from amed_engine.adapters.adapter import keywords
 from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.latents import decode_latents, time_ids
+from amed_engine.adapters.taps import Tap
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import Tap, make_program, open_predictor
+from amed_engine.integrations.common import make_program, open_predictor
 from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,
@@ -129,11 +130,18 @@ class AMEDPipeline(DiffusionPipeline):
         """
         _check(output_type, callback_on_step_end_tensor_inputs)
         scale = self._guidance(guidance_scale)
-        given = (negative_prompt, prompt_embeds, negative_prompt_embeds)
-        given += (pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        given = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
         texts = None
-        if any(text is not None for text in (prompt, *given)):
-            texts = self.encode_prompt(prompt, None, num_images_per_prompt, scale is not None, *given)
+        if any(text is not None for text in given.values()):
+            how = {"num_images_per_prompt": num_images_per_prompt, "do_classifier_free_guidance": scale is not None}
+            texts = self.encode_prompt(**given, **how)
         conditions = self._conditions(class_labels, texts, scale)
         latents = self._latents((conditions.rows or 1) if batch_size is None else batch_size, generator, latents)
         program = self._program(num_inference_steps, latents)
@@ -165,8 +173,13 @@ class AMEDPipeline(DiffusionPipeline):
         SDXL also the pooled ones (P·num_images_per_prompt, D) of both. prompt_2: what its second encoder is told instead.
         """
         given = Prompts(
-            *(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds),
-            *(pooled_prompt_embeds, negative_pooled_prompt_embeds, prompt_2),
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            prompt_2=prompt_2,
         )
         encoded = given.encode(self, device or self._execution_device, do_classifier_free_guidance)
         return tuple(
@@ -181,7 +194,8 @@ class AMEDPipeline(DiffusionPipeline):
 
     def denoiser(self, class_labels: Tensor | None = None, prompt_embeds: Tensor | None = None) -> Denoiser:
         """The model as (x, sigma (B,)) -> D, for any sampler of noise levels."""
-        texts = None if prompt_embeds is None else self.encode_prompt(None, None, 1, False, None, prompt_embeds)
+        given = {"prompt_embeds": prompt_embeds, "do_classifier_free_guidance": False}
+        texts = None if prompt_embeds is None else self.encode_prompt(**given)
         told = self._conditions(class_labels, texts, None)
         return lambda x, sigma: told.expand(len(x)).bind(self._ask)(x, sigma)
 
@@ -218,7 +232,7 @@ class AMEDPipeline(DiffusionPipeline):
         if texts is not None:
             embeds, negative, *pooled = texts
             told = of_prompts(embeds, negative, facts.conditions.get("encoder_hidden_states"), scale)
-            return with_pooled(told, pooled, time_ids(self, self.unet, pooled[0])) if pooled else told
+            return with_pooled(told, time_ids(self, self.unet, pooled[0]), *pooled) if pooled else told
         if labels is None:
             return Conditions({}, {})
         null = facts.null_class if self.config["null_class"] is None else self.config["null_class"]

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
@@ -119,7 +120,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     @property
     def alphas_cumprod(self) -> Tensor | None:
         """alpha² of each training step, (num_train_timesteps,) float64; None for a model without steps."""
-        return None if self.model.time is None else (2 * self.model.time.log_alpha).exp()
+        family = self.model.family
+        return (2 * family.log_alpha.cpu()).exp() if isinstance(family, DiscreteSteps) else None
 
     @property
     def step_index(self) -> int | None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from amed_engine.engine.images import check_pictures
 from amed_engine.engine.sampler import Sampler
-from amed_engine.errors import AmedError
-from amed_engine.integrations.require import require
+from amed_engine.errors import AmedError, require
 from amed_engine.integrations.serving.batching import answer, as_json
 
 ls = require("litserve", "litserve")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from amed_engine.engine.images import check_pictures
 from amed_engine.engine.sampler import Sampler
-from amed_engine.errors import AmedError, ConfigError
-from amed_engine.integrations.require import require
+from amed_engine.errors import AmedError, ConfigError, require
 from amed_engine.integrations.serving.batching import answer, as_json, from_json
 
 serve = require("ray.serve", "ray")

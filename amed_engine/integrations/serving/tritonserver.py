@@ -25,8 +25,7 @@ from typing import IO
 
 import click
 
-from amed_engine.errors import AmedError, ConfigError
-from amed_engine.integrations.require import MissingDependency
+from amed_engine.errors import AmedError, ConfigError, MissingDependency
 
 SECONDS = 120.0  # until it is ready: each model opens its weights
 

@@ -6,7 +6,6 @@ a directory of model.safetensors and config.json.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.files import atomic_write
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -30,44 +30,12 @@ OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onn
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def atomic_write(path: str | os.PathLike, data: bytes) -> None:
-    """Write the whole file or nothing: a temporary file beside it, flushed to disk, then renamed over it.
-
-    The mode is what the umask says. Raises OSError as the operating system gives it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
 def save_diffusers(model: Any, folder: Path) -> None:
     """Save a model of diffusers to its directory, each file whole or not at all, readable as the umask says."""
     with tempfile.TemporaryDirectory() as whole:
         model.save_pretrained(whole)
         for file in sorted(Path(whole).iterdir()):
             atomic_write(folder / file.name, file.read_bytes())
-
-
-def _umask() -> int:
-    """The process's umask, read where that needs no change to it (os.umask would race with other threads)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import click
 
-from amed_engine.errors import AmedError
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.solvers import alternatives, solver_names
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
@@ -30,35 +30,6 @@ def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence
     return options
 
 
-VARIABLE = "AMED_WEIGHTS"
-
-
-def _remember(context: click.Context, _: click.Parameter, place: str | None) -> None:
-    """As if the environment said so, until the command ends: names are looked up far below the command line."""
-    if place is None:
-        return
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = place
-    context.call_on_close(lambda: _restore(before))
-
-
-def _restore(before: str | None) -> None:
-    if before is None:
-        os.environ.pop(VARIABLE, None)
-    else:
-        os.environ[VARIABLE] = before
-
-
-weights_option = click.option(
-    "--weights",
-    type=click.Path(exists=True),
-    expose_value=False,
-    callback=_remember,
-    help="File or folder of a published model's weights.",
-    show_default=VARIABLE,
-)
-
-
 Decorator = Callable[[Callable], Callable]
 
 
@@ -71,7 +42,12 @@ where_options = options(
     click.option(
         "--model", "--network", "model", default="digits", help="A bundled or published model's name, or a path."
     ),
-    weights_option,
+    click.option(
+        "--weights",
+        type=click.Path(exists=True),
+        help="File or folder of a published model's weights.",
+        show_default="AMED_WEIGHTS",
+    ),
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
 grid_options = options(
@@ -84,6 +60,18 @@ plan_options = options(
     click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **PAIRS),
     grid_options,
     click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
+)
+sampler_options = options(
+    click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5"),
+    click.option(
+        "--solver", help=f"{alternatives(solver_names('none', 'optional'))}.", show_default="the best at hand"
+    ),
+    plan_options,
+    click.option(
+        "--plan",
+        type=click.Path(exists=True, dir_okay=False),
+        help="A file that says all of these: a recipe of Plan.save or search-schedule.",
+    ),
 )
 drawing_options = options(
     click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
@@ -122,6 +110,8 @@ def typed(asked: dict[str, Any]) -> dict[str, Any]:
 
 def check_writable(*paths: str | Path | None) -> None:
     """Before the work rather than after it: make the folders and try to write to them."""
+    import tempfile
+
     for path in filter(None, paths):
         folder = Path(path).parent
         try:
@@ -138,27 +128,28 @@ def check_png(path: str | None) -> None:
         raise click.UsageError(f"--out is written as PNG, got {path}; name it {Path(path).with_suffix('.png')}")
 
 
-def make_sampler(model: str, predictor: str | None, **asked: Any) -> Any:
+def make_sampler(model: str, predictor: str | None, plan: str | None = None, **asked: Any) -> Any:
     """The sampler of a command's options, device and dtype as the engine takes them; predictor "none" keeps the bundled one
-    away, and a schedule may be a file of noise levels."""
+    away, a schedule may be a file of noise levels, and a plan one that says all of them."""
     from amed_engine.engine.sampler import Sampler
-    from amed_engine.solvers.plan import best_training_free
+    from amed_engine.solvers.plan import Plan, best_training_free
 
-    asked = with_levels(asked)
+    asked, recipe = with_levels(asked), None if plan is None else Plan.load(plan)
     if predictor == "none":
         predictor = None
-        # A solver by name keeps the bundled predictor away.
-        if not (asked["solver"] or asked["solver_options"]):
+        if recipe is not None and recipe.midpoint:
+            raise ConfigError(f"{plan} needs a predictor, which --predictor none keeps away; leave one of them out")
+        # A solver by name keeps the bundled predictor away, and so does a plan without one.
+        if not (recipe or asked["solver"] or asked["solver_options"]):
             best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
             asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
-    return Sampler(model, predictor, **asked)
+    return Sampler(model, predictor, plan=recipe, **asked)
 
 
 def with_levels(asked: dict[str, Any]) -> dict[str, Any]:
     """The options with a schedule that is a file read: its levels, and its solver and analytic first step where none were
     asked for. Raises FileFormatError and ConfigError."""
     from amed_engine.checkpoints.levels import read_levels
-    from amed_engine.errors import ConfigError
 
     if (name := asked["schedule"]) is None or not (name.endswith(".json") or Path(name).is_file()):
         return asked

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import amed_engine.zoo as zoo
 from amed_engine.adapters.fingerprint import is_model
+from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
@@ -19,6 +22,13 @@ from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make
 from amed_engine.solvers.schedule import check_sigmas
 
 logger = logging.getLogger("amed_engine")
+
+# How an error speaks of the plan that rules.
+TRAINED, MADE = "this predictor was trained", "this plan was made"
+_REMEDIES = {
+    TRAINED: "pass its own predictor, train one with amed_engine.distill",
+    MADE: "pass a plan of this model",
+}
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,12 @@ class PlanRequest:
     afs: bool | None
     sigma_min: float
     sigma_max: float
+    recipe: Plan | None = None
 
     @property
     def open(self) -> bool:
         """Nothing but perhaps the NFE was asked for."""
-        return self.solver is self.schedule is self.afs is self.rho is None and not self.options
+        return self.solver is self.schedule is self.afs is self.rho is self.recipe is None and not self.options
 
     def plan(self, *, midpoint: bool) -> Plan:
         """The plan that was asked for, with a predictor that has none of its own or without any."""
@@ -61,44 +72,108 @@ class PlanRequest:
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
 
 
-def choose_plan(request: PlanRequest, predictor: Predictor | None) -> Plan:
-    if predictor is None or predictor.plan is None:
-        return request.plan(midpoint=predictor is not None)
-    if not predictor.plan.midpoint:
+def open_plan(plan: Plan | str | os.PathLike | None) -> Plan | None:
+    """A plan, or the one in a file. Raises ConfigError, FileFormatError."""
+    if isinstance(plan, (str, os.PathLike)):
+        return Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
         raise ConfigError(
-            f"the predictor's plan says midpoint=False ({predictor.plan.describe()}): a plan for a predictor refines every "
+            f"plan must be a Plan, or the path of a file that Plan.save or `amed search-schedule` wrote, got "
+            f"{type(plan).__name__}"
+        )
+    return plan
+
+
+def open_predictor(predictor: Any) -> Predictor:
+    """A predictor, or the one in a file. Raises ConfigError, FileFormatError."""
+    if isinstance(predictor, (str, os.PathLike)):
+        return load_predictor(predictor)
+    if not isinstance(predictor, Predictor):
+        raise ConfigError(
+            f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}"
+        )
+    return predictor
+
+
+def choose_predictor(model: Model, request: PlanRequest, bundled: bool) -> Predictor | None:
+    """The model's own, where the default one is right (`bundled`), or where the plan that was asked for is its plan."""
+    recipe = request.recipe
+    if model.name and bundled:
+        return zoo.bundled_predictor(model.name, 5 if request.nfe is None else request.nfe)
+    if not model.name or recipe is None or not recipe.midpoint:
+        return None
+    found = zoo.bundled_predictor(model.name, recipe.nfe)
+    return found if found and found.plan and not differences(recipe, found.plan) else None
+
+
+def choose_plan(request: PlanRequest, predictor: Predictor | None) -> Plan:
+    own, recipe = None if predictor is None else predictor.plan, request.recipe
+    if own is not None and not own.midpoint:
+        raise ConfigError(
+            f"the predictor's plan says midpoint=False ({own.describe()}): a plan for a predictor refines every "
             "interval; make it with make_plan(..., midpoint=True)"
         )
-    _check_against(request, predictor.plan)
-    return predictor.plan
+    if recipe is not None:
+        _check_recipe(recipe, predictor, own)
+    plan = own or recipe
+    if plan is None:
+        return request.plan(midpoint=predictor is not None)
+    _check_against(request, plan, TRAINED if own else MADE)
+    return plan
 
 
-def _check_against(request: PlanRequest, plan: Plan) -> None:
-    """A predictor is only right for what it was trained for."""
+def _check_recipe(recipe: Plan, predictor: Predictor | None, own: Plan | None) -> None:
+    """A plan given must be the predictor's own, or fit a predictor that has none, or no predictor."""
+    if own is not None and (differing := differences(recipe, own)):
+        raise ConfigError(
+            f"the plan given ({recipe.describe()}) is not the one that this predictor was trained for ({own.describe()}): they "
+            f"differ in {', '.join(differing)}; leave the plan out, or pass the predictor that it is for"
+        )
+    if recipe.midpoint and predictor is None:
+        raise ConfigError(
+            f"this plan needs a predictor ({recipe.describe()}), and there is none; pass predictor= as well"
+        )
+    if not recipe.midpoint and predictor is not None:
+        raise ConfigError(
+            f"this plan has no use for a predictor ({recipe.describe()}); leave the predictor out, or make the plan with "
+            "make_plan(..., midpoint=True)"
+        )
+
+
+def ruling(recipe: Plan | None, predictor: Predictor | None) -> list[tuple[Plan, str]]:
+    """The plans that the caller has to abide by, and how errors speak of them."""
+    own = None if predictor is None else predictor.plan
+    return [(plan, made) for plan, made in ((recipe, MADE), (own, TRAINED)) if plan is not None]
+
+
+def differences(plan: Plan, other: Plan) -> list[str]:
+    """The entries in which two plans differ, apart from what they note of the model."""
+    names = (field.name for field in fields(Plan) if field.name not in ("model", "dtype"))
+    return [name for name in names if getattr(plan, name) != getattr(other, name)]
+
+
+def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
+    """A predictor is only right for what it was trained for, and a plan says everything."""
     asked = {"nfe": request.nfe, "solver": request.solver, "rho": request.rho, "afs": request.afs}
     if isinstance(request.schedule, str):
         asked["schedule"] = request.schedule
     for name, value in asked.items():
         if value is not None and value != getattr(plan, name):
             raise ConfigError(
-                f"this predictor was trained for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or train "
-                f"one for it with amed_engine.distill"
+                f"{made} for {name}={getattr(plan, name)}, got {name}={value}; leave {name} out, or "
+                f"{'train one for it with amed_engine.distill' if made == TRAINED else 'pass another plan'}"
             )
     if isinstance(request.schedule, Tensor) and not _same_levels(request.schedule, plan.levels):
-        raise ConfigError(
-            "this predictor was trained for other noise levels than the schedule given; leave schedule out"
-        )
-    if request.options and dict(request.options) != dict(plan.options):
-        raise ConfigError(
-            f"this predictor was trained for solver options {dict(plan.options)}, got {dict(request.options)}"
-        )
+        raise ConfigError(f"{made} for other noise levels than the schedule given; leave schedule out")
+    if request.options and request.options != dict(plan.options):
+        raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {request.options}")
 
 
-def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None) -> None:
-    """A range of noise levels that was asked for must be the one the predictor was trained on."""
+def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None, made: str = TRAINED) -> None:
+    """A range of noise levels that was asked for must be the plan's."""
     for name, asked, own in (("sigma_min", sigma_min, plan.sigmas[-1]), ("sigma_max", sigma_max, plan.sigmas[0])):
         if asked is not None and not math.isclose(asked, own, rel_tol=1e-6):
-            raise ConfigError(f"this predictor was trained for {name}={own:g}, got {name}={asked:g}; leave {name} out")
+            raise ConfigError(f"{made} for {name}={own:g}, got {name}={asked:g}; leave {name} out")
 
 
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
@@ -128,32 +203,32 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
         )
 
 
-def check_model(model: Model, plan: Plan) -> None:
-    """By its fingerprint; a predictor without one, as published, at least by the noise levels that the model knows."""
+def check_model(model: Model, plan: Plan, made: str = TRAINED) -> None:
+    """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if model.module is None or plan.model is None:
-        _check_levels(model, plan)
+        _check_levels(model, plan, made)
     elif not is_model(model.module, plan.model):
         raise ConfigError(
-            "this predictor was trained for another model (or other weights or another wrapping of it): the fingerprints "
-            "differ; pass its own predictor, train one with amed_engine.distill, or verify=False to use it all the same"
+            f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
+            f"{_REMEDIES[made]}, or verify=False to use it all the same"
         )
 
 
-def _check_levels(model: Model, plan: Plan) -> None:
+def _check_levels(model: Model, plan: Plan, made: str) -> None:
     low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
         raise ConfigError(
-            f"this predictor was trained for noise levels {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}, the model for {high:g} to "
+            f"{made} for noise levels {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}, the model for {high:g} to "
             f"{low:g}: it was made for another model; verify=False uses it all the same"
         )
 
 
-def check_dtype(model: Model, plan: Plan) -> None:
+def check_dtype(model: Model, plan: Plan, made: str = TRAINED) -> None:
     """The network's arithmetic must be that of the training; plans from before it was noted say nothing."""
     if None not in (plan.dtype, model.precision) and plan.dtype != model.precision:
         remedy = "convert the network" if model.autocast is None else f"leave autocast={model.autocast} out"
         raise ConfigError(
-            f"this predictor was trained for a network in {plan.dtype}, got one in {model.precision}, whose rounding it knows "
+            f"{made} for a network in {plan.dtype}, got one in {model.precision}, whose rounding it knows "
             f"nothing of; {remedy}, or pass verify=False to use it all the same"
         )

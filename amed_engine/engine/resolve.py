@@ -28,14 +28,16 @@ def resolve(
     label_dim: int | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,
+    weights: str | os.PathLike | None = None,
 ) -> Model:
     """A Model from a zoo name, a path, an nn.Module (compiled and scripted ones too), an ExportedProgram or a callable.
 
     What is not given is read from the module's attributes, which EDM's networks have: img_channels, img_resolution,
-    label_dim, sigma_min, sigma_max. Modules are put into evaluation mode. Raises ConfigError.
+    label_dim, sigma_min, sigma_max. weights: of a published model's name, as `zoo.load` takes them. Modules are put into
+    evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
-    network = _open(model)
+    network = _open(model, weights)
     if isinstance(network, type):
         raise ConfigError(
             f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
@@ -96,13 +98,18 @@ def _image_shape(network: Any) -> tuple[int, ...] | None:
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 
 
-def _open(model: Any) -> Any:
+def _open(model: Any, weights: str | os.PathLike | None) -> Any:
+    if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
+        return zoo.load(model, weights)
+    if weights is not None:
+        got = repr(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
+        raise ConfigError(
+            f"weights are for a published model's name ({', '.join(zoo.published())}), got the model {got}; leave them out"
+        )
     if isinstance(model, torch.export.ExportedProgram):
         return checked(model)
     if not isinstance(model, (str, os.PathLike)):
         return model
-    if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
-        return zoo.load(model)
     path = Path(model)
     if not path.exists():
         raise ConfigError(

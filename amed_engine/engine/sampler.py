@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import amed_engine.zoo as zoo
-from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.arrays import check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.model import check_guidance, place, tune
 from amed_engine.engine.pairing import (
+    TRAINED,
     PlanRequest,
     check_bottleneck,
     check_dtype,
     check_model,
     check_range,
     choose_plan,
+    choose_predictor,
+    open_plan,
+    open_predictor,
+    ruling,
     usable_range,
 )
 from amed_engine.engine.request import make_request
@@ -51,12 +54,15 @@ class Sampler:
     predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
         schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE;
         otherwise a training-free solver runs.
+    plan: a `Plan` or the path of one (`Plan.save`, `amed search-schedule`): the recipe, which decides solver, options, noise
+        levels, NFE, afs and denoise_to_zero. What contradicts it raises, a predictor's own plan too.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
         predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
     afs: analytic first step; None uses it wherever the NFE allows.
-    sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell.
+    sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell. weights: file or
+        folder of a published model's; None looks where the environment variable AMED_WEIGHTS says.
     device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
-    verify: compare the model with the fingerprint and the dtype in the predictor's plan.
+    verify: compare the model with the fingerprint and the dtype in the plan, given or the predictor's.
     backend: "auto" captures the whole loop as a CUDA graph on a GPU and runs eagerly elsewhere; "graph" insists, "eager"
         never captures. batch_sizes: what is captured; other batches are padded or split.
     compile: a mode of torch.compile ("default", "max-autotune-no-cudagraphs") for the network. memory_format: e.g.
@@ -72,6 +78,7 @@ class Sampler:
         model: Any,
         predictor: Predictor | str | os.PathLike | None = None,
         *,
+        plan: Plan | str | os.PathLike | None = None,
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
         nfe: int | None = None,
@@ -82,6 +89,7 @@ class Sampler:
         sigma_max: float | None = None,
         shape: tuple[int, ...] | None = None,
         label_dim: int | None = None,
+        weights: str | os.PathLike | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         verify: bool = True,
@@ -94,26 +102,24 @@ class Sampler:
     ):
         if dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype!r}")
-        self.model = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
+        facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
         sigma_low, sigma_high = usable_range(self.model, sigma_min, sigma_max)
-        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high)
-        if isinstance(predictor, (str, os.PathLike)):
-            predictor = load_predictor(predictor)
-        if predictor is not None and not isinstance(predictor, Predictor):
-            raise ConfigError(
-                f"predictor must be one of this package (AMEDPredictor, ...) or a path, got {type(predictor).__name__}"
-            )
+        recipe = open_plan(plan)
+        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high, recipe)
         bundled = predictor is None and request.open and sigma_min is None and sigma_max is None
-        if bundled and self.model.name:
-            predictor = zoo.bundled_predictor(self.model.name, 5 if nfe is None else nfe)
+        predictor = choose_predictor(self.model, request, bundled) if predictor is None else open_predictor(predictor)
         self.plan = choose_plan(request, predictor)
-        if predictor is not None and predictor.plan is not None:
-            check_range(self.plan, sigma_min, sigma_max)
-        if predictor is not None and verify:
-            check_model(self.model, self.plan)
-        if predictor is not None and verify and not bundled:  # nobody who asks for autocast alone chose a predictor
-            check_dtype(replace(self.model, autocast=autocast), self.plan)
+        rules = ruling(recipe, predictor)
+        for rule, made in rules:
+            check_range(rule, sigma_min, sigma_max, made)
+        if predictor is not None and not rules:
+            rules = [(self.plan, TRAINED)]  # as published: its levels at least
+        for rule, made in rules if verify else ():
+            check_model(self.model, rule, made)
+            if not bundled:  # nobody who asks for autocast alone chose a predictor
+                check_dtype(replace(self.model, autocast=autocast), rule, made)
         self._program = self._build(self.plan, predictor)
         if predictor is not None:
             check_bottleneck(self.model, predictor)
@@ -233,8 +239,13 @@ class Sampler:
         check_guidance(self.model, guidance_scale)
         # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
         asked, trained = (1 if scale is None else scale for scale in (guidance_scale, self.plan.guidance_scale))
-        if self._program.predictor is None or asked == trained:
+        free = self._program.predictor is None and self.plan.guidance_scale is None
+        if free or asked == trained:
             return self._program, self.plan
+        if self._program.predictor is None:
+            raise ConfigError(
+                f"this plan was made for guidance_scale={trained}, got {guidance_scale}; pass that value, or another plan"
+            )
         if self._fallback is None:
             raise ConfigError(
                 f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "

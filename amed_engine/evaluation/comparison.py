@@ -10,6 +10,7 @@ judges the solver alone, whatever the model is worth. Dynamic thresholding is of
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from amed_engine.engine.sampler import Sampler
 from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import rmse
-from amed_engine.solvers import make_solver
+from amed_engine.solvers import SOLVERS, make_solver, solver_names
 from amed_engine.solvers.base import count_evaluations
 
 # Of the solvers here the one that comes nearest in 80 evaluations: an RMSE of 1e-4 on the bundled model, against 3e-3 of
@@ -42,25 +43,11 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 CURVE_NFES = range(3, 11)
 MAX_COLUMNS = 32
-
-
-_NOISE = {"predict_x0": False}
-_DATA = {"predict_x0": True, "thresholding": False}
 # Name -> solver and options.
 TRAINING_FREE: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("euler", {}),
-    "heun": ("heun", {}),
-    "dpm-2": ("dpm", {}),
-    "ipndm-2": ("ipndm", {"max_order": 2}),
-    "ipndm-3": ("ipndm", {"max_order": 3}),
-    "ipndm-4": ("ipndm", {"max_order": 4}),
-    "deis-3": ("deis", {"max_order": 3}),
-    "dpmpp-2 noise": ("dpmpp", {"max_order": 2, **_NOISE}),
-    "dpmpp-3 noise": ("dpmpp", {"max_order": 3, **_NOISE}),
-    "dpmpp-2 data": ("dpmpp", {"max_order": 2, **_DATA}),
-    "dpmpp-3 data": ("dpmpp", {"max_order": 3, **_DATA}),
-    "unipc-2": ("unipc", {"max_order": 2, **_DATA}),
-    "unipc-3": ("unipc", {"max_order": 3, **_DATA}),
+    f"{solver}{suffix}": (solver, dict(options))
+    for solver in solver_names("none", "optional")
+    for suffix, options in SOLVERS[solver].compared.items()
 }
 
 
@@ -136,18 +123,19 @@ def compare(
     samples: int = 128,
     curve_samples: int = 16,
     predictor: str | None = None,
+    weights: str | os.PathLike | None = None,
     setting: Setting | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Run every solver at this NFE, and at 3 to 10 for the curves, on the same latents and labels.
 
-    model: as `Sampler` takes it. seeds: of the images to show. samples: how many the RMSE is over, those seeds and the
-    smallest other numbers. curve_samples: the same for the curves, 0 for none. predictor: a path, "none", or None for
+    model, weights: as `Sampler` takes them. seeds: of the images to show. samples: how many the RMSE is over, those seeds and
+    the smallest other numbers. curve_samples: the same for the curves, 0 for none. predictor: a path, "none", or None for
     the model's bundled ones. progress: a bar on stderr. Raises ConfigError and what `Sampler` raises.
     """
     setting, seeds = setting or Setting(), check_seeds(list(seeds))
     _check(seeds, samples, curve_samples, setting.batch)
-    resolved = resolve(model)
+    resolved = resolve(model, weights=weights)
     if isinstance(setting.schedule, Tensor):
         curve_samples = 0  # the levels are those of one NFE
     everyone = _extended(seeds, max(samples, curve_samples))

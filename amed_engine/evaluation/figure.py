@@ -10,19 +10,10 @@ import numpy as np
 
 from amed_engine.engine.images import grid, to_uint8
 from amed_engine.errors import require
-from amed_engine.evaluation.comparison import CURVE_NFES, Comparison, Score
+from amed_engine.evaluation.comparison import CURVE_NFES, TRAINING_FREE, Comparison, Score
 
-# One colour per family, one dash per order; what is learned is black.
-COLOURS = {
-    "euler": "tab:gray",
-    "heun": "tab:brown",
-    "dpm": "tab:olive",
-    "ipndm": "tab:blue",
-    "deis": "tab:green",
-    "dpmpp noise": "tab:orange",
-    "dpmpp data": "tab:red",
-    "unipc": "tab:purple",
-}
+# One colour per family in the order of the solvers, one dash per order; what is learned is black.
+PALETTE = ("gray", "brown", "olive", "blue", "green", "orange", "red", "purple", "pink", "cyan")
 DASHES = {"2": "--", "3": "-", "4": ":"}
 
 
@@ -85,5 +76,13 @@ def _draw_curves(axes: Any, comparison: Comparison) -> None:
 
 def style(name: str) -> tuple[str, str]:
     """Colour and dash of a solver such as "ipndm-3" or "dpmpp-2 noise"."""
+    families = list(dict.fromkeys(family for family, _ in map(_split, TRAINING_FREE)))
+    family, order = _split(name)
+    colour = f"tab:{PALETTE[families.index(family) % len(PALETTE)]}" if family in families else "black"
+    return colour, DASHES.get(order, "-")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A solver's family, "dpmpp noise", and its order, "2" or nothing."""
     order = "".join(c for c in name if c.isdigit())
-    return COLOURS.get(name.replace(f"-{order}", ""), "black"), DASHES.get(order, "-")
+    return name.replace(f"-{order}", ""), order

@@ -19,7 +19,7 @@ import numpy as np
 
 from amed_engine.engine.export.locations import get_include
 from amed_engine.engine.export.stepper import Array, Stepper
-from amed_engine.engine.export.tableau import StaticPlan
+from amed_engine.engine.export.tableau import Tableau
 from amed_engine.errors import require
 
 _THREADS, _VEC = 256, 8  # kThreads and kVec of csrc/cuda
@@ -43,7 +43,7 @@ COMBINE_ARGS = np.dtype(
 )
 
 
-def stepper(plan: StaticPlan, x: Array) -> Stepper:
+def stepper(plan: Tableau, x: Array) -> Stepper:
     """A `Stepper` for x (B, ...), a CuPy array of float32 or float64, whose updates are one fused kernel each.
 
     An array of another library on the same device comes without a copy through `cupy.from_dlpack`. Raises ConfigError.

@@ -1,26 +1,68 @@
-"""The table of solvers by name."""
+"""The table of solvers by name. Names are known without torch; a class is imported when it is looked up."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.base import Solver
-from amed_engine.solvers.multistep import DEIS, IPNDM, DPMpp, Euler, Nonstationary, UniPC
-from amed_engine.solvers.singlestep import AMED, DPM2, Heun
 
-SOLVERS: dict[str, type[Solver]] = {
-    "euler": Euler,
-    "heun": Heun,
-    "dpm": DPM2,
-    "ipndm": IPNDM,
-    "deis": DEIS,
-    "dpmpp": DPMpp,
-    "unipc": UniPC,
-    "amed": AMED,
-    "nonstationary": Nonstationary,
+if TYPE_CHECKING:
+    from amed_engine.solvers.base import Solver, UseOfPredictor
+
+# Name -> file and class, and whether it takes midpoints from a predictor, as the class says too.
+_TABLE: dict[str, tuple[str, str, UseOfPredictor]] = {
+    "euler": ("multistep", "Euler", "optional"),
+    "heun": ("singlestep", "Heun", "none"),
+    "dpm": ("singlestep", "DPM2", "optional"),
+    "ipndm": ("multistep", "IPNDM", "optional"),
+    "deis": ("multistep", "DEIS", "optional"),
+    "dpmpp": ("multistep", "DPMpp", "optional"),
+    "unipc": ("multistep", "UniPC", "optional"),
+    "amed": ("singlestep", "AMED", "required"),
+    "nonstationary": ("multistep", "Nonstationary", "required"),
 }
+
+
+_HOMES = {"Solver": "base", **{kind: file for file, kind, _ in _TABLE.values()}}
+
+
+def __getattr__(kind: str) -> type[Solver]:
+    """`from amed_engine.solvers import AMED`: a class, whose file is imported now."""
+    if kind not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {kind!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[kind]}"), kind)
+
+
+class _Solvers(Mapping):
+    """Name -> class."""
+
+    def __getitem__(self, name: str) -> type[Solver]:
+        return __getattr__(_TABLE[name][1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_TABLE)
+
+    def __len__(self) -> int:
+        return len(_TABLE)
+
+
+SOLVERS: Mapping[str, type[Solver]] = _Solvers()
+
+
+def solver_names(*uses: UseOfPredictor) -> list[str]:
+    """The solvers whose use of a predictor is one of these: none, optional, required."""
+    return [name for name, (_, _, use) in _TABLE.items() if use in uses]
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """The names as text: a, b or c."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+USE_WITH_PREDICTOR = f"use amed, or a plugin on {', '.join(solver_names('optional'))}"  # what errors advise
 
 
 def make_solver(name: str, **options: Any) -> Solver:

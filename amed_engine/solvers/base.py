@@ -11,6 +11,7 @@ scale_dir: that is AMED-Plugin (Zhou et al. 2024, arXiv:2312.00094). It is a lea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -20,7 +21,6 @@ from amed_engine.solvers.stage import Midpoint, Stage
 
 Past = tuple[Tensor, ...]
 UseOfPredictor = Literal["none", "optional", "required"]
-USE_WITH_PREDICTOR = "use amed, or a plugin on euler, dpm, ipndm, deis, dpmpp, unipc"  # what errors advise
 
 
 class Solver(ABC):
@@ -28,6 +28,10 @@ class Solver(ABC):
 
     # Whether it takes midpoints from a predictor.
     takes_predictor: ClassVar[UseOfPredictor] = "none"
+    # Whether its coefficients under a midpoint m are combinations of m and 1/m, so that a table says them with a predictor.
+    tabulated: ClassVar[bool] = False
+    # Options worth comparing, by what follows the solver's name in tables.
+    compared: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
     # What a predictor says of an interval.
     answer: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).

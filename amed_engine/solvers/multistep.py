@@ -49,6 +49,8 @@ class _Rule(_Multistep):
 class Euler(_Rule):
     """x' = x + (s' - s) d, which is DDIM. Song et al. 2021 (arXiv:2010.02502)."""
 
+    tabulated: ClassVar[bool] = True
+
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
         return rules.adams_bashforth(sigmas[:1], sigma_next)
 
@@ -58,6 +60,8 @@ class IPNDM(_Rule):
     """iPNDM of order max_order (1 to 4): Adams-Bashforth with equal-step weights. arXiv:2202.09778, arXiv:2204.13902."""
 
     max_order: int = 4
+    tabulated: ClassVar[bool] = True
+    compared: ClassVar = {f"-{order}": {"max_order": order} for order in (2, 3, 4)}
 
     def __post_init__(self):
         in_range("ipndm", "max_order", self.max_order, 1, 4)
@@ -76,6 +80,7 @@ class DEIS(_Rule):
 
     max_order: int = 4
     deis_mode: str = "tab"
+    compared: ClassVar = {"-3": {"max_order": 3}}
 
     def __post_init__(self):
         in_range("deis", "max_order", self.max_order, 1, 4)
@@ -128,6 +133,11 @@ class _Exponential(_Multistep):
 class DPMpp(_Exponential, _Rule):
     """DPM-Solver++ of order max_order (1 to 3). arXiv:2211.01095."""
 
+    compared: ClassVar = {
+        **{f"-{order} noise": {"max_order": order, "predict_x0": False} for order in (2, 3)},
+        **{f"-{order} data": {"max_order": order, "predict_x0": True, "thresholding": False} for order in (2, 3)},
+    }
+
     @property
     def memory(self) -> int:
         return self.max_order - 1
@@ -147,6 +157,9 @@ class UniPC(_Exponential):
 
     variant: str = "bh2"
     corrects: ClassVar[bool] = True
+    compared: ClassVar = {
+        f"-{order}": {"max_order": order, "predict_x0": True, "thresholding": False} for order in (2, 3)
+    }
 
     def __post_init__(self):
         super().__post_init__()

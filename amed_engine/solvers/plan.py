@@ -1,8 +1,9 @@
-"""A plan: everything but the network and the predictor's weights that decides what a latent becomes. Data, JSON-able."""
+"""A plan, or recipe: everything but the network and the predictor's weights that decides what a latent becomes. JSON-able."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
@@ -12,15 +13,19 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers import make_solver
-from amed_engine.solvers.base import USE_WITH_PREDICTOR, Solver, count_evaluations
+from amed_engine.files import read_json, write_json
+from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
+from amed_engine.solvers.base import Solver, count_evaluations
 from amed_engine.solvers.program import PredictorLike, Program
 from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
+
+# What the files of `amed search-schedule` say beside their plan.
+LEVELS = {"format": "amed_levels", "version": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Solver, noise levels and their options. Immutable, compared by value.
+    """Solver, noise levels and their options: a recipe. Immutable, compared by value.
 
     sigmas: the noise levels, (intervals + 1) decreasing numbers. schedule, rho: the names they came from ("custom" if
     from none). options: the solver's. midpoint: whether a predictor refines every interval. guidance_scale: the
@@ -90,6 +95,11 @@ class Plan:
         """The plan that `to_json` wrote; anything else raises ConfigError."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"a plan must be a JSON object, got {type(data).__name__}")
+        if "version" in data:
+            raise ConfigError(
+                f"a plan of version {str(data['version'])[:40]} is not known here, where plans have no version; a newer "
+                "amed_engine wrote it: update this one"
+            )
         names = {field.name for field in fields(cls)}
         if unknown := sorted(set(map(str, data)) - names):
             raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(names))}")
@@ -102,6 +112,35 @@ class Plan:
         plan = cls(**{**data, "sigmas": tuple(sigmas.tolist()), "options": options})
         plan.make_solver()
         return plan
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON, whole or not at all. Raises ConfigError for one that `load` would refuse, and OSError."""
+        data = self.to_json()
+        self.from_json(data)
+        write_json(path, data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Plan:
+        """The plan of a file that `save` or `amed search-schedule` wrote. Raises FileFormatError, naming the file."""
+        return read_json(path, _plan_of_file, "plan", "write one with Plan.save or `amed search-schedule`")
+
+
+def _plan_of_file(data: Any) -> Plan:
+    if not isinstance(data, Mapping) or "format" not in data:
+        return Plan.from_json(data)
+    if data["format"] != LEVELS["format"]:
+        raise ConfigError(
+            f"its format is {str(data['format'])[:40]!r}, expected what Plan.save or `amed search-schedule` writes; a table of "
+            "`write_plan` is for Stepper, the C API and CuPy"
+        )
+    return plan_of_levels(data)
+
+
+def plan_of_levels(data: Any) -> Plan:
+    """The plan that `amed search-schedule` wrote. Raises ConfigError."""
+    if not isinstance(data, Mapping) or any(data.get(name) != value for name, value in LEVELS.items()):
+        raise ConfigError("expected format 'amed_levels', version 1; write one with `amed search-schedule`")
+    return Plan.from_json(data.get("plan"))
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.base import USE_WITH_PREDICTOR, Solver, count_evaluations
+from amed_engine.solvers import USE_WITH_PREDICTOR
+from amed_engine.solvers.base import Solver, count_evaluations
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, stack, trimmed
 

@@ -34,6 +34,8 @@ class DPM2(Solver):
 
     r: float = 0.5
     takes_predictor: ClassVar[UseOfPredictor] = "optional"
+    tabulated: ClassVar[bool] = True
+    compared: ClassVar = {"-2": {}}
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
@@ -64,6 +66,7 @@ class AMED(Solver):
 
     points: int = 1
     takes_predictor: ClassVar[UseOfPredictor] = "required"
+    tabulated: ClassVar[bool] = True
 
     def __post_init__(self):
         in_range("amed", "points", self.points, 1, 7)  # x, K points and K answers are at most 16 sources of `combine`

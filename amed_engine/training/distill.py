@@ -20,7 +20,7 @@ from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.predictors.amed import AMEDPredictor
-from amed_engine.solvers import make_solver
+from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Condition
@@ -81,8 +81,8 @@ def distill(
 
     model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them; training runs where the model's parameters
     are, and leaves them alone. preset: "amed-solver" or "amed-plugin", the paper's; an option that is None is the
-    preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on euler, dpm, ipndm, deis,
-    dpmpp, unipc. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
+    preset's. solver, solver_options, schedule, rho, afs: the student, "amed" or a plugin on a solver that takes
+    one. scale_dir, scale_time, scales: as `AMEDPredictor` takes them. teacher, teacher_options: any
     training-free solver, with teacher_intermediate extra noise levels inside every interval, spaced as the student's or
     by teacher_schedule. learn_sigmas: with end_to_end, train the inner noise levels too. loss: (x, target) -> (B,), not
     negative, in place of the squared distance. conditions: None draws class labels; else see `Batches`. total_kimg:
@@ -197,7 +197,7 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
     solver, options = settings.solver, dict(settings.solver_options)
     if make_solver(solver, **options).takes_predictor == "none":
         raise ConfigError(
-            f"solver {solver!r} takes no predictor; students are amed, euler, dpm, ipndm, deis, dpmpp, unipc"
+            f"solver {solver!r} takes no predictor; students are amed, {', '.join(solver_names('optional'))}"
         )
     if options.get("points", 1) != 1:
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")

@@ -66,11 +66,11 @@ def search_schedule(
     model, sigma_min, sigma_max, shape, label_dim, solver, solver_options, nfe, afs: as `Sampler` takes them; with
     `Sampler(model, solver=solver, nfe=nfe, schedule=levels)` the levels cost what was asked. An analytic first step is
     taken into account as one. cost: "euler", the paper's, for any solver, no evaluation but the teacher's; "solver", the
-    error of the solver's own step, for those without a memory (heun, dpm). coefficient: what an error is worth more with
+    error of the solver's own step, for those without a memory, as heun. coefficient: what an error is worth more with
     every step that precedes it. grid: from how many levels to choose, spaced as `polynomial` spaces them, or the levels
     themselves, both ends included. samples: latents, drawn by `seed` in whole batches; the global generators are
     untouched. conditions, guidance_scale: as `distill` takes them.
-    Solvers that extrapolate in log sigma (dpmpp, unipc) may do worse on these levels: a warning says so.
+    Solvers that extrapolate in log sigma may do worse on these levels: a warning says so.
     Returns (intervals + 1,) float64, decreasing, on the CPU. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)

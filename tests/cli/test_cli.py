@@ -59,7 +59,7 @@ def read(path: Path) -> np.ndarray:
 # ---- start-up ----
 
 
-@pytest.mark.parametrize("command", [[], ["sample"], ["compare"], ["info"], ["distill"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.app.commands)])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import sys\nfrom amed_engine import cli\n"

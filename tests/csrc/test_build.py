@@ -15,7 +15,7 @@ import setuptools
 import torch
 
 from amed_engine import sample
-from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ def test_the_real_nvcc_makes_both_libraries(build, tmp_path, tools, open_library
     check_symbols(tmp_path / "lib" / TARGETS[1])
     library, program, x = open_library(str(tmp_path / "lib" / TARGETS[1])), tools.program("ipndm"), tools.latents()
     assert library.raw.amed_has_cuda() == 1
-    text = make_static_plan(program).dumps()
+    text = make_tableau(program).dumps()
     got = library.sample(text, x.numpy(), lambda points, sigma: (tools.on_numpy(points, sigma), None))
     np.testing.assert_array_equal(got, sample(tools.denoise, x, tools.SIGMAS, program.solver).numpy())
     if torch.cuda.is_available():

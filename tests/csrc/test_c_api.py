@@ -17,7 +17,7 @@ import torch
 import amed_engine
 from amed_engine import make_schedule, make_solver, sample
 from amed_engine.engine.export.stepper import Stepper
-from amed_engine.engine.export.write_plan import make_static_plan, write_plan
+from amed_engine.engine.export.write_plan import make_tableau, write_plan
 from amed_engine.solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_every_program_has_the_engine_s_bits(case, tools, library):
 def test_the_whole_history_may_be_read(tools, library, same_kernels):
     """Fifteen evaluations of non-stationary coefficients on a kept anchor: sixteen columns in the last update."""
     sigmas, solver, x = make_schedule("polynomial", 16, 0.002, 80.0), tools.NonStationary(), tools.latents()
-    plan = make_static_plan(Program.build(solver, sigmas))
+    plan = make_tableau(Program.build(solver, sigmas))
     assert [len(e.columns) for e in plan.evaluations] == list(range(2, 17))
     truth = sample(tools.denoise, x, sigmas, solver).numpy()
     got = library.sample(plan.dumps(), x.numpy(), lambda y, s: (tools.on_numpy(y, s), None))
@@ -65,7 +65,7 @@ def test_thresholding_agrees_to_one_rounding(tools, library):
     for solver in ("dpmpp", "unipc"):
         program, x = Program.build(make_solver(solver), tools.SIGMAS, afs=True), tools.latents()
         truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, afs=True).numpy()
-        plan = make_static_plan(program).dumps()
+        plan = make_tableau(program).dumps()
         got = library.sample(plan, x.numpy(), lambda y, s: (tools.on_numpy(y, s), None))
         np.testing.assert_allclose(got, truth, atol=3e-7 * np.abs(truth).max())
 
@@ -85,14 +85,14 @@ def test_the_predictor_runs_in_c(tools, library, solver, options, afs, features)
         denoised, bottleneck = tools.denoise_with_features(*tensors)
         return denoised.numpy(), bottleneck.numpy() if features else None
 
-    got = library.sample(make_static_plan(program).dumps(), x.numpy(), denoise)
+    got = library.sample(make_tableau(program).dumps(), x.numpy(), denoise)
     # The same weights in another order of summation, over six evaluations of a state that begins at 80.
     np.testing.assert_allclose(got, truth, atol=2e-5 * np.abs(truth).max())
 
 
 def test_threads_share_a_plan(tools, library):
     """Eight samplers of one plan at once, each with its own noise, against one after the other."""
-    plan = library.parse(make_static_plan(tools.program("ipndm", afs=True)).dumps())
+    plan = library.parse(make_tableau(tools.program("ipndm", afs=True)).dumps())
     noises = [tools.latents(seed).numpy() for seed in range(8)]
 
     def draw(x):
@@ -116,7 +116,7 @@ def test_threads_share_a_plan(tools, library):
 
 
 def test_starting_again_forgets_what_was(tools, library):
-    plan, x = library.parse(make_static_plan(tools.program("deis")).dumps()), tools.latents().numpy()
+    plan, x = library.parse(make_tableau(tools.program("deis")).dumps()), tools.latents().numpy()
     sampler = library.create(plan, len(x), x[0].size)
     results = []
     for scrap in (3, 0, 0):
@@ -132,7 +132,7 @@ def test_starting_again_forgets_what_was(tools, library):
 
 
 def test_facts_of_a_plan(tools, library):
-    plan = library.parse(make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, tools.predictor())).dumps())
+    plan = library.parse(make_tableau(Program.build(make_solver("amed"), tools.SIGMAS, tools.predictor())).dumps())
     facts = [getattr(library.raw, f"amed_plan_{name}")(plan) for name in ("nfe", "size", "bottleneck")]
     assert facts == [6, 0, 15]
     assert library.raw.amed_plan_sigma_max(plan) == float(tools.SIGMAS[0])
@@ -146,7 +146,7 @@ def test_facts_of_a_plan(tools, library):
 @pytest.mark.parametrize("guidance", [None, 1.0, 0.0, 7.5])
 def test_a_plan_says_what_the_network_must_be_able_to_do(tools, library, name, points, guidance):
     """Rows of one call, and guidance; none is a guidance of 1."""
-    plan = make_static_plan(tools.program(name, refined=name == "epd"))
+    plan = make_tableau(tools.program(name, refined=name == "epd"))
     handle = library.parse(replace(plan, guidance_scale=guidance).dumps())
     assert library.raw.amed_plan_max_points(handle) == points
     assert library.raw.amed_plan_guidance_scale(handle) == (1 if guidance is None else guidance)
@@ -159,7 +159,7 @@ def test_a_plan_says_what_the_network_must_be_able_to_do(tools, library, name, p
 def test_mistakes_have_a_status_and_a_sentence(tools, library, tmp_path):
     from ctypes import c_char_p
 
-    text = make_static_plan(tools.program("euler")).dumps()
+    text = make_tableau(tools.program("euler")).dumps()
     plan = library.parse(text)
     sampler, x = library.create(plan, 2, 3), np.zeros(6, np.float32)
     missing = c_char_p(os.fsencode(tmp_path / "missing.json"))
@@ -198,7 +198,7 @@ def test_mistakes_have_a_status_and_a_sentence(tools, library, tmp_path):
 def test_cuda_is_refused_where_it_was_not_built(tools, library):
     if library.raw.amed_has_cuda():
         pytest.skip("this build has CUDA")
-    plan = library.parse(make_static_plan(tools.program("euler")).dumps())
+    plan = library.parse(make_tableau(tools.program("euler")).dumps())
     with pytest.raises(Exception, match="without CUDA") as caught:
         library.call("sampler_create_cuda", plan, 1, 1, None, byref(c_void_p()))
     assert caught.value.status == 6
@@ -239,7 +239,7 @@ def test_a_cuda_stream_agrees_with_the_engine(tools, library, learned):
     with torch.no_grad():
         keywords = {"afs": True}
         truth = sample(tools.denoise_with_features, x, tools.SIGMAS, program.solver, predictor, **keywords)
-    plan = library.parse(make_static_plan(program).dumps())
+    plan = library.parse(make_tableau(program).dumps())
     library.call("sampler_create_cuda", plan, len(x), x[0].numel(), stream.cuda_stream, byref(sampler))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from amed_engine import make_solver, sample
-from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.solvers.program import Program
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -58,15 +58,15 @@ def test_a_predictor_reads_the_bottleneck(tools, on_stream, name, afs):
         answers = tools.denoise_with_features(torch.from_numpy(points), torch.from_numpy(sigma))
         return tuple(np.ascontiguousarray(answer.numpy()) for answer in answers)
 
-    check(on_stream.sample(make_static_plan(program).dumps(), x.numpy(), denoise), truth.detach().numpy())
+    check(on_stream.sample(make_tableau(program).dumps(), x.numpy(), denoise), truth.detach().numpy())
 
 
 def test_what_a_stream_cannot_do_is_refused(tools, on_stream):
-    thresholded = on_stream.parse(make_static_plan(Program.build(make_solver("dpmpp"), tools.SIGMAS)).dumps())
+    thresholded = on_stream.parse(make_tableau(Program.build(make_solver("dpmpp"), tools.SIGMAS)).dumps())
     with pytest.raises(Exception, match="thresholding is not on this device") as caught:
         on_stream.create(thresholded, 1, 1)
     assert caught.value.status == 6
-    plan = on_stream.parse(make_static_plan(tools.program("euler")).dumps())
+    plan = on_stream.parse(make_tableau(tools.program("euler")).dumps())
     with pytest.raises(Exception, match=r"out of device memory: \d+ bytes") as caught:
         on_stream.create(plan, 1 << 30, 1 << 13)
     assert caught.value.status == 5

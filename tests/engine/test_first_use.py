@@ -187,7 +187,7 @@ def test_plans_packages_and_steppers_print_as_one_line(tmp_path):
     predictor = AMEDPredictor(bottleneck=(4, 4))
     predictor.plan = make_plan(5, solver="amed")
     plan = write_plan(euler(predictor=predictor, solver=None, nfe=None), tmp_path / "plan.json")  # 9,000 weights
-    assert repr(plan) == f"StaticPlan({predictor.plan.describe()}, shape (3, 8, 8))"
+    assert repr(plan) == f"Tableau({predictor.plan.describe()}, shape (3, 8, 8))"
     stepper = Stepper(plan, np.zeros((2, *SHAPE), np.float32))
     assert repr(stepper) == f"Stepper({plan!r}, evaluation 1 of {len(plan.evaluations)}, x float32 (2, 3, 8, 8))"
     euler().export(tmp_path / "loop.pt2", "exported", verify=False)

@@ -11,7 +11,7 @@ import torch
 
 from amed_engine import make_solver, sample
 from amed_engine.engine.export.stepper import Stepper
-from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.errors import ConfigError
 from amed_engine.integrations import cupy as integration
 from amed_engine.kernels import cuda
@@ -44,7 +44,7 @@ def test_the_same_interface_on_numpy(case, tools, on_host):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_coefficients_of_each_sample_reach_the_kernel(tools, on_host, dtype):
-    plan = make_static_plan(Program.build(make_solver("dpm"), tools.SIGMAS, tools.predictor()))
+    plan = make_tableau(Program.build(make_solver("dpm"), tools.SIGMAS, tools.predictor()))
     x = tools.latents().numpy().astype(dtype)
     stepper, plain = integration.stepper(plan, x), Stepper(plan, x)
     features = np.random.default_rng(0).normal(size=(len(x), 4, 3, 5)).astype(dtype)
@@ -63,7 +63,7 @@ def test_noise_prediction_copies_nothing(tools):
         seen.append((list(sources), list(outputs)))
 
     x = tools.latents().numpy()
-    stepper = Stepper(make_static_plan(tools.program("ipndm", refined=True)), x, combine=combine)
+    stepper = Stepper(make_tableau(tools.program("ipndm", refined=True)), x, combine=combine)
     assert stepper.points is x
     while not stepper.done:
         denoised = tools.on_numpy(stepper.points, stepper.sigma)
@@ -76,7 +76,7 @@ def test_noise_prediction_copies_nothing(tools):
 
 @pytest.mark.parametrize("name", ["ipndm", "dpmpp", "unipc", "epd"])
 def test_an_engine_may_write_into_the_same_memory_again(tools, name):
-    plan, x = make_static_plan(tools.program(name, refined=name == "epd")), tools.latents().numpy()
+    plan, x = make_tableau(tools.program(name, refined=name == "epd")), tools.latents().numpy()
     fresh, reused, buffer = Stepper(plan, x), Stepper(plan, x), np.empty((3 * len(x), *x.shape[1:]), np.float32)
     while not fresh.done:
         fresh.advance(tools.on_numpy(fresh.points, fresh.sigma))
@@ -87,7 +87,7 @@ def test_an_engine_may_write_into_the_same_memory_again(tools, name):
 
 
 def test_restarting_gives_what_a_new_one_does(tools):
-    plan = make_static_plan(tools.program("unipc", afs=True))
+    plan = make_tableau(tools.program("unipc", afs=True))
     again = Stepper(plan, tools.latents(1).numpy())
     again.advance(again.points * 0)
     again.restart(tools.latents(2).numpy())
@@ -116,7 +116,7 @@ def test_the_module_needs_neither_torch_nor_cupy_to_be_imported():
 @pytest.mark.skipif(find_spec("cupy") is not None, reason="cupy is installed")
 def test_a_missing_cupy_is_named_with_its_install_line(tools):
     with pytest.raises(ConfigError, match=r"pip install 'amed-engine\[gpu\]'"):
-        integration.stepper(make_static_plan(tools.program("euler")), tools.latents().numpy())
+        integration.stepper(make_tableau(tools.program("euler")), tools.latents().numpy())
 
 
 # ---- on a GPU
@@ -144,7 +144,7 @@ def test_cupy_agrees_in_double_precision(tools):
     for name in ("heun", "deis", "unipc"):
         program, x = tools.program(name), tools.latents().double()
         truth = sample(tools.denoise, x, tools.SIGMAS, program.solver).numpy()
-        got = cupy.asnumpy(draw(make_static_plan(program), cupy.asarray(x.numpy()), cupy))
+        got = cupy.asnumpy(draw(make_tableau(program), cupy.asarray(x.numpy()), cupy))
         np.testing.assert_allclose(got, truth, rtol=1e-10, atol=1e-12)
 
 
@@ -152,7 +152,7 @@ def test_cupy_agrees_in_double_precision(tools):
 def test_nothing_waits_for_the_gpu(tools):
     """A stream that is being captured refuses every synchronization and every copy from pageable memory."""
     cupy = pytest.importorskip("cupy")
-    plan, x = make_static_plan(tools.program("ipndm", afs=True)), cupy.asarray(tools.latents().numpy())
+    plan, x = make_tableau(tools.program("ipndm", afs=True)), cupy.asarray(tools.latents().numpy())
     stepper = integration.stepper(plan, x)
 
     def loop():
@@ -179,6 +179,6 @@ def test_torch_tensors_come_and_go_without_a_copy(tools):
     x = tools.latents().cuda()
     lent = cupy.from_dlpack(x)
     assert integration.address(lent) == x.data_ptr()
-    got = torch.from_dlpack(draw(make_static_plan(tools.program("deis")), lent, cupy))
+    got = torch.from_dlpack(draw(make_tableau(tools.program("deis")), lent, cupy))
     truth = sample(tools.denoise, x, tools.SIGMAS, make_solver("deis"))
     torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))

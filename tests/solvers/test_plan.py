@@ -68,6 +68,15 @@ def test_json_gives_the_plan_back(plan):
     assert json.dumps(again.to_json()) == text
 
 
+@settings(max_examples=20)  # each is flushed to the disk
+@given(plan=plans())
+def test_a_file_gives_the_plan_back(tmp_path_factory, plan):
+    path = tmp_path_factory.getbasetemp() / "recipe.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    assert json.loads(path.read_text()) == plan.to_json()
+
+
 def check_refused_or_sound(data) -> None:
     """Either a ConfigError, or a plan that can be asked what it costs and written again."""
     try:

@@ -13,8 +13,8 @@ import torch
 
 import amed_engine
 from amed_engine import AMEDPredictor, Midpoint, kernels, make_schedule, make_solver, sample
-from amed_engine.engine.export.tableau import MAX_COLUMNS, StaticPlan
-from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.engine.export.tableau import MAX_COLUMNS, Tableau
+from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import Program
@@ -108,7 +108,7 @@ def on_numpy(points, sigma):
 
 class Case(NamedTuple):
     program: Program
-    plan: StaticPlan
+    plan: Tableau
     x: np.ndarray
     truth: np.ndarray  # `sample` of the engine
 
@@ -118,7 +118,7 @@ def case(request) -> Case:
     built, x = program(*request.param), latents()
     options = {"afs": built.afs, "denoise_to_zero": built.denoise_to_zero}
     truth = sample(denoise, x, SIGMAS, built.solver, built.predictor, **options)
-    return Case(built, make_static_plan(built), x.numpy(), truth.numpy())
+    return Case(built, make_tableau(built), x.numpy(), truth.numpy())
 
 
 @pytest.fixture(scope="session")

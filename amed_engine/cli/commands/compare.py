@@ -28,7 +28,7 @@ from amed_engine.cli.options import (
 @click.option("--curve-samples", type=int, default=16, help="The same for the curves; 0 for no curves.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
-def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
+def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
     """All solvers on the same seeds at equal NFE: errors to a fine reference solution."""
     from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds
@@ -47,6 +47,7 @@ def compare(model, seeds, nfe, samples, curve_samples, predictor, out, json_file
         samples=samples,
         curve_samples=curve_samples,
         predictor=predictor,
+        weights=weights,
         setting=work.Setting(**typed(with_levels(shared))),
         progress=sys.stderr.isatty(),
     )

@@ -16,6 +16,7 @@ from amed_engine.cli.options import (
     plan_options,
     where_options,
 )
+from amed_engine.solvers import solver_names
 
 _preset: dict[str, Any] = {"show_default": "the preset's"}
 
@@ -24,7 +25,7 @@ _preset: dict[str, Any] = {"show_default": "the preset's"}
 @where_options
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--preset", default="amed-solver", help="The paper's settings: amed-solver or amed-plugin.")
-@click.option("--solver", help="amed, or one to refine: euler, dpm, ipndm, deis, dpmpp, unipc.", **_preset)
+@click.option("--solver", help=f"amed, or one to refine: {', '.join(solver_names('optional'))}.", **_preset)
 @plan_options
 @click.option("--guidance", "guidance_scale", type=float, help="Train for this guidance.", show_default="none")
 @click.option("--scale-dir", type=float, help="Half-width of the direction's scale, 0 for none.", **_preset)
@@ -44,12 +45,12 @@ _preset: dict[str, Any] = {"show_default": "the preset's"}
 )
 @click.option("--seed", type=int, default=0, help="Of weights, latents and labels.")
 @click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
-def distill(model, device, out, **options) -> None:
+def distill(model, weights, device, out, **options) -> None:
     """Train an AMED predictor for a model and save it."""
     from amed_engine.engine.model import place
     from amed_engine.engine.resolve import resolve
 
-    resolved = resolve(model)
+    resolved = resolve(model, weights=weights)
     place(resolved, device or default_device())
     check_writable(out)
     given = {name: value for name, value in options.items() if value not in (None, {})}

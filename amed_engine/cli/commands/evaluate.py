@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from amed_engine.cli.options import check_writable, drawing_options, make_sampler, plan_options, typed, where_options
+from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, typed, where_options
 from amed_engine.errors import ConfigError
 
 BUNDLED = "digits"
@@ -16,9 +16,7 @@ BUNDLED = "digits"
 @click.command()
 @where_options
 @click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
-@click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
-@click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
-@plan_options
+@sampler_options
 @drawing_options
 @click.option(
     "--reference", default="deis-fine", help="deis-fine, heun-fine, a folder of PNG or an .npz of statistics."

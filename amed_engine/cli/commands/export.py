@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import click
 
-from amed_engine.cli.options import check_writable, make_sampler, plan_options, typed, where_options
+from amed_engine.cli.options import check_writable, make_sampler, sampler_options, typed, where_options
 
 FORMATS = ("pt2", "exported", "onnx", "plan", "schedule")
 
 
 @click.command()
 @where_options
-@click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
-@click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
-@plan_options
+@sampler_options
 @click.option(
     "--predictor",
     help="Path of a predictor, or none to sample without.",

@@ -27,7 +27,7 @@ from amed_engine.cli.options import check_writable, default_device, where_option
 @click.option(
     "--out", type=click.Path(), required=True, help="A file; for several NFE a folder, of nfe5.safetensors etc."
 )
-def fit(model, device, nfe, out, **options) -> None:
+def fit(model, weights, device, nfe, out, **options) -> None:
     """Fit a predictor to a model by Gauss-Newton, and save it."""
     import amed_engine
     from amed_engine.engine.model import place
@@ -38,7 +38,7 @@ def fit(model, device, nfe, out, **options) -> None:
     if several and Path(out).suffix == ".safetensors":
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
     check_writable(Path(out) / "nfe" if several else out)
-    resolved = resolve(model)
+    resolved = resolve(model, weights=weights)
     place(resolved, device or default_device())
     made: Any = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():

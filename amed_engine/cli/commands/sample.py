@@ -12,7 +12,7 @@ from amed_engine.cli.options import (
     check_writable,
     drawing_options,
     make_sampler,
-    plan_options,
+    sampler_options,
     typed,
     where_options,
 )
@@ -21,9 +21,7 @@ from amed_engine.cli.options import (
 @click.command()
 @where_options
 @click.option("--seeds", default="0-63", help="One sample each, e.g. 0-63 or 1,5,9.")
-@click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5")
-@click.option("--solver", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.", show_default="the best at hand")
-@plan_options
+@sampler_options
 @drawing_options
 @click.option("--out", type=click.Path(dir_okay=False), help="Write all samples as one PNG.")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write a PNG per seed, 000042.png, to a folder.")

@@ -8,15 +8,16 @@ from typing import Any
 import click
 
 from amed_engine.cli.options import default_device, parse_pairs, where_options
+from amed_engine.solvers import alternatives, solver_names
 
 
 @click.command("search-schedule")
 @where_options
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
-@click.option("--solver", default="ipndm", help="euler, heun, dpm, ipndm, deis, dpmpp or unipc.")
+@click.option("--solver", default="ipndm", help=f"{alternatives(solver_names('none', 'optional'))}.")
 @click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")
 @click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits")
-@click.option("--cost", default="euler", help="Of which step: euler, or solver (heun, dpm).")
+@click.option("--cost", default="euler", help="Of which step: euler, or solver, if it has no memory (heun).")
 @click.option("--coefficient", type=float, default=1.15, help="What an error counts more with every step before it.")
 @click.option("--grid", type=int, default=61, help="Noise levels to choose from.")
 @click.option("--samples", type=int, default=128, help="Latents that the teacher solves.")
@@ -24,14 +25,16 @@ from amed_engine.cli.options import default_device, parse_pairs, where_options
 @click.option("--guidance", "guidance_scale", type=float, help="Search for this guidance.", show_default="none")
 @click.option("--seed", type=int, default=0, help="Of latents and labels.")
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="Where to write it, e.g. levels.json.")
-def search_schedule(model, device, nfe, solver, solver_options, afs, guidance_scale, out, **options: Any) -> None:
+def search_schedule(
+    model, weights, device, nfe, solver, solver_options, afs, guidance_scale, out, **options: Any
+) -> None:
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
     from amed_engine.checkpoints.levels import write_levels
     from amed_engine.engine.model import place
     from amed_engine.engine.resolve import resolve
 
-    resolved = resolve(model)
+    resolved = resolve(model, weights=weights)
     place(resolved, device or default_device())
     wished = {"solver": solver, "afs": afs, "guidance_scale": guidance_scale}
     levels = amed_engine.search_schedule(

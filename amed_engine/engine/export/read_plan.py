@@ -1,4 +1,4 @@
-"""Static plans and schedules as JSON, read strictly: every entry known, typed, finite and of a sane size. No torch in sight."""
+"""Tables as JSON, read strictly: every entry known, typed, finite and of a sane size. No torch in sight."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from amed_engine.engine.export.tableau import (
     Coefficient,
     Evaluation,
     PredictorWeights,
-    StaticPlan,
+    Tableau,
     check,
     refuse,
 )
 
 
-def loads(text: str) -> StaticPlan:
-    """A plan from JSON text. Raises FileFormatError."""
+def loads(text: str) -> Tableau:
+    """A table from JSON text. Raises FileFormatError."""
     return from_json(decoded(text))
 
 
-def read_plan(path: str | os.PathLike) -> StaticPlan:
-    """A plan from a file that `write_plan` made. Raises FileFormatError, naming the file."""
+def read_plan(path: str | os.PathLike) -> Tableau:
+    """The table of a file that `write_plan` made. Raises FileFormatError, naming the file."""
     return read_file(path, from_json)
 
 
-def from_json(data: Any) -> StaticPlan:
-    """The plan that `to_json` wrote; anything else raises FileFormatError."""
-    names = ("format", "version", "nfe", *(field.name for field in fields(StaticPlan)))
+def from_json(data: Any) -> Tableau:
+    """The table that `to_json` wrote; anything else raises FileFormatError."""
+    names = ("format", "version", "nfe", *(field.name for field in fields(Tableau)))
     expect_names(data, names, "plan")
     if data["format"] != FORMAT or whole(data["version"], "version", 0) != VERSION:
         refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
     evaluations = entries(data["evaluations"], "evaluations", 1, MAX_EVALUATIONS)
-    plan = StaticPlan(
+    plan = Tableau(
         sigmas=noise_levels(data["sigmas"], "sigmas", 2, MAX_EVALUATIONS + 1),
         evaluations=tuple(_evaluation(e, f"evaluations[{i}]") for i, e in enumerate(evaluations)),
         shape=None if data["shape"] is None else wholes(data["shape"], "shape", 1, 8),

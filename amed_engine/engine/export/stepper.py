@@ -1,6 +1,6 @@
-"""Runs a static plan on NumPy arrays, or on any library with NumPy's functions, for a host that owns the network.
+"""Runs a table (`Tableau`) on NumPy arrays, or on any library with NumPy's functions, for a host that owns the network.
 
-stepper = Stepper(plan_file.read_plan("plan.json"), x)  # x (B, ...): noise times plan.sigmas[0]
+stepper = Stepper(read_plan("plan.json"), x)  # x (B, ...): noise times plan.sigmas[0]
 while not stepper.done:
     stepper.advance(network(stepper.points, stepper.sigma))
 images = stepper.result
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from amed_engine.engine.export.tableau import BASIS, Evaluation, PredictorWeights, StaticPlan
+from amed_engine.engine.export.tableau import BASIS, Evaluation, PredictorWeights, Tableau
 from amed_engine.errors import ConfigError
 
 Array = Any
@@ -19,7 +19,7 @@ Combine = Callable[[Sequence[Array], Array, Sequence[Array]], None]
 
 
 class Stepper:
-    """A plan at work on one batch. `points` and `sigma` are what the network is to be asked for next.
+    """A table at work on one batch. `points` and `sigma` are what the network is to be asked for next.
 
     x: (B, ...) float32 or float64, noise of unit variance times plan.sigmas[0]; kept, not copied or changed. xp: the module
     of NumPy's functions for x, numpy unless given. combine: (sources, coeffs (M, J, B or 1), outputs) writes outputs[m][b] =
@@ -27,8 +27,8 @@ class Stepper:
     on nothing waits for it. Raises ConfigError.
     """
 
-    def __init__(self, plan: StaticPlan, x: Array, *, xp: Any = None, combine: Combine | None = None):
-        if not isinstance(plan, StaticPlan):
+    def __init__(self, plan: Tableau, x: Array, *, xp: Any = None, combine: Combine | None = None):
+        if not isinstance(plan, Tableau):
             raise ConfigError(f"plan must be what read_plan returns, got {type(plan).__name__}")
         self.plan, self.xp = plan, _numpy() if xp is None else xp
         self._combine = combine or self._plain_combine
@@ -171,7 +171,7 @@ def expect_array(xp: Any, name: str, value: Any) -> None:
         )
 
 
-def _check_latents(xp: Any, plan: StaticPlan, x: Array) -> None:
+def _check_latents(xp: Any, plan: Tableau, x: Array) -> None:
     expect_array(xp, "x", x)
     if x.ndim < 2 or x.dtype not in (xp.dtype("float32"), xp.dtype("float64")):
         raise ConfigError(f"x must be float32 or float64 (B, ...), got {x.dtype} {tuple(x.shape)}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from amed_engine.engine.export.tableau import refuse
 from amed_engine.errors import FileFormatError
+from amed_engine.files import parse_json
 
 MAX_BYTES = 16 << 20
 MAX_EVALUATIONS = 1000
@@ -33,7 +33,7 @@ def read_file(path: str | os.PathLike, made: Callable[[Any], Read]) -> Read:
 
 def decoded(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"it is not valid JSON: {error}; write it again with `amed export`") from error
 
@@ -95,15 +95,4 @@ def flag(data: Any, where: str) -> bool:
 def short_text(data: Any, where: str) -> str:
     if not isinstance(data, str) or len(data) > 1000:
         refuse(where, type(data).__name__, "text of at most 1000 characters")
-    return data
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("an object names an entry twice")
     return data

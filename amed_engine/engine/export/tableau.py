@@ -94,7 +94,7 @@ class PredictorWeights:
 
 
 @dataclass(frozen=True)
-class StaticPlan:
+class Tableau:
     """Everything a host needs but the network. sigmas: noise levels of the intervals; latents of unit variance are to be
     multiplied by the first. shape: of one sample, None for any. description: for people."""
 
@@ -108,7 +108,7 @@ class StaticPlan:
     def __repr__(self) -> str:
         """One line: the numbers are thousands where there is a predictor."""
         shape = "" if self.shape is None else f", shape {self.shape}"
-        return f"StaticPlan({self.description or f'NFE {self.nfe}'}{shape})"
+        return f"Tableau({self.description or f'NFE {self.nfe}'}{shape})"
 
     @property
     def nfe(self) -> int:
@@ -125,7 +125,7 @@ class StaticPlan:
 # ---- what the evaluations mean together ----
 
 
-def check(plan: StaticPlan) -> None:
+def check(plan: Tableau) -> None:
     """Walk through the evaluations: every column exists, every row has a meaning. Raises FileFormatError."""
     past, y_is_x, predicted = 0, True, False
     if plan.evaluations[0].points != 1:

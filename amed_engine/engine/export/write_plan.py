@@ -1,4 +1,4 @@
-"""Programs written down for other stacks as static plans: numbers alone, but for the weights of an AMED predictor."""
+"""Programs written down for other stacks as tables: numbers alone, but for the weights of an AMED predictor."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from amed_engine.engine.export.tableau import (
     Coefficient,
     Evaluation,
     PredictorWeights,
-    StaticPlan,
+    Tableau,
 )
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers import SOLVERS, alternatives
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
 from amed_engine.solvers.rules import midpoint_level
@@ -43,24 +44,24 @@ class Planned(Protocol):
     def model(self) -> Model: ...
 
 
-def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> StaticPlan:
-    """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the plan written.
+def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bool = False) -> Tableau:
+    """Write a sampler's program as JSON, for `Stepper`, the C API or CuPy; the table written.
 
     freeze: ask the predictor once, with features of zero, and write its answers as constants. Otherwise a predictor goes
-    along with its weights, for solvers whose steps need no more than `BASIS` (amed, dpm, euler, ipndm). Raises ConfigError.
+    along with its weights, for solvers whose steps need no more than `BASIS` (`Solver.tabulated`). Raises ConfigError.
     """
-    plan = make_static_plan(source, freeze=freeze)
+    plan = make_tableau(source, freeze=freeze)
     atomic_write(path, plan.dumps().encode())
     return plan
 
 
-def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> StaticPlan:
-    """The static plan of a sampler or a program; see `write_plan`."""
+def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
+    """The table of a sampler or a program; see `write_plan`."""
     program, plan = resolve_program(source)
     check_adaptive(program)
     if freeze:
         program = program.frozen()
-    static = StaticPlan(
+    tableau = Tableau(
         sigmas=tuple(program.sigmas.double().tolist()),
         evaluations=tuple(evaluations(program)),
         shape=None if isinstance(source, Program) else source.model.shape,
@@ -68,14 +69,14 @@ def make_static_plan(source: Planned | Program, *, freeze: bool = False) -> Stat
         guidance_scale=None if plan is None else plan.guidance_scale,
         predictor=_weights(program.predictor) if program.updates is None else None,
     )
-    _check_readable(static)
-    return static
+    _check_readable(tableau)
+    return tableau
 
 
-def _check_readable(static: StaticPlan) -> None:
-    """Readers are strict; a plan beyond what they take is refused here, where something else can be chosen."""
+def _check_readable(tableau: Tableau) -> None:
+    """Readers are strict; a table beyond what they take is refused here, where something else can be chosen."""
     try:
-        loads(text := static.dumps())
+        loads(text := tableau.dumps())
     except ValueError as error:  # a FileFormatError, or a NaN, which JSON does not have
         raise ConfigError(f"no reader of plans would take this one: {error}") from error
     if len(text) > MAX_BYTES:
@@ -97,7 +98,7 @@ def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
 def check_adaptive(program: Program) -> None:
     predictor = program.predictor
     if isinstance(predictor, Sequence) and any(callable(choice) for choice in predictor):
-        raise ConfigError("coefficients that depend on the sample are no static plan; export format='pt2' or 'onnx'")
+        raise ConfigError("coefficients that depend on the sample are no table; export format='pt2' or 'onnx'")
 
 
 def evaluations(program: Program) -> Iterator[Evaluation]:
@@ -157,9 +158,10 @@ def _learned_updates(program: Program) -> Iterator[list[Update]]:
             updates = walk.updates(i, Midpoint(r, c, time))
             written = [[[Expression.of(entry).over(basis) for entry in row] for row in u.coeffs] for u in updates]
         except NoExpression as error:
+            tabulated = sorted(name for name, solver in SOLVERS.items() if solver.tabulated)
             raise ConfigError(
                 f"the coefficients of {type(program.solver).__name__} under a predictor are no combination of "
-                f"{', '.join(BASIS)}; use amed, dpm, euler or ipndm, or pass freeze=True"
+                f"{', '.join(BASIS)}; use {alternatives(tabulated)}, or pass freeze=True"
             ) from error
         yield [update._replace(coeffs=matrix) for update, matrix in zip(updates, written, strict=True)]  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from amed_engine import AMEDPredictor, ConfigError, make_schedule, make_solver
 from amed_engine.engine.export.expression import Expression, NoExpression
 from amed_engine.engine.export.tableau import BASIS
-from amed_engine.engine.export.write_plan import make_static_plan
+from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.solvers import AMED
 from amed_engine.solvers.multistep import IPNDM
 from amed_engine.solvers.program import Program
@@ -23,7 +23,7 @@ SIGMAS = make_schedule("polynomial", 4, 0.002, 80.0)
 
 def written(solver, sigmas=SIGMAS, **options):
     predictor = AMEDPredictor(0.1, 0.2, bottleneck=(3, 3), hidden_dim=4)
-    return make_static_plan(Program.build(solver, sigmas, predictor, **options)).evaluations
+    return make_tableau(Program.build(solver, sigmas, predictor, **options)).evaluations
 
 
 def on(**weights) -> tuple[float, ...]:

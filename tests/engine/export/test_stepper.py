@@ -1,4 +1,4 @@
-"""Static plans say the same as the program they came from, and files of other content are refused."""
+"""Tables say the same as the program they came from, and files of other content are refused."""
 
 import copy
 import json
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from amed_engine import Midpoint, Sampler, make_schedule, make_solver, sample
 from amed_engine.engine.export import read_plan as plan_file
-from amed_engine.engine.export import tableau as static_plan
+from amed_engine.engine.export import tableau
 from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.stepper import Stepper, dynamic_thresholding
-from amed_engine.engine.export.write_plan import make_static_plan, write_plan
+from amed_engine.engine.export.write_plan import make_tableau, write_plan
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
 from amed_engine.solvers.program import Program
@@ -74,7 +74,7 @@ def test_thresholding_is_the_engine_s(tools, same_kernels, solver, afs):
     program = Program.build(make_solver(solver), tools.SIGMAS, afs=afs)
     x = tools.latents()
     truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, afs=afs).numpy()
-    got = run(make_static_plan(program), x.numpy(), tools.on_numpy, combine=same_kernels)
+    got = run(make_tableau(program), x.numpy(), tools.on_numpy, combine=same_kernels)
     np.testing.assert_allclose(got, truth, atol=3e-7 * np.abs(truth).max())
 
 
@@ -92,7 +92,7 @@ def test_thresholds_at_the_quantile(size, seed, scale):
 def test_a_predictor_goes_along(tools, solver, options, afs, last):
     predictor, x = tools.predictor().double(), tools.latents().double()
     program = Program.build(make_solver(solver, **options), tools.SIGMAS, predictor, afs=afs, denoise_to_zero=last)
-    plan = plan_file.loads(make_static_plan(program).dumps())
+    plan = plan_file.loads(make_tableau(program).dumps())
     with torch.no_grad():
         keywords = {"afs": afs, "denoise_to_zero": last}
         truth = sample(tools.denoise_with_features, x, tools.SIGMAS, program.solver, predictor, **keywords)
@@ -111,27 +111,25 @@ def test_a_frozen_predictor_is_asked_with_features_of_zero(tools, same_kernels):
     program = Program.build(make_solver("ipndm"), tools.SIGMAS, predictor)
     said = [predictor.double()(None, s[None], t[None]) for s, t in zip(tools.SIGMAS, tools.SIGMAS[1:], strict=False)]
     constants = [Midpoint(*(field.squeeze() for field in mid)) for mid in said]
-    frozen = make_static_plan(program, freeze=True)
+    frozen = make_tableau(program, freeze=True)
     assert frozen.predictor is None
-    assert (
-        frozen.evaluations == make_static_plan(Program.build(make_solver("ipndm"), tools.SIGMAS, constants)).evaluations
-    )
+    assert frozen.evaluations == make_tableau(Program.build(make_solver("ipndm"), tools.SIGMAS, constants)).evaluations
 
 
 def test_midpoints_that_were_being_trained_are_frozen(tools):
     numbers = [Midpoint(torch.tensor(0.4, dtype=torch.float64), 1.01, 0.98)] * 3
     trained = [mid._replace(r=mid.r.clone().requires_grad_()) for mid in numbers]
     with pytest.raises(ConfigError, match="freeze=True"):
-        make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, trained))
-    frozen = make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, trained), freeze=True)
-    assert frozen == make_static_plan(Program.build(make_solver("amed"), tools.SIGMAS, numbers))
+        make_tableau(Program.build(make_solver("amed"), tools.SIGMAS, trained))
+    frozen = make_tableau(Program.build(make_solver("amed"), tools.SIGMAS, trained), freeze=True)
+    assert frozen == make_tableau(Program.build(make_solver("amed"), tools.SIGMAS, numbers))
 
 
 @pytest.mark.parametrize("solver", ["deis", "dpmpp", "unipc"])
 def test_coefficients_of_another_kind_are_refused(tools, solver):
     program = Program.build(make_solver(solver), tools.SIGMAS, tools.predictor())
     with pytest.raises(ConfigError, match="freeze=True"):
-        make_static_plan(program)
+        make_tableau(program)
 
 
 def test_a_sampler_and_its_plan_draw_the_same_images(tmp_path, same_kernels):
@@ -152,7 +150,7 @@ def test_a_sampler_and_its_plan_draw_the_same_images(tmp_path, same_kernels):
 def test_the_bundled_predictor_s_images(tmp_path):
     """A real network with its bottleneck: the plan with weights against the sampler."""
     sampler = Sampler("digits", nfe=5)
-    plan, seeds = make_static_plan(sampler), [0, 1, 2]
+    plan, seeds = make_tableau(sampler), [0, 1, 2]
     truth = sampler.run(seeds, class_labels=3).images
     from amed_engine.engine.request import make_request
 
@@ -200,7 +198,7 @@ def test_parallel_points_have_no_schedule(tools, tmp_path):
 
 
 def test_limits_are_the_kernels():
-    assert (static_plan.MAX_ROWS, static_plan.MAX_COLUMNS) == (MAX_OUTPUTS, MAX_SOURCES)
+    assert (tableau.MAX_ROWS, tableau.MAX_COLUMNS) == (MAX_OUTPUTS, MAX_SOURCES)
 
 
 def test_reading_and_stepping_need_no_torch(tmp_path):
@@ -248,7 +246,7 @@ BAD = {
 
 @pytest.fixture
 def data(tools) -> dict:
-    return json.loads(make_static_plan(tools.program("ipndm")).dumps())
+    return json.loads(make_tableau(tools.program("ipndm")).dumps())
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -297,7 +295,7 @@ def test_both_readers_accept_the_same_plans(tools, library):
     """Plans with one or two entries changed, removed, repeated or exchanged."""
     learned = Program.build(make_solver("ipndm", max_order=2), tools.SIGMAS, tools.predictor(hidden_dim=2), afs=True)
     programs = [tools.program("dpmpp", afs=True, last=True), tools.program("epd", refined=True), learned]
-    plans, rng, accepted = [json.loads(make_static_plan(p).dumps()) for p in programs], random.Random(0), 0
+    plans, rng, accepted = [json.loads(make_tableau(p).dumps()) for p in programs], random.Random(0), 0
     for k in range(1500):
         data = copy.deepcopy(plans[k % 3])
         for _ in range(rng.randint(1, 2)):
@@ -328,7 +326,7 @@ def test_errors_name_the_file(tmp_path):
 
 
 def test_a_host_s_mistakes_are_named(tools):
-    plan, x = make_static_plan(tools.program("euler")), tools.latents().numpy()
+    plan, x = make_tableau(tools.program("euler")), tools.latents().numpy()
     with pytest.raises(ConfigError, match="float32 or float64"):
         Stepper(plan, x.astype(np.int64))
     for other in (torch.from_numpy(x), x.tolist()):

@@ -1,0 +1,82 @@
+"""Files as the package writes and reads them: whole or not at all, and JSON that says everything once. No torch in sight."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from amed_engine.errors import FileFormatError
+
+MAX_BYTES = 1 << 20  # of a file of settings
+
+Read = TypeVar("Read")
+
+
+def atomic_write(path: str | os.PathLike, data: bytes) -> None:
+    """Write the whole file or nothing: a temporary file beside it, flushed to disk, then renamed over it.
+
+    The mode is what the umask says. Raises OSError as the operating system gives it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask, read where that needs no change to it (os.umask would race with other threads)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Raises ValueError for NaN and infinities, TypeError for what JSON does not have."""
+    atomic_write(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike, made: Callable[[Any], Read], what: str, remedy: str) -> Read:
+    """What `made` makes of a small file, which is to hold `what`. Raises FileFormatError, naming the file, also for a
+    ValueError of `made`."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        raise FileFormatError(f"{path} is no file of at most {MAX_BYTES} bytes; {remedy}")
+    try:
+        return made(parse_json(path.read_text("utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} holds no {what}: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Without NaN, infinities and names given twice. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a finite number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("an object names an entry twice")
+    return data

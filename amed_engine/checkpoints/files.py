@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.files import atomic_write
+from amed_engine.solvers.files import atomic_write
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.files import read_json, write_json
+from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.plan import LEVELS, Plan, plan_of_levels
 
 

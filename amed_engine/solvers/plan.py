@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.files import read_json, write_json
 from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
 from amed_engine.solvers.base import Solver, count_evaluations
+from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.program import PredictorLike, Program
 from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from amed_engine.engine.export.tableau import refuse
 from amed_engine.errors import FileFormatError
-from amed_engine.files import parse_json
+from amed_engine.solvers.files import parse_json
 
 MAX_BYTES = 16 << 20
 MAX_EVALUATIONS = 1000

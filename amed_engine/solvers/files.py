@@ -1,4 +1,4 @@
-"""Files as the package writes and reads them: whole or not at all, and JSON that says everything once. No torch in sight."""
+"""Files of recipes, and how every package above handles its own: written whole or not at all, JSON that says a thing once."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class NonFiniteError(AmedError, FloatingPointError):
         self.seeds = seeds
 
 
-def require(module: str, extra: str, user: str = "this", otherwise: str = "") -> ModuleType:
+def require(module: str, extra: str, user: str = "this integration", otherwise: str = "") -> ModuleType:
     """The imported module of an optional package. Raises MissingDependency: who needs it, and how to get it or do without.
 
     extra: the extra of this package that brings it, or a sentence for what no package index has.

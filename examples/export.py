@@ -1,4 +1,4 @@
-"""The whole loop in one file, run without this package: python examples/export.py digits.onnx"""
+"""The whole loop in one file, run without this package: python examples/export.py loop.onnx"""
 
 import sys
 
@@ -7,15 +7,19 @@ import onnxruntime
 
 import amed_engine
 
-sampler = amed_engine.Sampler("digits", nfe=5)
+
+# Yours here: a network, "digits", a checkpoint. D of pixels that are ±1/2, as in fit.py.
+def model(x, sigma):
+    return (x / (2 * sigma.view(-1, 1, 1, 1) ** 2)).tanh() / 2
+
+
+sampler = amed_engine.Sampler(model, solver="dpmpp", nfe=5, shape=(3, 16, 16))
 sampler.export(sys.argv[1], "onnx")  # network, predictor and solver; checked before it is put in place
 
-# Elsewhere: ONNX Runtime, TensorRT, ... Latents of unit variance and rows of classes in, images out.
+# Elsewhere: ONNX Runtime, TensorRT, ... Latents of unit variance in, images out, any number at once.
 session = onnxruntime.InferenceSession(sys.argv[1])
-latents = np.random.default_rng(0).standard_normal((4, 1, 8, 8), dtype=np.float32)
-classes = [3, 1, 4, 1]
-labels = np.eye(10, dtype=np.float32)[classes]
-(images,) = session.run(["images"], {"latents": latents, "labels": labels})
+latents = np.random.default_rng(0).standard_normal((4, 3, 16, 16), dtype=np.float32)
+(images,) = session.run(["images"], {"latents": latents})
 
-difference = np.abs(images - sampler.run(latents, class_labels=classes).images.numpy()).max()
-print(f"{images.shape[0]} images, largest difference to Sampler.run {difference:.1e}")
+difference = np.abs(images - sampler.run(latents).images).max()
+print(f"{len(images)} images, largest difference to Sampler.run {difference:.1e}")

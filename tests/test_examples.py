@@ -54,7 +54,7 @@ def test_wrap_says_what_it_takes_the_network_for(tmp_path):
 def test_export_draws_the_same_elsewhere(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    out = run("export", "digits.onnx", folder=tmp_path)
+    out = run("export", "loop.onnx", folder=tmp_path)
     assert float(out.rsplit(maxsplit=1)[-1]) < 1e-4
 
 

@@ -21,5 +21,5 @@ session = onnxruntime.InferenceSession(sys.argv[1])
 latents = np.random.default_rng(0).standard_normal((4, 3, 16, 16), dtype=np.float32)
 (images,) = session.run(["images"], {"latents": latents})
 
-difference = np.abs(images - sampler.run(latents).images).max()
+difference = np.abs(images - sampler.run(latents).images.numpy()).max()
 print(f"{len(images)} images, largest difference to Sampler.run {difference:.1e}")

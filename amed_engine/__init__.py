@@ -10,117 +10,73 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AMEDPredictor": "sampling.predictors.amed",
-    "AmedError": "errors",
-    "CoefficientPredictor": "sampling.predictors.coefficient",
-    "ConfigError": "errors",
-    "ConstantPredictor": "sampling.predictors.constant",
-    "Denoised": "sampling.denoiser",
-    "FileFormatError": "errors",
-    "Midpoint": "solvers.stage",
-    "NonFiniteError": "errors",
-    "Plan": "solvers.plan",
-    "SampleResult": "engine.result",
-    "Sampler": "engine.sampler",
-    "StaleGraphError": "engine.capture",
-    "StepInfo": "engine.result",
-    "Stepper": "engine.export.stepper",
-    "UnsafeFileError": "errors",
-    "convert": "checkpoints",
-    "distill": "training.distill",
-    "fit": "training.fit",
-    "from_pretrained": "checkpoints",
-    "get_cmake_dir": "engine.export.locations",
-    "get_include": "engine.export.locations",
-    "get_library": "engine.export.locations",
-    "get_pkgconfig_dir": "engine.export.locations",
-    "load": "zoo",
-    "load_package": "engine.export.package",
-    "load_predictor": "checkpoints",
-    "make_plan": "solvers.plan",
-    "make_schedule": "solvers.schedule",
-    "make_solver": "solvers",
-    "read_plan": "engine.export.read_plan",
-    "read_schedule": "engine.export.schedule_table",
-    "sample": "sampling.loop",
-    "save_predictor": "checkpoints",
-    "save_pretrained": "checkpoints",
-    "search_schedule": "training.search",
-    "wrap": "adapters",
-    "write_plan": "engine.export.write_plan",
-    "write_schedule": "engine.export.schedule_table",
+_NAMES = {
+    "adapters": ("wrap",),
+    "checkpoints": ("convert", "from_pretrained", "load_predictor", "save_predictor", "save_pretrained"),
+    "engine.capture": ("StaleGraphError",),
+    "engine.export.locations": ("get_cmake_dir", "get_include", "get_library", "get_pkgconfig_dir"),
+    "engine.export.package": ("load_package",),
+    "engine.export.read_plan": ("read_plan",),
+    "engine.export.schedule_table": ("read_schedule", "write_schedule"),
+    "engine.export.stepper": ("Stepper",),
+    "engine.export.write_plan": ("write_plan",),
+    "engine.result": ("SampleResult", "StepInfo"),
+    "engine.sampler": ("Sampler",),
+    "errors": ("AmedError", "ConfigError", "FileFormatError", "NonFiniteError", "UnsafeFileError"),
+    "sampling.denoiser": ("Denoised",),
+    "sampling.loop": ("sample",),
+    "sampling.predictors": ("AMEDPredictor", "CoefficientPredictor", "ConstantPredictor"),
+    "solvers": ("make_solver",),
+    "solvers.plan": ("Plan", "make_plan"),
+    "solvers.schedule": ("make_schedule",),
+    "solvers.stage": ("Midpoint",),
+    "training.distill": ("distill",),
+    "training.fit": ("fit",),
+    "training.search": ("search_schedule",),
+    "zoo": ("load",),
 }
-
-__all__ = [
-    "AMEDPredictor",
-    "AmedError",
-    "CoefficientPredictor",
-    "ConfigError",
-    "ConstantPredictor",
-    "Denoised",
-    "FileFormatError",
-    "Midpoint",
-    "NonFiniteError",
-    "Plan",
-    "SampleResult",
-    "Sampler",
-    "StaleGraphError",
-    "StepInfo",
-    "Stepper",
-    "UnsafeFileError",
-    "__version__",
-    "convert",
-    "distill",
-    "fit",
-    "from_pretrained",
-    "get_cmake_dir",
-    "get_include",
-    "get_library",
-    "get_pkgconfig_dir",
-    "load",
-    "load_package",
-    "load_predictor",
-    "make_plan",
-    "make_schedule",
-    "make_solver",
-    "read_plan",
-    "read_schedule",
-    "sample",
-    "save_predictor",
-    "save_pretrained",
-    "search_schedule",
-    "wrap",
-    "write_plan",
-    "write_schedule",
-]
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from amed_engine.adapters import wrap
-    from amed_engine.checkpoints import convert, from_pretrained, load_predictor, save_predictor, save_pretrained
-    from amed_engine.engine.capture import StaleGraphError
-    from amed_engine.engine.export.locations import get_cmake_dir, get_include, get_library, get_pkgconfig_dir
-    from amed_engine.engine.export.package import load_package
-    from amed_engine.engine.export.read_plan import read_plan
-    from amed_engine.engine.export.schedule_table import read_schedule, write_schedule
-    from amed_engine.engine.export.stepper import Stepper
-    from amed_engine.engine.export.write_plan import write_plan
-    from amed_engine.engine.result import SampleResult, StepInfo
-    from amed_engine.engine.sampler import Sampler
-    from amed_engine.errors import AmedError, ConfigError, FileFormatError, NonFiniteError, UnsafeFileError
-    from amed_engine.sampling.denoiser import Denoised
-    from amed_engine.sampling.loop import sample
-    from amed_engine.sampling.predictors.amed import AMEDPredictor
-    from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
-    from amed_engine.sampling.predictors.constant import ConstantPredictor
-    from amed_engine.solvers import make_solver
-    from amed_engine.solvers.plan import Plan, make_plan
-    from amed_engine.solvers.schedule import make_schedule
-    from amed_engine.solvers.stage import Midpoint
-    from amed_engine.training.distill import distill
-    from amed_engine.training.fit import fit
-    from amed_engine.training.search import search_schedule
-    from amed_engine.zoo import load
+    from amed_engine.adapters import wrap as wrap
+    from amed_engine.checkpoints import convert as convert
+    from amed_engine.checkpoints import from_pretrained as from_pretrained
+    from amed_engine.checkpoints import load_predictor as load_predictor
+    from amed_engine.checkpoints import save_predictor as save_predictor
+    from amed_engine.checkpoints import save_pretrained as save_pretrained
+    from amed_engine.engine.capture import StaleGraphError as StaleGraphError
+    from amed_engine.engine.export.locations import get_cmake_dir as get_cmake_dir
+    from amed_engine.engine.export.locations import get_include as get_include
+    from amed_engine.engine.export.locations import get_library as get_library
+    from amed_engine.engine.export.locations import get_pkgconfig_dir as get_pkgconfig_dir
+    from amed_engine.engine.export.package import load_package as load_package
+    from amed_engine.engine.export.read_plan import read_plan as read_plan
+    from amed_engine.engine.export.schedule_table import read_schedule as read_schedule
+    from amed_engine.engine.export.schedule_table import write_schedule as write_schedule
+    from amed_engine.engine.export.stepper import Stepper as Stepper
+    from amed_engine.engine.export.write_plan import write_plan as write_plan
+    from amed_engine.engine.result import SampleResult as SampleResult
+    from amed_engine.engine.result import StepInfo as StepInfo
+    from amed_engine.engine.sampler import Sampler as Sampler
+    from amed_engine.errors import AmedError as AmedError
+    from amed_engine.errors import ConfigError as ConfigError
+    from amed_engine.errors import FileFormatError as FileFormatError
+    from amed_engine.errors import NonFiniteError as NonFiniteError
+    from amed_engine.errors import UnsafeFileError as UnsafeFileError
+    from amed_engine.sampling.denoiser import Denoised as Denoised
+    from amed_engine.sampling.loop import sample as sample
+    from amed_engine.sampling.predictors import AMEDPredictor as AMEDPredictor
+    from amed_engine.sampling.predictors import CoefficientPredictor as CoefficientPredictor
+    from amed_engine.sampling.predictors import ConstantPredictor as ConstantPredictor
+    from amed_engine.solvers import make_solver as make_solver
+    from amed_engine.solvers.plan import Plan as Plan
+    from amed_engine.solvers.plan import make_plan as make_plan
+    from amed_engine.solvers.schedule import make_schedule as make_schedule
+    from amed_engine.solvers.stage import Midpoint as Midpoint
+    from amed_engine.training.distill import distill as distill
+    from amed_engine.training.fit import fit as fit
+    from amed_engine.training.search import search_schedule as search_schedule
+    from amed_engine.zoo import load as load
 
 
 def __getattr__(name: str):
@@ -132,4 +88,8 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(["__version__", *_HOME])
+
+
+if not TYPE_CHECKING:  # checkers go by the imports, and take no list that is computed
+    __all__ = __dir__()

@@ -1,13 +1,16 @@
 """Paths that README.md, CHANGELOG.md and docs/ have named stay importable: a row may be added, never removed."""
 
+import ast
 import importlib
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import amed_engine
 from amed_engine import AmedError
 
 # Module -> names that pages take from it.
@@ -88,3 +91,11 @@ def test_commands_are_where_they_were_documented(module):
         assert re.search(f"needs {NEEDS[module]}.*pip install", done.stderr)
     else:
         assert (done.returncode, done.stdout[:7]) == (0, "Usage: "), done.stderr
+
+
+def test_type_checkers_see_the_names_that_are_imported_on_first_use():
+    """`X as X`, since what a typed package imports without "as" is its own; from where X is imported at run time."""
+    tree = ast.parse(Path(amed_engine.__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    seen = {alias.asname: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    assert seen == {name: f"amed_engine.{home}.{name}" for name, home in amed_engine._HOME.items()}

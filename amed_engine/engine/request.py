@@ -28,6 +28,11 @@ class Request:
     classes: Tensor | None
     first_row: int = 0  # in the whole batch, where this is a piece of it
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Latents and, for a conditional model, labels."""
+        return (self.latents,) if self.labels is None else (self.latents, self.labels)
+
     def rows(self, start: int, stop: int) -> Request:
         def cut(field: Any) -> Any:
             return None if field is None else field[start:stop]

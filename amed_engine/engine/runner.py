@@ -139,7 +139,7 @@ class BoundLoop:
     program: Program
     scale: float | None
 
-    def __call__(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.states(latents, labels)[-1]
 
     def states(self, latents: Tensor, labels: Tensor | None, observe: Observer | None = None) -> list[Tensor]:

@@ -23,7 +23,7 @@ class Denoised(NamedTuple):
     features: Tensor | None = None
 
 
-# Named, so that an exported network that returns it can be saved to a file.
+# Named, so that an exported network that returns it can be saved to a file; the name is that of files, not of this module.
 _register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denoised")
 
 Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
@@ -50,9 +50,12 @@ def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:
 
 
 def analytic_first_step(x: Tensor, sigma: Tensor) -> Denoised:
-    """AFS as a denoiser: D = x - sigma·x / sqrt(1 + sigma²), without features and without a network evaluation."""
+    """AFS as a denoiser: D = x - sigma·x / sqrt(1 + sigma²), without features and without a network evaluation.
+
+    Its direction x / sqrt(1 + sigma²) is exact for data of unit variance about zero. Dockhorn et al. 2022 (arXiv:2210.05475).
+    """
     sigma = sigma.reshape(-1, *[1] * (x.dim() - 1))
-    return Denoised(x - sigma * first_step_direction(sigma) * x)
+    return Denoised(x - sigma * (1 / (1 + sigma**2).sqrt()) * x)
 
 
 def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
@@ -115,14 +118,6 @@ def thresholded(denoiser: Denoiser) -> Denoiser:
         return denoised._replace(x0=dynamic_thresholding(denoised.x0))
 
     return denoise
-
-
-def first_step_direction(sigma: Tensor) -> Tensor:
-    """1 / sqrt(1 + sigma²): AFS takes d = x / sqrt(1 + sigma²), exact for data of unit variance about zero.
-
-    Dockhorn et al. 2022 (arXiv:2210.05475).
-    """
-    return 1 / (1 + sigma**2).sqrt()
 
 
 def is_tracing() -> bool:

@@ -51,11 +51,8 @@ def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State
     new = tuple(outputs[: update.new_directions]) if update.new_directions else denoised
     directions = (*new, *state.directions)[: update.keep]
     rest = outputs[update.new_directions :]
-    if not update.moves_x:
-        return State(state.x, tuple(rest), directions)
-    if update.x_is_y:
-        return State(rest[0], directions=directions)
-    return State(rest[0], tuple(rest[1:]), directions)
+    x, *points = rest if update.moves_x else (state.x, *rest)
+    return State(x, tuple(points), directions)
 
 
 class Trajectory:

@@ -24,8 +24,6 @@ _TABLE: dict[str, tuple[str, str, UseOfPredictor]] = {
     "amed": ("singlestep", "AMED", "required"),
     "nonstationary": ("multistep", "Nonstationary", "required"),
 }
-
-
 _HOMES = {"Solver": "base", **{kind: file for file, kind, _ in _TABLE.values()}}
 
 

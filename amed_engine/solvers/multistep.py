@@ -16,6 +16,11 @@ class _Multistep(Solver):
     """A rule applied once per interval, or twice on the refined grid."""
 
     takes_predictor: ClassVar[UseOfPredictor] = "optional"
+    max_order = 1  # an option where it says how many noise levels a rule reads
+
+    @property
+    def memory(self) -> int:
+        return self.max_order - 1
 
     def evaluations(self, with_midpoint: bool) -> int:
         return 2 if with_midpoint else 1
@@ -66,10 +71,6 @@ class IPNDM(_Rule):
     def __post_init__(self):
         in_range("ipndm", "max_order", self.max_order, 1, 4)
 
-    @property
-    def memory(self) -> int:
-        return self.max_order - 1
-
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
         return rules.adams_bashforth(sigmas[: self.max_order], sigma_next)
 
@@ -85,10 +86,6 @@ class DEIS(_Rule):
     def __post_init__(self):
         in_range("deis", "max_order", self.max_order, 1, 4)
         one_of("deis", "deis_mode", self.deis_mode, ("tab", "rhoab"))
-
-    @property
-    def memory(self) -> int:
-        return self.max_order - 1
 
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
         time = rules.vp_time if self.deis_mode == "tab" else rules.identity
@@ -138,13 +135,8 @@ class DPMpp(_Exponential, _Rule):
         **{f"-{order} data": {"max_order": order, "predict_x0": True, "thresholding": False} for order in (2, 3)},
     }
 
-    @property
-    def memory(self) -> int:
-        return self.max_order - 1
-
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
-        rule = rules.dpmpp_data if self.predict_x0 else rules.dpmpp_noise
-        return rule(sigmas[: self.order(k, n)], sigma_next)
+        return rules.dpmpp(sigmas[: self.order(k, n)], sigma_next, data=self.predict_x0)
 
 
 @dataclass(frozen=True)

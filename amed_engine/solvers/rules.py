@@ -84,44 +84,24 @@ def _tanh_sinh(like: Tensor, count: int = 81) -> tuple[Tensor, Tensor]:
     return stretched.tanh(), (6.4 / (count - 1)) * math.pi / 2 * u.cosh() / stretched.cosh() ** 2
 
 
-def dpmpp_data(sigmas: Levels, sigma_next: Tensor) -> Row:
-    """DPM-Solver++ in data prediction (d_j = D_j), order = number of levels, 1 to 3.
+def dpmpp(sigmas: Levels, sigma_next: Tensor, *, data: bool) -> Row:
+    """DPM-Solver++'s multistep form from s to s', order = number of levels, 1 to 3.
 
-        x_next = (s'/s) x - phi1 D_0 + phi2 D1 - phi3 D2,   phi1 = s'/s - 1, phi2 = phi1/h + 1, phi3 = phi2/h - 1/2
+        data prediction, d_j = D_j:            x_next = (s'/s) x - (phi1 d_0 + phi2 D1 + phi3 D2),   hh = -h
+        noise prediction, d = (x - D) / sigma: x_next = x - s' (phi1 d_0 + phi2 D1 + phi3 D2),       hh = h
 
-    with h = log(s/s') and D1, D2 the divided differences of D in log sigma; at order 2 phi2 D1 is replaced by
-    -phi1 D1 / 2. Lu et al. 2022 (arXiv:2211.01095).
+    with h = log(s/s'), phi1 = e^hh - 1, phi2 = phi1/hh - 1, phi3 = phi2/hh - 1/2, and D1, D2 the divided differences of d in
+    log sigma; at order 2 phi2 D1 is replaced by phi1 D1 / 2. Lu et al. 2022 (arXiv:2211.01095).
     """
-    h = _log_ratio(sigmas[0], sigma_next)
-    phi1 = torch.expm1(-h)
-    phi2 = phi1 / h + 1
-    phi3 = phi2 / h - 0.5
+    h, order = _log_ratio(sigmas[0], sigma_next), len(sigmas)
+    hh = -h if data else h
+    phi1 = torch.expm1(hh)
+    phi2 = phi1 / hh - 1
+    phi3 = phi2 / hh - 0.5
     first, second = _divided_differences(sigmas, h)
-    if len(sigmas) == 2:
-        b = _weigh(2, (-phi1, (1.0, 0.0)), (-phi1 / 2, first))
-    else:
-        b = _weigh(len(sigmas), (-phi1, (1.0, 0.0, 0.0)), (phi2, first), (-phi3, second))
-    return Row(sigma_next / sigmas[0], b)
-
-
-def dpmpp_noise(sigmas: Levels, sigma_next: Tensor) -> Row:
-    """DPM-Solver++'s multistep form in noise prediction (d = (x - D) / sigma), order 1 to 3.
-
-        x_next = x - s' (phi1 d_0 + phi2 D1 + phi3 D2),   phi1 = s/s' - 1, phi2 = phi1/h - 1, phi3 = phi2/h - 1/2
-
-    with the notation of `dpmpp_data` and differences taken on d; at order 2 phi2 D1 is replaced by phi1 D1 / 2.
-    Lu et al. 2022 (arXiv:2211.01095).
-    """
-    h = _log_ratio(sigmas[0], sigma_next)
-    phi1 = torch.expm1(h)
-    phi2 = phi1 / h - 1
-    phi3 = phi2 / h - 0.5
-    first, second = _divided_differences(sigmas, h)
-    if len(sigmas) == 2:
-        b = _weigh(2, (phi1, (1.0, 0.0)), (phi1 / 2, first))
-    else:
-        b = _weigh(len(sigmas), (phi1, (1.0, 0.0, 0.0)), (phi2, first), (phi3, second))
-    return Row(1.0, tuple(-sigma_next * c for c in b))
+    b = _weigh(order, (phi1, (1.0, 0.0, 0.0)), (phi1 / 2 if order == 2 else phi2, first), (phi3, second))
+    scale = 1.0 if data else sigma_next
+    return Row(sigma_next / sigmas[0] if data else 1.0, tuple(-scale * c for c in b))
 
 
 def _log_ratio(sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -48,10 +48,7 @@ class DPM2(Solver):
         m, h = rules.midpoint_level(sigma, sigma_next, mid.r), sigma_next - sigma
         share = 1 / (2 * mid.r)
         row = Row(1.0, (h * share, h * (1 - share))).scaled(mid.scale_dir)
-        return [
-            Stage((Row(1.0, (m - sigma,)),), sigma=m, sigma_net=mid.scale_time * m),
-            Stage((row,), x_is_y=True),
-        ]
+        return [Stage((Row(1.0, (m - sigma,)),), sigma=m, sigma_net=mid.scale_time * m), Stage((row,), x_is_y=True)]
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,8 @@ class PackageFacts:
             if data["kind"] != "amed_package":
                 raise ConfigError(f"its kind is {data['kind']!r}, expected 'amed_package'")
             return cls._read(data)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as error:  # a ConfigError is a ValueError
+        # A ConfigError is a ValueError.
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise FileFormatError(f"{path}: its facts cannot be read: {reason}") from error
 
@@ -151,8 +146,7 @@ class Package:
         """
         started = time.perf_counter()
         request = make_request(self._model, batch, class_labels, generator, dtype=self.dtype, device=self.device)
-        inputs = [tensor for tensor in (request.latents, request.labels) if tensor is not None]
-        pieces = list(zip(*(tensor.split(self.facts.max_batch) for tensor in inputs), strict=True))
+        pieces = list(zip(*(tensor.split(self.facts.max_batch) for tensor in request.inputs), strict=True))
         images = [self._call(*map(_plain, piece)) for piece in pieces]
         return SampleResult(
             images=images[0] if len(images) == 1 else torch.cat(images),

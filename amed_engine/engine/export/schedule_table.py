@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import atomic_write
 from amed_engine.engine.export.strict_json import (
     MAX_EVALUATIONS,
     entries,
@@ -22,19 +20,21 @@ from amed_engine.engine.export.strict_json import (
     whole,
 )
 from amed_engine.engine.export.tableau import VERSION, refuse
-from amed_engine.engine.export.write_plan import Planned, check_adaptive, evaluations, resolve_program
+from amed_engine.engine.export.write_plan import Planned, evaluations, resolve_program
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.files import write_json
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import DiscreteTime
 from amed_engine.solvers.stage import Midpoint, Row
 
+FORMAT, TIMESTEPS = "amed_schedule", ("log_sigma", "discrete")
+ENTRIES = (
+    *("format", "version", "description", "timestep_type"),
+    *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),
+)
 
-def write_schedule(
-    source: Planned | Program,
-    path: str | os.PathLike,
-    *,
-    alphas_cumprod: Tensor | None = None,
-) -> dict:
+
+def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas_cumprod: Tensor | None = None) -> dict:
     """Write the noise levels of every evaluation as JSON, the form in which diffusers' schedulers take a schedule.
 
     sigmas: level of each evaluation in order, then the last level; timesteps: the same as a network is told them,
@@ -42,20 +42,18 @@ def write_schedule(
     scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
     """
     program, plan = resolve_program(source)
-    check_adaptive(program)
     program = program.frozen()
     table = {
-        "format": "amed_schedule",
-        "version": 1,
+        "format": FORMAT,
+        "version": VERSION,
         "description": "" if plan is None else plan.describe(),
         "timestep_type": "log_sigma" if alphas_cumprod is None else "discrete",
         **_levels(program, alphas_cumprod),
     }
     try:
-        text = json.dumps(table, indent=2, allow_nan=False)
+        write_json(path, table)
     except ValueError as error:
         raise ConfigError("the predictor says NaN or infinite numbers; train it again, or pass another") from error
-    atomic_write(path, (text + "\n").encode())
     return table
 
 
@@ -83,24 +81,15 @@ def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return DiscreteTime.of(alphas_cumprod).time(sigma) * len(alphas_cumprod) - 1
 
 
-TIMESTEPS = ("log_sigma", "discrete")
-
-
-SCHEDULE = (
-    *("format", "version", "description", "timestep_type"),
-    *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),
-)
-
-
 def read_schedule(path: str | os.PathLike) -> dict[str, Any]:
     """The table of a file that `write_schedule` made. Raises FileFormatError, naming the file."""
     return read_file(path, _schedule)
 
 
 def _schedule(data: Any) -> dict[str, Any]:
-    expect_names(data, SCHEDULE, "schedule")
-    if data["format"] != "amed_schedule" or whole(data["version"], "version", 0) != VERSION:
-        refuse("format", f"{data['format']!r} version {data['version']!r}", f"'amed_schedule' version {VERSION}")
+    expect_names(data, ENTRIES, "schedule")
+    if data["format"] != FORMAT or whole(data["version"], "version", 0) != VERSION:
+        refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
     if data["timestep_type"] not in TIMESTEPS:
         refuse("timestep_type", data["timestep_type"], f"one of {', '.join(TIMESTEPS)}")
     short_text(data["description"], "description")

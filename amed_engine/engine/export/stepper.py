@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy
+
 from amed_engine.engine.export.tableau import BASIS, Evaluation, PredictorWeights, Tableau
 from amed_engine.errors import ConfigError
 
@@ -30,7 +32,7 @@ class Stepper:
     def __init__(self, plan: Tableau, x: Array, *, xp: Any = None, combine: Combine | None = None):
         if not isinstance(plan, Tableau):
             raise ConfigError(f"plan must be what read_plan returns, got {type(plan).__name__}")
-        self.plan, self.xp = plan, _numpy() if xp is None else xp
+        self.plan, self.xp = plan, numpy if xp is None else xp
         self._combine = combine or self._plain_combine
         _check_latents(self.xp, plan, x)
         self._constants = [_constants(self.xp, e, x) for e in plan.evaluations]
@@ -181,8 +183,6 @@ def _check_latents(xp: Any, plan: Tableau, x: Array) -> None:
 
 def analytic_first_step(xp: Any, x: Array, sigma: float) -> Array:
     """AFS: D = x - s·x / sqrt(1 + s²), rounded as the engine does. arXiv:2210.05475."""
-    import numpy
-
     s = numpy.asarray(sigma, dtype=str(x.dtype))[()]  # on the host, in x's precision
     return x - x.dtype.type(s * (1 / numpy.sqrt(1 + s * s))) * x
 
@@ -243,9 +243,3 @@ class ArrayPredictor:
 
     def _silu(self, x: Array) -> Array:
         return x * self._sigmoid(x)
-
-
-def _numpy() -> Any:
-    import numpy
-
-    return numpy

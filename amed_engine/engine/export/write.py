@@ -93,8 +93,7 @@ class LoopModule(nn.Module):
 
 def trace(job: Job) -> torch.export.ExportedProgram:
     """The loop as a graph of plain torch operators, for every batch from 1 to max_batch. Raises ConfigError."""
-    request = job.request(_TRACED_BATCH)
-    inputs = tuple(tensor for tensor in (request.latents, request.labels) if tensor is not None)
+    inputs = job.request(_TRACED_BATCH).inputs
     batch = torch.export.Dim("batch", min=1, max=job.max_batch)
     try:
         with kernels.use("reference"), torch.no_grad():
@@ -154,8 +153,7 @@ def _root(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
-Writer = Callable[[Job, Path], Any]
-FORMATS: dict[str, Writer] = {
+FORMATS: dict[str, Callable[[Job, Path], Any]] = {
     "pt2": write_compiled,
     "exported": write_exported,
     "onnx": write_onnx,
@@ -205,10 +203,9 @@ def _compare(job: Job, file: Path) -> dict[int, float]:
     """Largest differences between the file's images and the loop's, per batch size. Raises AmedError if they are large."""
     package, differences = load_package(file), {}
     for batch in (size for size in CHECKED_BATCHES if size <= job.max_batch):
-        request = job.request(batch)
-        expected = job.loop(request.latents, request.labels)
-        inputs = [None if tensor is None else tensor.to(package.device) for tensor in (request.latents, request.labels)]
-        images = package.run(inputs[0], inputs[1]).images.to(expected)  # type: ignore[arg-type]
+        inputs = job.request(batch).inputs
+        expected = job.loop(*inputs)
+        images = package.run(*(tensor.to(package.device) for tensor in inputs)).images.to(expected)
         differences[batch] = float((images - expected).abs().max())
         # Rounding differs between compilers; half precision rounds a thousand times coarser.
         allowed = (0.1 if job.loop.model.autocast else 1e-3) * max(1.0, float(expected.abs().max()))

@@ -58,7 +58,6 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
 def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
     """The table of a sampler or a program; see `write_plan`."""
     program, plan = resolve_program(source)
-    check_adaptive(program)
     if freeze:
         program = program.frozen()
     tableau = Tableau(
@@ -87,18 +86,14 @@ def _check_readable(tableau: Tableau) -> None:
 
 
 def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
-    """The program with float64 constants on the host, and the plan it came from."""
-    if isinstance(source, Program):
-        return source, None
-    if not isinstance(source, Planned):
+    """The program with float64 constants on the host, and the plan it came from. Raises ConfigError for what is no table."""
+    if not isinstance(source, Program | Planned):
         raise ConfigError(f"a plan is made of a Sampler or a Program, got {type(source).__name__}")
-    return source.plan.program(source.program.predictor), source.plan
-
-
-def check_adaptive(program: Program) -> None:
-    predictor = program.predictor
-    if isinstance(predictor, Sequence) and any(callable(choice) for choice in predictor):
+    plan = None if isinstance(source, Program) else source.plan
+    program = source if isinstance(source, Program) else source.plan.program(source.program.predictor)
+    if isinstance(program.predictor, Sequence) and any(callable(choice) for choice in program.predictor):
         raise ConfigError("coefficients that depend on the sample are no table; export format='pt2' or 'onnx'")
+    return program, plan
 
 
 def evaluations(program: Program) -> Iterator[Evaluation]:

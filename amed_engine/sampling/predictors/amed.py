@@ -12,7 +12,7 @@ import amed_engine.kernels as kernels
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
 from amed_engine.kernels.reference import frequencies, predict
-from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.denoiser import Denoiser, is_tracing
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import AMED, Solver
@@ -78,15 +78,8 @@ class AMEDPredictor(nn.Module):
     @property
     def config(self) -> dict:
         """The constructor's arguments, JSON-able."""
-        return {
-            "scale_dir": self.scale_dir,
-            "scale_time": self.scale_time,
-            "scales": self.scales,
-            "bottleneck": list(self.bottleneck),
-            "hidden_dim": self.hidden_dim,
-            "bottleneck_dim": self.bottleneck_dim,
-            "embedding_dim": self.embedding_dim,
-        }
+        names = ("scale_dir", "scale_time", "scales", "bottleneck", "hidden_dim", "bottleneck_dim", "embedding_dim")
+        return {name: getattr(self, name) for name in names} | {"bottleneck": list(self.bottleneck)}
 
     def choices(self) -> AMEDPredictor:
         """What the loop asks, interval by interval: the predictor itself."""
@@ -136,7 +129,7 @@ class AMEDPredictor(nn.Module):
         weight = self.enc_layer0.weight
         if self.scales == "wide" or kernels.backends().get(weight.device.type, "reference") == "reference":
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        if torch.compiler.is_compiling() or is_tracing():
             return False
         learning = (features is not None and features.requires_grad) or any(p.requires_grad for p in self.parameters())
         learning = learning and torch.is_grad_enabled()

@@ -1,8 +1,4 @@
-"""Predictors that are numbers: constant midpoints, and non-stationary coefficients with or without per-sample offsets.
-
-Like an `AMEDPredictor` each says, per interval, what a solver needs to know; `choices()` is what the loop runs:
-a Midpoint per interval for AMED, EPD and the plugins, a Row per interval for the solver "nonstationary".
-"""
+"""A predictor that is all coefficients of the linear program: non-stationary, with or without per-sample offsets."""
 
 from __future__ import annotations
 

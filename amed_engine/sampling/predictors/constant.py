@@ -52,7 +52,5 @@ class ConstantPredictor(nn.Module):
 
     def choices(self) -> list[Midpoint]:
         """One Midpoint per interval, each field () or (points,)."""
-        fields = [
-            p.detach() if self.points > 1 else p.detach()[:, 0] for p in (self.r, self.scale_dir, self.scale_time)
-        ]
+        fields = [parameter.detach().squeeze(1) for parameter in (self.r, self.scale_dir, self.scale_time)]
         return [Midpoint(*values) for values in zip(*fields, strict=True)]

@@ -19,7 +19,9 @@ def test_a_missing_one_is_named_with_its_extra(monkeypatch, kind):
 
 
 def test_what_no_index_has_comes_with_a_sentence():
-    with pytest.raises(MissingDependency, match=r"^this integration needs nowhere\.at_all; run inside the host \(No module"):
+    with pytest.raises(
+        MissingDependency, match=r"^this integration needs nowhere\.at_all; run inside the host \(No module"
+    ):
         require("nowhere.at_all", "run inside the host")
 
 

@@ -46,6 +46,8 @@ def deis(sigmas: Levels, sigma_next: Tensor, time: Callable[[Tensor], Tensor]) -
     With time = VP time this is tAB, with the identity rhoAB (exact variable-step Adams-Bashforth). Integrated by
     the tanh-sinh rule in log s, where the integrand is smooth. Zhang and Chen 2023 (arXiv:2204.13902).
     """
+    if len(sigmas) == 1:  # l_0 = 1 in any variable
+        return adams_bashforth(sigmas, sigma_next)
     nodes, weights = _tanh_sinh(sigmas[0])
     low, high = sigmas[0].log().unsqueeze(-1), sigma_next.log().unsqueeze(-1)
     s = ((high + low) / 2 + (high - low) / 2 * nodes).exp()  # (..., Q)
@@ -93,7 +95,11 @@ def dpmpp(sigmas: Levels, sigma_next: Tensor, *, data: bool) -> Row:
     with h = log(s/s'), phi1 = e^hh - 1, phi2 = phi1/hh - 1, phi3 = phi2/hh - 1/2, and D1, D2 the divided differences of d in
     log sigma; at order 2 phi2 D1 is replaced by phi1 D1 / 2. Lu et al. 2022 (arXiv:2211.01095).
     """
-    h, order = _log_ratio(sigmas[0], sigma_next), len(sigmas)
+    order = len(sigmas)
+    if order == 1:  # DDIM, without logarithms, which a table of an AMED predictor cannot say
+        ratio = sigma_next / sigmas[0]
+        return Row(ratio, (1 - ratio,)) if data else adams_bashforth(sigmas, sigma_next)
+    h = _log_ratio(sigmas[0], sigma_next)
     hh = -h if data else h
     phi1 = torch.expm1(hh)
     phi2 = phi1 / hh - 1
@@ -109,9 +115,7 @@ def _log_ratio(sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def _divided_differences(sigmas: Levels, h: Tensor) -> tuple[tuple, tuple]:
-    """D1 and D2 as weights on the directions, newest first; empty where the order needs none."""
-    if len(sigmas) == 1:
-        return (), ()
+    """D1 and D2 as weights on the directions, newest first; D2 is empty where the order needs none."""
     r0 = _log_ratio(sigmas[1], sigmas[0]) / h
     if len(sigmas) == 2:
         return (1 / r0, -1 / r0), ()

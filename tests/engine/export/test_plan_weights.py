@@ -69,13 +69,30 @@ def test_dpm_is_written_as_its_formula(options):
     check(written(make_solver("dpm", **options)), expected)
 
 
-@pytest.mark.parametrize("solver", [make_solver("euler"), make_solver("ipndm", max_order=1)])
+FIRST_ORDER = [
+    make_solver("euler"),
+    make_solver("ipndm", max_order=1),
+    make_solver("deis", max_order=1),
+    make_solver("dpmpp", max_order=1, predict_x0=False),
+]
+
+
+@pytest.mark.parametrize("solver", FIRST_ORDER)
 def test_euler_is_written_as_its_formula(solver):
     """x' = x + c (t - m) (x - D) / m."""
     expected = []
     for s, t in intervals():
         expected += [((0, 1), (to_midpoint(s),)), ((0, 1), ((on(one=1, c=-1, c_by_m=t), on(c=1, c_by_m=-t)),))]
     check(written(solver), expected)
+
+
+def test_first_order_data_prediction_is_written_as_its_formula():
+    """y = m/s x + (1 - m/s) D, x' = t/m y + c (1 - t/m) D'."""
+    expected = []
+    for s, t in intervals():
+        expected += [((0, 1), ((on(m=1 / s), on(one=1, m=-1 / s)),))]
+        expected += [((0, 1), ((on(by_m=t), on(c=1, c_by_m=-t)),))]
+    check(written(make_solver("dpmpp", max_order=1, thresholding=False)), expected)
 
 
 def test_ipndm_is_written_as_its_formula():

@@ -122,7 +122,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class BoundLoop:
-    """(latents, labels) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
+    """(latents[, labels]) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
 
     model: Model
     program: Program

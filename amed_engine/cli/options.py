@@ -14,6 +14,7 @@ import click
 
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.solvers import alternatives, solver_names
+from amed_engine.solvers.files import atomic_write
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
@@ -75,7 +76,9 @@ sampler_options = options(
 )
 drawing_options = options(
     click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
-    click.option("--guidance", type=float, help="Strength of classifier-free guidance.", show_default="none"),
+    click.option(
+        "--guidance", "guidance_scale", type=float, help="Strength of classifier-free guidance.", show_default="none"
+    ),
     click.option(
         "--predictor",
         "--predictor_path",
@@ -99,13 +102,21 @@ def default_device() -> str:
 
 
 def typed(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options with device and dtype as the engine takes them, and its names."""
+    """The options as the engine takes them: device, dtype and noise levels."""
     import torch
 
-    done = {**asked, "device": asked["device"] or default_device(), "dtype": getattr(torch, asked["dtype"])}
-    if "guidance" in done:
-        done["guidance_scale"] = done.pop("guidance")
-    return done
+    device, dtype = asked["device"] or default_device(), getattr(torch, asked["dtype"])
+    return {**with_levels(asked), "device": device, "dtype": dtype}
+
+
+def open_network(model: str, weights: str | None, device: str | None) -> Any:
+    """The network that a command is to work on, on its device."""
+    from amed_engine.engine.model import place
+    from amed_engine.engine.resolve import resolve
+
+    resolved = resolve(model, weights=weights)
+    place(resolved, device or default_device())
+    return resolved.network
 
 
 def check_writable(*paths: str | Path | None) -> None:
@@ -128,13 +139,21 @@ def check_png(path: str | None) -> None:
         raise click.UsageError(f"--out is written as PNG, got {path}; name it {Path(path).with_suffix('.png')}")
 
 
+def show(found: Any, json_file: str | None) -> None:
+    """Write a result as JSON to a file, and print it as a table; or print the JSON where the file is -."""
+    text = json.dumps(found.to_json(), indent=2)
+    if json_file and json_file != "-":
+        atomic_write(json_file, f"{text}\n".encode())
+    click.echo(text if json_file == "-" else found.table())
+
+
 def make_sampler(model: str, predictor: str | None, plan: str | None = None, **asked: Any) -> Any:
-    """The sampler of a command's options, device and dtype as the engine takes them; predictor "none" keeps the bundled one
-    away, a schedule may be a file of noise levels, and a plan one that says all of them."""
+    """The sampler of a command's options; predictor "none" keeps the bundled one away, a schedule may be a file of noise
+    levels, and a plan one that says all of them."""
     from amed_engine.engine.sampler import Sampler
     from amed_engine.solvers.plan import Plan, best_training_free
 
-    asked, recipe = with_levels(asked), None if plan is None else Plan.load(plan)
+    asked, recipe = typed(asked), None if plan is None else Plan.load(plan)
     if predictor == "none":
         predictor = None
         if recipe is not None and recipe.midpoint:

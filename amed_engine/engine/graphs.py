@@ -112,13 +112,15 @@ class GraphCache:
     device: Device
     batch_sizes: Sequence[int]
     module: nn.Module | None
-    warmups: int = WARMUPS
+    warmups: int = 0  # as many as the module needs
     max_graphs: int = 16
     insist: bool = False  # try again after running out of memory
     stats: Stats = field(default_factory=Stats)
 
     def __post_init__(self):
         self.batch_sizes = check_sizes(self.batch_sizes)
+        scripted = isinstance(self.module, torch.jit.ScriptModule)
+        self.warmups = self.warmups or (WARMUPS_TORCHSCRIPT if scripted else WARMUPS)
         self._captured: dict[GraphKey, Captured] = {}
         self._refused: set[GraphKey] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()

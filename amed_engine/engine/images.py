@@ -16,7 +16,7 @@ from torch import Tensor
 from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError
 
-LEGIBLE = 64  # pixels; smaller images are enlarged on a contact sheet
+LEGIBLE = 64  # pixels; images of at most half as many are enlarged on a contact sheet
 
 
 def check_pictures(shape: Sequence[int] | None) -> None:

@@ -118,11 +118,7 @@ def place(model: Model, device: torch.device | str | None) -> torch.device:
 
 
 def tune(
-    model: Model,
-    *,
-    compile: str | None,
-    memory_format: torch.memory_format | None,
-    autocast: torch.dtype | None,
+    model: Model, *, compile: str | None, memory_format: torch.memory_format | None, autocast: torch.dtype | None
 ) -> Model:
     """The model with its network compiled, in another memory format or under autocast; see `Sampler`."""
     _check_compile(model, compile)

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,7 @@ logger = logging.getLogger("amed_engine")
 
 # How an error speaks of the plan that rules.
 TRAINED, MADE = "this predictor was trained", "this plan was made"
-_REMEDIES = {
-    TRAINED: "pass its own predictor, train one with amed_engine.distill",
-    MADE: "pass a plan of this model",
-}
+_REMEDIES = {TRAINED: "pass its own predictor, train one with amed_engine.distill", MADE: "pass a plan of this model"}
 
 
 @dataclass(frozen=True)
@@ -41,25 +38,22 @@ class PlanRequest:
     schedule: str | Tensor | None
     rho: float | None
     afs: bool | None
-    sigma_min: float
-    sigma_max: float
+    sigma_min: float | None
+    sigma_max: float | None
+    usable: tuple[float, float]  # noise levels of the model that schedules may use
     recipe: Plan | None = None
 
     @property
     def open(self) -> bool:
-        """Nothing but perhaps the NFE was asked for."""
+        """Nothing but perhaps the NFE, or another range of noise levels, was asked for."""
         return self.solver is self.schedule is self.afs is self.rho is self.recipe is None and not self.options
 
     def plan(self, *, midpoint: bool) -> Plan:
         """The plan that was asked for, with a predictor that has none of its own or without any."""
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
-        common: dict[str, Any] = {
-            "rho": self.rho,
-            "afs": self.afs,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-        }
+        low, high = self.usable
+        common: dict[str, Any] = {"rho": self.rho, "afs": self.afs, "sigma_min": low, "sigma_max": high}
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -70,6 +64,35 @@ class PlanRequest:
             return best_training_free(nfe, schedule=schedule, **common)
         solver = self.solver or ("amed" if midpoint else "ipndm")
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
+
+
+class Pairing(NamedTuple):
+    """What runs: a plan, with a predictor or without. fallback: the plan that is right where a bundled predictor is not."""
+
+    plan: Plan
+    predictor: Predictor | None
+    fallback: Plan | None
+
+
+def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, autocast: torch.dtype | None) -> Pairing:
+    """A model, what was asked for and a predictor (or a path, or None); see `Sampler`. Raises ConfigError where they differ."""
+    bundled = predictor is None and request.open and request.sigma_min is request.sigma_max is None
+    predictor = choose_predictor(model, request, bundled) if predictor is None else open_predictor(predictor)
+    plan = choose_plan(request, predictor)
+    rules = ruling(request.recipe, predictor)
+    for rule, made in rules:
+        check_range(rule, request, made)
+    if predictor is not None and not rules:
+        rules = [(plan, TRAINED)]  # as published: its levels at least
+    for rule, made in rules if verify else ():
+        check_model(model, rule, made)
+        if not bundled:  # nobody who asks for autocast alone chose a predictor
+            check_dtype(replace(model, autocast=autocast), rule, made)
+    if predictor is None:
+        return Pairing(plan, None, None)
+    check_bottleneck(model, predictor)
+    # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
+    return Pairing(plan, predictor, request.plan(midpoint=False) if bundled else None)
 
 
 def open_plan(plan: Plan | str | os.PathLike | None) -> Plan | None:
@@ -169,10 +192,10 @@ def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
         raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {request.options}")
 
 
-def check_range(plan: Plan, sigma_min: float | None, sigma_max: float | None, made: str = TRAINED) -> None:
+def check_range(plan: Plan, request: PlanRequest, made: str) -> None:
     """A range of noise levels that was asked for must be the plan's."""
-    for name, asked, own in (("sigma_min", sigma_min, plan.sigmas[-1]), ("sigma_max", sigma_max, plan.sigmas[0])):
-        if asked is not None and not math.isclose(asked, own, rel_tol=1e-6):
+    for name, own in (("sigma_min", plan.sigmas[-1]), ("sigma_max", plan.sigmas[0])):
+        if (asked := getattr(request, name)) is not None and not math.isclose(asked, own, rel_tol=1e-6):
             raise ConfigError(f"{made} for {name}={own:g}, got {name}={asked:g}; leave {name} out")
 
 
@@ -203,7 +226,7 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
         )
 
 
-def check_model(model: Model, plan: Plan, made: str = TRAINED) -> None:
+def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if model.module is None or plan.model is None:
         _check_levels(model, plan, made)
@@ -224,7 +247,7 @@ def _check_levels(model: Model, plan: Plan, made: str) -> None:
         )
 
 
-def check_dtype(model: Model, plan: Plan, made: str = TRAINED) -> None:
+def check_dtype(model: Model, plan: Plan, made: str) -> None:
     """The network's arithmetic must be that of the training; plans from before it was noted say nothing."""
     if None not in (plan.dtype, model.precision) and plan.dtype != model.precision:
         remedy = "convert the network" if model.autocast is None else f"leave autocast={model.autocast} out"

@@ -87,11 +87,9 @@ def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
 
 
 def _name(value: Any) -> str:
-    return (
-        f"{value.dtype} of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"{type(value).__name__} {value!r}"
-    )
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
 
 
 def _shape(model: Model) -> tuple[int, ...]:

@@ -51,14 +51,9 @@ def resolve(
             network.eval()
     if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
         check()
-    own = _image_shape(network)
-    if shape is not None and own is not None and _check_shape(shape)[0] != own[0]:
-        raise ConfigError(
-            f"the model takes {own[0]} channels, got shape={tuple(shape)}; samples must have its channels"
-        )
     return Model(
         network=network,
-        shape=_check_shape(shape) if shape is not None else own,
+        shape=_sample_shape(shape, _image_shape(network)),
         label_dim=_label_dim(label_dim, int(getattr(network, "label_dim", 0) or 0)),
         sigma_min=_sigma("sigma_min", sigma_min, getattr(network, "sigma_min", 0.002)),
         sigma_max=_sigma("sigma_max", sigma_max, getattr(network, "sigma_max", math.inf)),
@@ -85,10 +80,16 @@ def _sigma(name: str, given: Any, own: Any) -> float:
     return float(level)
 
 
-def _check_shape(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence) or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {shape!r}")
-    return tuple(shape)
+def _sample_shape(given: Any, own: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if given is None:
+        return own
+    if not isinstance(given, Sequence) or not all(isinstance(n, int) and n > 0 for n in given):
+        raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {given!r}")
+    if own is not None and given[0] != own[0]:
+        raise ConfigError(
+            f"the model takes {own[0]} channels, got shape={tuple(given)}; samples must have its channels"
+        )
+    return tuple(given)
 
 
 def _image_shape(network: Any) -> tuple[int, ...] | None:

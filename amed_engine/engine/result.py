@@ -31,8 +31,8 @@ class SampleResult:
     """Images (B, C, H, W) in the sampler's dtype, a tensor unless `output_type` says otherwise, and how they came about.
 
     seeds: one per image, None for latents the caller gave. labels: class indices or the given vectors, None for an
-    unconditional model. nfe: network evaluations per image. backend: what ran,
-    "graph" or "eager". chunks: 1, or more where memory was short.
+    unconditional model. nfe: network evaluations per image. backend: what ran, "graph" or "eager", or a package's format.
+    chunks: 1, or more where memory was short.
     """
 
     images: Tensor

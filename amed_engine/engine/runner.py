@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.engine.capture import CudaDevice, capturing, release_cached_memory
-from amed_engine.engine.graphs import (
-    WARMUPS,
-    WARMUPS_TORCHSCRIPT,
-    GraphCache,
-    Stats,
-    WarmupReport,
-    check_sizes,
-    graph_key,
-)
+from amed_engine.engine.graphs import GraphCache, Stats, WarmupReport, check_sizes, graph_key
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request
 from amed_engine.engine.result import Observer, non_finite
@@ -59,11 +51,8 @@ class Runner:
         self.stats = Stats()
         self.cache: GraphCache | None = None
         if device.type == "cuda" and backend != "eager":
-            scripted = isinstance(model.module, torch.jit.ScriptModule)
-            warmups = WARMUPS_TORCHSCRIPT if scripted else WARMUPS
-            self.cache = GraphCache(
-                CudaDevice(device), batch_sizes, model.module, warmups, insist=backend == "graph", stats=self.stats
-            )
+            insist = backend == "graph"
+            self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, insist=insist, stats=self.stats)
 
     def may_wait(self) -> bool:
         """Whether tensors on the device may be looked at, which waits for them: not inside a caller's capture."""
@@ -92,16 +81,16 @@ class Runner:
                 if not _is_out_of_memory(error) or size == 1 or self.backend == "graph":
                     raise
                 if size == total:
-                    warnings.warn(_short_of_memory(total), RuntimeWarning, stacklevel=3)
+                    message = f"out of memory for a batch of {total}: sampling in smaller chunks"
+                    warnings.warn(message, RuntimeWarning, stacklevel=3)
                 size = (size + 1) // 2
                 release_cached_memory()
                 continue
             pieces.append(images)
             ran.add(how)
             start += size
-        return Drawn(
-            pieces[0] if len(pieces) == 1 else torch.cat(pieces), "+".join(sorted(ran, reverse=True)), len(pieces)
-        )
+        images = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return Drawn(images, "+".join(sorted(ran, reverse=True)), len(pieces))
 
     @torch.no_grad()
     def _draw(self, loop: BoundLoop, request: Request, observe: Observer | None) -> tuple[Tensor, str]:
@@ -133,7 +122,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class BoundLoop:
-    """(latents, labels) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
+    """(latents[, labels]) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
 
     model: Model
     program: Program
@@ -157,7 +146,3 @@ def _finite(images: Tensor) -> bool:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SHORTAGES)
-
-
-def _short_of_memory(batch: int) -> str:
-    return f"out of memory for a batch of {batch}: sampling in smaller chunks"

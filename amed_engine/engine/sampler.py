@@ -17,20 +17,7 @@ from amed_engine.engine.arrays import check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.model import check_guidance, place, tune
-from amed_engine.engine.pairing import (
-    TRAINED,
-    PlanRequest,
-    check_bottleneck,
-    check_dtype,
-    check_model,
-    check_range,
-    choose_plan,
-    choose_predictor,
-    open_plan,
-    open_predictor,
-    ruling,
-    usable_range,
-)
+from amed_engine.engine.pairing import PlanRequest, open_plan, pair, usable_range
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult, StepInfo, make_observer
@@ -105,28 +92,12 @@ class Sampler:
         facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
         self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
-        sigma_low, sigma_high = usable_range(self.model, sigma_min, sigma_max)
-        recipe = open_plan(plan)
-        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_low, sigma_high, recipe)
-        bundled = predictor is None and request.open and sigma_min is None and sigma_max is None
-        predictor = choose_predictor(self.model, request, bundled) if predictor is None else open_predictor(predictor)
-        self.plan = choose_plan(request, predictor)
-        rules = ruling(recipe, predictor)
-        for rule, made in rules:
-            check_range(rule, sigma_min, sigma_max, made)
-        if predictor is not None and not rules:
-            rules = [(self.plan, TRAINED)]  # as published: its levels at least
-        for rule, made in rules if verify else ():
-            check_model(self.model, rule, made)
-            if not bundled:  # nobody who asks for autocast alone chose a predictor
-                check_dtype(replace(self.model, autocast=autocast), rule, made)
-        self._program = self._build(self.plan, predictor)
-        if predictor is not None:
-            check_bottleneck(self.model, predictor)
-        # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
-        fallback = request.plan(midpoint=False) if bundled and predictor is not None else None
+        usable, recipe = usable_range(self.model, sigma_min, sigma_max), open_plan(plan)
+        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_min, sigma_max, usable, recipe)
+        self.plan, chosen, fallback = pair(self.model, predictor, request, verify=verify, autocast=autocast)
+        self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
-        if predictor is None and request.open:
+        if chosen is None and request.open:
             logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)

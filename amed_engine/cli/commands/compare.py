@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -12,9 +11,9 @@ from amed_engine.cli.options import (
     check_writable,
     drawing_options,
     grid_options,
+    show,
     typed,
     where_options,
-    with_levels,
 )
 
 
@@ -48,12 +47,9 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
         curve_samples=curve_samples,
         predictor=predictor,
         weights=weights,
-        setting=work.Setting(**typed(with_levels(shared))),
+        setting=work.Setting(**typed(shared)),
         progress=sys.stderr.isatty(),
     )
     if out:
         atomic_write(out, figure.plot(comparison))
-    text = json.dumps(comparison.to_json(), indent=2)
-    if json_file and json_file != "-":
-        atomic_write(json_file, f"{text}\n".encode())
-    click.echo(text if json_file == "-" else comparison.table())
+    show(comparison, json_file)

@@ -9,13 +9,7 @@ from typing import Any
 import click
 
 import amed_engine
-from amed_engine.cli.options import (
-    PAIRS,
-    check_writable,
-    default_device,
-    plan_options,
-    where_options,
-)
+from amed_engine.cli.options import PAIRS, check_writable, open_network, plan_options, where_options
 from amed_engine.solvers import solver_names
 
 _preset: dict[str, Any] = {"show_default": "the preset's"}
@@ -47,15 +41,11 @@ _preset: dict[str, Any] = {"show_default": "the preset's"}
 @click.option("--out", type=click.Path(), required=True, help="Where to save it, e.g. nfe5.safetensors.")
 def distill(model, weights, device, out, **options) -> None:
     """Train an AMED predictor for a model and save it."""
-    from amed_engine.engine.model import place
-    from amed_engine.engine.resolve import resolve
-
-    resolved = resolve(model, weights=weights)
-    place(resolved, device or default_device())
+    network = open_network(model, weights, device)
     check_writable(out)
     given = {name: value for name, value in options.items() if value not in (None, {})}
     rounds: list[Any] = []
-    predictor = amed_engine.distill(resolved.network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)
+    predictor = amed_engine.distill(network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)
     if os.environ.get("RANK", "0") != "0":  # under torchrun all have the same predictor, the first process saves it
         return
     amed_engine.save_predictor(predictor, out)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
 
-from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, typed, where_options
+from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, show, where_options
 from amed_engine.errors import ConfigError
 
 BUNDLED = "digits"
@@ -30,7 +29,7 @@ def evaluate(
     model,
     seeds,
     class_labels,
-    guidance,
+    guidance_scale,
     reference,
     data,
     features,
@@ -41,7 +40,6 @@ def evaluate(
     **asked,
 ) -> None:
     """Distance to a fine solution, Frechet distance, precision and recall, class accuracy."""
-    from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds
     from amed_engine.evaluation import quality as evaluation
     from amed_engine.evaluation.comparison import Setting
@@ -52,17 +50,14 @@ def evaluate(
     own = BUNDLED if model == BUNDLED else "none"
     given = {"data": data or own, "classifier": classifier or own}
     found = evaluation.evaluate(
-        make_sampler(model, **typed(asked)),
+        make_sampler(model, **asked),
         parse_seeds(seeds),
         reference=reference,
         features=features,
-        setting=Setting(class_labels, guidance, batch=batch),
+        setting=Setting(class_labels, guidance_scale, batch=batch),
         progress=sys.stderr.isatty(),
         **{name: None if value == "none" else value for name, value in given.items()},
     )
     if save_statistics:
         found.statistics.save(save_statistics)
-    text = json.dumps(found.to_json(), indent=2)
-    if json_file and json_file != "-":
-        atomic_write(json_file, f"{text}\n".encode())
-    click.echo(text if json_file == "-" else found.table())
+    show(found, json_file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from amed_engine.cli.options import check_writable, make_sampler, sampler_options, typed, where_options
+from amed_engine.cli.options import check_writable, make_sampler, sampler_options, where_options
 
 FORMATS = ("pt2", "exported", "onnx", "plan", "schedule")
 
@@ -31,7 +31,7 @@ def export(guidance, format, freeze, max_batch, verify, out, **asked) -> None:
     if freeze and format != "plan":
         raise click.UsageError(f"--freeze is for --format plan, got {format}")
     check_writable(out)
-    sampler = make_sampler(**typed(asked))
+    sampler = make_sampler(**asked)
     options = {"freeze": True} if freeze else None
     done = sampler.export(out, format, guidance_scale=guidance, max_batch=max_batch, verify=verify, options=options)
     click.echo(done.plan.describe())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from amed_engine.cli.options import check_writable, default_device, where_options
+from amed_engine.cli.options import check_writable, open_network, where_options
 
 
 @click.command()
@@ -30,17 +30,14 @@ from amed_engine.cli.options import check_writable, default_device, where_option
 def fit(model, weights, device, nfe, out, **options) -> None:
     """Fit a predictor to a model by Gauss-Newton, and save it."""
     import amed_engine
-    from amed_engine.engine.model import place
-    from amed_engine.engine.resolve import resolve
     from amed_engine.engine.seeds import parse_seeds
 
     numbers, several = parse_seeds(nfe, "NFE"), not nfe.isdecimal()
     if several and Path(out).suffix == ".safetensors":
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
     check_writable(Path(out) / "nfe" if several else out)
-    resolved = resolve(model, weights=weights)
-    place(resolved, device or default_device())
-    made: Any = amed_engine.fit(resolved.network, nfe=numbers, progress=sys.stderr.isatty(), **options)
+    network = open_network(model, weights, device)
+    made: Any = amed_engine.fit(network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():
         path = Path(out) / f"nfe{number}.safetensors" if several else out
         amed_engine.save_predictor(predictor, path)

@@ -30,9 +30,11 @@ from amed_engine.cli.options import default_device
 @click.option("--device", help="Where to run.", show_default="a GPU where there is one")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write the images too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def reproduce(name, show, statistics, features, images, batch, outdir, as_json, **parts) -> None:
+def reproduce(name, show, device, statistics, features, images, batch, outdir, as_json, **parts) -> None:
     """Run a published evaluation, e.g. cifar10-amed-5, and compare with the number in the table."""
+    from amed_engine.evaluation.metrics import frechet
     from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
+    from amed_engine.evaluation.published.reproduce import prepare
 
     if show:
         click.echo("\n".join(f"{each:<28} {load_recipe(each).fid:g}" for each in recipe_names()))
@@ -40,48 +42,31 @@ def reproduce(name, show, statistics, features, images, batch, outdir, as_json, 
     if name is None:
         raise click.UsageError("name a recipe, e.g. cifar10-amed-5, or --list them")
     recipe = load_recipe(name)
-    drawing = _prepare(recipe, batch=batch, **parts)
+    drawing = prepare(recipe, device=device or default_device(), batch=batch, **parts)
     seeds = range(images or recipe.images)
-    stream = _counted(_stream(drawing, seeds, batch, outdir), len(seeds))
-    measured = None if statistics is None else _distance(stream, statistics, features, drawing.sampler.device)
-    if statistics is None:
-        for _ in stream:
-            pass
+    stream, measured = _drawn(drawing, seeds, batch, outdir), None
+    if statistics is not None:
+        measured = float(frechet(stream, statistics, features, drawing.sampler.device))
+    for _ in stream:  # all of them, where nothing measures them
+        pass
     _report(recipe, drawing.sampler, len(seeds), measured, features, as_json)
 
 
-def _prepare(recipe: Any, *, device: str | None, **parts: Any) -> Any:
-    from amed_engine.evaluation.published.reproduce import prepare
+def _drawn(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
+    """Images batch by batch, under a progress bar where stderr is a terminal; to a folder they are written on the way."""
+    from tqdm import tqdm
 
-    return prepare(recipe, device=device or default_device(), **parts)
-
-
-def _stream(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
     from amed_engine.engine import images
     from amed_engine.evaluation.published.reproduce import draw
 
-    done = 0
-    for pictures in draw(drawing, seeds, batch):
-        if outdir:
-            rows = list(pictures.permute(0, 2, 3, 1).numpy())
-            images.save_each(outdir, rows, list(seeds[done : done + len(rows)]), True)
-        done += len(pictures)
-        yield pictures
-
-
-def _counted(stream: Iterator[Any], total: int) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="reproduce", unit="image", disable=None) as bar:
-        for pictures in stream:
+    starts = range(0, len(seeds), batch)
+    with tqdm(total=len(seeds), desc="reproduce", unit="image", disable=None) as bar:
+        for start, pictures in zip(starts, draw(drawing, seeds, batch), strict=True):
+            if outdir:
+                rows = list(pictures.permute(0, 2, 3, 1).numpy())
+                images.save_each(outdir, rows, seeds[start : start + batch], True)
             yield pictures
             bar.update(len(pictures))
-
-
-def _distance(stream: Iterator[Any], statistics: str, features: str, device: Any) -> float:
-    from amed_engine.evaluation.metrics import frechet
-
-    return float(frechet(stream, statistics, features, device))
 
 
 def _report(recipe: Any, sampler: Any, count: int, measured: float | None, features: str, as_json: bool) -> None:

@@ -13,7 +13,6 @@ from amed_engine.cli.options import (
     drawing_options,
     make_sampler,
     sampler_options,
-    typed,
     where_options,
 )
 
@@ -26,7 +25,7 @@ from amed_engine.cli.options import (
 @click.option("--out", type=click.Path(dir_okay=False), help="Write all samples as one PNG.")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write a PNG per seed, 000042.png, to a folder.")
 @click.option("--subdirs", is_flag=True, help="With --outdir: a folder per thousand seeds.")
-def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) -> None:
+def sample(seeds, class_labels, guidance_scale, batch, out, outdir, subdirs, **asked) -> None:
     """Draw samples and save them as PNG."""
     if not (out or outdir):
         raise click.UsageError("nowhere to write; pass --out FILE.png or --outdir FOLDER")
@@ -37,11 +36,11 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     from amed_engine.engine.seeds import parse_seeds
 
     numbers = parse_seeds(seeds)
-    sampler = make_sampler(**typed(asked))
+    sampler = make_sampler(**asked)
     images.check_pictures(sampler.model.shape)
     check_writable(out, outdir and images.seed_path(outdir, 0, False))
     pictures, seconds = [], 0.0
-    for result in _drawn(sampler, numbers, batch, class_labels, guidance):
+    for result in _drawn(sampler, numbers, batch, class_labels, guidance_scale):
         seconds += result.seconds
         done = list(images.to_uint8(result.images))
         if outdir:
@@ -56,7 +55,7 @@ def sample(seeds, class_labels, guidance, batch, out, outdir, subdirs, **asked) 
     click.echo(f"wrote {' and '.join(filter(None, (out, outdir)))}")
 
 
-def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engine.SampleResult]:
+def _drawn(sampler, seeds, batch, class_labels, guidance_scale) -> Iterator[amed_engine.SampleResult]:
     """Results batch by batch, under a progress bar where stderr is a terminal."""
     from tqdm import tqdm
 
@@ -66,6 +65,6 @@ def _drawn(sampler, seeds, batch, class_labels, guidance) -> Iterator[amed_engin
     with tqdm(total=len(seeds), desc="sample", unit="image", bar_format=form, disable=None) as bar:
         tick = (lambda step: bar.update(len(step.x) / step.steps)) if stepwise else None
         for start in range(0, len(seeds), batch):
-            result = sampler.run(seeds[start : start + batch], class_labels, guidance, callback=tick)
+            result = sampler.run(seeds[start : start + batch], class_labels, guidance_scale, callback=tick)
             bar.update(0 if stepwise else len(result.images))
             yield result

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from amed_engine.cli.options import default_device, parse_pairs, where_options
+from amed_engine.cli.options import open_network, parse_pairs, where_options
 from amed_engine.solvers import alternatives, solver_names
 
 
@@ -31,14 +31,11 @@ def search_schedule(
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
     from amed_engine.checkpoints.levels import write_levels
-    from amed_engine.engine.model import place
-    from amed_engine.engine.resolve import resolve
 
-    resolved = resolve(model, weights=weights)
-    place(resolved, device or default_device())
+    network = open_network(model, weights, device)
     wished = {"solver": solver, "afs": afs, "guidance_scale": guidance_scale}
     levels = amed_engine.search_schedule(
-        resolved.network, nfe=nfe, solver_options=solver_options, progress=sys.stderr.isatty(), **wished, **options
+        network, nfe=nfe, solver_options=solver_options, progress=sys.stderr.isatty(), **wished, **options
     )
     plan = amed_engine.make_plan(nfe, options=solver_options, schedule=levels, **wished)
     write_levels(plan, out)

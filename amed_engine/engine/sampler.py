@@ -93,7 +93,10 @@ class Sampler:
         self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
         usable, recipe = usable_range(self.model, sigma_min, sigma_max), open_plan(plan)
-        request = PlanRequest(solver, solver_options, nfe, schedule, rho, afs, sigma_min, sigma_max, usable, recipe)
+        levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        request = PlanRequest(
+            solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, **levels
+        )
         self.plan, chosen, fallback = pair(self.model, predictor, request, verify=verify, autocast=autocast)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)

@@ -30,17 +30,12 @@ from amed_engine.evaluation.metrics.distances import rmse
 from amed_engine.solvers import SOLVERS, make_solver, solver_names
 from amed_engine.solvers.base import count_evaluations
 
+_FINE: dict[str, Any] = {"schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False}
 # Of the solvers here the one that comes nearest in 80 evaluations: an RMSE of 1e-4 on the bundled model, against 3e-3 of
 # Heun's method on the same noise levels (both to Heun's with 640).
-REFERENCE: dict[str, Any] = {
-    **{"solver": "deis", "solver_options": {"max_order": 4}},
-    **{"schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False},
-}
+REFERENCE = {"solver": "deis", "solver_options": {"max_order": 4}, **_FINE}
 # By name, for who wants another; Heun's is the one that published comparisons are to.
-REFERENCES: dict[str, dict[str, Any]] = {
-    "deis-fine": REFERENCE,
-    "heun-fine": {"solver": "heun", "schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False},
-}
+REFERENCES = {"deis-fine": REFERENCE, "heun-fine": {"solver": "heun", **_FINE}}
 CURVE_NFES = range(3, 11)
 MAX_COLUMNS = 32
 # Name -> solver and options.

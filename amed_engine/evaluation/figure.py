@@ -65,10 +65,7 @@ def _draw_curves(axes: Any, comparison: Comparison) -> None:
         emphasis = {"marker": "*", "markersize": 12, "linewidth": 2.5, "zorder": 3} if colour == "black" else {}
         look = {"marker": "o", "markersize": 3.5, "linewidth": 1.3, **emphasis}
         axes.plot(list(points), list(points.values()), color=colour, linestyle=dash, label=name, **look)
-    axes.set_yscale("log")
-    axes.set_xticks(list(CURVE_NFES))
-    axes.set_xlabel("network evaluations (NFE)")
-    axes.set_ylabel("RMSE")
+    axes.set(yscale="log", xticks=list(CURVE_NFES), xlabel="network evaluations (NFE)", ylabel="RMSE")
     axes.set_title(f"error against NFE ({comparison.curve_samples} samples)", fontsize="medium")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small", ncols=2)

@@ -113,12 +113,10 @@ class Report:
             decibels = "" if self.distance.psnr is None else f", PSNR {self.distance.psnr:.2f} dB"
             lines.append(f"distance to {self.reference}: RMSE {self.distance.rmse:.4f}{decibels}")
             lines.append(f"quantiles of the images' RMSE: {quantiles}")
-        for name, other in ((self.reference, self.to_reference), (self.data, self.to_data)):
-            if other:
-                both = (
-                    "" if other.precision is None else f", precision {other.precision:.3f}, recall {other.recall:.3f}"
-                )
-                lines.append(f"against {name}: Frechet distance {other.frechet:.4f}{both}")
+        for name, near in ((self.reference, self.to_reference), (self.data, self.to_data)):
+            if near:
+                both = "" if near.precision is None else f", precision {near.precision:.3f}, recall {near.recall:.3f}"
+                lines.append(f"against {name}: Frechet distance {near.frechet:.4f}{both}")
         if self.class_accuracy is not None:
             lines.append(f"class accuracy {self.class_accuracy:.4f}")
         return "\n".join(lines)
@@ -249,7 +247,6 @@ def _reference_sampler(reference: str, sampler: Sampler) -> Sampler | None:
             raise ConfigError(f"reference {reference!r} is neither {', '.join(REFERENCES)} nor a folder or .npz file")
         return None
     model = sampler.model
-    facts = {"shape": model.shape, "label_dim": model.label_dim}
+    facts = {"shape": model.shape, "label_dim": model.label_dim, "device": sampler.device, "dtype": sampler.dtype}
     noise = {"sigma_min": sampler.plan.sigmas[-1], "sigma_max": sampler.plan.sigmas[0]}
-    common = {"device": sampler.device, "dtype": sampler.dtype, **facts, **noise}
-    return Sampler(model.network, **common, **REFERENCES[reference])
+    return Sampler(model.network, **facts, **noise, **REFERENCES[reference])

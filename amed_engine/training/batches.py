@@ -16,6 +16,7 @@ from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_
 from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
+Conditions = Iterable[Condition] | None
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,7 @@ class Batches:
     started anew when it ends.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        plan: Plan,
-        batch: int,
-        generator: torch.Generator,
-        conditions: Iterable[Condition] | None = None,
-    ):
+    def __init__(self, model: Model, plan: Plan, batch: int, generator: torch.Generator, conditions: Conditions = None):
         if model.shape is None:
             raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
         check_guidance(model, plan.guidance_scale)
@@ -61,18 +55,16 @@ class Batches:
     def probe(self) -> tuple[Denoiser, Tensor]:
         """A denoiser and a starting point for a first look at what the network returns; no condition is used up."""
         if self.conditions is None:
-            ((denoiser, x),) = self.draw([slice(0, 1)], 1)
-            return denoiser, x
+            return self.draw([slice(0, 1)], 1)[0]
         first = next(self.conditions)
         self.conditions = itertools.chain([first], self.conditions)
-        x = self._noise(self.batch)
-        return self._bind(first, slice(0, self.batch), 1), x
+        return self._bind(first, slice(0, self.batch)), self._noise(self.batch)
 
     def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
         """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
         batch = batch or self.batch
         x, condition = self._noise(batch), self._condition(batch)
-        return [(self._bind(condition, part, len(parts)), x[part]) for part in parts]
+        return [(self._bind(condition, part), x[part]) for part in parts]
 
     def _noise(self, batch: int) -> Tensor:
         x = torch.randn((batch, *self.shape), generator=self.generator)
@@ -85,7 +77,7 @@ class Batches:
             return None
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator)
 
-    def _bind(self, condition: Condition | None, part: slice, parts: int) -> Denoiser:
+    def _bind(self, condition: Condition | None, part: slice) -> Denoiser:
         if condition is None:
             return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
@@ -93,10 +85,8 @@ class Batches:
         rows = condition[part].to(self.model.device)
         if not rows.is_floating_point():
             rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
-        if len(condition) < (part.stop or 0):
-            raise ConfigError(
-                f"conditions gave {len(condition)} rows for a batch of {self.batch}; give one row per sample"
-            )
+        if (given := len(condition)) < part.stop:
+            raise ConfigError(f"conditions gave {given} rows for a batch of {self.batch}; give one row per sample")
         return BoundDenoiser(self.model, rows, self.plan.guidance_scale)
 
 

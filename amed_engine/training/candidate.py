@@ -195,14 +195,13 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
 def nonstationary(program: Program, sigma_min: float) -> Coefficients:
     """A program of constants in the most general linear form: the start of a fit."""
     rows, levels = unrolled(program)
-    start = float(program.sigmas[0])
-    afs = program.afs
-    rows = rows if afs else rows[1:]
+    start, afs = float(program.sigmas[0]), program.afs
+    if not afs:  # the first evaluation is at x_0 itself
+        rows, levels = rows[1:], levels[1:]
     predictor = CoefficientPredictor(len(rows), start, afs=afs)
     with torch.no_grad():
         for i, row in enumerate(rows):
             width = predictor.width(i)
             predictor.coefficients[i, 0] = row[0] * start
             predictor.coefficients[i, 1:width] = row[1:width].flip(0)
-    sigmas = (start, *(levels if afs else levels[1:]), sigma_min)
-    return Coefficients(Plan("nonstationary", sigmas, afs=afs, midpoint=True), predictor)
+    return Coefficients(Plan("nonstationary", (start, *levels, sigma_min), afs=afs, midpoint=True), predictor)

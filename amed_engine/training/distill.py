@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
-from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.batches import Batches, Conditions
 from amed_engine.training.presets import Settings, choose, made_for, noise_range
 from amed_engine.training.ranks import join
 from amed_engine.training.resume import Checkpoints
@@ -54,7 +54,7 @@ def distill(
     objective: str = "greedy",
     learn_sigmas: bool = False,
     loss: Loss = squared_error,
-    conditions: Iterable[Condition] | None = None,
+    conditions: Conditions = None,
     guidance_scale: float | None = None,
     total_kimg: float | None = None,
     batch: int | None = None,
@@ -102,7 +102,8 @@ def distill(
     settings = choose(preset, {**student, **taught, **rest})
     _check_objective(objective, learn_sigmas)
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
-    teach = _teacher(plan, settings, teacher_schedule, teacher_rho)
+    extra = settings.teacher_intermediate
+    teach = Teacher.of(plan, settings.teacher, settings.teacher_options, extra, teacher_schedule, teacher_rho)
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
@@ -112,16 +113,15 @@ def distill(
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
         predictor = _new_predictor(data, settings, scales, seed)
         rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
-        course: dict[str, Any] = {"lr": settings.lr, "length": rounds, "learn_sigmas": learn_sigmas}
-        trainer = Trainer(predictor, plan, teach, data, loss, ranks, **course)
-        identity, leads = _identity(trainer, settings, objective, seed), ranks.rank == 0
-        saved = Checkpoints(checkpoint_dir, checkpoint_seconds, identity, writes=leads)
+        trainer = Trainer(predictor, teach, data, loss, ranks, lr=settings.lr, length=rounds, learn_sigmas=learn_sigmas)
+        saved = Checkpoints(checkpoint_dir, checkpoint_seconds, _identity(trainer, settings, objective, seed))
         saved.resume(trainer, resume)
         ranks.wait()
+        leads = ranks.rank == 0
         after = _Reports(saved, out_dir, on_round) if leads else None
         _train(trainer, parts, objective == "end_to_end", after, progress and leads)
         ranks.wait()
-    predictor.plan = trainer.plan_of(plan)
+    predictor.plan = trainer.plan
     return predictor.eval()
 
 
@@ -201,23 +201,9 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         )
     if options.get("points", 1) != 1:
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
-    plan = make_plan(
-        nfe,
-        solver=solver,
-        options=options,
-        schedule=settings.schedule,
-        rho=settings.rho,
-        afs=afs,
-        midpoint=True,
-        guidance_scale=guidance_scale,
-        **noise_range(model),
-    )
-    return made_for(model, plan)
-
-
-def _teacher(student: Plan, settings: Settings, schedule: str | None, rho: float | None) -> Teacher:
-    solver, options, extra = settings.teacher, settings.teacher_options, settings.teacher_intermediate
-    return Teacher.of(student, solver=solver, options=options, intermediate=extra, schedule=schedule, rho=rho)
+    own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
+    rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
+    return made_for(model, make_plan(nfe, midpoint=True, **own, **rest))
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:
@@ -232,8 +218,7 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
-        widths: Any = {"scale_dir": settings.scale_dir, "scale_time": settings.scale_time}
-        predictor = AMEDPredictor(**widths, bottleneck=size, scales=scales)
+        predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, bottleneck=size, scales=scales)
     return predictor.to(x.device)
 
 

@@ -1,12 +1,12 @@
 """Predictors that are fitted rather than trained: constants, EPD, non-stationary and adaptive coefficients.
 
-All are small enough for `fitting`: latents are solved once by an accurate teacher, and Gauss-Newton matches the final
+All are small enough for `gauss_newton`: latents are solved once by an accurate teacher, and Gauss-Newton matches the final
 samples, end to end. A few hundred latents and some minutes on a CPU do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -22,9 +22,9 @@ from amed_engine.sampling.loop import sample
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan, make_plan
-from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.batches import Batches, Conditions
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
-from amed_engine.training.gauss_newton import Example, adaptive, gauss_newton, loss_of
+from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
@@ -104,7 +104,7 @@ def fit(
     codes: int = 32,
     ridge: float = 0.05,
     learn_sigmas: bool | None = None,
-    conditions: Iterable[Condition] | None = None,
+    conditions: Conditions = None,
     guidance_scale: float | None = None,
     samples: int = 512,
     batch: int = 64,
@@ -135,12 +135,9 @@ def fit(
     numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
     if not numbers:
         raise ConfigError("nfe is empty; pass a number of evaluations, or several")
-    effort = Effort(
-        samples=samples, batch=batch, starts=starts, early=early, late=late, teacher_nfe=teacher_nfe, seed=seed
-    )
-    begins: dict[str, Any] = {"solver": solver, "solver_options": solver_options, "schedule": schedule, "rho": rho}
-    learns: dict[str, Any] = {"points": points, "codes": codes, "ridge": ridge, "learn_sigmas": learn_sigmas}
-    task = Task(variant=variant, afs=afs, guidance_scale=guidance_scale, **begins, **learns)
+    effort = Effort(samples, batch, starts, early, late, teacher_nfe, seed)
+    learns = (points, codes, ridge, learn_sigmas)
+    task = Task(variant, numbers[0], solver, solver_options, schedule, rho, afs, guidance_scale, *learns)
     tasks = {number: replace(task, nfe=number) for number in numbers}
     for each in tasks.values():
         plans_of(resolved, each)  # what cannot be is refused before the teacher's work
@@ -152,7 +149,7 @@ def fit(
     return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
 
 
-def _reporter(bar: tqdm) -> Callable[[int, float], None]:
+def _reporter(bar: tqdm) -> Progress:
     def report(_: int, loss: float) -> None:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         bar.update()
@@ -160,13 +157,7 @@ def _reporter(bar: tqdm) -> Callable[[int, float], None]:
     return report
 
 
-def learn(
-    model: Model,
-    task: Task,
-    effort: Effort,
-    examples: list[Example],
-    report: Callable[[int, float], None] | None = None,
-) -> Fitted:
+def learn(model: Model, task: Task, effort: Effort, examples: list[Example], report: Progress | None = None) -> Fitted:
     """`fit` for one task on examples that are drawn."""
     few = examples[: max(1, FIRST // effort.batch)]
     starts = starts_of(model, task, examples)[: effort.starts]
@@ -181,9 +172,7 @@ def learn(
     return predictor.eval()
 
 
-def draw_examples(
-    model: Model, task: Task, effort: Effort, conditions: Iterable[Condition] | None = None
-) -> list[Example]:
+def draw_examples(model: Model, task: Task, effort: Effort, conditions: Conditions = None) -> list[Example]:
     """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
     span = {**noise_range(model), "guidance_scale": task.guidance_scale}
     teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
@@ -209,10 +198,8 @@ def plans_of(model: Model, task: Task) -> list[Plan]:
         options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
         own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
         return [make_plan(task.nfe, midpoint=True, **own, **span)]
-    plans = [
-        make_plan(task.nfe, solver=solver, options=options, schedule=schedule, **span)
-        for solver, options, schedule in STARTS
-    ]
+    starts = ({"solver": name, "options": options, "schedule": schedule} for name, options, schedule in STARTS)
+    plans = [make_plan(task.nfe, **start, **span) for start in starts]
     if plans[0].intervals > MAX_INTERVALS:
         raise ConfigError(
             f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {plans[0].intervals} for nfe={task.nfe}; "
@@ -222,18 +209,11 @@ def plans_of(model: Model, task: Task) -> list[Plan]:
 
 
 def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candidate]:
-    """Where the fit of a task may begin, best first: training-free solvers, or for constants DPM-Solver-2."""
+    """Where the fit of a task may begin, best on the first latents first: training-free solvers; for constants DPM-Solver-2."""
     plans = plans_of(model, task)
-    if task.learns_all:
-        return _classical(plans, examples, task, noise_range(model)["sigma_min"])
-    constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
-    return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
-
-
-def _classical(plans: list[Plan], examples: list[Example], task: Task, sigma_min: float) -> list[Candidate]:
-    """Training-free programs as free coefficients, the best on the first latents first."""
-    learn_sigmas = task.learn_sigmas is None or task.learn_sigmas
-    candidates = []
-    for plan in plans:
-        candidates.append(replace(nonstationary(plan.program(), sigma_min), learn_sigmas=learn_sigmas))
-    return sorted(candidates, key=lambda candidate: loss_of(candidate, examples[:1]))
+    if not task.learns_all:
+        constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
+        return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
+    learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
+    free = [replace(nonstationary(plan.program(), low), learn_sigmas=learn_sigmas) for plan in plans]
+    return sorted(free, key=lambda candidate: loss_of(candidate, examples[:1]))

@@ -28,6 +28,7 @@ from amed_engine.solvers.program import Program
 from amed_engine.training.candidate import Candidate, Coefficients
 
 C = TypeVar("C", bound=Candidate)
+Progress = Callable[[int, float], None]  # (iteration, loss after it)
 
 
 class Example(NamedTuple):
@@ -140,7 +141,7 @@ def gauss_newton(
     iterations: int = 10,
     ridge: float = 0.02,
     tolerance: float = 2e-3,
-    report: Callable[[int, float], None] | None = None,
+    report: Progress | None = None,
 ) -> C:
     """Gauss-Newton until an iteration gains less than `tolerance` of the loss. ridge: prior on the heads, relative."""
     damping, loss = 1e-3, loss_of(candidate, examples)
@@ -195,9 +196,7 @@ def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -
     width = next((len(part[0]) for part in inputs if part is not None), 0)
     if not width:
         raise ConfigError("this model returns no bottleneck features to adapt to; use the variant without offsets")
-    grown = CoefficientPredictor(
-        predictor.intervals, predictor.sigma_max, afs=predictor.afs, codes=min(codes, width), inputs=width
-    )
+    grown = CoefficientPredictor(**{**predictor.config, "codes": min(codes, width), "inputs": width})
     grown.coefficients.copy_(predictor.coefficients)
     for i, part in enumerate(inputs):
         if part is not None:

@@ -54,15 +54,10 @@ def choose(preset: str, given: Mapping[str, Any]) -> Settings:
     """The preset with what is given (not None) in its place. Raises ConfigError."""
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; valid names: {', '.join(PRESETS)}")
-    base = PRESETS[preset]
+    own, default = asdict(PRESETS[preset]), asdict(Settings())
     given = {name: value for name, value in given.items() if value is not None}
-    default = asdict(Settings())
-    orphans = {
-        name: default[name]
-        for name, owner in _BELONGS_TO.items()
-        if given.get(owner, getattr(base, owner)) != getattr(base, owner)
-    }
-    settings = replace(base, **{**orphans, **given})
+    orphans = {n: default[n] for n, owner in _BELONGS_TO.items() if given.get(owner, own[owner]) != own[owner]}
+    settings = Settings(**{**own, **orphans, **given})
     kimg, batch, lr = settings.total_kimg, settings.batch, settings.lr
     if not isinstance(batch, int) or batch < 1 or not 0 < kimg < math.inf or not lr > 0:
         raise ConfigError(f"batch, total_kimg and lr must be positive, batch whole, got {batch}, {kimg}, {lr}")

@@ -27,8 +27,7 @@ def table(history: list[Round]) -> str:
     intervals = range(len(history[0].midpoints))
     columns = ["images", "skipped", *(f"loss_{k}" for k in range(len(history[0].losses)))]
     columns += [f"{name}_{i}" for i in intervals for name in ("r", "scale_dir", "scale_time")]
-    rows = [[seen.images, seen.skipped, *seen.losses, *sum(seen.midpoints, ())] for seen in history]
-    lines = [columns, *([f"{value:.9g}" for value in row] for row in rows)]
+    lines = [columns, *([f"{value:.9g}" for value in seen.row()] for seen in history)]
     return "".join(",".join(line) + "\n" for line in lines)
 
 

@@ -28,13 +28,12 @@ class Checkpoints:
     is, JSON-able; another run's checkpoints are refused.
     """
 
-    def __init__(self, folder: str | Path | None, seconds: float, identity: dict[str, Any], writes: bool = True):
+    def __init__(self, folder: str | Path | None, seconds: float, identity: dict[str, Any]):
         if not seconds >= 0:
             raise ConfigError(f"checkpoint_seconds must not be negative, got {seconds!r}")
         self.folder = None if folder is None else Path(folder)
-        self.seconds, self.writes = seconds, writes and folder is not None
+        self.seconds, self.written = seconds, time.monotonic()
         self.identity = json.loads(json.dumps(identity))  # tuples as the lists a file gives back
-        self.written = time.monotonic()
 
     def files(self) -> list[Path]:
         """Oldest first."""
@@ -69,13 +68,12 @@ class Checkpoints:
             )
 
     def due(self) -> bool:
-        return self.writes and time.monotonic() - self.written >= self.seconds
+        return self.folder is not None and time.monotonic() - self.written >= self.seconds
 
     def write(self, trainer: Trainer) -> None:
         """The trainer's state, whole or not at all; not after a bad step, so that every checkpoint is a good one."""
-        if not self.writes or trainer.bad:
+        if self.folder is None or trainer.bad:
             return
-        assert self.folder is not None
         config = {"kind": KIND, "rounds": trainer.rounds, "identity": self.identity}
         write(self.folder / f"round-{trainer.rounds:08d}.safetensors", snapshot(trainer), config)
         for old in self.files()[:-KEPT]:
@@ -91,7 +89,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     if trainer.levels is not None:
         tensors |= {f"levels/{name}": value for name, value in trainer.levels.state_dict().items()}
     tensors |= {f"adam/{names[k]}/{key}": value for k, state in moments.items() for key, value in state.items()}
-    rows = [[seen.images, seen.skipped, *seen.losses, *sum(seen.midpoints, ())] for seen in trainer.history]
+    rows = [seen.row() for seen in trainer.history]
     # As bits: a skipped step's loss is no number, which a file of ours may not hold.
     tensors["history"] = torch.tensor(rows, dtype=torch.float64).view(torch.int64)
     tensors["generator"] = trainer.data.generator.get_state()
@@ -114,7 +112,7 @@ def restore(trainer: Trainer, tensors: dict[str, Tensor], rounds: int, path: Pat
         trainer.data.generator.set_state(groups["generator"][""])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise FileFormatError(f"{path} is no checkpoint of this run: {error}") from error
-    trainer.history = [_as_round(row, trainer.program.intervals) for row in history]
+    trainer.history = [Round.of(row, trainer.program.intervals) for row in history]
     trainer.rounds, trainer.skipped = rounds, trainer.history[-1].skipped if history else 0
     trainer.data.skip(rounds)
 
@@ -125,9 +123,3 @@ def _restore_adam(trainer: Trainer, moments: dict[str, Tensor]) -> None:
     # Before the first good step there is none.
     state = {k: {key: moments[f"{name}/{key}"] for key in keys} for k, name in enumerate(names)} if moments else {}
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
-
-
-def _as_round(row: list[float], intervals: int) -> Round:
-    losses, midpoints = row[2 : -3 * intervals], row[-3 * intervals :]
-    triples = [(midpoints[k], midpoints[k + 1], midpoints[k + 2]) for k in range(0, len(midpoints), 3)]
-    return Round(int(row[0]), losses, triples, int(row[1]))

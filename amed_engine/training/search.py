@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from amed_engine.solvers.base import Solver, in_range
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import check_sigmas, make_schedule
-from amed_engine.training.batches import Batches, Condition
+from amed_engine.training.batches import Batches, Conditions
 from amed_engine.training.presets import TEACHER, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -53,7 +53,7 @@ def search_schedule(
     samples: int = 128,
     batch: int = 64,
     seed: int = 0,
-    conditions: Iterable[Condition] | None = None,
+    conditions: Conditions = None,
     guidance_scale: float | None = None,
     sigma_min: float | None = None,
     sigma_max: float | None = None,

@@ -37,6 +37,17 @@ class Round(NamedTuple):
     midpoints: list[tuple[float, float, float]]
     skipped: int
 
+    def row(self) -> list[float]:
+        """All of it in a row: images, skipped, the losses, and r, scale_dir, scale_time interval by interval."""
+        return [self.images, self.skipped, *self.losses, *sum(self.midpoints, ())]
+
+    @classmethod
+    def of(cls, row: list[float], intervals: int) -> Round:
+        """The reverse of `row`."""
+        losses, midpoints = row[2 : -3 * intervals], row[-3 * intervals :]
+        triples = [(midpoints[k], midpoints[k + 1], midpoints[k + 2]) for k in range(0, len(midpoints), 3)]
+        return cls(int(row[0]), losses, triples, int(row[1]))
+
 
 class Watched:
     """A predictor that remembers, per interval, the sum over samples of what it said."""
@@ -79,7 +90,6 @@ class Trainer:
     def __init__(
         self,
         predictor: AMEDPredictor,
-        plan: Plan,
         teacher: Teacher,
         data: Batches,
         loss: Loss,
@@ -92,9 +102,10 @@ class Trainer:
         if not callable(loss):
             raise ConfigError(f"loss must be a function (x, target) -> (B,), got {loss!r}")
         self.predictor, self.teacher, self.data, self.loss, self.ranks = predictor, teacher, data, loss, ranks
-        self.watched = Watched(predictor, plan.intervals, data.model.device)
-        self.program = plan.program(self.watched).on(data.model.device, torch.float32)
-        self.levels = LearnedLevels(plan.levels).to(data.model.device) if learn_sigmas else None
+        plan, device = data.plan, data.model.device
+        self.watched = Watched(predictor, plan.intervals, device)
+        self.program = plan.program(self.watched).on(device, torch.float32)
+        self.levels = LearnedLevels(plan.levels).to(device) if learn_sigmas else None
         self.named = dict(predictor.named_parameters())
         if self.levels is not None:
             self.named |= {f"levels.{name}": parameter for name, parameter in self.levels.named_parameters()}
@@ -111,8 +122,10 @@ class Trainer:
             return self.program
         return replace(self.program, sigmas=self.levels().to(self.program.sigmas))
 
-    def plan_of(self, plan: Plan) -> Plan:
-        """The plan with what was learned in it."""
+    @property
+    def plan(self) -> Plan:
+        """The student's, with what was learned in it."""
+        plan = self.data.plan
         return plan if self.levels is None else plan.through(self.levels().tolist()[1:-1])
 
     def round(self, parts: list[slice], end_to_end: bool) -> Round:

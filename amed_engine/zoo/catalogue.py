@@ -62,16 +62,15 @@ class Entry:
         return None if self.betas is None else alphas_cumprod(steps=1000, **self.betas)
 
 
-def _edm(name: str, *, size: int, label_dim: int, network: Mapping[str, Any], **rest: Any) -> Entry:
-    arguments = {"img_resolution": size, "img_channels": 3, "label_dim": label_dim, **network, **rest}
-    channels = rest["channel_mult"][-1] * network["model_channels"]
+def _edm(name: str, *, size: int, label_dim: int, network: Mapping[str, Any], channel_mult: list[int]) -> Entry:
+    facts = {"img_resolution": size, "img_channels": 3, "label_dim": label_dim}
     return Entry(
         url=f"{_EDM}{name}.pkl",
         form="a pickle of EDM, its network under 'ema'",
         shape=(3, size, size),
-        bottleneck=(channels, 8, 8),
+        bottleneck=(channel_mult[-1] * network["model_channels"], 8, 8),
         label_dim=label_dim,
-        arguments=arguments,
+        arguments={**facts, **network, "channel_mult": channel_mult},
     )
 
 

@@ -49,10 +49,8 @@ def load_weights(name: str, weights: str | os.PathLike | None = None) -> nn.Modu
 
     Raises ConfigError where the weights are not there, FileFormatError where they are another model's.
     """
-    entry, path = CATALOGUE[name], find(name, weights)
-    network = _open(path, entry)
-    check_network(network, name, path)
-    return network if entry.prediction == "denoised" else _denoiser(network, entry)
+    path = find(name, weights)
+    return as_denoiser(_open(path, CATALOGUE[name]), name, path)
 
 
 def _open(path: Path, entry: Entry) -> nn.Module:
@@ -65,8 +63,11 @@ def _open(path: Path, entry: Entry) -> nn.Module:
     return load_published(path, **{key: entry.arguments[key] for key in untold})
 
 
-def check_network(network: nn.Module, name: str, path: Path) -> None:
-    """Compare what the network says of itself with what the model is known to be. Raises FileFormatError."""
+def as_denoiser(network: nn.Module, name: str, path: Path, **conditions: Any) -> nn.Module:
+    """The network of a published model as a denoiser; conditions: as `adapters.wrap` takes them.
+
+    What it says of itself is compared with what the model is known to be: raises FileFormatError where they differ.
+    """
     entry = CATALOGUE[name]
     if type(network).__name__ != entry.network:
         raise FileFormatError(f"{path} holds a {type(network).__name__}, but {name} is a {entry.network}")
@@ -75,14 +76,13 @@ def check_network(network: nn.Module, name: str, path: Path) -> None:
     for key, expected in entry.arguments.items():
         if key in facts and _listed(facts[key]) != _listed(expected):
             raise FileFormatError(f"{path} is not {name}: its {key} is {facts[key]}, expected {expected}")
+    if entry.prediction == "denoised":
+        return network
+    return adapters.wrap(network, entry.prediction, shape=entry.shape, betas=entry.alphas_cumprod(), **conditions)
 
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, (tuple, list)) else value
-
-
-def _denoiser(network: nn.Module, entry: Entry) -> nn.Module:
-    return adapters.wrap(network, entry.prediction, shape=entry.shape, betas=entry.alphas_cumprod())
 
 
 def load_decoder(name: str, weights: str | os.PathLike | None = None) -> nn.Module:

@@ -48,11 +48,8 @@ class Distances:
         total = errors.double().square().mean().sqrt().item()
         at = torch.quantile(errors.double(), torch.tensor(QUANTILES, dtype=torch.float64, device=errors.device))
         decibels = psnr(total, peak)
-        return cls(
-            total,
-            decibels if math.isfinite(decibels) else None,
-            {f"{q:g}": value for q, value in zip(QUANTILES, at.tolist(), strict=True)},
-        )
+        quantiles = {f"{q:g}": value for q, value in zip(QUANTILES, at.tolist(), strict=True)}
+        return cls(total, decibels if math.isfinite(decibels) else None, quantiles)
 
     @property
     def median(self) -> float:

@@ -75,10 +75,8 @@ def main(out: Path, epochs: int, seed: int) -> None:
     training, held_out = split(load_digits(torch.device("cpu")), recipe)
     classifier = train(recipe, training)
     sets = {"held_out": held_out, "training": training}
-    accuracy = {
-        f"accuracy_{name}": round(class_accuracy(d.images, d.labels, classifier), 4) for name, d in sets.items()
-    }
-    counts = {f"images_{name}": len(d.images) for name, d in sets.items()}
+    accuracy = {f"accuracy_{n}": round(class_accuracy(d.images, d.labels, classifier), 4) for n, d in sets.items()}
+    counts = {f"images_{n}": len(d.images) for n, d in sets.items()}
     save_classifier(classifier, out, {**asdict(recipe), **counts, **accuracy})
     click.echo(f"{accuracy['accuracy_held_out']:.4f} of {len(held_out.images)} held-out digits recognised; wrote {out}")
 

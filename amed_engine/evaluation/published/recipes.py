@@ -52,17 +52,9 @@ class Recipe:
         """What runs, on the noise levels 80 to 0.002 that models of continuous time are published for, or those of the
         model's own discrete time.
         """
-        return make_plan(
-            self.nfe,
-            solver=self.solver,
-            options=self.options,
-            schedule=self.schedule,
-            rho=self.rho,
-            afs=self.afs,
-            midpoint=self.learned is not None,
-            guidance_scale=self.guidance,
-            **self._levels(),
-        )
+        own = {"solver": self.solver, "options": self.options, "schedule": self.schedule, "rho": self.rho}
+        rest = {"afs": self.afs, "midpoint": self.learned is not None, "guidance_scale": self.guidance}
+        return make_plan(self.nfe, **own, **rest, **self._levels())
 
     def _levels(self) -> dict[str, Any]:
         betas = CATALOGUE[self.model].alphas_cumprod()
@@ -74,41 +66,32 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Every published number that there is a recipe for."""
-    return [
-        f"{table}-{row}-{nfe}"
-        for table, data in _tables().items()
-        for row in data["rows"]
-        for nfe in data["rows"][row]["fid"]
-    ]
+    return list(_recipes())
 
 
 def load_recipe(name: str) -> Recipe:
     """The recipe of this name, data set - row - NFE. Raises ConfigError with what there is."""
-    head, _, nfe = name.rpartition("-")
-    for table, data in _tables().items():
-        row = data["rows"].get(head.removeprefix(f"{table}-")) if head.startswith(f"{table}-") else None
-        if row is not None and nfe in row["fid"]:
-            return _recipe(name, data, row, int(nfe))
-    tables = {table: ", ".join(data["rows"]) for table, data in _tables().items()}
+    if name in _recipes():
+        return _recipes()[name]
+    tables = "; ".join(f"{table}: {', '.join(data['rows'])}" for table, data in _tables().items())
     raise ConfigError(
-        f"unknown recipe {name!r}; names are data set-row-NFE, e.g. cifar10-amed-5: "
-        f"{'; '.join(f'{table}: {rows}' for table, rows in tables.items())}; not every row has every NFE"
+        f"unknown recipe {name!r}; names are data set-row-NFE, e.g. cifar10-amed-5: {tables}; not every row has every NFE"
     )
+
+
+@cache
+def _recipes() -> dict[str, Recipe]:
+    rows = [(f"{table}-{row}", data, data["rows"][row]) for table, data in _tables().items() for row in data["rows"]]
+    made = [_recipe(f"{name}-{nfe}", data, row, int(nfe)) for name, data, row in rows for nfe in row["fid"]]
+    return {recipe.name: recipe for recipe in made}
 
 
 def _recipe(name: str, data: Mapping[str, Any], row: Mapping[str, Any], nfe: int) -> Recipe:
-    return Recipe(
-        name=name,
-        **{key: data[key] for key in ("dataset", "model", "statistics", "images")},
-        nfe=nfe,
-        fid=row["fid"][str(nfe)],
-        **{key: row[key] for key in ("solver", "schedule", "paper")},
-        rho=row.get("rho"),
-        afs=nfe % 2 == 1 if row["afs"] == "odd" else row["afs"],
-        options=row.get("options", {}),
-        learned=row.get("learned"),
-        **{key: data[key] for key in ("latent", "guidance", "prompts") if key in data},
-    )
+    """What its table and its row say, but for what depends on the NFE."""
+    given = {"rho": None, "options": {}, "learned": None, **data, **row}
+    said = {key: value for key, value in given.items() if key not in ("sources", "rows")}
+    afs = nfe % 2 == 1 if row["afs"] == "odd" else row["afs"]
+    return Recipe(**{**said, "name": name, "nfe": nfe, "fid": row["fid"][str(nfe)], "afs": afs})
 
 
 @cache

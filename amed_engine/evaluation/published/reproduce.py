@@ -32,26 +32,22 @@ def recipe_sampler(
     """The sampler of a recipe.
 
     weights: of the model, as `zoo.load` takes them. model: the denoiser itself, where it is there already (a text-to-image
-    recipe's has the prompts bound). predictor: of a learned method; None looks for predictors/<recipe>
-    .safetensors in the folder of the weights. options: the Sampler's device, backend, compile, autocast ...
+    recipe's has the prompts bound). predictor: of a learned method; None looks for predictors/<recipe>.safetensors in the
+    folder of the weights. options: the Sampler's device, backend, compile, autocast ...
     Raises ConfigError where something is missing, saying how to get it, or where the predictor is for something else.
     """
     if recipe.learned is None and predictor is not None:
         raise ConfigError(f"{recipe.name} is training-free; leave the predictor out")
     model = zoo.load(recipe.model, weights) if model is None else model
-    plan = recipe.plan()
     if recipe.learned is None:
         return Sampler(model, **_arguments(recipe), **options)
-    if predictor is None:
-        predictor = _find_predictor(recipe, weights)
-    if not isinstance(predictor, Predictor):
-        predictor = load_predictor(predictor)
-    if predictor.plan is None:
+    given = _find_predictor(recipe, weights) if predictor is None else predictor
+    predictor = given if isinstance(given, Predictor) else load_predictor(given)
+    plan, made = recipe.plan(), predictor.plan
+    if made is None:
         return Sampler(model, predictor, **_arguments(recipe), **options)
-    if (predictor.plan.solver, predictor.plan.nfe) != (plan.solver, plan.nfe):
-        raise ConfigError(
-            f"{recipe.name} needs a predictor for {plan.describe()}; this one is for {predictor.plan.describe()}"
-        )
+    if (made.solver, made.nfe) != (plan.solver, plan.nfe):
+        raise ConfigError(f"{recipe.name} needs a predictor for {plan.describe()}; this one is for {made.describe()}")
     return Sampler(model, predictor, **options)
 
 
@@ -121,21 +117,17 @@ class Drawing(NamedTuple):
             return samples
         return adapters.decode_latents(self.decoder.to(samples.device), samples)
 
-    def check(self, seeds: Sequence[int]) -> None:
-        """Raise ConfigError where there are fewer prompts than the seeds need."""
-        if self.parts is not None and seeds and max(seeds) >= len(self.texts):
-            raise ConfigError(f"{max(seeds) + 1} images need as many prompts, there are {len(self.texts)}")
-
 
 def draw(source: Sampler | Drawing, seeds: Sequence[int], batch: int = 64) -> Iterator[Tensor]:
     """The images of these seeds as bytes (B, C, H, W) on the CPU, batch by batch: clip(127.5 x + 128, 0, 255).
 
     Classes of a conditional model are drawn from the seeds. Nothing is kept: 50,000 images pass through a batch's memory.
+    Raises ConfigError where there are fewer prompts than the seeds need.
     """
     drawing = Drawing(source) if isinstance(source, Sampler) else source
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
-    drawing.check(seeds)
+    if drawing.parts is not None and seeds and max(seeds) >= len(drawing.texts):
+        raise ConfigError(f"{max(seeds) + 1} images need as many prompts, there are {len(drawing.texts)}")
     for start in range(0, len(seeds), batch):
-        images = drawing.images(seeds[start : start + batch])
-        yield rounded(images).cpu()
+        yield rounded(drawing.images(seeds[start : start + batch])).cpu()

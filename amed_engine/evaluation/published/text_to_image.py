@@ -17,7 +17,7 @@ import amed_engine.adapters as adapters
 from amed_engine.checkpoints import latent, load_first_stage
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.zoo.catalogue import CATALOGUE
-from amed_engine.zoo.weights import VARIABLE, check_network
+from amed_engine.zoo.weights import VARIABLE, as_denoiser
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 TABLE = "table_encoder_hidden_states"
@@ -32,19 +32,12 @@ class TextToImage:
     """
 
     def __init__(self, name: str, rows: int, weights: str | os.PathLike | None = None):
-        entry, folder = CATALOGUE[name], find_pipeline(name, weights)
+        folder = find_pipeline(name, weights)
         self.decoder = load_first_stage(folder / "vae")
         self._tokenizer, self._encoder = _text_parts(folder)
         network, null = latent.load(folder / "unet"), self.encode([""])
-        check_network(network, name, folder / "unet")
-        self.denoiser = adapters.wrap(
-            network,
-            entry.prediction,
-            shape=entry.shape,
-            betas=entry.alphas_cumprod(),
-            conditions={"encoder_hidden_states": null.expand(rows, -1, -1)},
-            null_conditions={"encoder_hidden_states": null},
-        )
+        texts, none = {"encoder_hidden_states": null.expand(rows, -1, -1)}, {"encoder_hidden_states": null}
+        self.denoiser = as_denoiser(network, name, folder / "unet", conditions=texts, null_conditions=none)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(P, length, width); a prompt that is too long is cut."""

@@ -168,6 +168,8 @@ def evaluate(
     if not isinstance(sampler, Sampler):
         raise ConfigError(f"evaluate takes a Sampler, got {type(sampler).__name__}; pass Sampler(model, nfe=...)")
     setting, seeds = setting or Setting(), list(seeds)
+    if not seeds:
+        raise ConfigError("seeds are empty; pass at least two, e.g. range(512)")
     extract = extractor(features, sampler.device)
     real = None if data is None else know(_of_class(data, setting.class_labels), extract)
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)

@@ -77,6 +77,10 @@ class Task:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}; got {self.variant!r}")
+        if self.variant == "adaptive" and (not isinstance(self.codes, int) or self.codes < 1):
+            raise ConfigError(
+                f"codes must be a number of components of at least 1, got {self.codes!r}; for none fit 'nonstationary'"
+            )
         mine = (self.solver, self.schedule, self.rho) != ("amed", "time_uniform", None) or self.solver_options
         if self.learns_all and mine:
             raise ConfigError(

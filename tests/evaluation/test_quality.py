@@ -114,6 +114,8 @@ def test_class_accuracy_is_of_the_classes_drawn(tiny_conditional):
 
 
 def test_bad_arguments_are_named(euler, monkeypatch):
+    with pytest.raises(ConfigError, match="seeds are empty"):
+        evaluation.evaluate(euler, [])
     with pytest.raises(ConfigError, match="takes a Sampler, got str"):
         evaluation.evaluate("digits", SEEDS)
     with pytest.raises(ConfigError, match="neither deis-fine, heun-fine nor a folder"):

@@ -389,6 +389,7 @@ def unasked(x, sigma):
         (lambda: Task("best"), "variant must be one of constants, epd, nonstationary, adaptive; got 'best'"),
         (lambda: Task("nonstationary", solver="euler"), "leave solver, solver_options, schedule and rho out"),
         (lambda: Task("adaptive", schedule="logsnr"), "leave solver, solver_options, schedule and rho out"),
+        (lambda: Task("adaptive", codes=0), "codes must be a number of components of at least 1, got 0"),
         (lambda: Effort(samples=0), "samples must be an integer of at least 8, got 0"),
         (lambda: AMEDPredictor().freeze(mixture, latents(1)), "freeze needs to know solver and noise levels"),
         (lambda: planned().freeze(mixture, 4), "freeze cannot draw 4 latents for this model"),

@@ -17,9 +17,10 @@ _NAMES = {
     "engine.export.locations": ("get_cmake_dir", "get_include", "get_library", "get_pkgconfig_dir"),
     "engine.export.package": ("load_package",),
     "engine.export.read_plan": ("read_plan",),
-    "engine.export.schedule_table": ("read_schedule", "write_schedule"),
+    "engine.export.read_schedule": ("read_schedule",),
     "engine.export.stepper": ("Stepper",),
     "engine.export.write_plan": ("write_plan",),
+    "engine.export.write_schedule": ("write_schedule",),
     "engine.result": ("SampleResult", "StepInfo"),
     "engine.sampler": ("Sampler",),
     "errors": ("AmedError", "ConfigError", "FileFormatError", "NonFiniteError", "UnsafeFileError"),
@@ -51,10 +52,10 @@ if TYPE_CHECKING:
     from amed_engine.engine.export.locations import get_pkgconfig_dir as get_pkgconfig_dir
     from amed_engine.engine.export.package import load_package as load_package
     from amed_engine.engine.export.read_plan import read_plan as read_plan
-    from amed_engine.engine.export.schedule_table import read_schedule as read_schedule
-    from amed_engine.engine.export.schedule_table import write_schedule as write_schedule
+    from amed_engine.engine.export.read_schedule import read_schedule as read_schedule
     from amed_engine.engine.export.stepper import Stepper as Stepper
     from amed_engine.engine.export.write_plan import write_plan as write_plan
+    from amed_engine.engine.export.write_schedule import write_schedule as write_schedule
     from amed_engine.engine.result import SampleResult as SampleResult
     from amed_engine.engine.result import StepInfo as StepInfo
     from amed_engine.engine.sampler import Sampler as Sampler

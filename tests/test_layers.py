@@ -34,7 +34,10 @@ ROWS = (
 )
 # Numbers and strict JSON, for hosts without torch; names of solvers, for the command line's help.
 WITHOUT_TORCH = {
-    *(f"amed_engine.engine.export.{name}" for name in ("tableau", "strict_json", "read_plan", "stepper")),
+    *(
+        f"amed_engine.engine.export.{name}"
+        for name in ("tableau", "strict_json", "read_plan", "read_schedule", "stepper")
+    ),
     *("amed_engine.solvers.files", "amed_engine.solvers.__init__"),
 }
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import amed_engine.kernels as kernels
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
-from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import BoundLoop

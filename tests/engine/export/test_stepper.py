@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from amed_engine import Midpoint, Sampler, make_schedule, make_solver, sample
 from amed_engine.engine.export import read_plan as plan_file
 from amed_engine.engine.export import tableau
-from amed_engine.engine.export.schedule_table import write_schedule
 from amed_engine.engine.export.stepper import Stepper, dynamic_thresholding
 from amed_engine.engine.export.write_plan import make_tableau, write_plan
+from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.kernels.layout import MAX_OUTPUTS, MAX_SOURCES
 from amed_engine.solvers.program import Program
@@ -203,16 +203,19 @@ def test_limits_are_the_kernels():
 
 def test_reading_and_stepping_need_no_torch(tmp_path):
     sigmas = make_schedule("polynomial", 3, 0.002, 80.0)
-    write_plan(Program.build(make_solver("ipndm"), sigmas), tmp_path / "plan.json")
+    program = Program.build(make_solver("ipndm"), sigmas)
+    write_plan(program, tmp_path / "plan.json")
+    write_schedule(program, tmp_path / "schedule.json")
     code = (
         "import sys, numpy as np\n"
-        "from amed_engine.engine.export.read_plan import read_plan\n"
-        "from amed_engine.engine.export.stepper import Stepper\n"
+        "from amed_engine import Stepper, read_plan, read_schedule\n"
+        "read_schedule(sys.argv[2])\n"
         "s = Stepper(read_plan(sys.argv[1]), np.ones((1, 2), np.float32))\n"
         "while not s.done: s.advance(s.points / 2)\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "plan.json"], capture_output=True, text=True)
+    files = (tmp_path / "plan.json", tmp_path / "schedule.json")
+    done = subprocess.run([sys.executable, "-P", "-c", code, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -8,30 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.export.strict_json import (
-    MAX_EVALUATIONS,
-    entries,
-    expect_names,
-    flag,
-    noise_levels,
-    numbers,
-    read_file,
-    short_text,
-    whole,
-)
-from amed_engine.engine.export.tableau import VERSION, refuse
+from amed_engine.engine.export.read_schedule import FORMAT
+from amed_engine.engine.export.tableau import VERSION
 from amed_engine.engine.export.write_plan import Planned, evaluations, resolve_program
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.files import write_json
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import DiscreteTime
 from amed_engine.solvers.stage import Midpoint, Row
-
-FORMAT, TIMESTEPS = "amed_schedule", ("log_sigma", "discrete")
-ENTRIES = (
-    *("format", "version", "description", "timestep_type"),
-    *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),
-)
 
 
 def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas_cumprod: Tensor | None = None) -> dict:
@@ -79,27 +63,3 @@ def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
 def _discrete(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """Time runs over (k + 1) / n; diffusers counts steps from 0."""
     return DiscreteTime.of(alphas_cumprod).time(sigma) * len(alphas_cumprod) - 1
-
-
-def read_schedule(path: str | os.PathLike) -> dict[str, Any]:
-    """The table of a file that `write_schedule` made. Raises FileFormatError, naming the file."""
-    return read_file(path, _schedule)
-
-
-def _schedule(data: Any) -> dict[str, Any]:
-    expect_names(data, ENTRIES, "schedule")
-    if data["format"] != FORMAT or whole(data["version"], "version", 0) != VERSION:
-        refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
-    if data["timestep_type"] not in TIMESTEPS:
-        refuse("timestep_type", data["timestep_type"], f"one of {', '.join(TIMESTEPS)}")
-    short_text(data["description"], "description")
-    sigmas = noise_levels(data["sigmas"], "sigmas", 2, MAX_EVALUATIONS + 1)
-    if sigmas[0] <= sigmas[-1]:  # a learned midpoint may lie outside its interval, so no more than that
-        refuse("sigmas", f"levels from {sigmas[0]:g} to {sigmas[-1]:g}", "a start above the end")
-    numbers(data["timesteps"], "timesteps", len(sigmas), len(sigmas))
-    intervals = len(noise_levels(data["scale_dir"], "scale_dir", 1, len(sigmas) - 1))
-    noise_levels(data["scale_time"], "scale_time", intervals, intervals)
-    for k, free in enumerate(entries(data["afs"], "afs", len(sigmas) - 1, len(sigmas) - 1)):
-        if flag(free, f"afs[{k}]") and k:
-            refuse(f"afs[{k}]", free, "true for the first evaluation only")
-    return data

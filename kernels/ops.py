@@ -22,8 +22,7 @@ from torch import Tensor
 from . import cuda, layout, native, reference
 from .reference import MidpointStep, MidpointWeights
 
-_library = torch.library.Library("amed", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag,)
+_library, _tags = torch.library.Library("amed", "DEF"), (torch.Tag.pt2_compliant_tag,)
 _library.define("combine(Tensor[] sources, Tensor coeffs) -> Tensor[]", tags=_tags)
 _library.define("combine_out(Tensor[] sources, Tensor coeffs, Tensor(a!)[] out) -> ()", tags=_tags)
 _library.define("combine_coeff_grad(Tensor[] grads, Tensor[] sources) -> Tensor", tags=_tags)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import taps
-from amed_engine.adapters.conditions import Conditions
-from amed_engine.adapters.facts import NetworkFacts
+from amed_engine.adapters.conditions import Conditions, class_index
+from amed_engine.adapters.facts import NetworkFacts, parameter_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.errors import ConfigError
@@ -78,7 +77,8 @@ class Adapter(nn.Module):
         """
         self._check_state(x)
         sigma = level_rows(sigma, x).to(x.dtype)
-        compute = self._dtype(x)
+        parameter = parameter_of(self.network)
+        compute = x.dtype if parameter is None else parameter.dtype
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0], compute)
         c = self.family(sigma)
@@ -88,11 +88,6 @@ class Adapter(nn.Module):
         return Denoised(
             spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
         )
-
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """Of the network's arithmetic: that of its parameters."""
-        parameter = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
-        return x.dtype if parameter is None else parameter.dtype
 
     def _call(
         self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
@@ -115,12 +110,8 @@ class Adapter(nn.Module):
             if labels is not None:
                 raise ConfigError("class_labels were given, but this denoiser has no classes and no bound conditions")
             return None
-        if labels is not None and has_conditions:
-            raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
-        if labels is not None:
-            return label_rows(labels, self.label_dim, x)
-        if has_conditions:
-            return None
+        if labels is not None or has_conditions:
+            return chosen_rows(labels, self.label_dim, x, has_conditions)
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
         if not self.can_guide:
@@ -172,6 +163,15 @@ def level_rows(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.expand(x.shape[0])
 
 
+def chosen_rows(class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool) -> Tensor | None:
+    """`label_rows`, None for the conditions of a call in their place. Raises ConfigError for both."""
+    if class_labels is None:
+        return None
+    if has_conditions:
+        raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
+    return label_rows(class_labels, count, x)
+
+
 def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
     """Integers (B,) or one-hot rows (B, count), one for all allowed, as rows (B, count) like x. Raises ConfigError."""
     if not isinstance(class_labels, Tensor):
@@ -191,12 +191,6 @@ def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
 def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
     if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
         raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
-
-
-def class_index(labels: Tensor, null_class: int | None) -> Tensor:
-    """One-hot rows (B, K) as integers (B,); a zero row becomes null_class."""
-    index = labels.argmax(dim=1)
-    return index if null_class is None else torch.where((labels != 0).any(dim=1), index, null_class)
 
 
 def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:

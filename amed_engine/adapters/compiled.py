@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amed_engine.adapters.facts import device_of, square
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, as_denoised
@@ -126,46 +127,32 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
 
 
 def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram:
-    shape = _sample_shape(denoiser)
+    shape = getattr(denoiser, "sample_shape", None)
+    shape = shape or square(getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None))
     if shape is None or max_batch < 2:
         raise ConfigError(
             f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
         )
-    device, label_dim = _device(denoiser), int(getattr(denoiser, "label_dim", 0) or 0)
+    device, label_dim = device_of(denoiser), int(getattr(denoiser, "label_dim", 0) or 0)
     inputs = [torch.zeros((2, *shape), device=device), torch.ones(2, device=device)]
     inputs += [torch.zeros((2, label_dim), device=device)] if label_dim else []
     batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
-    dynamic = {"x": batch, "sigma": batch} | ({"class_labels": batch} if label_dim else {})
-    return torch.export.export(_Positional(denoiser.eval(), label_dim), tuple(inputs), dynamic_shapes=dynamic)
-
-
-def _sample_shape(denoiser: nn.Module) -> tuple[int, ...] | None:
-    channels, size = getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None)
-    square = None if channels is None or size is None else (int(channels), int(size), int(size))
-    return getattr(denoiser, "sample_shape", None) or square
+    dynamic = {"x": batch, "sigma": batch} | ({"class_labels": (batch,)} if label_dim else {})
+    return torch.export.export(_Positional(denoiser.eval()), tuple(inputs), dynamic_shapes=dynamic)
 
 
 class _Positional(nn.Module):
     """The denoiser with exactly the inputs that its signature names."""
 
-    def __init__(self, denoiser: nn.Module, label_dim: int):
+    def __init__(self, denoiser: nn.Module):
         super().__init__()
         self.denoiser = denoiser
-        self.forward = self._labelled if label_dim else self._plain  # type: ignore[method-assign]
 
-    def _plain(self, x: Tensor, sigma: Tensor) -> Denoised:
-        return as_denoised(self.denoiser(x, sigma))
-
-    def _labelled(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Denoised:
-        return as_denoised(self.denoiser(x, sigma, class_labels))
-
-
-def _device(denoiser: nn.Module) -> torch.device:
-    parameter = next(denoiser.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    def forward(self, x: Tensor, sigma: Tensor, *class_labels: Tensor) -> Denoised:
+        return as_denoised(self.denoiser(x, sigma, *class_labels))
 
 
 def _facts(denoiser: nn.Module) -> dict[str, Any]:
     levels = {name: getattr(denoiser, name, None) for name in ("sigma_min", "sigma_max")}
     known = {name: float(v) for name, v in levels.items() if v is not None and 0 < float(v) < float("inf")}
-    return {"device": _device(denoiser).type} | known
+    return {"device": device_of(denoiser).type} | known

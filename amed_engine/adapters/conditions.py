@@ -101,9 +101,7 @@ class Conditions(nn.Module):
 
     def _chosen(self, labels: Tensor) -> dict[str, Tensor]:
         # An index, not a product with one-hot rows: reduced-precision matrix products would round the table.
-        index = labels.argmax(dim=1)
-        if self.has_null:
-            index = torch.where((labels != 0).any(dim=1), index, self.count)
+        index = class_index(labels, self.count if self.has_null else None)
         return {name: getattr(self, f"table_{name}").index_select(0, index) for name in self.names}
 
     def with_null(self, given: Mapping[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -122,3 +120,9 @@ class Conditions(nn.Module):
                 "guidance needs both alike"
             )
         return row.expand_as(value).to(value)
+
+
+def class_index(labels: Tensor, null_class: int | None) -> Tensor:
+    """One-hot rows (B, K) as integers (B,); a zero row becomes null_class."""
+    index = labels.argmax(dim=1)
+    return index if null_class is None else torch.where((labels != 0).any(dim=1), index, null_class)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from amed_engine.errors import ConfigError
@@ -52,7 +53,18 @@ def facts_of(network: Any) -> NetworkFacts:
     return NetworkFacts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
 
 
-def _square(channels: Any, size: Any) -> tuple[int, ...] | None:
+def parameter_of(network: Any) -> nn.Parameter | None:
+    """The first parameter, whose dtype and device are the network's; None where there is none."""
+    return next(network.parameters(), None) if isinstance(network, nn.Module) else None
+
+
+def device_of(network: Any) -> torch.device:
+    """Where the parameters are; without any, the CPU."""
+    parameter = parameter_of(network)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def square(channels: Any, size: Any) -> tuple[int, ...] | None:
     """(C, H, W) of a size that is a number, a pair or not told."""
     if channels is None or size is None:
         return None
@@ -61,7 +73,7 @@ def _square(channels: Any, size: Any) -> tuple[int, ...] | None:
 
 
 def _edm(network: Any) -> NetworkFacts:
-    shape = _square(network.img_channels, network.img_resolution)
+    shape = square(network.img_channels, network.img_resolution)
     own = type(network).__module__.startswith("amed_engine.")
     label_dim = int(getattr(network, "label_dim", 0) or 0)
     reduction = network.img_resolution // network.bottleneck_shape[1] if own else None
@@ -75,7 +87,7 @@ def _raw_edm(network: Any) -> NetworkFacts:
 
 
 def _openai(network: Any) -> NetworkFacts:
-    shape = _square(network.in_channels, network.image_size)
+    shape = square(network.in_channels, network.image_size)
     reduction = network.image_size // network.bottleneck_shape[1]
     return NetworkFacts(
         shape, network.out_channels, network.num_classes or 0, returns_bottleneck=True, reduction=reduction
@@ -83,7 +95,7 @@ def _openai(network: Any) -> NetworkFacts:
 
 
 def _guided_diffusion(network: Any) -> NetworkFacts:
-    shape = _square(network.in_channels, getattr(network, "image_size", None))
+    shape = square(network.in_channels, getattr(network, "image_size", None))
     classes = getattr(network, "num_classes", None) or 0
     return NetworkFacts(shape, getattr(network, "out_channels", None), classes, "index")
 
@@ -93,13 +105,9 @@ def _onnx(network: Any) -> NetworkFacts:
 
 
 def _diffusers_unet(network: Any) -> NetworkFacts:
-    config = network.config
     _refuse(network, class_embed_type=None)
-    shape = _square(config.in_channels, config.sample_size)
-    classes = config.num_class_embeds or 0
-    return NetworkFacts(
-        shape, config.out_channels, classes, "index", betas="linear", diffusers=True, reduction=_reduction(config)
-    )
+    classes = {"label_dim": network.config.num_class_embeds or 0, "labels": "index"}
+    return _of_diffusers(network, **classes, betas="linear", reduction=_reduction(network))
 
 
 def _diffusers_conditional(network: Any) -> NetworkFacts:
@@ -111,41 +119,42 @@ def _diffusers_conditional(network: Any) -> NetworkFacts:
         conditions |= {"text_embeds": None, "time_ids": None}
     else:
         _refuse(network, addition_embed_type=None)
-    shape = _square(config.in_channels, config.sample_size)
-    known = {"betas": "scaled_linear", "diffusers": True, "reduction": _reduction(config)}
-    return NetworkFacts(shape, config.out_channels, conditions=conditions, **known)
+    return _of_diffusers(network, conditions=conditions, betas="scaled_linear", reduction=_reduction(network))
 
 
-def _reduction(config: Any) -> int:
+def _reduction(network: Any) -> int:
     """Every block of a U-Net of diffusers but the last halves its input."""
-    return 2 ** (len(config.block_out_channels) - 1)
+    return 2 ** (len(network.config.block_out_channels) - 1)
 
 
 def _diffusers_dit(network: Any) -> NetworkFacts:
-    config, classes = network.config, network.config.num_embeds_ada_norm
-    shape = _square(config.in_channels, config.sample_size)
     # The table of classes ends with a row for "none", which training drops labels to.
-    known = {"null_class": classes, "prediction": "epsilon", "betas": "linear", "diffusers": True}
-    return NetworkFacts(shape, config.out_channels or config.in_channels, classes, "index", **known)
+    count = network.config.num_embeds_ada_norm
+    classes = {"label_dim": count, "labels": "index", "null_class": count}
+    return _of_diffusers(network, **classes, prediction="epsilon", betas="linear")
 
 
 def _diffusers_sd3(network: Any) -> NetworkFacts:
-    config = network.config
-    conditions = {
-        "encoder_hidden_states": config.joint_attention_dim,
-        "pooled_projections": config.pooled_projection_dim,
-    }
-    shape = _square(config.in_channels, config.sample_size)
-    return NetworkFacts(shape, config.out_channels, conditions=conditions, prediction="flow", diffusers=True)
+    return _of_diffusers(network, conditions=_joint_conditions(network.config), prediction="flow")
 
 
 def _flux(network: Any) -> NetworkFacts:
-    config = network.transformer.config
-    conditions = {
+    conditions = _joint_conditions(network.transformer.config)
+    return NetworkFacts(None, network.channels, conditions=conditions, prediction="flow")
+
+
+def _joint_conditions(config: Any) -> dict[str, int | None]:
+    """Those of a transformer that attends to text and image together."""
+    return {
         "encoder_hidden_states": config.joint_attention_dim,
         "pooled_projections": config.pooled_projection_dim,
     }
-    return NetworkFacts(None, network.channels, conditions=conditions, prediction="flow")
+
+
+def _of_diffusers(network: Any, **known: Any) -> NetworkFacts:
+    config = network.config
+    shape = square(config.in_channels, config.sample_size)
+    return NetworkFacts(shape, config.out_channels or config.in_channels, diffusers=True, **known)
 
 
 def _refuse(network: Any, **expected: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.adapter import Adapter, label_rows, level_rows
+from amed_engine.adapters.adapter import Adapter, chosen_rows, label_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.errors import ConfigError
@@ -103,15 +103,11 @@ class ClassifierFree(_Around):
         return self.denoiser.conditions.with_null(conditions, batch)
 
     def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
-        if labels is not None and has_conditions:
-            raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
-        if has_conditions:
-            return None
-        if labels is None and self.label_dim == 1:
+        if labels is not None or has_conditions:
+            return chosen_rows(labels, self.label_dim, x, has_conditions)
+        if self.label_dim == 1:
             return x.new_ones(x.shape[0], 1)
-        if labels is None:
-            raise ConfigError(f"guidance needs class_labels (of {self.label_dim}) or conditions in the call")
-        return label_rows(labels, self.label_dim, x)
+        raise ConfigError(f"guidance needs class_labels (of {self.label_dim}) or conditions in the call")
 
     def _once(self, x, sigma, labels, conditions, null) -> tuple[Tensor, Tensor, Tensor | None]:
         """(unconditional, conditional, its bottleneck) from one doubled batch, the unconditional half first."""

@@ -14,7 +14,7 @@ from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, facts_of
+from amed_engine.adapters.facts import NetworkFacts, device_of, facts_of, parameter_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
@@ -82,7 +82,10 @@ def wrap(
     if bottleneck != "auto":
         facts = replace(facts, reduction=None)  # another module's output has its own size
     notes = _notes(model, facts, family, why, tables, found)
-    adapter = Adapter(model, _with_range(family, model, facts), facts, tables, name, notes)
+    if facts.denoises:  # a denoiser's own range of noise levels
+        family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
+        family.sigma_max = float(getattr(model, "sigma_max", 0) or family.sigma_max)
+    adapter = Adapter(model, family, facts, tables, name, notes)
     if verify and family.name == "v":
         _check_not_noise(adapter)
     return adapter
@@ -196,18 +199,10 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
-def _with_range(family: Family, model: Any, facts: NetworkFacts) -> Family:
-    """A denoiser's own range of noise levels."""
-    if facts.denoises:
-        family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
-        family.sigma_max = float(getattr(model, "sigma_max", 0) or family.sigma_max)
-    return family
-
-
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    parameter = parameter_of(model)
     shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
     if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
         shape += ", learned variances cut off"
@@ -230,8 +225,7 @@ def _notes(
 def _check_not_noise(adapter: Adapter) -> None:
     """One evaluation of noise at the highest level: v is then nearly the data, and nearly independent of its input."""
     shape, ready = adapter.sample_shape, adapter.conditions.count or not adapter.conditions.names
-    parameter = next(adapter.network.parameters(), None) if isinstance(adapter.network, nn.Module) else None
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = device_of(adapter.network)
     if shape is None or not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
         return
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)

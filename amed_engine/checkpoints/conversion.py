@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.files import check_values, save_diffusers
-from amed_engine.checkpoints.native import build_network, restore, save_model, save_predictor, save_tensors
+from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.policy import read_published
 from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
@@ -37,6 +37,7 @@ class _Layout(NamedTuple):
     convert: Callable[[Mapping[str, Any], Path, Path, Mapping[str, Any]], str]
     load: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], nn.Module] | None = None  # None: it is no network
     suffix: str = ".safetensors"  # of what it becomes, "" for a directory
+    asks: bool = True  # takes settings; others say all about themselves
 
 
 def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **settings: Any) -> Converted:
@@ -48,7 +49,7 @@ def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **set
     settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
-    layout, data = _open(Path(path))
+    layout, data = _open(Path(path), settings)
     path, target = Path(path), Path(out) if out is not None else Path(path).with_suffix(layout.suffix)
     if target == path:
         raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
@@ -57,13 +58,13 @@ def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **set
 
 def load_published(path: str | os.PathLike, **settings: Any) -> nn.Module:
     """The network of a published checkpoint, as `convert` reads it, without writing anything."""
-    layout, data = _open(Path(path))
+    layout, data = _open(Path(path), settings)
     if layout.load is None:
         raise FileFormatError(f"{path} holds no network but an {layout.name}")
     return layout.load(data, Path(path), settings)
 
 
-def _open(path: Path) -> tuple[_Layout, dict]:
+def _open(path: Path, settings: Mapping[str, Any]) -> tuple[_Layout, dict]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist or is no file; pass a published checkpoint")
     data = _read(path)
@@ -72,6 +73,8 @@ def _open(path: Path) -> tuple[_Layout, dict]:
         raise FileFormatError(
             f"{path} has an unknown layout: {_keys(data)}; known are {'; '.join(layout.name for layout in LAYOUTS)}"
         )
+    if settings and not known[0].asks:
+        raise ConfigError(f"this file says all about itself; leave out {', '.join(sorted(settings))}")
     return known[0], data
 
 
@@ -130,13 +133,11 @@ def _is(key: str, kind: str) -> Callable[[Mapping[str, Any]], bool]:
 def _predictor(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
     tensors = _finite(module_tensors(data["model"]), path)
     predictor = to_predictor(data["model"], data.get("loss_fn"), tensors, path)
-    _no_settings(settings)
     save_predictor(predictor, out)
     return f"AMED predictor: {predictor.plan.describe() if predictor.plan else ''}"
 
 
 def _edm(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
-    _no_settings(settings)
     model = edm_network(data["ema"], path)
     save_model(model, out)
     size = f"{model.img_channels}x{model.img_resolution}x{model.img_resolution}"
@@ -144,7 +145,6 @@ def _edm(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, 
 
 
 def _load_edm(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]) -> nn.Module:
-    _no_settings(settings)
     return edm_network(data["ema"], path)
 
 
@@ -174,7 +174,7 @@ def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[st
 
 
 def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> nn.Module:
-    return build_network(kind, *_openai_parts(data, path, settings), path)
+    return restore(KINDS[kind], *_openai_parts(data, path, settings), path).eval()
 
 
 def _latent_parts(
@@ -216,16 +216,11 @@ def load_first_stage(path: str | os.PathLike) -> nn.Module:
     """
     if Path(path).is_dir():
         return first_stage.load(Path(path))
-    layout, data = _open(Path(path))
+    layout, data = _open(Path(path), {})
     found = first_stage_of(data["state_dict"], Path(path)) if layout.convert is _latent else None
     if found is None:
         raise FileFormatError(f"{path} holds no first stage of latent diffusion (first_stage_model.*)")
     return found
-
-
-def _no_settings(settings: Mapping[str, Any]) -> None:
-    if settings:
-        raise ConfigError(f"this file says all about itself; leave out {', '.join(sorted(settings))}")
 
 
 def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -235,8 +230,8 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 LAYOUTS = (
-    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor),
-    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm),
+    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor, asks=False),
+    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm, asks=False),
     _Layout(
         "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)",
         openai_state.is_unet,

@@ -38,6 +38,14 @@ def save_diffusers(model: Any, folder: Path) -> None:
             atomic_write(folder / file.name, file.read_bytes())
 
 
+def load_diffusers(model_class: Any, folder: Path, what: str) -> Any:
+    """The model in a directory that `save_diffusers` or diffusers wrote; safetensors only, nothing from the network."""
+    try:
+        return model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
+
+
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
     """Save tensors and their configuration to a .safetensors file or a directory, each file atomically.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amed_engine.checkpoints.files import parse_config
+from amed_engine.checkpoints.files import load_diffusers, parse_config
 from amed_engine.checkpoints.native import restore
 from amed_engine.errors import FileFormatError, require
 
@@ -94,10 +94,7 @@ def load(folder: Path) -> nn.Module:
     if not config.is_file():
         raise FileFormatError(f"{folder} holds no autoencoder of diffusers: it has no config.json")
     vector_quantized = parse_config(config.read_text("utf-8"), config).get("_class_name") == "VQModel"
-    try:
-        return classes[vector_quantized].from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{folder} holds no autoencoder of diffusers: {str(error)[:300]}") from error
+    return load_diffusers(classes[vector_quantized], folder, "autoencoder")
 
 
 def _diffusers() -> tuple[tuple[Any, Any], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amed_engine.checkpoints.files import save_diffusers
+from amed_engine.checkpoints.files import load_diffusers, save_diffusers
 from amed_engine.errors import ConfigError, FileFormatError, require
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
@@ -91,10 +91,7 @@ def save(unet: Any, out: Path) -> str:
 
 def load(folder: Path) -> Any:
     """The network in a directory that `save` or diffusers wrote; safetensors only, nothing from the network."""
-    try:
-        return _diffusers().from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{folder} holds no U-Net of diffusers: {str(error)[:300]}") from error
+    return load_diffusers(_diffusers(), folder, "U-Net")
 
 
 def _diffusers() -> Any:

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-import amed_engine.networks as networks
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.networks import EDMPrecond
+from amed_engine.networks import EDMPrecond, OpenAIClassifier, OpenAIUNet
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
@@ -26,8 +25,8 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "constant_predictor": ConstantPredictor,
     "coefficient_predictor": CoefficientPredictor,
 }
-# What a file says it holds -> the class in amed_engine.networks.
-KINDS = {"edm_precond": "EDMPrecond", "openai_unet": "OpenAIUNet", "openai_classifier": "OpenAIClassifier"}
+# Networks by what a file says it holds.
+KINDS = {"edm_precond": EDMPrecond, "openai_unet": OpenAIUNet, "openai_classifier": OpenAIClassifier}
 
 
 def save_predictor(predictor: Predictor, path: str | os.PathLike) -> None:
@@ -61,41 +60,32 @@ def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None
 
 def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Save a network that is not built: its kind, constructor arguments and tensors, checked against each other."""
-    if (network := _network(kind)) is not None:
-        with torch.device("meta"):
-            check_tensors(_build(network, arguments, path), tensors, path)
+    _check_fit(KINDS[kind], arguments, tensors, path)
     write(path, tensors, {"kind": kind, "model": arguments, **versions()})
 
 
 def load_model(path: str | os.PathLike) -> Any:
     """A network saved by `save_model` or written by `convert`, in evaluation mode."""
     config, tensors = read(path)
-    if config.get("kind") not in list(KINDS):  # a list: what the file says may be no key
-        raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {' or '.join(map(repr, KINDS))}")
-    return build_network(config["kind"], config.get("model"), tensors, path)
-
-
-def build_network(kind: str, arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> nn.Module:
-    """The network of a kind, of these constructor arguments and tensors, in evaluation mode."""
-    network = _network(kind)
-    if network is None:
-        raise FileFormatError(f"{path} holds {kind!r}, which this version of amed_engine has no network for")
-    return restore(network, arguments, tensors, path).eval()
-
-
-def _network(kind: str) -> type[nn.Module] | None:
-    return getattr(networks, KINDS[kind], None)
+    kind = config.get("kind")
+    if kind not in list(KINDS):  # a list: what the file says may be no key
+        raise FileFormatError(f"{path} holds {kind!r}, expected {' or '.join(map(repr, KINDS))}")
+    return restore(KINDS[kind], config.get("model"), tensors, path).eval()
 
 
 def restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> M:
     """The module of these arguments with these tensors, and no others."""
-    # First without memory: a configuration may claim any size, the file's tensors have theirs.
-    with torch.device("meta"):
-        check_tensors(_build(make, arguments, path), tensors, path)
+    _check_fit(make, arguments, tensors, path)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
         module = _build(make, arguments, path)
     module.load_state_dict(dict(tensors), strict=True)
     return module
+
+
+def _check_fit(make: Callable[..., nn.Module], arguments: Any, tensors: Mapping[str, Tensor], path: Any) -> None:
+    # Without memory: a configuration may claim any size, the file's tensors have theirs.
+    with torch.device("meta"):
+        check_tensors(_build(make, arguments, path), tensors, path)
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

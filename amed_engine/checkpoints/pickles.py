@@ -73,24 +73,20 @@ def run(stream: io.BytesIO | mmap.mmap, policy: Policy, where: str) -> Any:
     try:
         for position, (operation, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
             if position > MAX_OPERATIONS or len(machine.stack) > MAX_STACK:
-                raise _Refused(f"more than {MAX_OPERATIONS} operations or {MAX_STACK} values on its stack")
+                raise Refused(f"more than {MAX_OPERATIONS} operations or {MAX_STACK} values on its stack")
             machine.step(operation.name, argument)
         _check_depth(machine.top)
         (value,) = machine.stack
         return value
-    except _Refused as error:
+    except Refused as error:
         raise UnsafeFileError(f"{where} is refused: {error}; only plain data is read from a pickle") from error
     except Exception as error:  # whatever the standard library or a wrong operand makes of a damaged stream
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UnsafeFileError(f"{where} is no whole pickle, at operation {position}: {reason}") from error
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """Why; `run` adds where."""
-
-
-def refuse(reason: str) -> _Refused:
-    return _Refused(reason)
 
 
 class _Machine:
@@ -105,11 +101,11 @@ class _Machine:
         elif name in _OPERATIONS:
             _OPERATIONS[name](self, argument)
         elif name not in _IGNORED:
-            raise _Refused(f"it has the operation {name}")
+            raise Refused(f"it has the operation {name}")
 
     def protocol(self, version: int) -> None:
         if version > 5:
-            raise _Refused(f"it is of protocol {version}")
+            raise Refused(f"it is of protocol {version}")
 
     def to_mark(self) -> list:
         """Everything above the last mark, taken off with it."""
@@ -117,7 +113,7 @@ class _Machine:
         while self.stack[at] is not MARK:
             at -= 1
             if at < 0:
-                raise _Refused("it closes what it never opened")
+                raise Refused("it closes what it never opened")
         values = self.stack[at + 1 :]
         del self.stack[at:]
         return values
@@ -125,47 +121,47 @@ class _Machine:
     @property
     def top(self) -> Any:
         if self.stack[-1] is MARK:
-            raise _Refused("it takes a mark for a value")
+            raise Refused("it takes a mark for a value")
         return self.stack[-1]
 
     def take(self, count: int) -> list:
         values = self.stack[-count:]
         if len(values) < count or any(value is MARK for value in values):
-            raise _Refused("it takes more than its stack holds")
+            raise Refused("it takes more than its stack holds")
         del self.stack[-count:]
         return values
 
     def put(self, index: int | None) -> None:
         index = len(self.memo) if index is None else int(index)
         if not 0 <= index <= len(self.memo):
-            raise _Refused(f"it claims place {index} of a memo of {len(self.memo)}")
+            raise Refused(f"it claims place {index} of a memo of {len(self.memo)}")
         self.memo[index] = self.top
 
     def get(self, index: int) -> None:
         if int(index) not in self.memo:
-            raise _Refused(f"it asks for place {index} of a memo of {len(self.memo)}")
+            raise Refused(f"it asks for place {index} of a memo of {len(self.memo)}")
         self.stack.append(self.memo[int(index)])
 
     def name(self, module: Any, name: Any) -> None:
         ref = Ref(module, name)
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise _Refused("it names a global by something else than text")
+            raise Refused("it names a global by something else than text")
         if str(ref) not in self.policy.calls and not self.policy.inert.fullmatch(str(ref)):
-            raise _Refused(f"it names {str(ref)[:200]!r}")
+            raise Refused(f"it names {str(ref)[:200]!r}")
         self.stack.append(ref)
 
     def call(self) -> None:
         function, arguments = self.take(2)
         if not isinstance(function, Ref) or str(function) not in self.policy.calls:
-            raise _Refused(f"it calls {_show(function)}")
+            raise Refused(f"it calls {_show(function)}")
         if not isinstance(arguments, tuple):
-            raise _Refused(f"it calls {function} with {_show(arguments)}")
+            raise Refused(f"it calls {function} with {_show(arguments)}")
         self.stack.append(self.policy.calls[str(function)](*arguments))
 
     def new(self) -> None:
         cls, arguments = self.take(2)
         if not isinstance(cls, Ref) or arguments != ():
-            raise _Refused(f"it makes a {_show(cls)} with arguments")
+            raise Refused(f"it makes a {_show(cls)} with arguments")
         maker = self.policy.calls.get(str(cls))
         self.stack.append(Record(str(cls)) if maker is None else maker())
 
@@ -174,7 +170,7 @@ class _Machine:
         if isinstance(target, Record) and target.state is None:
             target.state = state
         elif not (isinstance(target, dict) and not state):  # an EasyDict has its entries as items, and no state
-            raise _Refused(f"it gives a state to {_show(target)}")
+            raise Refused(f"it gives a state to {_show(target)}")
 
     def items(self, pairs: list) -> None:
         target = self._container(dict)
@@ -189,20 +185,20 @@ class _Machine:
 
     def persistent(self, ident: Any) -> None:
         if self.policy.persistent is None:
-            raise _Refused(f"it has the persistent id {_show(ident)}")
+            raise Refused(f"it has the persistent id {_show(ident)}")
         self.stack.append(self.policy.persistent(ident))
 
     def _container(self, kind: type) -> Any:
         # Exact types: a dict of ours never has methods of a file's making.
         if type(self.stack[-1]) is not kind:
-            raise _Refused(f"it puts items into {_show(self.stack[-1])}")
+            raise Refused(f"it puts items into {_show(self.stack[-1])}")
         return self.stack[-1]
 
 
 def _plain(key: Any) -> Any:
     """Keys are hashed and compared, which a nested tuple could make endless."""
     if not isinstance(key, PLAIN):
-        raise _Refused(f"it has {_show(key)} for a key")
+        raise Refused(f"it has {_show(key)} for a key")
     return key
 
 
@@ -218,7 +214,7 @@ def _check_depth(value: Any) -> None:
         seen.update(map(id, level))
         if not level:
             return
-    raise _Refused(f"its data is nested more than {MAX_DEPTH} levels deep")
+    raise Refused(f"its data is nested more than {MAX_DEPTH} levels deep")
 
 
 def _children(value: Any) -> Iterable:
@@ -227,11 +223,6 @@ def _children(value: Any) -> Iterable:
     if isinstance(value, Record):
         return (value.state,)
     return () if isinstance(value, Ref) or not isinstance(value, (list, tuple)) else value
-
-
-def _text_pair(argument: str) -> tuple[str, str]:
-    module, _, name = argument.partition(" ")
-    return module, name
 
 
 _LITERALS = {
@@ -266,14 +257,9 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "SETITEM": lambda m, _: m.items(m.take(2)),
     "SETITEMS": lambda m, _: m.items(m.to_mark()),
     "ADDITEMS": lambda m, _: m.add(m.to_mark()),
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.put,
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "GLOBAL": lambda m, argument: m.name(*_text_pair(argument)),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "GLOBAL": lambda m, argument: m.name(*argument.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(*m.take(2)),
     "REDUCE": lambda m, _: m.call(),
     "NEWOBJ": lambda m, _: m.new(),

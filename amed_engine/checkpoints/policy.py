@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints.pickles import Policy, Record, Ref, refuse, run, run_file
+from amed_engine.checkpoints.pickles import Policy, Record, Ref, Refused, run, run_file
 
 # Classes whose source travels in the file: the networks, losses and augmentation of EDM, the predictor and loss of AMED.
 CLASSES = {
@@ -44,60 +44,53 @@ def read_published(path: str | os.PathLike) -> Any:
     Raises UnsafeFileError naming what is not on the list, or where the file is damaged.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    sized = {"torch.storage._load_from_bytes": _Storages(size), "_codecs.encode": _Bytes(size)}
+    storages, texts = _Limited(_storage, "storages", size), _Limited(_bytes, "bytes", size)
+    sized = {"torch.storage._load_from_bytes": storages, "_codecs.encode": texts}
     return run_file(path, Policy(_NAMES, {**_CALLS, **sized}))
 
 
 def _object(meta: Any) -> Record:
     if not isinstance(meta, dict) or not {"type", "class_name", "state"} <= meta.keys():
-        raise refuse("an object in it has no class_name and state")
+        raise Refused("an object in it has no class_name and state")
     if meta["type"] != "class" or meta["class_name"] not in CLASSES:
-        raise refuse(f"it brings its own class {str(meta['class_name'])[:80]!r}, whose source is not run")
+        raise Refused(f"it brings its own class {str(meta['class_name'])[:80]!r}, whose source is not run")
     return Record(meta["class_name"], meta["state"])
 
 
-class _Bytes:
-    """`_codecs.encode(text, "latin1")`: how the protocols before 3 write bytes. Together not larger than the file."""
+class _Limited:
+    """A function of contents of the file, together not larger than the file: it may read the same ones again and again."""
 
-    def __init__(self, limit: int):
-        self.left = limit
+    def __init__(self, function: Callable[..., Any], what: str, limit: int):
+        self.function, self.what, self.left = function, what, limit
 
-    def __call__(self, text: Any, encoding: Any = None) -> bytes:
-        if type(text) is not str or encoding != "latin1":
-            raise refuse("bytes in it are not written as latin1 text")
-        self.left -= len(text)
+    def __call__(self, data: Any, *rest: Any) -> Any:
+        self.left -= len(data) if isinstance(data, (str, bytes)) else 0
         if self.left < 0:
-            raise refuse("its bytes are larger than itself")
-        return text.encode("latin1")
+            raise Refused(f"its {self.what} are larger than itself")
+        return self.function(data, *rest)
 
 
-class _Storages:
-    """The flat tensors of a file, together not larger than the file: it may read the same bytes again and again."""
-
-    def __init__(self, limit: int):
-        self.left = limit
-
-    def __call__(self, data: Any) -> Tensor:
-        if not isinstance(data, bytes):
-            raise refuse("a storage in it is not made of bytes")
-        self.left -= len(data)
-        if self.left < 0:
-            raise refuse("its storages are larger than itself")
-        return _storage(data)
+def _bytes(text: Any, encoding: Any = None) -> bytes:
+    """`_codecs.encode(text, "latin1")`: how the protocols before 3 write bytes."""
+    if type(text) is not str or encoding != "latin1":
+        raise Refused("bytes in it are not written as latin1 text")
+    return text.encode("latin1")
 
 
-def _storage(data: bytes) -> Tensor:
+def _storage(data: Any) -> Tensor:
     """The flat tensor in what the older torch.save makes of one storage: four pickles, a list of keys, the bytes."""
+    if not isinstance(data, bytes):
+        raise Refused("a storage in it is not made of bytes")
     stream, policy = io.BytesIO(data), Policy(_NAMES, {}, _Claim)
     magic, protocol, system, flat, keys = (run(stream, policy, "a storage in it") for _ in range(5))
     if magic != MAGIC or protocol != PROTOCOL or not isinstance(flat, _Claim) or keys != [flat.key]:
-        raise refuse("a storage in it is of an unknown form")
+        raise Refused("a storage in it is of an unknown form")
     if not (isinstance(system, dict) and system.get("little_endian") is True):
-        raise refuse("a storage in it is not little-endian")
+        raise Refused("a storage in it is not little-endian")
     (count,) = struct.unpack("<q", stream.read(8))
     values = bytearray(stream.read())  # torch reads it in place, and wants to be able to write
     if count != flat.count or len(values) != count * flat.dtype.itemsize:
-        raise refuse(f"a storage in it claims {flat.count} numbers and holds {len(values)} bytes")
+        raise Refused(f"a storage in it claims {flat.count} numbers and holds {len(values)} bytes")
     return torch.frombuffer(values, dtype=flat.dtype) if count else torch.empty(0, dtype=flat.dtype)
 
 
@@ -106,10 +99,10 @@ class _Claim:
 
     def __init__(self, ident: Any):
         if not isinstance(ident, tuple) or len(ident) not in (5, 6) or ident[0] != "storage" or any(ident[5:]):
-            raise refuse("a storage in it has another persistent id than torch's")
+            raise Refused("a storage in it has another persistent id than torch's")
         _, cls, self.key, _, self.count = ident[:5]
         if not isinstance(cls, Ref) or cls.name not in STORAGES or not isinstance(self.key, str):
-            raise refuse("a storage in it has an unknown type")
+            raise Refused("a storage in it has an unknown type")
         self.dtype = STORAGES[cls.name]
 
 
@@ -117,16 +110,16 @@ def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """The tensor of these sizes and strides, within its storage."""
     numbers = (offset, *size, *stride)
     if not isinstance(flat, Tensor) or not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
-        raise refuse("a tensor in it has impossible sizes")
+        raise Refused("a tensor in it has impossible sizes")
     count, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count and (last >= flat.numel() or count > flat.numel()):
-        raise refuse(f"a tensor in it of {tuple(size)} reaches beyond its storage of {flat.numel()}")
+        raise Refused(f"a tensor in it of {tuple(size)} reaches beyond its storage of {flat.numel()}")
     return torch.as_strided(flat, size, stride, offset if count else 0)
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise refuse("a parameter in it is no tensor")
+        raise Refused("a parameter in it is no tensor")
     return data
 
 
@@ -135,7 +128,7 @@ def _scalar(dtype: Any, data: Any) -> float | int | bool:
     code = NUMPY.get(dtype.kind) if isinstance(dtype, Record) else None
     order = dtype.state[1] if code and isinstance(dtype.state, tuple) else "<"
     if code is None or order not in ("<", "|") or not isinstance(data, bytes):
-        raise refuse("a number of numpy's in it has an unknown type")
+        raise Refused("a number of numpy's in it has an unknown type")
     return struct.unpack(f"<{code}", data)[0]
 
 
@@ -144,7 +137,7 @@ def _empty(kind: type) -> Callable[..., Any]:
 
     def make(*arguments: Any) -> Any:
         if any(arguments):
-            raise refuse(f"a {kind.__name__} in it is made from arguments")
+            raise Refused(f"a {kind.__name__} in it is made from arguments")
         return kind()
 
     return make
@@ -153,7 +146,7 @@ def _empty(kind: type) -> Callable[..., Any]:
 def _names(values: Any = ()) -> set:
     """A set, filled later or (before protocol 4) made from a list: of a few names, lest it is copied without end."""
     if not isinstance(values, (list, tuple)) or len(values) > 4 or not all(type(name) is str for name in values):
-        raise refuse("a set in it is made from more than a few names")
+        raise Refused("a set in it is made from more than a few names")
     return set(values)
 
 
@@ -163,13 +156,13 @@ def _device(kind: Any, index: Any = 0) -> Record:
 
 def _size(sizes: Any = ()) -> tuple:
     if not isinstance(sizes, tuple):
-        raise refuse("a size in it is no tuple")
+        raise Refused("a size in it is no tuple")
     return sizes
 
 
 def _instance(cls: Any, base: Any, state: Any) -> Record:
     if not isinstance(cls, Ref) or base not in OBJECT or state is not None:
-        raise refuse("an object in it is made from arguments")
+        raise Refused("an object in it is made from arguments")
     return Record(str(cls))
 
 

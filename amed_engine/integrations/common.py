@@ -1,4 +1,4 @@
-"""What the integrations share: a program for a predictor on given noise levels."""
+"""What the integrations share: a program for a predictor on given noise levels, and a denoiser that is listened to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
@@ -81,3 +82,16 @@ def check_plan(plan: Plan, levels: Tensor, afs: bool) -> None:
         )
     if afs != plan.afs:
         raise ConfigError(f"this predictor was trained for afs={plan.afs}, got afs={afs}; pass afs=predictor.plan.afs")
+
+
+class Recorder:
+    """A denoiser that remembers the first answer since `first` was cleared."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.first: Denoised | None = None
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
+        denoised = as_denoised(self.denoiser(x, sigma))
+        self.first = self.first or denoised
+        return denoised

@@ -10,10 +10,9 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from amed_engine.adapters.taps import Bottleneck, Tap
-from amed_engine.integrations.common import AnyPredictor, make_program
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised
+from amed_engine.integrations.common import AnyPredictor, Recorder, make_program
+from amed_engine.sampling.denoiser import analytic_first_step
 from amed_engine.sampling.loop import State, Trajectory, evaluate
-from amed_engine.solvers.program import Program
 
 
 @torch.no_grad()
@@ -42,39 +41,14 @@ def sample_amed(
     program = make_program(predictor, sigmas, afs, x)
     options = dict(extra_args or {})
     with Tap(model, bottleneck) as tap:
-        denoiser = tap.denoiser(lambda y, sigma: model(y, sigma, **options))
-        return run(program, denoiser, x, callback, disable)
-
-
-def run(
-    program: Program,
-    denoiser: Denoiser,
-    x: Tensor,
-    callback: Callable[[dict[str, Any]], object] | None,
-    disable: bool | None,
-) -> Tensor:
-    """The loop with k-diffusion's callback and progress bar."""
-    recorder = Recorder(denoiser)
-    trajectory, state = Trajectory(program, recorder), State(x)
-    for i in trange(program.intervals, disable=disable):
-        recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
-        before, state = state.y[0], trajectory.interval(state, i)[-1]
-        if callback is not None and recorder.first is not None:
-            sigma = program.sigmas[i]
-            callback({"x": before, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": recorder.first.x0})
-    if program.denoise_to_zero:
-        return evaluate(denoiser, state.y, (program.sigmas[-1],))[0].x0
-    return state.y[0]
-
-
-class Recorder:
-    """A denoiser that remembers the first answer since `first` was cleared."""
-
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser = denoiser
-        self.first: Denoised | None = None
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
-        denoised = as_denoised(self.denoiser(x, sigma))
-        self.first = self.first or denoised
-        return denoised
+        recorder = Recorder(tap.denoiser(lambda y, sigma: model(y, sigma, **options)))
+        trajectory, state = Trajectory(program, recorder), State(x)
+        for i in trange(program.intervals, disable=disable):
+            recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
+            before, state = state.y[0], trajectory.interval(state, i)[-1]
+            if callback is not None and recorder.first is not None:
+                sigma = program.sigmas[i]
+                callback({"x": before, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": recorder.first.x0})
+        if program.denoise_to_zero:
+            return evaluate(recorder, state.y, (program.sigmas[-1],))[0].x0
+        return state.y[0]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.family import spread
 from amed_engine.adapters.taps import Bottleneck, Tap
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import open_predictor
+from amed_engine.integrations.common import Recorder, open_predictor
 from amed_engine.sampling.loop import State, Trajectory
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
@@ -59,30 +60,18 @@ class AMEDSolver:
         levels = torch.stack([t_cur, torch.where(ends, t_cur, t_next)]).to(torch.promote_types(x.dtype, torch.float32))
         program = Program(self.solver, levels, self._midpoint(levels))
         with Tap(self.denoiser, self.bottleneck) as tap:
-            first = FirstAnswer(tap.denoiser(self._denoised))
-            moved = Trajectory(program, first).interval(State(x), 0)[-1].y[0]
-        assert first.x0 is not None
-        return torch.where(ends.reshape(-1, *[1] * (x.dim() - 1)), first.x0, moved)
+            recorder = Recorder(tap.denoiser(self._denoised))
+            moved = Trajectory(program, recorder).interval(State(x), 0)[-1].y[0]
+        assert recorder.first is not None
+        return torch.where(spread(ends, x), recorder.first.x0, moved)
 
     def _denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
         """D = x - t dx/dt."""
-        return x - sigma.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)) * self.denoiser(x, sigma.to(x.dtype))
+        sigma = sigma.to(x.dtype)
+        return x - spread(sigma, x) * self.denoiser(x, sigma)
 
     def _midpoint(self, levels: Tensor) -> Callable[..., Midpoint]:
         if isinstance(self.predictor, AMEDPredictor):
             return self.predictor.to(levels.device, levels.dtype)
         constant = self.predictor
         return lambda features, sigma, sigma_next: constant
-
-
-class FirstAnswer:
-    """A denoiser that keeps the D of its first evaluation."""
-
-    def __init__(self, denoiser: Callable[[Tensor, Tensor], Any]):
-        self.denoiser = denoiser
-        self.x0: Tensor | None = None
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Any:
-        answer = self.denoiser(x, sigma)
-        self.x0 = answer.x0 if self.x0 is None else self.x0
-        return answer

@@ -39,13 +39,17 @@ def eager(make_unet):
     return wrap(make_unet(num_classes=4), "epsilon", null_class=3)
 
 
-@pytest.fixture(scope="module")
-def package(eager, tmp_path_factory):
-    """Compiled once: that takes a C++ compiler and some seconds."""
+def compiled(denoiser, folder):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("needs a C++ compiler")
     with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
-        return save_package(eager, tmp_path_factory.mktemp("package") / "unet.pt2", max_batch=4)
+        return save_package(denoiser, folder / "unet.pt2", max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def package(eager, tmp_path_factory):
+    """Compiled once: that takes a C++ compiler and some seconds."""
+    return compiled(eager, tmp_path_factory.mktemp("package"))
 
 
 @pytest.mark.slow
@@ -57,6 +61,17 @@ def test_a_package_gives_what_the_eager_model_gives(eager, package):
         assert_same(opened, eager, X[:batch], SIGMA[:batch], labels[:batch])
     assert (opened.sample_shape, opened.label_dim) == ((1, 8, 8), 4)
     assert opened.sigma_max == pytest.approx(eager.sigma_max)
+
+
+@pytest.mark.slow
+def test_a_package_without_classes_takes_x_and_sigma_alone(make_unet, tmp_path):
+    plain = wrap(make_unet(), "epsilon")
+    opened = load_package(compiled(plain, tmp_path))
+    for batch in (1, 3):
+        assert_same(opened, plain, X[:batch], SIGMA[:batch])
+    assert (opened.sample_shape, opened.label_dim) == ((1, 8, 8), 0)
+    with pytest.raises(ConfigError, match=r"takes 2 inputs \(x, sigma\), got 3"):
+        opened(X, SIGMA, torch.eye(4)[:3])
 
 
 @pytest.mark.slow

@@ -318,7 +318,7 @@ def unet_state(levels: int = 3, per_level: int = 2, updown: bool = False, channe
 @pytest.mark.parametrize("updown", [False, True])
 @pytest.mark.parametrize(("levels", "per_level"), [(1, 1), (3, 2), (6, 3)])
 def test_levels_and_blocks_are_counted(tmp_path, monkeypatch, levels, per_level, updown):
-    monkeypatch.setattr("amed_engine.checkpoints.native._network", lambda kind: None)
+    monkeypatch.setattr("amed_engine.checkpoints.native._check_fit", lambda *_: None)
     torch.save(unet_state(levels, per_level, updown), tmp_path / "256x256_diffusion.pt")
     config = read(convert(tmp_path / "256x256_diffusion.pt").path)[0]["model"]
     assert (len(config["channel_mult"]), config["num_res_blocks"]) == (levels, per_level)
@@ -344,7 +344,7 @@ def test_a_damaged_state_dict_names_what_it_lacks(tmp_path):
 
 
 def test_averaged_weights_of_a_latent_checkpoint_come_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("amed_engine.checkpoints.native._network", lambda kind: None)
+    monkeypatch.setattr("amed_engine.checkpoints.native._check_fit", lambda *_: None)
     state = {f"model.diffusion_model.{name}": value for name, value in unet_state().items()}
     ones = {"model_ema.diffusion_model" + name.replace(".", ""): torch.ones_like(v) for name, v in unet_state().items()}
     torch.save(
@@ -408,7 +408,7 @@ def test_the_command_converts_and_says_what_it_was(tmp_path, publish, amed):
 
 
 def test_the_command_passes_settings(tmp_path, amed, monkeypatch):
-    monkeypatch.setattr("amed_engine.checkpoints.native._network", lambda kind: None)
+    monkeypatch.setattr("amed_engine.checkpoints.native._check_fit", lambda *_: None)
     torch.save(unet_state(), tmp_path / "ema.pt")
     assert amed("convert", tmp_path / "ema.pt", "--set", "image_size=96", "--set", "use_fp16=true")[0] == 0
     config = read(tmp_path / "ema.safetensors")[0]["model"]

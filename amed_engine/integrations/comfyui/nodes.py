@@ -126,11 +126,7 @@ def _folders() -> Any:
     return folders
 
 
-NODE_CLASS_MAPPINGS = {
-    "AMEDPredictorLoader": AMEDPredictorLoader,
-    "AMEDSchedule": AMEDSchedule,
-    "AMEDSampler": AMEDSampler,
-}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (AMEDPredictorLoader, AMEDSchedule, AMEDSampler)}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "AMEDPredictorLoader": "Load AMED Predictor",
     "AMEDSchedule": "AMED Schedule",

@@ -22,6 +22,7 @@ from amed_engine.sampling.denoiser import analytic_first_step, dynamic_threshold
 from amed_engine.sampling.loop import State, advance
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import Call, Program
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Update
@@ -66,13 +67,14 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         afs: bool = False,
         guidance_scale: float | None = None,
     ):
+        self._ends_low = final_sigmas_type == "sigma_min"  # else at 0
         if final_sigmas_type not in ("zero", "sigma_min"):
             raise ConfigError(f"final_sigmas_type must be zero or sigma_min, got {final_sigmas_type!r}")
         if midpoints is not None:
             midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
             self.register_to_config(midpoints=midpoints)
         self.model = Parameterization.of(self.config)
-        self._check_solver()
+        self._solver()
         self._use(None, self._levels(num_train_timesteps), None)
 
     @classmethod
@@ -152,20 +154,16 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigError("pass one of num_inference_steps, timesteps and sigmas to set_timesteps")
         if timesteps is not None:
             sigmas = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64))
-        given_levels = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
-        levels = self._steps(num_inference_steps) if given_levels is None else without_zero(given_levels)
-        levels = check_sigmas(levels)
-        self.num_inference_steps = len(levels) - int(self.config["final_sigmas_type"] == "sigma_min")
+        told = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+        levels = check_sigmas(self._steps(num_inference_steps) if told is None else without_zero(told))
+        self.num_inference_steps = len(levels) - int(self._ends_low)
         self._use(device, levels, self.program(levels))
 
     def program(self, levels: Tensor) -> Program:
         """The engine's program of this configuration on these noise levels (N + 1,)."""
-        intervals = len(levels) - 1
-        midpoints = self.config["midpoints"] or [[0.5]] * intervals
-        solver = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
-        zero = self.config["final_sigmas_type"] == "zero"
-        fixed = [Midpoint(*midpoint) for midpoint in midpoints]
-        return Program.build(solver, levels, fixed, afs=self.config["afs"], denoise_to_zero=zero)
+        midpoints = self.config["midpoints"] or [[0.5]] * (len(levels) - 1)
+        options = {"afs": self.config["afs"], "denoise_to_zero": not self._ends_low}
+        return Program.build(self._solver(), levels, [Midpoint(*midpoint) for midpoint in midpoints], **options)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The network's input c_in·x at this evaluation."""
@@ -216,7 +214,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigError(f"timestep {float(timestep):g} is none of scheduler.timesteps; pass one of them")
         return int(found[0])
 
-    def _check_solver(self) -> None:
+    def _solver(self) -> Solver:
         made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
         if made.takes_predictor == "none" or made.evaluations(True) != 2:
             raise ConfigError(
@@ -226,13 +224,13 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             raise ConfigError(
                 "afs cannot be folded into the first latents of a solver with thresholding; set afs=False"
             )
+        return made
 
     def _steps(self, count: int | None) -> Tensor:
         """The noise levels of so many steps."""
-        one_more = int(self.config["final_sigmas_type"] == "sigma_min")
         if self.config["noise_levels"] is None:
-            return self._levels((count or 0) + one_more)
-        own = len(self.config["noise_levels"]) - one_more
+            return self._levels((count or 0) + int(self._ends_low))
+        own = len(self.config["noise_levels"]) - int(self._ends_low)
         if count not in (None, own):
             raise ConfigError(f"these noise levels and midpoints are for {own} steps, got num_inference_steps={count}")
         return torch.tensor(self.config["noise_levels"], dtype=torch.float64)
@@ -246,13 +244,12 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
         """Stand at the start of these levels. Without a program there is only noise to add."""
         self.levels, self._program = levels, program
-        self._evaluations: list[Call] = [] if program is None else list(program.evaluations())
-        skipped = int(program is not None and program.afs)
-        told = levels if program is None else torch.stack([_told(call) for call in self._evaluations[skipped:]])
-        self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if skipped else 1.0
-        self._evaluations = self._evaluations[skipped:]
+        afs = program is not None and program.afs
+        self._evaluations: list[Call] = [] if program is None else list(program.evaluations())[int(afs) :]
+        told = levels if program is None else torch.stack([_told(call) for call in self._evaluations])
+        self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if afs else 1.0
         self.timesteps = self.model.timestep(told).to(device, torch.float32)
-        last = levels[-1:] if self.config["final_sigmas_type"] == "sigma_min" else levels.new_zeros(1)
+        last = levels[-1:] if self._ends_low else levels.new_zeros(1)
         self.sigmas = torch.cat([told, last])  # of the evaluations, on the host, and where it ends
         self._state: State | None = None
         self._step_index: int | None = None
@@ -263,31 +260,27 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
             if index and self._program is not None:
-                self._evaluations[index:] = self._from(index)
+                self._evaluations[index:] = self._from(self._program, index)
             self._step_index = index
         return self._step_index
 
-    def _from(self, index: int) -> list[Call]:
+    def _from(self, program: Program, index: int) -> list[Call]:
         """The evaluations of a trajectory that starts here, without a history."""
-        assert self._program is not None
-        interval, inside = divmod(index + int(self._program.afs), 2)
+        interval, inside = divmod(index + int(program.afs), 2)
         if inside:
             raise ConfigError(
                 f"a trajectory can only start where an interval does; got index {index} of {len(self.timesteps)}"
-                f"{'; set afs=False: image-to-image has no analytic first step' if self._program.afs else ''}"
+                f"{'; set afs=False: image-to-image has no analytic first step' if program.afs else ''}"
             )
-        rest, program = self.levels[interval:], self._program
+        rest = self.levels[interval:]
         if len(rest) == 1:
             return self._evaluations[index:]
         fixed = program.predictor[interval:]  # type: ignore[index]
-        rest_of_it = Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero)
-        return list(rest_of_it.evaluations())
+        return list(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero).evaluations())
 
     def _analytic(self, x: Tensor) -> State:
         """The state after the analytic first step from x."""
-        assert self._program is not None
-        assert self._program.updates is not None
-        update = self._program.updates[0][0].to(x.device, x.dtype)
+        update = self._program.updates[0][0].to(x.device, x.dtype)  # type: ignore[union-attr, index]
         sigma = self.levels[:1].to(x.device, x.dtype)
         return advance(State(x), (analytic_first_step(x, sigma).x0,), update)
 
@@ -298,8 +291,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             analytic = self.config["afs"] and self._step_index == 0
             state = self._analytic(y / self._stretch) if analytic else State(y)
         # The pipeline's sample counts: a callback may have changed it.
-        state = state.at(y)
-        self._state = advance(state, (denoised,), update.to(y.device, y.dtype))
+        self._state = advance(state.at(y), (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]
 
 

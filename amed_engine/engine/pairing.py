@@ -17,9 +17,10 @@ from amed_engine.adapters.fingerprint import is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.predictors import Predictor
+from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
 from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
 from amed_engine.solvers.schedule import check_sigmas
+from amed_engine.solvers.stage import Midpoint, Row
 
 logger = logging.getLogger("amed_engine")
 
@@ -90,9 +91,20 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
             check_dtype(replace(model, autocast=autocast), rule, made)
     if predictor is None:
         return Pairing(plan, None, None)
+    _check_answer(plan, predictor)
     check_bottleneck(model, predictor)
     # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
     return Pairing(plan, predictor, request.plan(midpoint=False) if bundled else None)
+
+
+def _check_answer(plan: Plan, predictor: Predictor) -> None:
+    """A solver asks for midpoints, or for rows of coefficients; a predictor says the one or the other."""
+    asked = plan.make_solver().answer
+    if asked is not (Row if isinstance(predictor, CoefficientPredictor) else Midpoint):
+        raise ConfigError(
+            f"solver {plan.solver!r} asks for a {asked.__name__} for every interval, which {type(predictor).__name__} does not "
+            "say: this predictor is for another solver; pass the plan it is for, or another predictor"
+        )
 
 
 def open_plan(plan: Plan | str | os.PathLike | None) -> Plan | None:

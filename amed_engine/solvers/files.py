@@ -58,10 +58,16 @@ def read_json(path: str | os.PathLike, made: Callable[[Any], Read], what: str, r
     """What `made` makes of a small file, which is to hold `what`. Raises FileFormatError, naming the file, also for a
     ValueError of `made`."""
     path = Path(path)
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        raise FileFormatError(f"{path} is no file of at most {MAX_BYTES} bytes; {remedy}")
     try:
-        return made(parse_json(path.read_text("utf-8")))
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise FileFormatError(f"{path} is no file of at most {MAX_BYTES} bytes; {remedy}")
+        text = path.read_text("utf-8")
+    except OSError as error:  # no permission, or a name that is none
+        raise FileFormatError(f"{str(path)[:100]} cannot be read: {error.strerror}; {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is no text; {remedy}") from error
+    try:
+        return made(parse_json(text))
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} holds no {what}: {error}") from error
 

@@ -163,12 +163,15 @@ def _check_types(data: Mapping) -> None:
         raise ConfigError(f"plan lacks {', '.join(missing)}")
     for name, value in data.items():
         if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
-            raise ConfigError(
-                f"plan entry {name!r} has type {type(value).__name__}, expected {_TYPES[name][0].__name__}"
-            )
+            expected = [kind.__name__ for kind in _TYPES[name] if kind not in (tuple, type(None))]
+            raise ConfigError(f"plan entry {name!r} has type {type(value).__name__}, expected {' or '.join(expected)}")
     for name in ("rho", "guidance_scale"):
         if data.get(name) is not None and not -1e9 < data[name] < 1e9:
             raise ConfigError(f"plan entry {name!r} must be a finite number, got {str(data[name])[:40]}")
+    if data.get("schedule", "custom") not in (*SCHEDULES, "custom"):
+        raise ConfigError(
+            f"plan entry 'schedule' must be custom, {', '.join(SCHEDULES)}; got {data['schedule'][:40]!r}"
+        )
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in data["sigmas"]):
         raise ConfigError("plan entry 'sigmas' must be a list of numbers")
 

@@ -77,7 +77,7 @@ PLAN = '"solver": "euler", "sigmas": [2, 1]'
     [
         ("", "holds no plan: Expecting value"),
         ("\x00", "holds no plan"),
-        (b"\xff\xfe", "holds no plan: 'utf-8' codec"),
+        (b"\xff\xfe", "is no text; write one with"),
         ("[" * 100_000, "holds no plan"),
         ("[]", "a plan must be a JSON object, got list"),
         (f"{{{PLAN}", "holds no plan: Expecting"),
@@ -111,9 +111,21 @@ def test_a_file_that_is_none_or_too_large_is_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path, tmp_path / "large.json"):
         with pytest.raises(FileFormatError, match=r"is no file of at most 1048576 bytes; write one with Plan\.save"):
             Plan.load(path)
+    with pytest.raises(FileFormatError, match=r"a{100} cannot be read: .*; write one with Plan\.save"):
+        Plan.load("a" * 5000)
 
 
 # ---- a sampler by a plan
+
+
+def test_a_predictor_of_another_kind_is_refused_before_sampling(tiny_model):
+    predictor = AMEDPredictor(bottleneck=(4, 4))
+    for solver in ("amed", "ipndm"):
+        Sampler(tiny_model, predictor, plan=make_plan(4, solver=solver, midpoint=True))
+    with pytest.raises(
+        ConfigError, match="'nonstationary' asks for a Row for every interval, which AMEDPredictor does not"
+    ):
+        Sampler(tiny_model, predictor, plan=make_plan(4, solver="nonstationary"))
 
 
 def test_a_sampler_does_what_the_plan_says(tiny_model, free, tmp_path):

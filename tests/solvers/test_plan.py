@@ -130,6 +130,8 @@ def test_unknown_solver_options_are_refused(plan, options):
         ({"afs": 1}, "plan entry 'afs' has type int, expected bool"),
         ({"midpoint": "yes"}, "plan entry 'midpoint' has type str, expected bool"),
         ({"rho": True}, "plan entry 'rho' has type bool"),
+        ({"rho": "7"}, "plan entry 'rho' has type str, expected int or float"),
+        ({"schedule": "zigzag"}, "plan entry 'schedule' must be custom, polynomial, .*; got 'zigzag'"),
         ({"guidance_scale": "2"}, "plan entry 'guidance_scale' has type str"),
         ({"options": [["r", 1]]}, "plan entry 'options' has type list, expected dict"),
         ({"options": {"max_order": 9}}, "ipndm: max_order must be an integer from 1 to 4, got 9"),

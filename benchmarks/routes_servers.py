@@ -23,7 +23,7 @@ from PIL import Image
 from routes import BUNDLED, CLASS, GREY_LEVEL, NFE, Bench, Draw, Route, temporary_folder
 from torch import Tensor
 
-from amed_engine.integrations.require import MissingDependency
+from amed_engine.errors import MissingDependency
 from amed_engine.integrations.serving.triton import write_repository
 from amed_engine.integrations.serving.tritonserver import serving
 

@@ -28,7 +28,7 @@ def add(pair: Pair) -> int:
 
 from pathlib import Path
 '''
-ABSENT = """from amed_engine.integrations.require import require
+ABSENT = """from amed_engine.errors import require
 require("no_such_library", "litserve")
 """
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, Sampler, make_plan, save_predictor
+from amed_engine.errors import MissingDependency
 from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.webui import sampler_entry, schedule
 from amed_engine.integrations.k_diffusion import sample_amed
-from amed_engine.integrations.require import MissingDependency
 from amed_engine.sampling.denoiser import Denoised
 
 COND, UNCOND = 0, 1

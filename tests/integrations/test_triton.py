@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from amed_engine import AmedError, ConfigError, Sampler, save_predictor
-from amed_engine.integrations.require import MissingDependency
+from amed_engine.errors import MissingDependency
 from amed_engine.integrations.serving import tritonserver
 from amed_engine.integrations.serving.triton import write_repository
 from amed_engine.zoo import bundled_predictor

@@ -360,11 +360,17 @@ def test_freeze_draws_latents_for_a_network_that_tells_its_shape(tiny_model):
 def test_a_predictor_of_another_kind_than_the_solver_needs():
     constants = ConstantPredictor(5)
     constants.plan = Plan("nonstationary", tuple(make_plan(5, solver="euler", afs=False).sigmas), midpoint=True)
-    with pytest.raises(ConfigError, match="Nonstationary needs a Row for every interval, got Midpoint"):
+    with pytest.raises(
+        ConfigError,
+        match="solver 'nonstationary' asks for a Row for every interval, which ConstantPredictor does not say",
+    ):
         Sampler(mixture, constants, shape=SHAPE)
     free = candidates()["nonstationary"].predictor
     free.plan = make_plan(11, solver="amed", afs=True)
-    with pytest.raises(ConfigError, match="AMED needs a Midpoint for every interval, got Row"):
+    with pytest.raises(
+        ConfigError,
+        match="solver 'amed' asks for a Midpoint for every interval, which CoefficientPredictor does not say",
+    ):
         Sampler(mixture, free, shape=SHAPE)
 
 

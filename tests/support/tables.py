@@ -177,7 +177,7 @@ class CLibrary:
         self.raw.amed_sampler_put.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
         for name in ("amed_plan_free", "amed_sampler_free"):
             getattr(self.raw, name).argtypes, getattr(self.raw, name).restype = (c_void_p,), None
-        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck", "max_points", "guidance_scale"):
+        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck", "max_points", "guidance_scale", "classes"):
             getattr(self.raw, f"amed_plan_{name}").argtypes = (c_void_p,)
 
     def call(self, name: str, *arguments) -> None:
@@ -197,17 +197,25 @@ class CLibrary:
         self.call("sampler_create", plan, batch, size, threads, byref(sampler))
         return sampler
 
+    def start(self, sampler: c_void_p, x: np.ndarray, classes: np.ndarray | None = None) -> None:
+        if classes is None:
+            return self.call("sampler_start", sampler, x.ctypes.data_as(c_void_p))
+        assert (classes.dtype, classes.shape) == (np.int32, x.shape[:1])
+        self.call("sampler_start_classes", sampler, x.ctypes.data_as(c_void_p), classes.ctypes.data_as(c_void_p))
+
     def next(self, sampler: c_void_p) -> At:
         at = At()
         self.call("sampler_next", sampler, byref(at))
         return at
 
-    def sample(self, text: str, x: np.ndarray, denoise: Denoise) -> np.ndarray:
+    def sample(
+        self, text: str, x: np.ndarray, denoise: Denoise, classes: np.ndarray | None = None
+    ) -> np.ndarray:
         """Everything that a host does, for x (B, ...) already scaled."""
         plan = self.parse(text)
         sampler = self.create(plan, len(x), x[0].size)
         self.raw.amed_plan_free(plan)  # the sampler keeps what it needs
-        self.call("sampler_start", sampler, x.ctypes.data_as(c_void_p))
+        self.start(sampler, x, classes)
         while not (at := self.next(sampler)).done:
             self._step(sampler, at, x, denoise)
         result = np.ctypeslib.as_array(at.points, x.shape).copy()

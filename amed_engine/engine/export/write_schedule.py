@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.export.read_schedule import FORMAT
-from amed_engine.engine.export.tableau import VERSION
+from amed_engine.engine.export.read_schedule import FORMAT, VERSION
 from amed_engine.engine.export.write_plan import Planned, evaluations, resolve_program
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.files import write_json

@@ -221,7 +221,7 @@ def test_reading_and_stepping_need_no_torch(tmp_path):
 
 BAD = {
     "another format": lambda d: d.update(format="other"),
-    "a newer version": lambda d: d.update(version=2),
+    "a newer version": lambda d: d.update(version=3),
     "an unknown entry": lambda d: d.update(extra=1),
     "an entry less": lambda d: d.pop("sigmas"),
     "a wrong count": lambda d: d.update(nfe=99),

@@ -208,9 +208,7 @@ class CLibrary:
         self.call("sampler_next", sampler, byref(at))
         return at
 
-    def sample(
-        self, text: str, x: np.ndarray, denoise: Denoise, classes: np.ndarray | None = None
-    ) -> np.ndarray:
+    def sample(self, text: str, x: np.ndarray, denoise: Denoise, classes: np.ndarray | None = None) -> np.ndarray:
         """Everything that a host does, for x (B, ...) already scaled."""
         plan = self.parse(text)
         sampler = self.create(plan, len(x), x[0].size)

@@ -182,12 +182,16 @@ def check(plan: Tableau) -> None:
 
 def _check_mean(plan: Tableau, mean: Mean) -> None:
     if [i for i, e in enumerate(plan.evaluations) if e.analytic] != [0]:
-        refuse("mean", "the mean of an analytic evaluation", "null, unless the first evaluation and no other is analytic")
+        refuse(
+            "mean", "the mean of an analytic evaluation", "null, unless the first evaluation and no other is analytic"
+        )
     if len(mean.rows) not in ({1 + mean.classes, 2} if mean.classes else {1}):
         refuse("mean.rows", f"{len(mean.rows)} rows for {mean.classes} classes", "1 without classes, 1 + classes, or 2")
     size = None if plan.shape is None else math.prod(plan.shape)
     if any(len(row) != size for row in mean.rows):
-        refuse("mean.rows", f"rows of {sorted({len(row) for row in mean.rows})} numbers", f"{size}, the product of shape")
+        refuse(
+            "mean.rows", f"rows of {sorted({len(row) for row in mean.rows})} numbers", f"{size}, the product of shape"
+        )
     if len(mean.rows) * len(mean.rows[0]) > MAX_MEAN:
         refuse("mean.rows", f"{len(mean.rows)} of {size} numbers", f"at most {MAX_MEAN} numbers in all")
 

@@ -38,7 +38,7 @@ struct PredictorWeights {
     std::vector<float> parameters[12];
 };
 
-// What the first step takes the data to be about, see `Mean` in tableau.py.
+// What the first step takes the data to be about, see `MeanRows` in tableau.py.
 struct Mean {
     int classes = 0, rows = 0;
     std::vector<float> values;  // (rows, size), empty for zero

@@ -13,7 +13,7 @@ import torch
 
 from amed_engine import make_solver, sample
 from amed_engine.engine.export.stepper import Stepper
-from amed_engine.engine.export.tableau import Mean
+from amed_engine.engine.export.tableau import MeanRows
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.solvers.program import Program
 
@@ -70,14 +70,14 @@ def test_a_sample_begins_with_the_mean_of_its_class(tools, on_stream, same_kerne
     x = generator.normal(size=(5, *shape)).astype(np.float32) * np.float32(80)
     means = generator.normal(size=(rows, x[0].size)) * 3
     table = make_tableau(tools.program("unipc", afs=True))
-    table = replace(table, shape=tuple(shape), mean=Mean.of(0 if rows == 1 else 4, means.tolist()))
+    table = replace(table, shape=tuple(shape), mean=MeanRows.of(0 if rows == 1 else 4, means.tolist()))
     classes = None if rows == 1 else np.array([-1, 3, 0, 3, 1], np.int32)
     stepper = Stepper(table, x, classes, combine=same_kernels)
     while not stepper.done:
         stepper.advance(tools.on_numpy(stepper.points, stepper.sigma))
     got = on_stream.sample(table.dumps(), x, lambda y, s: (tools.on_numpy(y, s), None), classes)
     check(got, stepper.result)
-    alone = replace(table, mean=Mean.of(0, [means[chosen[1]].tolist()])).dumps()
+    alone = replace(table, mean=MeanRows.of(0, [means[chosen[1]].tolist()])).dumps()
     one = on_stream.sample(alone, x[1:2], lambda y, s: (tools.on_numpy(y, s), None))
     np.testing.assert_array_equal(got[1:2], one)
 
@@ -85,7 +85,7 @@ def test_a_sample_begins_with_the_mean_of_its_class(tools, on_stream, same_kerne
 def test_a_class_that_is_none_shows_in_its_sample(tools, on_stream):
     """A stream cannot be asked without waiting for it."""
     x = tools.latents().numpy()
-    mean = Mean.of(2, np.ones((3, x[0].size)).tolist())
+    mean = MeanRows.of(2, np.ones((3, x[0].size)).tolist())
     table = replace(make_tableau(tools.program("euler", afs=True)), shape=x.shape[1:], mean=mean)
     classes = np.array([1, 2, -2], np.int32)
     got = on_stream.sample(table.dumps(), x, lambda y, s: (tools.on_numpy(y, s), None), classes)

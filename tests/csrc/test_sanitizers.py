@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from amed_engine import make_solver
-from amed_engine.engine.export.tableau import Mean
+from amed_engine.engine.export.tableau import MeanRows
 from amed_engine.engine.export.write_plan import make_tableau, write_plan
 from amed_engine.solvers.program import Program
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}", "-O1", "-fopenmp"]
-MEAN = Mean.of(4, [[0.5, 1.0, 1.5], [-1.0, 2.0, 3.0]])
+MEAN = MeanRows.of(4, [[0.5, 1.0, 1.5], [-1.0, 2.0, 3.0]])
 MUTATIONS = int(os.environ.get("AMED_FUZZ_PLANS", "4000"))
 
 

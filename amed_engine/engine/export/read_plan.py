@@ -31,7 +31,7 @@ from amed_engine.engine.export.tableau import (
     VERSION,
     Coefficient,
     Evaluation,
-    Mean,
+    MeanRows,
     PredictorWeights,
     Tableau,
     check,
@@ -135,8 +135,8 @@ def _predictor(data: Any) -> PredictorWeights:
     return PredictorWeights(**{**{f.name: getattr(draft, f.name) for f in fields(draft)}, "parameters": parameters})
 
 
-def _mean(data: Any) -> Mean:
-    expect_names(data, tuple(field.name for field in fields(Mean)), "mean")
+def _mean(data: Any) -> MeanRows:
+    expect_names(data, tuple(field.name for field in fields(MeanRows)), "mean")
     rows = entries(data["rows"], "mean.rows", 1, 1 + MAX_SIZE)
     values = (numbers(row, f"mean.rows[{k}]", 1, MAX_MEAN) for k, row in enumerate(rows))
-    return Mean.of(whole(data["classes"], "mean.classes", 0), values)
+    return MeanRows.of(whole(data["classes"], "mean.classes", 0), values)

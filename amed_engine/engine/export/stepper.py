@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from amed_engine.engine.export.tableau import BASIS, Evaluation, Mean, PredictorWeights, Tableau
+from amed_engine.engine.export.tableau import BASIS, Evaluation, MeanRows, PredictorWeights, Tableau
 from amed_engine.errors import ConfigError
 
 Array = Any
@@ -210,7 +210,7 @@ def dynamic_thresholding(xp: Any, x0: Array, quantile: float = 0.995, floor: flo
 class ArrayMean:
     """The rows of a table's mean on a device, in x's dtype, and which of them is a sample's."""
 
-    def __init__(self, xp: Any, source: Mean | None, x: Array):
+    def __init__(self, xp: Any, source: MeanRows | None, x: Array):
         self.xp, self.source, self.batch = xp, source, len(x)
         if source is not None:
             rows = xp.asarray(numpy.asarray(source.rows, dtype="float32"), dtype=x.dtype).reshape(-1, *x.shape[1:])

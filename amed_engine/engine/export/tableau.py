@@ -24,7 +24,7 @@ FORMAT, VERSION = "amed_plan", 2
 # With r, c = scale_dir and m = sigma_next^r · sigma^(1-r) of the interval, in this order.
 BASIS = ("1", "m", "1/m", "c", "c·m", "c/m", "c/r", "c/(r·m)")
 MAX_ROWS, MAX_COLUMNS = 8, 16  # of one `combine`
-MAX_MEAN = 1 << 20  # numbers of all rows of a `Mean`
+MAX_MEAN = 1 << 20  # numbers of all rows of a `MeanRows`
 
 Coefficient = float | tuple[float, ...]
 
@@ -99,7 +99,7 @@ class PredictorWeights:
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanRows:
     """The mean of the data for an analytic first evaluation, guidance applied.
 
     classes: K of the network, 0 where the mean is the same for every sample. rows: float32, each a sample flattened in C
@@ -110,7 +110,7 @@ class Mean:
     rows: tuple[array, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, classes: int, rows: Iterable[Iterable[float]]) -> Mean:
+    def of(cls, classes: int, rows: Iterable[Iterable[float]]) -> MeanRows:
         return cls(classes, tuple(array("f", row) for row in rows))
 
     def to_json(self) -> dict:
@@ -134,7 +134,7 @@ class Tableau:
     description: str = ""
     guidance_scale: float | None = None
     predictor: PredictorWeights | None = None
-    mean: Mean | None = None
+    mean: MeanRows | None = None
 
     def __repr__(self) -> str:
         """One line: the numbers are thousands where there is a predictor."""
@@ -180,7 +180,7 @@ def check(plan: Tableau) -> None:
         _check_mean(plan, plan.mean)
 
 
-def _check_mean(plan: Tableau, mean: Mean) -> None:
+def _check_mean(plan: Tableau, mean: MeanRows) -> None:
     if [i for i, e in enumerate(plan.evaluations) if e.analytic] != [0]:
         refuse(
             "mean", "the mean of an analytic evaluation", "null, unless the first evaluation and no other is analytic"

@@ -10,7 +10,7 @@ import pytest
 
 from amed_engine.engine.export.read_plan import loads
 from amed_engine.engine.export.stepper import Stepper
-from amed_engine.engine.export.tableau import MAX_MEAN, Mean, Tableau
+from amed_engine.engine.export.tableau import MAX_MEAN, MeanRows, Tableau
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.errors import ConfigError, FileFormatError
 
@@ -40,7 +40,7 @@ def run(plan: Tableau, x: np.ndarray, denoise, classes=None, **options) -> np.nd
 
 def with_mean(plan: Tableau, classes: int = 0, rows: int = 1, shape: tuple[int, ...] = SHAPE) -> Tableau:
     values = np.random.default_rng(7).normal(size=(rows, int(np.prod(shape)))) * 3
-    return replace(plan, shape=shape, mean=Mean.of(classes, values.astype(np.float32).tolist()))
+    return replace(plan, shape=shape, mean=MeanRows.of(classes, values.astype(np.float32).tolist()))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_numbers_are_the_shortest_that_give_the_float32_back(plan):
     values = np.random.default_rng(0).normal(size=(1, 4000)) * 10.0 ** np.arange(-20, 20).repeat(100)
     values = values.astype(np.float32)
     values[0, :4] = 0.1, -0.0, 1 / 3, 2**-126
-    rows = Mean.of(0, values.tolist()).to_json()["rows"]
+    rows = MeanRows.of(0, values.tolist()).to_json()["rows"]
     np.testing.assert_array_equal(np.float32(rows), values)
     assert rows == [[float(str(value)) for value in values[0]]]
     assert json.dumps(rows[0][:3]) == "[0.1, -0.0, 0.33333334]"
@@ -201,7 +201,7 @@ def test_a_sample_begins_with_the_mean_of_its_class(plan, rows, chosen, library)
     def denoise(points, sigma):
         return points / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
 
-    alone = [replace(table, mean=Mean.of(0, [table.mean.rows[row]])) for row in chosen]
+    alone = [replace(table, mean=MeanRows.of(0, [table.mean.rows[row]])) for row in chosen]
     own = np.concatenate([run(one, x[b : b + 1], denoise) for b, one in enumerate(alone)])
     np.testing.assert_array_equal(run(table, x, denoise, CLASSES), own)
     np.testing.assert_array_equal(run(table, x, denoise, CLASSES.tolist()), own)

@@ -61,8 +61,8 @@ def test_plain_numpy_is_right_to_rounding(case, tools):
 
 def test_double_precision_agrees_to_rounding(case, tools):
     x = torch.from_numpy(case.x).double()
-    options = {"afs": case.program.afs, "denoise_to_zero": case.program.denoise_to_zero}
-    truth = sample(tools.denoise, x, tools.SIGMAS, case.program.solver, case.program.predictor, **options)
+    program = case.program
+    truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, program.predictor, **tools.keywords(program))
     got = run(case.plan, x.numpy(), tools.on_numpy)
     np.testing.assert_allclose(got, truth.numpy(), rtol=1e-10, atol=1e-12)
 

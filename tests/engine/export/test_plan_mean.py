@@ -7,12 +7,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from tables import SOLVERS
+from torch import nn
 
-from amed_engine.engine.export.read_plan import loads
+from amed_engine import ConstantPredictor, Sampler, make_plan, make_solver
+from amed_engine.engine.export.read_plan import loads, read_plan
 from amed_engine.engine.export.stepper import Stepper
 from amed_engine.engine.export.tableau import MAX_MEAN, MeanRows, Tableau
 from amed_engine.engine.export.write_plan import make_tableau
+from amed_engine.engine.export.write_schedule import write_schedule
+from amed_engine.engine.request import make_request
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.sampling.denoiser import as_denoised, bind_labels
+from amed_engine.solvers.program import Program
 
 SHAPE = (2, 5, 7)
 # iPNDM of order 2 on 8, 4, 2, 1 with an analytic first step, as version 1 wrote it, and what it then drew.
@@ -301,3 +309,96 @@ def test_an_array_of_another_library_is_not_looked_at(plan):
     lazy = Stepper(table, x.view(Elsewhere), classes, xp=Library()).points
     assert np.isnan(lazy).reshape(4, -1).all(1).tolist() == [False, True, False, True]
     np.testing.assert_array_equal(lazy[::2], Stepper(table, x[::2], [3, -1]).points)
+
+
+# ---- written of samplers
+
+
+class Network(nn.Module):
+    """A conditional denoiser with a mean of its own for every class: linear in x, so that it shows every error."""
+
+    img_channels, img_resolution, sigma_min, sigma_max = 2, 6, 0.002, 80.0
+
+    def __init__(self, label_dim: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.label_dim = label_dim
+        self.about = nn.Parameter(torch.randn(1 + label_dim, 2, 6, 6, generator=generator), requires_grad=False)
+
+    def forward(self, x, sigma, labels=None):
+        sigma = sigma.view(-1, 1, 1, 1)
+        offset = 0 if labels is None else (labels @ self.about[1:].flatten(1)).view(-1, 2, 6, 6)
+        mean = self.about[0] + offset
+        return mean + (x - mean) / (1 + sigma**2)
+
+
+def make_sampler(name: str, label_dim: int, guidance: float | None) -> Sampler:
+    solver, options = SOLVERS[name]
+    keywords = {"solver": solver, "options": options, "afs": "mean", "guidance_scale": guidance}
+    points = options.get("points", 1)
+    if make_solver(solver, **options).takes_predictor != "required":
+        return Sampler(Network(label_dim), plan=make_plan(5, **keywords))
+    predictor = ConstantPredictor(2, points)
+    predictor.plan = make_plan(2 * (1 + points) - 1, midpoint=True, **keywords)
+    return Sampler(Network(label_dim), predictor)
+
+
+NO_CLASS = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    ("label_dim", "guidance", "labels"),
+    [
+        (0, None, None), (3, None, [2, 0, 1, 1]), (3, None, NO_CLASS), (3, 2.5, [2, 0, 1, 1]), (40, None, [39, 0, 7, 7]),
+        (40, 2.5, [39, 0, 7, 7]),
+    ],
+)  # fmt: skip
+def test_hosts_draw_what_the_sampler_draws(name, label_dim, guidance, labels, tmp_path, library, same_kernels):
+    """Bit for bit, in Python and in C."""
+    sampler = make_sampler(name, label_dim, guidance)
+    written = sampler.export(tmp_path / "plan.json", "plan", guidance_scale=guidance)
+    table = read_plan(written.path)
+    assert (table.nfe, table.shape, table.mean.classes) == (sampler.nfe, (2, 6, 6), label_dim)
+    assert len(table.mean.rows) == {0: 1, 3: 4, 40: 2}[label_dim]
+    request = make_request(sampler.model, range(4), labels, None, dtype=torch.float32, device=torch.device("cpu"))
+
+    def denoise(points, sigma):
+        rows = None if request.labels is None else request.labels.expand(4, -1).repeat(len(points) // 4, 1)
+        denoiser = bind_labels(sampler.model.denoise, rows, guidance)
+        answer = as_denoised(denoiser(torch.from_numpy(points), torch.from_numpy(np.ascontiguousarray(sigma))))
+        return answer.x0.numpy()
+
+    x = (request.latents * np.float32(table.sigmas[0])).numpy()
+    classes = None if label_dim == 0 else np.int32([-1] * 4 if labels is NO_CLASS else labels)
+    truth = sampler.run(range(4), labels, guidance_scale=guidance).images.numpy()
+    np.testing.assert_array_equal(run(table, x, denoise, classes, combine=same_kernels), truth)
+    drawn = library.sample(written.path.read_text(), x, lambda y, s: (denoise(y, s), None), classes)
+    np.testing.assert_array_equal(drawn, truth)
+
+
+def test_a_program_s_rows_are_for_a_class_each(tools):
+    program = Program.build(make_solver("euler"), tools.SIGMAS, afs="mean", mean=tools.means(3))
+    table = make_tableau(program)
+    assert (table.shape, table.mean.classes) == (SHAPE, 2)
+    rows = tools.means(3)
+    expected = torch.cat([rows[:1], rows[:1] + (rows[1:] - rows[:1])])  # with the rounding of the engine
+    np.testing.assert_array_equal(np.float32(table.mean.rows).reshape(3, *SHAPE), expected.numpy())
+    assert make_tableau(tools.program("ipndm", afs=True)).mean is None
+
+
+def test_a_predictor_begins_about_the_mean_too(tools):
+    """Weights go along, or its answers: the first evaluation is the same."""
+    predictor, mean = tools.predictor(), tools.means(1)
+    program = Program.build(make_solver("ipndm"), tools.SIGMAS, predictor, afs="mean", mean=mean)
+    for freeze in (False, True):
+        table = make_tableau(program, freeze=freeze)
+        assert table.mean == make_tableau(tools.program("euler", afs="mean")).mean
+        assert [e.analytic for e in table.evaluations][:2] == [True, False]
+
+
+def test_a_schedule_cannot_carry_a_mean(tmp_path, tools):
+    with pytest.raises(ConfigError, match="cannot carry the mean answer .* export format='plan'"):
+        write_schedule(tools.program("euler", afs="mean"), tmp_path / "s.json")
+    assert list(tmp_path.iterdir()) == []
+    assert write_schedule(tools.program("euler", afs=True), tmp_path / "s.json")["version"] == 1

@@ -94,7 +94,9 @@ def test_a_class_that_is_none_shows_in_its_sample(tools, on_stream):
 
 
 def test_what_a_stream_cannot_do_is_refused(tools, on_stream):
-    thresholded = on_stream.parse(make_tableau(Program.build(make_solver("dpmpp"), tools.SIGMAS)).dumps())
+    thresholded = on_stream.parse(
+        make_tableau(Program.build(make_solver("dpmpp", thresholding=True), tools.SIGMAS)).dumps()
+    )
     with pytest.raises(Exception, match="thresholding is not on this device") as caught:
         on_stream.create(thresholded, 1, 1)
     assert caught.value.status == 6

@@ -27,7 +27,7 @@ def plans(tools, tmp_path) -> list[Path]:
     sigmas, predictor = tools.SIGMAS, tools.predictor(hidden_dim=3)
     programs = [
         tools.program("ipndm", afs=True, last=True),
-        Program.build(make_solver("dpmpp"), sigmas, afs=True),
+        Program.build(make_solver("dpmpp", thresholding=True), sigmas, afs=True),
         tools.program("epd", refined=True),
         tools.program("unipc"),
         Program.build(make_solver("ipndm", max_order=2), sigmas, predictor, afs=True),

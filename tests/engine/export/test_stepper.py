@@ -71,7 +71,7 @@ def test_double_precision_agrees_to_rounding(case, tools):
 @pytest.mark.parametrize("afs", [False, True])
 def test_thresholding_is_the_engine_s(tools, same_kernels, solver, afs):
     """To one rounding: torch interpolates the quantile with a fused multiply-add where it vectorizes."""
-    program = Program.build(make_solver(solver), tools.SIGMAS, afs=afs)
+    program = Program.build(make_solver(solver, thresholding=True), tools.SIGMAS, afs=afs)
     x = tools.latents()
     truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, afs=afs).numpy()
     got = run(make_tableau(program), x.numpy(), tools.on_numpy, combine=same_kernels)

@@ -398,7 +398,7 @@ def test_a_predictor_begins_about_the_mean_too(tools):
 
 
 def test_a_schedule_cannot_carry_a_mean(tmp_path, tools):
-    with pytest.raises(ConfigError, match="cannot carry the mean answer .* export format='plan'"):
+    with pytest.raises(ConfigError, match=r"cannot carry the mean answer .* export format='plan'"):
         write_schedule(tools.program("euler", afs="mean"), tmp_path / "s.json")
     assert list(tmp_path.iterdir()) == []
     assert write_schedule(tools.program("euler", afs=True), tmp_path / "s.json")["version"] == 1

@@ -118,7 +118,7 @@ class MeanRows:
 
 
 def _shortest(value: float) -> float:
-    """The number of fewest digits that float32 rounds to the value."""
+    """The number of fewest digits, from 6 on, that float32 rounds to the value."""
     shorter = (float(f"{value:.{digits}g}") for digits in range(6, 9))
     return next((number for number in shorter if array("f", [number])[0] == value), float(f"{value:.9g}"))
 

@@ -101,9 +101,9 @@ def _start(plan: Plan | None, afs: FirstStep, mean: Tensor | None, like: Tensor)
     return mean
 
 
-def check_start(mean: Tensor, like: Tensor) -> None:
-    """A ConfigError where samples like this (B, ...) cannot start about a mean answer (1 or B, ...)."""
-    if mean.shape[1:] != like.shape[1:] or len(mean) not in {1, len(like)}:
+def check_start(mean: Tensor | None, like: Tensor) -> None:
+    """A ConfigError where samples like this (B, ...) cannot start about a mean answer (1 or B, ...); None is for any."""
+    if mean is not None and (mean.shape[1:] != like.shape[1:] or len(mean) not in {1, len(like)}):
         raise ConfigError(
             f"this first step starts about a mean answer of shape {tuple(mean.shape)}, got samples of {tuple(like.shape)}; "
             "sample in the shape that it was measured in, or measure one in this: amed_engine.measure_mean(model, shape=...)"

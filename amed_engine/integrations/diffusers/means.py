@@ -47,7 +47,7 @@ class PromptMeans:
     def __init__(self) -> None:
         self._known: dict[str, Tensor] = {}
         self._network: Any = None
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, torch.dtype]] = []
 
     def of(self, conditions: Conditions, ask: Ask, network: Any, sigma: float, like: Tensor) -> Tensor:
         """(R, C, H, W) for the R rows of conditions: one evaluation for each that is new. like: latents (B, C, H, W)."""
@@ -62,12 +62,13 @@ class PromptMeans:
             if not bool(answers.isfinite().all()):
                 raise ConfigError(f"the model's answers to these prompts at sigma {sigma:g} are not finite")
             found |= dict(zip(new, answers, strict=True))
-        self._known = dict(list({**self._known, **found}.items())[-KEPT:])
+        earlier = {key: mean for key, mean in self._known.items() if key not in found}
+        self._known = dict(list({**earlier, **found}.items())[-KEPT:])
         return torch.stack([found[key].to(like) for key in keys])
 
     def _forget_others(self, network: Any) -> None:
         parameters = getattr(network, "parameters", tuple)()
-        versions = [parameter._version for parameter in parameters]
+        versions = [(parameter._version, parameter.dtype) for parameter in parameters]
         if self._network is None or self._network() is not network or versions != self._versions:
             self._known, self._network, self._versions = {}, weakref.ref(network), versions
 

@@ -149,6 +149,7 @@ class AMEDPipeline(DiffusionPipeline):
         latents = self._latents((conditions.rows or 1) if batch_size is None else batch_size, generator, latents)
         told = conditions.expand(len(latents))
         program = self._program(num_inference_steps, latents, conditions)
+        check_start(program.mean, latents)
         self._interrupt, self._num_timesteps = False, program.intervals
         with self._tap() as tap:
             denoiser = told.bind(self._tapped(tap))
@@ -246,10 +247,7 @@ class AMEDPipeline(DiffusionPipeline):
     def _program(self, steps: int | None, latents: Tensor, conditions: Conditions) -> Program:
         if self.predictor is None:
             self.scheduler.set_timesteps(steps)
-            program = self.scheduler.program(self.scheduler.levels).on(latents.device, latents.dtype)
-            if program.mean is not None:
-                check_start(program.mean, latents)
-            return program
+            return self.scheduler.program(self.scheduler.levels).on(latents.device, latents.dtype)
         plan = self.predictor.predictor.plan
         if steps not in (None, plan.intervals):
             raise ConfigError(

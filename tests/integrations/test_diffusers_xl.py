@@ -5,6 +5,8 @@ import torch
 
 from amed_engine import ConfigError, Sampler, make_plan
 from amed_engine.adapters import wrap_pipeline
+from amed_engine.engine.measure import paired_latents
+from amed_engine.solvers.mean import Mean
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers, which prompts need, is not installed")
@@ -79,6 +81,30 @@ def test_prompts_draw_what_the_engine_draws_of_the_wrapped_pipeline(xl, pipe, pr
         asked = {"negative_prompt": "h", "guidance_scale": 4.0, "latents": latents, "output_type": "latent"}
         assert close(pipe(["a b", "c"], **asked).images, expected)
         assert not close(pipe(["a b", "d"], **asked).images, expected)
+
+
+@torch.no_grad()
+def test_prompts_start_about_their_own_mean_answers(xl, about_mean, latents):
+    """To the pooled embeddings too: as the engine does with those of two classes, which are these prompts."""
+    options = {"sigma_min": 0.03, "sigma_max": 14.0, "guidance_scale": 4.0}
+    about_mean.plan = make_plan(5, solver="amed", afs="mean", **options)
+    pipe = AMEDPipeline.from_pipe(xl, predictor=about_mean)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"negative_prompt": "h", "guidance_scale": 4.0, "latents": latents, "output_type": "latent"}
+    drawn = pipe(["a b", "c"], **asked).images
+    denoiser = wrap_pipeline(xl, ["a b", "c"], negative_prompt="h")
+    x, labels = torch.cat([paired_latents(1, (4, 8, 8)) * 14] * 3), torch.eye(3, 2).roll(1, 0)
+    rows = denoiser(x, torch.full((3,), 14.0), labels).x0
+    about_mean.plan = about_mean.plan.about(Mean.of(rows, classes=2, sigma=14.0, latents=1))
+    expected = Sampler(denoiser, about_mean).run(latents, class_labels=[0, 1], guidance_scale=4.0).images
+    assert close(drawn, expected)
+    shared = {f"{name}prompt_embeds": torch.ones(2, 8, 32) for name in ("", "negative_")}
+    pooled = {"pooled_prompt_embeds": torch.eye(2, 12), "negative_pooled_prompt_embeds": torch.zeros(2, 12)}
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    pipe(**shared, **pooled, **{name: asked[name] for name in ("guidance_scale", "latents", "output_type")})
+    handle.remove()
+    assert calls == [4] * 6  # two prompts by their pooled embeddings alone
 
 
 @ONE

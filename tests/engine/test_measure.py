@@ -178,6 +178,14 @@ def test_each_sample_starts_about_the_mean_of_its_class_under_guidance(scale):
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_caller_s_autocast_does_not_round_the_mean():
+    sampler = Sampler(Classes(4), solver="euler", schedule=torch.tensor([80.0, 10.0]), afs="mean")
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = sampler.run(x, [2, 0, 3]).images
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler.run(x, [2, 0, 3]).images, expected)
+
+
 def test_a_mean_travels_in_plan_and_predictor_files(tmp_path, tiny_model):
     sampler = Sampler(tiny_model, solver="dpmpp", nfe=4, afs="mean")
     expected = sampler.run([0, 1, 2]).images

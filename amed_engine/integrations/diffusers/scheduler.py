@@ -17,7 +17,7 @@ from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, open_predictor, without_zero
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
-from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
+from amed_engine.integrations.diffusers.parameterization import Parameterization, given_back, translated
 from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding
 from amed_engine.sampling.loop import State, advance
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -34,7 +34,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     sigma_min .. final_sigmas_type: as EDMEulerScheduler has them. With N steps "zero" spends N - 1 intervals on N levels
     and one more evaluation whose D is the result; "sigma_min" spends N intervals on N + 1 levels and ends at sigma_min.
     beta_start, beta_end, beta_schedule, trained_betas: as DDIMScheduler has them, for models of discrete steps such as
-    Stable Diffusion's; without a beta_schedule the model is EDM's. noise_levels: the levels themselves.
+    Stable Diffusion's, whose own range it is unless one is given; without a beta_schedule the model is EDM's.
+    noise_levels: the levels themselves.
     midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
     `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result.
     guidance_scale: the classifier-free guidance they are for, to call the pipeline with; a scheduler cannot see it.
@@ -74,6 +75,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
             self.register_to_config(midpoints=midpoints)
         self.model = Parameterization.of(self.config)
+        if isinstance(self.model.family, DiscreteSteps):  # the defaults are EDM's
+            unsaid = {"sigma_min", "sigma_max"} & set(self.config.get("_use_default_values", ()))
+            self.register_to_config(**dict.fromkeys(unsaid))
         self._solver()
         self._use(None, self._levels(num_train_timesteps), None)
 
@@ -99,17 +103,20 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             "solver_options": dict(plan.options),
             "afs": plan.afs,
             "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
-            "sigma_min": plan.sigmas[-1],
-            "sigma_max": plan.sigmas[0],
             "guidance_scale": plan.guidance_scale,
         }
         return cls.from_config(dict(config or {}), **own)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
-        """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by."""
+        """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by.
+
+        Another class made from this one's configuration has its own range and its own way again.
+        """
         config = translated(config, inspect.signature(cls.__init__).parameters)
-        return super().from_config(config, return_unused_kwargs, **changes)
+        made, unused = super().from_config(config, True, **changes)
+        made.register_to_config(**given_back(made.config, changes))
+        return (made, unused) if return_unused_kwargs else made
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -238,7 +245,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _levels(self, count: int) -> Tensor:
         if count < 2:
             raise ConfigError(f"AMEDScheduler needs at least 2 noise levels, got {count}; ask for more steps")
-        low, high = self.model.range(self.config["sigma_min"], self.config["sigma_max"])
+        own = self.config["noise_levels"]
+        low, high = (own[-1], own[0]) if own else self.model.range(self.config["sigma_min"], self.config["sigma_max"])
         return self.model.levels(self.config["sigma_schedule"], count, low, high, self.config["rho"])
 
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:

@@ -19,7 +19,8 @@ from amed_engine.adapters.karras import EDM
 from amed_engine.errors import ConfigError
 
 NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
-# A zero terminal signal-to-noise ratio has an infinite sigma; the last level is then this far from it, as in diffusers.
+# A zero terminal signal-to-noise ratio has an infinite sigma; the last level is then this far from it, as in diffusers, or
+# farther where the one before it is.
 SMALLEST = 2.0**-24
 
 CLASSES = {
@@ -34,7 +35,7 @@ KINDS = {f"{name}Scheduler": kind for kind, names in CLASSES.items() for name in
 # How a scheduler itself steps, where, and with what noise: the network means the same whatever these say.
 STEPPING = frozenset(
     """afs algorithm_type corrector_order disable_corrector euler_at_final eta final_sigmas_type guidance_scale
-    interpolation_type lambda_min_clipped lower_order_final midpoints noise_levels noise_sampler_seed predict_x0
+    lambda_min_clipped lower_order_final midpoints noise_levels noise_sampler_seed predict_x0
     predictor_order rho s_noise set_alpha_to_one sigma_schedule skip_prk_steps solver solver_options solver_order solver_p
     solver_type steps_offset stochastic_sampling tau_func timestep_spacing use_beta_sigmas use_exponential_sigmas
     use_karras_sigmas use_lu_lambdas variance_type""".split()
@@ -65,6 +66,7 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "clip_sample": (False, _CLIP),
     "use_flow_sigmas": (False, "it belongs to prediction_type='flow_prediction'"),
     "timestep_type": ("discrete", "'continuous' is known with prediction_type='v_prediction' alone"),
+    "interpolation_type": ("linear", "its levels are not those of the steps that the network is told then"),
     "invert_sigmas": (False, "its network is told 1 - t: wrap a function (x, t) -> prediction that turns time round"),
     "rescale_betas_zero_snr": (False, "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"),
     "snr_shift_scale": (None, "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"),
@@ -153,8 +155,8 @@ def _discrete(scheduler: Any, name: str, config: Mapping[str, Any]) -> Told:
             f"{name} has prediction_type={told!r}; known are {', '.join(NAMES)}; pass prediction=... instead of scheduler"
         )
     if told == "flow_prediction":
-        if not config.get("use_flow_sigmas", True):
-            raise ConfigError(f"{name} has prediction_type={told!r} without use_flow_sigmas; pass prediction='flow'")
+        if not config.get("use_flow_sigmas"):
+            raise ConfigError(f"{name} has prediction_type={told!r} without use_flow_sigmas=True; pass prediction='flow'")
         check_fields(name, config, READ["discrete"] | {"use_flow_sigmas"})
         return Told("flow", _flow(name, config))
     low, high = config.get("sigma_min"), config.get("sigma_max")
@@ -163,16 +165,23 @@ def _discrete(scheduler: Any, name: str, config: Mapping[str, Any]) -> Told:
         ends = ((1 - betas_of(scheduler)) / betas_of(scheduler)).sqrt()[[0, -1]].tolist()
         return Told("edm", EDM(1.0, low or ends[0], high or ends[1], v_prediction=True))
     check_fields(name, config, READ["discrete"] - {"timestep_type"})
-    _check_length(scheduler, name, config)
+    _check_betas(scheduler, name, config)
     return Told(NAMES[told], None, low, high)
 
 
-def _check_length(scheduler: Any, name: str, config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for betas of another number of steps than the network was trained on."""
-    steps = config.get("num_train_timesteps")
-    if steps is not None and has_betas(scheduler) and steps != len(scheduler.alphas_cumprod):
+def _check_betas(scheduler: Any, name: str, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for betas that are not those of num_train_timesteps steps from data to noise."""
+    if not has_betas(scheduler):
+        return
+    alphas, steps = betas_of(scheduler), config.get("num_train_timesteps")
+    if steps is not None and steps != len(alphas):
         raise ConfigError(
-            f"{name} has num_train_timesteps={steps} and betas of {len(scheduler.alphas_cumprod)} steps; make them the same"
+            f"{name} has num_train_timesteps={steps} and trained_betas of {len(alphas)} steps; make them the same"
+        )
+    if config.get("rescale_betas_zero_snr") and not bool((alphas.diff() < 0).all()):
+        raise ConfigError(
+            f"{name} has rescale_betas_zero_snr=True with betas so large that its alphas_cumprod do not decrease to the end; "
+            "pass prediction=... and betas=... instead of scheduler"
         )
 
 
@@ -201,7 +210,10 @@ def betas_of(scheduler: Any) -> Tensor:
     """alphas_cumprod of the scheduler, float64. Raises ConfigError where it has none."""
     if not has_betas(scheduler):
         raise ConfigError(f"{type(scheduler).__name__} has no alphas_cumprod; pass betas=... as well")
-    return scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clamp_min(SMALLEST)
+    alphas = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
+    if len(alphas) > 1 and alphas[-1] == 0:
+        alphas[-1] = alphas[-2].div(4).clamp_max(SMALLEST)
+    return alphas
 
 
 def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:

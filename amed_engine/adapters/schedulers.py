@@ -34,15 +34,15 @@ KINDS = {f"{name}Scheduler": kind for kind, names in CLASSES.items() for name in
 
 # How a scheduler itself steps, where, and with what noise: the network means the same whatever these say.
 STEPPING = frozenset(
-    """afs algorithm_type corrector_order disable_corrector euler_at_final eta final_sigmas_type guidance_scale
+    """afs algorithm_type corrector_order disable_corrector euler_at_final final_sigmas_type guidance_scale
     lambda_min_clipped lower_order_final midpoints noise_levels noise_sampler_seed predict_x0
-    predictor_order rho s_noise set_alpha_to_one sigma_schedule skip_prk_steps solver solver_options solver_order solver_p
-    solver_type steps_offset stochastic_sampling tau_func timestep_spacing use_beta_sigmas use_exponential_sigmas
+    predictor_order rho set_alpha_to_one sigma_schedule skip_prk_steps solver solver_options solver_order solver_p
+    solver_type steps_offset tau_func timestep_spacing use_beta_sigmas use_exponential_sigmas
     use_karras_sigmas use_lu_lambdas variance_type""".split()
 )
 # Of the times at which flow models are sampled; `shift_of` reads what it can.
 SHIFTING = frozenset(
-    """base_image_seq_len base_shift flow_shift max_image_seq_len max_shift shift shift_terminal time_shift_type upscale_mode
+    """base_image_seq_len base_shift flow_shift max_image_seq_len max_shift shift shift_terminal time_shift_type
     use_dynamic_shifting""".split()
 )
 # Say nothing where clip_sample and thresholding are off.
@@ -52,9 +52,15 @@ BETAS = frozenset(("beta_start", "beta_end", "beta_schedule", "trained_betas", "
 IN_ALPHAS = frozenset(("rescale_betas_zero_snr", "snr_shift_scale"))  # read with alphas_cumprod
 
 READ = {
-    "discrete": STEPPING | SHIFTING | LIMITS | RANGE | BETAS | IN_ALPHAS | {"prediction_type", "timestep_type", "sigma_data"},
+    "discrete": STEPPING
+    | SHIFTING
+    | LIMITS
+    | RANGE
+    | BETAS
+    | IN_ALPHAS
+    | {"prediction_type", "timestep_type", "sigma_data"},
     "edm": STEPPING | LIMITS | RANGE | BETAS | {"prediction_type", "sigma_data"},
-    "flow": STEPPING | SHIFTING | {"num_train_timesteps"},
+    "flow": STEPPING | SHIFTING | {"num_train_timesteps", "eta", "s_noise", "stochastic_sampling", "upscale_mode"},
 }
 
 _THRESHOLD = "D is the network's own here: set it to False, and put amed_engine.adapters.Thresholded round the denoiser"
@@ -68,8 +74,14 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "timestep_type": ("discrete", "'continuous' is known with prediction_type='v_prediction' alone"),
     "interpolation_type": ("linear", "its levels are not those of the steps that the network is told then"),
     "invert_sigmas": (False, "its network is told 1 - t: wrap a function (x, t) -> prediction that turns time round"),
-    "rescale_betas_zero_snr": (False, "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"),
-    "snr_shift_scale": (None, "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"),
+    "rescale_betas_zero_snr": (
+        False,
+        "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas",
+    ),
+    "snr_shift_scale": (
+        None,
+        "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod",
+    ),
     "scale_factors": (None, "its samples change their size on the way: sample it with its own pipeline"),
 }
 
@@ -120,9 +132,10 @@ def _kind(scheduler: Any) -> str:
 
 def _own_fields(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the class itself has: others are left from the class that the configuration came from."""
-    if not any(ancestor.__name__ == "SchedulerMixin" for ancestor in type(scheduler).__mro__):
+    ancestors = type(scheduler).__mro__
+    if not any(ancestor.__name__ == "SchedulerMixin" for ancestor in ancestors):
         return dict(config)
-    own = {*inspect.signature(type(scheduler).__init__).parameters, "_use_default_values"}
+    own = {"_use_default_values"}.union(*(inspect.signature(ancestor.__init__).parameters for ancestor in ancestors))
     if type(scheduler).__name__.startswith("CogVideoX"):
         own.remove("clip_sample")  # which its step does not look at
     return {name: value for name, value in config.items() if name in own}
@@ -156,7 +169,9 @@ def _discrete(scheduler: Any, name: str, config: Mapping[str, Any]) -> Told:
         )
     if told == "flow_prediction":
         if not config.get("use_flow_sigmas"):
-            raise ConfigError(f"{name} has prediction_type={told!r} without use_flow_sigmas=True; pass prediction='flow'")
+            raise ConfigError(
+                f"{name} has prediction_type={told!r} without use_flow_sigmas=True; pass prediction='flow'"
+            )
         check_fields(name, config, READ["discrete"] | {"use_flow_sigmas"})
         return Told("flow", _flow(name, config))
     low, high = config.get("sigma_min"), config.get("sigma_max")
@@ -188,7 +203,9 @@ def _check_betas(scheduler: Any, name: str, config: Mapping[str, Any]) -> None:
 def _flow(name: str, config: Mapping[str, Any]) -> Flow:
     steps = config.get("num_train_timesteps", 1000)
     if not (isinstance(steps, (int, float)) and 0 < steps < math.inf):
-        raise ConfigError(f"{name} has num_train_timesteps={steps!r}, expected a positive number: a network is told steps·t")
+        raise ConfigError(
+            f"{name} has num_train_timesteps={steps!r}, expected a positive number: a network is told steps·t"
+        )
     return Flow(steps)
 
 
@@ -212,7 +229,7 @@ def betas_of(scheduler: Any) -> Tensor:
         raise ConfigError(f"{type(scheduler).__name__} has no alphas_cumprod; pass betas=... as well")
     alphas = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
     if len(alphas) > 1 and alphas[-1] == 0:
-        alphas[-1] = alphas[-2].div(4).clamp_max(SMALLEST)
+        alphas[-1] = SMALLEST if alphas[-2] > SMALLEST else alphas[-2] / 4
     return alphas
 
 

@@ -127,7 +127,9 @@ def _choose_family(
     """The family, and a word on where it comes from."""
     if isinstance(prediction, Family):
         if scheduler is not None or betas is not None:
-            raise ConfigError(f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out")
+            raise ConfigError(
+                f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out"
+            )
         return prediction, "given"
     told = None if says is None else says.prediction
     known = told or facts.prediction

@@ -1,7 +1,6 @@
 """Every scheduler of diffusers, at every field of its configuration: D is its own, or a ConfigError names what is not read."""
 
 import inspect
-import math
 
 import pytest
 import torch
@@ -23,11 +22,7 @@ class Network:
         return 0.3 * x + 0.1
 
 
-# ---- each scheduler's own D of a prediction: (scheduler, i) -> (sigma of the step, D(x), state of sigma's x)
-
-
-def vp(x, alpha):
-    return x * alpha**0.5
+# ---- each scheduler's own D of a prediction: (scheduler, step, its state, prediction) -> D
 
 
 def by_step(scheduler, i, x, raw):
@@ -74,8 +69,12 @@ OWN = {
     "CogVideoXDPM": lambda s, i, x, raw: s.step(raw, None, s.timesteps[i], None, x)[1],
     **dict.fromkeys(("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"), by_slope),
     **dict.fromkeys(("FlowMatchLCM", "LTXEulerAncestralRF"), by_last_step),
-    **dict.fromkeys(("DDIMInverse", "DPMSolverMultistepInverse", "RePaint"), REFUSED),  # other ways than from noise to data
-    **dict.fromkeys(("CMStochasticIterative", "LCM", "TCD", "SCM", "FlowMapEulerDiscrete", "Piflow"), REFUSED),  # one jump
+    **dict.fromkeys(
+        ("DDIMInverse", "DPMSolverMultistepInverse", "RePaint"), REFUSED
+    ),  # other ways than from noise to data
+    **dict.fromkeys(
+        ("CMStochasticIterative", "LCM", "TCD", "SCM", "FlowMapEulerDiscrete", "Piflow"), REFUSED
+    ),  # one jump
     **dict.fromkeys(("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"), REFUSED),  # tokens
     **dict.fromkeys(("DDPMWuerstchen", "Helios", "HeliosDMD", "IPNDM", "KarrasVe", "MiniMaxH3"), REFUSED),
     **dict.fromkeys(("RFD4Proteina", "ScoreSdeVe"), REFUSED),
@@ -99,7 +98,9 @@ def make(name, **options):
 
 
 def is_flow(scheduler):
-    return "FlowMatch" in type(scheduler).__name__ or "LTX" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas")
+    name, own = type(scheduler).__name__, inspect.signature(type(scheduler).__init__).parameters
+    by_field = "use_flow_sigmas" in own and scheduler.config["use_flow_sigmas"]
+    return "FlowMatch" in name or "LTX" in name or by_field
 
 
 def begin(scheduler):
@@ -126,7 +127,9 @@ def check_own(name, scheduler):
     denoiser = wrap(network, scheduler=scheduler, shape=tuple(X.shape[1:]), bottleneck=None, verify=False)
     i, sigma, state = begin(scheduler)
     got = denoiser(X, sigma.expand(2).float()).x0
-    given = scheduler.scale_model_input(state, scheduler.timesteps[i]) if hasattr(scheduler, "scale_model_input") else state
+    given = (
+        scheduler.scale_model_input(state, scheduler.timesteps[i]) if hasattr(scheduler, "scale_model_input") else state
+    )
     torch.testing.assert_close(network.x, given, rtol=2e-4, atol=2e-4)
     told = float(scheduler.timesteps[i])
     step = 1 if scheduler.timesteps.dtype == torch.int64 else 0.2  # some round what they tell
@@ -235,15 +238,115 @@ def made_or_none(name, **options):
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in KNOWN for field in fields_of(name)])
 def test_every_field_is_read_or_refused_by_name(name, field):
-    verdicts = []
+    default = inspect.signature(exported()[name].__init__).parameters[field].default
     for value in FIELDS[field]:
-        scheduler = made_or_none(name, **{field: value})
+        scheduler = None if value == default else made_or_none(name, **{field: value})
         if scheduler is None:
             continue
         try:
             check_own(name, scheduler)
         except ConfigError as error:
             assert field in str(error)
-            verdicts.append("refused")
         except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:  # its own step does not know this
             assert "diffusers" in inspect.trace()[-1].filename, error
+
+
+FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SVD = {**SD, "prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0}
+TOGETHER = [
+    *((name, FLOW_SIGMAS) for name in ("DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "SASolver")),
+    *(
+        ("UniPCMultistep", {**FLOW_SIGMAS, **more})
+        for more in ({}, {"num_train_timesteps": 500}, {"shift_terminal": 0.1})
+    ),
+    *(("EulerDiscrete", {**SVD, **more}) for more in ({}, {"use_karras_sigmas": True})),
+    *(
+        (name, {**SD, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+        for name in ("DDIM", "EulerDiscrete")
+    ),
+    ("EDMEuler", {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_max": 120.0}),
+    ("EDMDPMSolverMultistep", {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_schedule": "exponential"}),
+    ("CogVideoXDDIM", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "clip_sample": True}),
+    ("FlowMatchEulerDiscrete", {"use_dynamic_shifting": True, "shift_terminal": 0.1, "time_shift_type": "linear"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TOGETHER, ids=[f"{name}-{i}" for i, (name, _) in enumerate(TOGETHER)])
+def test_fields_that_published_models_set_together_are_read(name, options):
+    check_own(name, make(name, **options))
+
+
+def test_the_range_is_the_configuration_s():
+    def ends(scheduler):
+        denoiser = wrap(Network(), scheduler=scheduler, shape=(3, 4, 4), verify=False)
+        return denoiser.sigma_min, denoiser.sigma_max
+
+    assert ends(make("EDMEuler", sigma_min=0.01, sigma_max=120.0)) == (0.01, 120.0)
+    assert ends(make("EulerDiscrete", **SVD)) == (0.002, 700.0)
+    assert ends(make("EulerDiscrete", **SD, sigma_max=10.0)) == pytest.approx((0.0292, 10.0), rel=1e-2)
+    assert ends(make("DDIM", **SD, rescale_betas_zero_snr=True))[1] == pytest.approx(4096, rel=1e-3)
+    assert ends(make("DDIM", rescale_betas_zero_snr=True))[1] > 4096
+
+
+# ---- what the walk above does not reach
+
+
+def test_only_a_configuration_that_says_so_clips():
+    """It is DDIM's default, of latents as of pixels, and saved configurations say it."""
+    said = diffusers.DDIMScheduler(clip_sample=True)
+    with pytest.raises(ConfigError, match="has clip_sample=True, expected False.*network's own"):
+        wrap(Network(), scheduler=said)
+    assert wrap(Network(), scheduler=diffusers.DDIMScheduler()).family.name == "epsilon"
+
+
+def test_a_field_of_a_later_version_is_refused():
+    class DDIMScheduler(diffusers.DDIMScheduler):
+        def __init__(self, fresh=3):
+            super().__init__(clip_sample=False)
+            self.register_to_config(fresh=fresh)
+
+    with pytest.raises(ConfigError, match="DDIMScheduler has fresh=3, which is not understood"):
+        wrap(Network(), scheduler=DDIMScheduler())
+
+
+def test_fields_left_from_another_class_say_nothing_of_this_one():
+    present = make("UniPCMultistep", **FLOW_SIGMAS)
+    check_own("EulerDiscrete", diffusers.EulerDiscreteScheduler.from_config(present.config, prediction_type="epsilon"))
+    flow = make("FlowMatchEulerDiscrete", invert_sigmas=True).config
+    check_own("UniPCMultistep", diffusers.UniPCMultistepScheduler.from_config(flow, **FLOW_SIGMAS))
+
+
+def test_a_family_says_all():
+    for more in ({"scheduler": make("DDIM")}, {"betas": "linear"}):
+        with pytest.raises(ConfigError, match="prediction='edm' is a Family, which says all"):
+            wrap(Network(), EDM(), **more)
+
+
+def test_flow_models_are_told_their_own_steps():
+    for steps in (1, 250, 1000):
+        network = Network()
+        scheduler = make("FlowMatchEulerDiscrete", num_train_timesteps=steps)
+        wrap(network, scheduler=scheduler, shape=(3, 4, 4))(X, torch.tensor(1.0))
+        assert network.t.tolist() == [steps / 2] * 2
+    with pytest.raises(ConfigError, match="num_train_timesteps=0, expected a positive number"):
+        wrap(Network(), scheduler=FlowMatchOfNothing())
+    assert Flow(1).settings() != Flow(250).settings()
+
+
+class FlowMatchOfNothing:
+    config = {"num_train_timesteps": 0}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("options", [{"shift": 3.0}, {"num_train_timesteps": 250}])
+def test_shifts_are_read_or_refused(options):
+    scheduler = make("FlowMatchEulerDiscrete", **options)
+    scheduler.set_timesteps(sigmas=torch.linspace(0.999, 0.2, 6).tolist())
+    sigma = flow_levels(5, shift=shift_of(scheduler, (16, 8, 8)), t_min=0.2, t_max=0.999)
+    torch.testing.assert_close((sigma / (1 + sigma)).float(), scheduler.sigmas[:-1], rtol=1e-5, atol=1e-6)
+    assert shift_of(make("UniPCMultistep", **FLOW_SIGMAS), (16, 8, 8)) == 3.0
+    scheduler.set_shift(5.0)
+    assert shift_of(scheduler, (16, 8, 8)) == 5.0
+    for more in ({"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"invert_sigmas": True}):
+        with pytest.raises(ConfigError, match=f"has {next(iter(more))}=.* its times are no shift"):
+            shift_of(make("FlowMatchEulerDiscrete", **more), (16, 8, 8))

@@ -56,6 +56,11 @@ class Parameterization:
             raise ConfigError(f"need 0 < sigma_min < sigma_max, got {low} and {high}")
         return low, high
 
+    def unsaid(self, config: Mapping[str, Any]) -> dict[str, None]:
+        """The ends of the range that a discrete model's configuration leaves to the defaults, which are EDM's: its own."""
+        ends = ("sigma_min", "sigma_max") if isinstance(self.family, DiscreteSteps) else ()
+        return dict.fromkeys(end for end in ends if end in config.get("_use_default_values", ()))
+
     def levels(self, schedule: str, count: int, low: float, high: float, rho: float) -> Tensor:
         """`count` noise levels, (count,) float64: "karras" or "exponential"."""
         if schedule not in ("karras", "exponential"):
@@ -117,7 +122,13 @@ def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspec
             "prediction_type='v_prediction', sigma_min=..., sigma_max=...), of others nothing is known"
         )
     if "trained_betas" in config and "prediction_type" not in config:
-        raise ConfigError(f"{name} does not say what the network predicts; add prediction_type, or pass AMEDScheduler(...)")
+        raise ConfigError(
+            f"{name} does not say what the network predicts; add prediction_type, or pass AMEDScheduler(...)"
+        )
+    if {"solver_order", "sigma_data"} <= set(config) and not {"algorithm_type", "beta_schedule"} & set(config):
+        raise ConfigError(
+            f"{name} is CosineDPMSolverMultistepScheduler's, whose network is told 2/pi·atan(sigma): not known"
+        )
     check_fields(str(name), config, (READ["discrete"] - UNREAD) | set(parameters))
 
 
@@ -133,12 +144,15 @@ def given_back(config: Mapping[str, Any], changed: Iterable[str]) -> dict[str, l
 
 def _alphas(config: Mapping[str, Any]) -> Tensor | None:
     """alphas_cumprod of the training steps, (num_train_timesteps,) float64; None for a model without steps."""
-    name = config["beta_schedule"]
+    name, steps = config["beta_schedule"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
+        if len(config["trained_betas"]) != steps:
+            raise ConfigError(
+                f"trained_betas are of {len(config['trained_betas'])} steps, num_train_timesteps is {steps}; make them the same"
+            )
         return (1 - torch.as_tensor(config["trained_betas"], dtype=torch.float64)).cumprod(0)
     if name is None:
         return None
     if name not in BETA_SCHEDULES:
         raise ConfigError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)} or None, got {name!r}")
-    steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    return alphas_cumprod(BETA_SCHEDULES[name], steps, start, end)
+    return alphas_cumprod(BETA_SCHEDULES[name], steps, config["beta_start"], config["beta_end"])

@@ -34,9 +34,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     sigma_min .. final_sigmas_type: as EDMEulerScheduler has them. With N steps "zero" spends N - 1 intervals on N levels
     and one more evaluation whose D is the result; "sigma_min" spends N intervals on N + 1 levels and ends at sigma_min.
     beta_start, beta_end, beta_schedule, trained_betas: as DDIMScheduler has them, for models of discrete steps such as
-    Stable Diffusion's, whose own range it is unless one is given; without a beta_schedule the model is EDM's.
-    noise_levels: the levels themselves.
-    midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
+    Stable Diffusion's, whose own range it is unless one is given; without a beta_schedule the model is EDM's. noise_levels:
+    the levels themselves. midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2. solver, solver_options: of
     `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result.
     guidance_scale: the classifier-free guidance they are for, to call the pipeline with; a scheduler cannot see it.
 
@@ -75,9 +74,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
             self.register_to_config(midpoints=midpoints)
         self.model = Parameterization.of(self.config)
-        if isinstance(self.model.family, DiscreteSteps):  # the defaults are EDM's
-            unsaid = {"sigma_min", "sigma_max"} & set(self.config.get("_use_default_values", ()))
-            self.register_to_config(**dict.fromkeys(unsaid))
+        self.register_to_config(**self.model.unsaid(self.config))
         self._solver()
         self._use(None, self._levels(num_train_timesteps), None)
 
@@ -109,10 +106,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
-        """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by.
-
-        Another class made from this one's configuration has its own range and its own way again.
-        """
+        """As every scheduler has it; classes made of its configuration have their own range again. Raises ConfigError."""
         config = translated(config, inspect.signature(cls.__init__).parameters)
         made, unused = super().from_config(config, True, **changes)
         made.register_to_config(**given_back(made.config, changes))

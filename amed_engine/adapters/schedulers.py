@@ -23,6 +23,11 @@ NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_predic
 # farther where the one before it is.
 SMALLEST = 2.0**-24
 
+
+def _fields(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 CLASSES = {
     "discrete": """CogVideoXDDIM CogVideoXDPM DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep
         DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete
@@ -33,38 +38,34 @@ CLASSES = {
 KINDS = {f"{name}Scheduler": kind for kind, names in CLASSES.items() for name in names.split()}
 
 # How a scheduler itself steps, where, and with what noise: the network means the same whatever these say.
-STEPPING = frozenset(
-    """afs algorithm_type corrector_order disable_corrector euler_at_final final_sigmas_type guidance_scale
-    lambda_min_clipped lower_order_final midpoints noise_levels noise_sampler_seed predict_x0
-    predictor_order rho set_alpha_to_one sigma_schedule skip_prk_steps solver solver_options solver_order solver_p
-    solver_type steps_offset tau_func timestep_spacing use_beta_sigmas use_exponential_sigmas
-    use_karras_sigmas use_lu_lambdas variance_type""".split()
+STEPPING = _fields(
+    """afs algorithm_type corrector_order disable_corrector euler_at_final final_sigmas_type guidance_scale lambda_min_clipped
+    lower_order_final midpoints noise_levels noise_sampler_seed predict_x0 predictor_order rho set_alpha_to_one sigma_schedule
+    skip_prk_steps solver solver_options solver_order solver_p solver_type steps_offset tau_func timestep_spacing
+    use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type"""
 )
 # Of the times at which flow models are sampled; `shift_of` reads what it can.
-SHIFTING = frozenset(
+SHIFTING = _fields(
     """base_image_seq_len base_shift flow_shift max_image_seq_len max_shift shift shift_terminal time_shift_type
-    use_dynamic_shifting""".split()
+    use_dynamic_shifting"""
 )
 # Say nothing where clip_sample and thresholding are off.
-LIMITS = frozenset(("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"))
-RANGE = frozenset(("sigma_min", "sigma_max"))
-BETAS = frozenset(("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps"))
-IN_ALPHAS = frozenset(("rescale_betas_zero_snr", "snr_shift_scale"))  # read with alphas_cumprod
+LIMITS = _fields("clip_sample_range dynamic_thresholding_ratio sample_max_value")
+# What the network was trained for.
+MODEL = _fields(
+    """beta_end beta_schedule beta_start num_train_timesteps prediction_type sigma_data sigma_max sigma_min trained_betas"""
+)
 
 READ = {
-    "discrete": STEPPING
-    | SHIFTING
-    | LIMITS
-    | RANGE
-    | BETAS
-    | IN_ALPHAS
-    | {"prediction_type", "timestep_type", "sigma_data"},
-    "edm": STEPPING | LIMITS | RANGE | BETAS | {"prediction_type", "sigma_data"},
+    "discrete": STEPPING | SHIFTING | LIMITS | MODEL | _fields("rescale_betas_zero_snr snr_shift_scale timestep_type"),
+    "edm": STEPPING | LIMITS | MODEL,
     "flow": STEPPING | SHIFTING | {"num_train_timesteps", "eta", "s_noise", "stochastic_sampling", "upscale_mode"},
 }
 
 _THRESHOLD = "D is the network's own here: set it to False, and put amed_engine.adapters.Thresholded round the denoiser"
 _CLIP = "D is the network's own here, which no step clips: set it to False in the configuration"
+_ZERO = "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"
+_SHIFTED = "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"
 _LEVELS = "pass the noise levels themselves, as Sampler(schedule=...)"
 # Fields that only one value of is understood, and what to do about another.
 NEUTRAL: dict[str, tuple[Any, str]] = {
@@ -74,14 +75,8 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "timestep_type": ("discrete", "'continuous' is known with prediction_type='v_prediction' alone"),
     "interpolation_type": ("linear", "its levels are not those of the steps that the network is told then"),
     "invert_sigmas": (False, "its network is told 1 - t: wrap a function (x, t) -> prediction that turns time round"),
-    "rescale_betas_zero_snr": (
-        False,
-        "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas",
-    ),
-    "snr_shift_scale": (
-        None,
-        "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod",
-    ),
+    "rescale_betas_zero_snr": (False, _ZERO),
+    "snr_shift_scale": (None, _SHIFTED),
     "scale_factors": (None, "its samples change their size on the way: sample it with its own pipeline"),
 }
 
@@ -242,9 +237,8 @@ def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:
 
     Raises ConfigError for another scheduler, or one whose times are not shifted thus.
     """
-    config = getattr(scheduler, "config", None)
-    is_flow = config is not None and (type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas"))
-    if not is_flow:
+    config: Any = getattr(scheduler, "config", None) or {}
+    if not type(scheduler).__name__.startswith("FlowMatch") and not config.get("use_flow_sigmas"):
         raise ConfigError(f"a shift is that of a flow-matching scheduler of diffusers, got {type(scheduler).__name__}")
     _check_shifted(type(scheduler).__name__, config)
     if not config.get("use_dynamic_shifting"):

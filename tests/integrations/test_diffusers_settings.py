@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amed_engine import ConfigError, make_plan
-from amed_engine.adapters import decode_latents, wrap, wrap_pipeline
+from amed_engine.adapters import decode_latents, wrap
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -33,20 +33,20 @@ def make(name, **options):
     return getattr(diffusers, name)(**NEEDED.get(name, {}), **options)
 
 
-def same(config, other):
+def changed(config, other):
     return {name: (value, other.get(name)) for name, value in config.items() if value != other.get(name)}
 
 
 def test_exactly_these_schedulers_are_read():
     """The others are of flows, of one jump, of tokens, or say nothing of what is predicted."""
-    understood = set()
-    for name in NAMES:
+
+    def is_read(name):
         try:
-            AMEDScheduler.from_config(make(name).config)
-            understood.add(name.removesuffix("Scheduler"))
-        except ConfigError as error:
-            assert str(error)
-    assert understood == set(READ.split())
+            return AMEDScheduler.from_config(make(name).config) is not None
+        except ConfigError:
+            return False
+
+    assert {name.removesuffix("Scheduler") for name in NAMES if is_read(name)} == set(READ.split())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "AMED" not in name])
@@ -69,7 +69,7 @@ def test_a_saved_configuration_is_known_by_its_class(name, tmp_path):
     for config_there in (there.config, AMEDScheduler.load_config(tmp_path / "there")):
         back = getattr(diffusers, name).from_config(config_there)
         told = {field: value for field, value in config.items() if not field.startswith("_")}
-        assert not same(told, back.config)
+        assert not changed(told, back.config)
 
 
 @pytest.mark.parametrize("options", [{}, {"sigma_data": 1.0, "prediction_type": "v_prediction", "sigma_max": 120.0}])
@@ -110,7 +110,7 @@ def test_what_a_predictor_changed_is_left_behind(predictor):
     assert scheduler.init_noise_sigma == pytest.approx(10.0)
     assert scheduler.config.final_sigmas_type == "sigma_min"
     back = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
-    assert not same({k: v for k, v in present.config.items() if k != "_use_default_values"}, back.config)
+    assert not changed({k: v for k, v in present.config.items() if k != "_use_default_values"}, back.config)
     again = AMEDScheduler.from_config(scheduler.config)
     assert {k: again.config[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")} == {
         k: scheduler.config[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")
@@ -123,14 +123,14 @@ def test_what_a_predictor_changed_is_left_behind(predictor):
         ({**SD, "timestep_type": "continuous"}, r"timestep_type='continuous'.*AMEDScheduler\(sigma_data=1\.0"),
         ({**SD, "thresholding": True}, "has thresholding=True, expected False"),
         ({**SD, "clip_sample": True}, "has clip_sample=True, expected False"),
-        ({**SD, "snr_shift_scale": 3.0}, "has snr_shift_scale=3.0, .* trained_betas"),
+        ({**SD, "snr_shift_scale": 3.0}, r"has snr_shift_scale=3\.0, .* trained_betas"),
         ({**SD, "fresh": 1}, "has fresh=1, which is not understood"),
         ({**SD, "_class_name": "NewScheduler"}, "NewScheduler is not known"),
-        ({"eta": 1.0, "s_noise": 1.0}, "has eta=1.0"),
+        ({"eta": 1.0, "s_noise": 1.0}, r"has eta=1\.0"),
         ({"trained_betas": None}, "does not say what the network predicts"),
         ({"sigma_data": 1.0, "solver_order": 2}, "CosineDPMSolverMultistepScheduler"),
         ({"trained_betas": [0.1, 0.2], "prediction_type": "epsilon"}, "trained_betas are of 2 steps"),
-        ({"sigma_min": 3.0, "sigma_max": 2.0}, "need 0 < sigma_min < sigma_max"),
+        ({"sigma_min": 3.0, "sigma_max": 2.0}, "need sigma_min < sigma_max"),
     ],
 )
 def test_what_is_not_understood_is_named(config, match):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
 from amed_engine.adapters.schedulers import KINDS, NAMES, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}  # here: there
@@ -50,11 +50,9 @@ class Parameterization:
     def range(self, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
         """The wished range of noise levels, inside that of a discrete model."""
         low, high = self.family.sigma_min, self.family.sigma_max
-        if isinstance(self.family, DiscreteSteps):
-            low, high = max(low, sigma_min or low), min(high, sigma_max or high)
-        if not 0 < low < high < math.inf:
-            raise ConfigError(f"need 0 < sigma_min < sigma_max, got {low} and {high}")
-        return low, high
+        if isinstance(self.family, EDM):
+            return own_range(low, high)
+        return own_range(max(low, sigma_min or low), min(high, sigma_max or high))
 
     def unsaid(self, config: Mapping[str, Any]) -> dict[str, None]:
         """The ends of the range that a discrete model's configuration leaves to the defaults, which are EDM's: its own."""

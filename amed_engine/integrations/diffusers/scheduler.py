@@ -76,7 +76,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         self.model = Parameterization.of(self.config)
         self.register_to_config(**self.model.unsaid(self.config))
         self._solver()
-        self._use(None, self._levels(num_train_timesteps), None)
+        self._use(None, self._steps(None) if noise_levels else self._levels(num_train_timesteps), None)
 
     @classmethod
     def from_predictor(cls, predictor: Any, config: Mapping[str, Any] | None = None) -> AMEDScheduler:
@@ -107,10 +107,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """As every scheduler has it; classes made of its configuration have their own range again. Raises ConfigError."""
-        config = translated(config, inspect.signature(cls.__init__).parameters)
-        made, unused = super().from_config(config, True, **changes)
-        made.register_to_config(**given_back(made.config, changes))
-        return (made, unused) if return_unused_kwargs else made
+        made: Any = super().from_config(translated(config, inspect.signature(cls).parameters), True, **changes)
+        made[0].register_to_config(**given_back(made[0].config, changes))
+        return made if return_unused_kwargs else made[0]
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -239,8 +238,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _levels(self, count: int) -> Tensor:
         if count < 2:
             raise ConfigError(f"AMEDScheduler needs at least 2 noise levels, got {count}; ask for more steps")
-        own = self.config["noise_levels"]
-        low, high = (own[-1], own[0]) if own else self.model.range(self.config["sigma_min"], self.config["sigma_max"])
+        low, high = self.model.range(self.config["sigma_min"], self.config["sigma_max"])
         return self.model.levels(self.config["sigma_schedule"], count, low, high, self.config["rho"])
 
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:

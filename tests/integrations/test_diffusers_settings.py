@@ -108,7 +108,7 @@ def test_what_a_predictor_changed_is_left_behind(predictor):
     present = diffusers.EulerDiscreteScheduler(**SD, use_karras_sigmas=True)
     scheduler = AMEDScheduler.from_predictor(predictor, present.config)
     assert scheduler.init_noise_sigma == pytest.approx(10.0)
-    assert scheduler.config.final_sigmas_type == "sigma_min"
+    assert scheduler.config["final_sigmas_type"] == "sigma_min"
     back = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
     assert not changed({k: v for k, v in present.config.items() if k != "_use_default_values"}, back.config)
     again = AMEDScheduler.from_config(scheduler.config)

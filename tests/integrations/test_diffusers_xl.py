@@ -155,3 +155,33 @@ def test_rows_of_pooled_embeddings_are_counted(pipe):
         pipe(**rows, pooled_prompt_embeds=torch.zeros(1, 12), guidance_scale=4.0)
     with pytest.raises(ConfigError, match="needs negative_pooled_prompt_embeds"):
         pipe(**rows, pooled_prompt_embeds=torch.zeros(2, 12), guidance_scale=4.0)
+
+
+def test_the_network_is_told_the_size_that_is_drawn(xl):
+    denoiser = wrap_pipeline(xl, ["a", "b"], shape=(4, 4, 12))
+    size = 4 * xl.vae_scale_factor, 12 * xl.vae_scale_factor
+    expected = xl._get_add_time_ids(size, (0, 0), size, torch.float32, 12)
+    assert torch.equal(denoiser.conditions.table_time_ids, expected.expand(3, -1))  # of both prompts and of none
+    own = 8 * xl.vae_scale_factor
+    assert wrap_pipeline(xl, "a").conditions.table_time_ids[0].tolist() == [own, own, 0, 0, own, own]
+
+
+def test_without_a_negative_prompt_it_leads_away_from_what_the_pipeline_does(xl):
+    """Zeros; an empty prompt that is given is encoded."""
+    encode = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    for negative in (None, "", "bad"):
+        conditions = wrap_pipeline(xl, "a b", negative_prompt=negative).conditions
+        _, embeds, _, pooled = xl.encode_prompt("a b", negative_prompt=negative, **encode)
+        assert torch.equal(conditions.table_encoder_hidden_states[-1], embeds[0])
+        assert torch.equal(conditions.table_text_embeds[-1], pooled[0])
+        assert bool(embeds.any()) is (negative is not None)
+
+
+def test_a_network_that_is_told_an_aesthetic_score_is_refused(xl):
+    refiner = diffusers.UNet2DConditionModel.from_config(
+        {**xl.unet.config, "projection_class_embeddings_input_dim": 12 + 5 * 8}
+    )
+    parts = {**xl.components, "unet": refiner, "image_encoder": None, "feature_extractor": None}
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    with pytest.raises(ConfigError, match="told 5 numbers of 8, expected the 6 of SDXL's sizes; the Refiner"):
+        wrap_pipeline(pipe, "a")

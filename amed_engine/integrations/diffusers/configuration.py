@@ -33,8 +33,6 @@ def of_predictor(predictor: Any) -> dict[str, Any]:
         "afs": plan.afs,
         "mean": None if mean is None else mean.to_json(),
         "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
-        "sigma_min": plan.sigmas[-1],
-        "sigma_max": plan.sigmas[0],
         "guidance_scale": plan.guidance_scale,
     }
 

@@ -78,7 +78,7 @@ class AMEDPipeline(DiffusionPipeline):
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
         check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
-            scheduler = AMEDScheduler.from_config(scheduler.config)
+            scheduler = AMEDScheduler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
         if verify and predictor is not None:
             check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
         texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}

@@ -18,7 +18,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import open_predictor, without_zero
 from amed_engine.integrations.diffusers.configuration import as_saved, in_full, mean_of_config, of_predictor, solver_of
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
-from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
+from amed_engine.integrations.diffusers.parameterization import Parameterization, given_back, translated
 from amed_engine.integrations.diffusers.start import Start, check_level
 from amed_engine.sampling.denoiser import dynamic_thresholding
 from amed_engine.sampling.loop import State, advance
@@ -34,8 +34,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     sigma_min .. final_sigmas_type: as EDMEulerScheduler has them. With N steps "zero" spends N - 1 intervals on N levels
     and one more evaluation whose D is the result; "sigma_min" spends N intervals on N + 1 levels and ends at sigma_min.
     beta_start, beta_end, beta_schedule, trained_betas: as DDIMScheduler has them, for models of discrete steps such as
-    Stable Diffusion's; without a beta_schedule the model is EDM's. noise_levels: the levels themselves.
-    midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
+    Stable Diffusion's, whose own range it is unless one is given; without a beta_schedule the model is EDM's. noise_levels:
+    the levels themselves. midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2. solver, solver_options: of
     `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result. "mean"
     is about the mean answer of the model, `mean`, the JSON of a `Mean` of one row; latents are shifted by it when they are
     first seen, so in a pipeline, and in what `add_noise` says of its start, they lack that until the first `step`.
@@ -78,8 +78,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(midpoints=midpoints)
         self.model = Parameterization.of(self.config)
         self._mean = mean_of_config(afs, mean)
+        self.register_to_config(**self.model.unsaid(self.config))
         self.register_to_config(**in_full(self.config))
-        self._use(None, self._levels(num_train_timesteps), None)
+        self._use(None, self._steps(None) if noise_levels else self._levels(num_train_timesteps), None)
 
     @classmethod
     def from_predictor(cls, predictor: Any, config: Mapping[str, Any] | None = None) -> AMEDScheduler:
@@ -92,14 +93,15 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
-        """As every scheduler of diffusers has it; another solver in `changes` starts from its own options.
-
-        Raises ConfigError for what it cannot mean the same by.
+        """As every scheduler has it; another solver in `changes` starts from its own options, and classes made of its
+        configuration have their own range again. Raises ConfigError for what it cannot mean the same by.
         """
         config = translated(as_saved(config), inspect.signature(cls.__init__).parameters)
         if isinstance(config, dict) and changes.get("solver", config.get("solver")) != config.get("solver"):
             config.pop("solver_options", None)
-        return super().from_config(config, return_unused_kwargs, **changes)
+        made: Any = super().from_config(config, True, **changes)
+        made[0].register_to_config(**given_back(made[0].config, changes))
+        return made if return_unused_kwargs else made[0]
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]

@@ -17,6 +17,7 @@ from amed_engine.adapters.fingerprint import is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
 from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
 from amed_engine.solvers.schedule import check_sigmas
@@ -230,7 +231,7 @@ def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None)
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:
     """A predictor reads a bottleneck of one size; of other models than those that tell theirs, the loop finds out."""
-    expected, own = getattr(predictor, "bottleneck", None), getattr(model.network, "bottleneck_size", None)
+    expected, own = getattr(predictor, "bottleneck", None), said(model.network, "bottleneck_size")
     if expected is not None and own is not None and tuple(own) != tuple(expected):
         raise ConfigError(
             f"this predictor reads bottlenecks of {expected[0]}x{expected[1]}, the model's are {own[0]}x{own[1]}: it was "
@@ -250,7 +251,7 @@ def check_model(model: Model, plan: Plan, made: str) -> None:
 
 
 def _check_levels(model: Model, plan: Plan, made: str) -> None:
-    low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
+    low, high = (said(model.network, name) for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
         raise ConfigError(

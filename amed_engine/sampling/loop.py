@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
+from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, copied, owned, thresholded
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import PredictorLike, Program, Walk
 from amed_engine.solvers.stage import Update, map_choice
@@ -91,7 +91,10 @@ class Trajectory:
             said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
             if updates is not None:
                 return updates
-            choice = choice(features, sigma, sigma_next) if said is None else said
+            if said is None:  # a caller's own function may write to what it is given
+                levels = (sigma, sigma_next) if fused else (copied(sigma), copied(sigma_next))
+                said = choice(features, *levels)
+            choice = said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 
@@ -137,7 +140,7 @@ def sample(
     if not x.is_floating_point():
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
     program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero)
-    states = integrate(program.on(x.device, x.dtype), denoiser, x)
+    states = integrate(program.on(x.device, x.dtype), owned(denoiser), x)
     return torch.stack(states) if trajectory else states[-1]
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import module_of, plain_name
 
 BUFFER = "amed_settings"
 
@@ -49,39 +52,82 @@ def summary(table: Tensor) -> list[str]:
 
 def fingerprint(model: Any) -> str | None:
     """SHA-256 over names, shapes, dtypes and bytes of a model's parameters, and over the settings of our adapters, guidance
-    and thresholding in it; None for a callable without parameters.
+    and thresholding in it; None for a callable without parameters, or one whose parameters cannot be read.
 
-    Compiled, traced and exported forms of a module have its fingerprint.
+    Compiled, traced, exported and wrapped forms of a module (DataParallel, FSDP, AveragedModel) have its fingerprint, and so
+    has one that accelerate offloads.
     """
-    parameters = _parameters(model)
-    return _digest(parameters | _settings(model)) if parameters else None
+    with _gathered(model):
+        parameters = _parameters(model)
+        return _digest(parameters | _settings(model)) if parameters and _readable(parameters) else None
 
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
-    parameters, settings = _parameters(model), _settings(model)
-    # Hashing reads every weight: the older form only where it differs and the newer one did not match.
-    return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
+    with _gathered(model):
+        parameters, settings = _parameters(model), _settings(model)
+        # Hashing reads every weight: the older form only where it differs and the newer one did not match.
+        return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
+
+
+def can_tell(model: Any) -> bool:
+    """Whether a model is a module, and all of its parameters can be read."""
+    return module_of(model) is not None and _readable(_parameters(model))
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
-    named = model.named_parameters() if isinstance(model, nn.Module) else ()
-    return {_plain(name): parameter for name, parameter in named}
+    module = module_of(model)
+    named = () if module is None else module.named_parameters()
+    return {plain_name(module, name): _brought(module, name, parameter) for name, parameter in named}  # type: ignore[arg-type]
 
 
-def _settings(model: nn.Module) -> dict[str, Tensor]:
-    named = {_plain(name): buffer for name, buffer in model.named_buffers()}
-    return {name: buffer for name, buffer in named.items() if name.rpartition(".")[2] == BUFFER}
+def _settings(model: Any) -> dict[str, Tensor]:
+    module = module_of(model)
+    named = () if module is None else module.named_buffers()
+    return {plain_name(module, name): b for name, b in named if name.rpartition(".")[2] == BUFFER}  # type: ignore[arg-type]
 
 
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+def _brought(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A parameter, that of an offloaded module from where accelerate keeps it."""
+    if parameter.device.type != "meta":
+        return parameter
+    owner, _, own = name.rpartition(".")
+    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (kept := getattr(each, "weights_map", None)) is not None:
+            return kept[own]
+    return parameter
+
+
+def _readable(parameters: dict[str, Tensor]) -> bool:
+    return all(parameter.device.type != "meta" for parameter in parameters.values())
+
+
+@contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """The parameters of FSDP whole, for the time of the block."""
+    with ExitStack() as stack:
+        for part in getattr(module_of(model), "modules", tuple)():
+            if hasattr(part, "_fsdp_wrapped_module"):
+                stack.enter_context(type(part).summon_full_params(part, recurse=False, writeback=False))
+        yield
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]  # of a DTensor
+        for part, value in _plain_parts(name, whole.detach()):
+            value = value.cpu().contiguous()
+            digest.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the tensors that a quantised one consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters.fingerprint import is_model
+from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -241,7 +241,7 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
 
 def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
-    if model.module is None or plan.model is None:
+    if plan.model is None or not can_tell(model.module):
         _check_levels(model, plan, made)
     elif not is_model(model.module, plan.model):
         raise ConfigError(

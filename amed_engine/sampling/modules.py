@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amed_engine.errors import ConfigError
+
 OWN = "amed_engine"
 # Where wrappers keep what they wrap: torch.compile, DataParallel and its like, FSDP, activation checkpoints, peft.
 INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
@@ -128,6 +130,21 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def differentiable(what: str) -> Iterator[None]:
+    """With gradients, under torch.inference_mode too. Raises ConfigError where `what` holds tensors that were made in it."""
+    with plain_tensors(), torch.enable_grad():
+        try:
+            yield
+        except RuntimeError as error:
+            if "nference tensor" not in str(error):
+                raise
+            raise ConfigError(
+                f"{what} holds tensors that were made under torch.inference_mode, and no gradient goes through those: make or "
+                f"load it outside ({str(error).partition('.')[0]})"
+            ) from error
+
+
 # ---- where it runs ----
 
 
@@ -192,7 +209,8 @@ def _cast_to(module: nn.Module) -> torch.dtype | None:
 def dtypes_of(network: Any) -> list[torch.dtype]:
     """The dtypes its layers compute in, that of most numbers first: floating ones of 16 bits and more.
 
-    Whole numbers and 8-bit floats are storage, which the layers themselves widen. Empty where nothing tells.
+    Whole numbers and 8-bit floats are storage, which the layers themselves widen by scales, in buffers where not in
+    parameters. Empty where nothing tells.
     """
     module = module_of(network)
     if module is None:
@@ -200,7 +218,10 @@ def dtypes_of(network: Any) -> list[torch.dtype]:
     cast = _cast_to(module)
     if cast is not None:
         return [cast]
-    counts = _counted(module.parameters()) or _counted(module.buffers())
+    counts = _counted(module.parameters())
+    if not counts and next(module.parameters(), None) is not None:
+        foreign = (part for part in module.modules() if not _is_ours(part))
+        counts = _counted(buffer for part in foreign for buffer in part.buffers(recurse=False))
     return [dtype for dtype, _ in counts.most_common()]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amed_engine.engine.model import Model, check_guidance, vectors
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_labels
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_labels, owned
 from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
@@ -22,6 +22,8 @@ Conditions = Iterable[Condition] | None
 @dataclass(frozen=True)
 class BoundDenoiser:
     """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
+
+    lends_copies = True
 
     model: Model
     labels: Tensor | None
@@ -81,8 +83,9 @@ class Batches:
         if condition is None:
             return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
-            return _whole(condition, part, self.batch)
-        rows = condition[part].to(self.model.device)
+            return owned(_whole(condition, part, self.batch))
+        # A copy: what gives the conditions may give the next ones in the same memory.
+        rows = condition[part].to(self.model.device, copy=True)
         if not rows.is_floating_point():
             rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
         if (given := len(condition)) < part.stop:

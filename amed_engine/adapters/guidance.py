@@ -15,7 +15,7 @@ from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
-from amed_engine.sampling.modules import bare, differentiable, never_writes, said
+from amed_engine.sampling.modules import as_module, bare, differentiable, never_writes, said
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
@@ -32,7 +32,7 @@ class _Around(Settled):
         super().__init__()
         if not callable(denoiser):
             raise ConfigError(f"the denoiser must be callable, got {type(denoiser).__name__}")
-        self.denoiser, self._foreign = denoiser, not never_writes(denoiser)
+        self.denoiser, self._foreign = as_module(denoiser), not never_writes(denoiser)
         for name in FACTS:
             if (value := said(denoiser, name)) is not None:
                 setattr(self, name, value)
@@ -150,7 +150,7 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"classifier guidance goes round what wrap returns, got {type(denoiser).__name__}")
         if not math.isfinite(scale) or (clamp is not None and not clamp > 0):
             raise ConfigError(f"need a finite scale and a positive clamp or None, got {scale}, {clamp}")
-        self.classifier, self.scale, self.clamp = classifier, scale, clamp
+        self.classifier, self.scale, self.clamp = as_module(classifier), scale, clamp
         self._precision, own = Precision(classifier), bare(denoiser).label_dim
         known = label_dim or said(classifier, "out_channels") or own
         if not known or (own and known != own):

@@ -22,7 +22,7 @@ from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
 from amed_engine.adapters.schedulers import betas_of, has_betas, prediction_of
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import bare, device_of, dtype_of, modes_kept, module_of, plain_tensors, said
+from amed_engine.sampling.modules import as_module, bare, device_of, dtype_of, modes_kept, module_of, plain_tensors, said
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
@@ -72,6 +72,7 @@ def wrap(
     Raises ConfigError for whatever cannot work, before any sampling. `print(denoiser)` shows what was inferred, and why.
     """
     _check_callable(model)
+    model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
     family, why = _choose_family(prediction, facts, scheduler, betas)

@@ -19,7 +19,7 @@ from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import bound, module_of, never_writes, said
+from amed_engine.sampling.modules import as_module, bound, module_of, never_writes, said
 
 
 def resolve(
@@ -38,7 +38,7 @@ def resolve(
     evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
-    network = _open(model, weights)
+    network = as_module(_open(model, weights))
     if isinstance(network, type):
         raise ConfigError(
             f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"

@@ -68,7 +68,29 @@ def bare(network: Any) -> Any:
 
 def bound(network: Any) -> set[str]:
     """The keywords that functools.partial has given already."""
-    return {name for layer in layers(network) if isinstance(layer, functools.partial) for name in layer.keywords}
+    given = (functools.partial, Bound)
+    return {name for layer in layers(network) if isinstance(layer, given) for name in layer.keywords}
+
+
+class Bound(nn.Module):
+    """functools.partial of a module as a module, whose weights move, and are known, with what wraps it."""
+
+    def __init__(self, module: nn.Module, keywords: dict[str, Any]):
+        super().__init__()
+        self.module, self.keywords = module, keywords
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.keywords.items()}
+        return self.module(*inputs, **given | keywords)
+
+
+def as_module(network: Any) -> Any:
+    """What calls a module and nothing else as a module: its own forward, functools.partial of it. Others as they are."""
+    inner = None if isinstance(network, nn.Module) else _within(network)
+    inner = None if inner is None else as_module(inner)
+    if not isinstance(inner, nn.Module):
+        return network
+    return Bound(inner, dict(network.keywords)) if isinstance(network, functools.partial) else inner
 
 
 def said(network: Any, name: str, default: Any = None) -> Any:
@@ -93,7 +115,8 @@ def plain_name(root: nn.Module, name: str) -> str:
         found = passed_on(module)
         if found is None or found[0] != part:
             parts.append(part)
-        module = module._modules.get(part) or module
+        child = getattr(module, part, None)
+        module = child if isinstance(child, nn.Module) else module
     return ".".join(parts)
 
 

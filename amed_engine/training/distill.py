@@ -108,6 +108,7 @@ def distill(
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
+    _check_gradients(resolved.module)
     with differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
@@ -132,6 +133,17 @@ def _check_objective(objective: str, learn_sigmas: bool) -> None:
     if learn_sigmas and objective != "end_to_end":
         raise ConfigError(
             f"learn_sigmas needs objective='end_to_end', got {objective!r}: the teacher's states are at fixed noise levels"
+        )
+
+
+def _check_gradients(module: nn.Module | None) -> None:
+    """Training asks for the predictor's gradients alone, by autograd.grad, which FSDP does not know."""
+    sharded = ("FullyShardedDataParallel", "FSDPModule")
+    parts = () if module is None else module.modules()
+    if any(kind.__name__ in sharded for part in parts for kind in type(part).__mro__):
+        raise ConfigError(
+            "a model under FSDP gives gradients by backward() alone, which distill cannot use; pass the module that it wraps, "
+            "under DistributedDataParallel if need be, or use fit, which needs no gradients"
         )
 
 

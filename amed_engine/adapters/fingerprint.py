@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import module_of, plain_name
+from amed_engine.sampling.modules import gathered, module_of, plain_name, whole
 
 BUFFER = "amed_settings"
 
@@ -57,14 +56,14 @@ def fingerprint(model: Any) -> str | None:
     Compiled, traced, exported and wrapped forms of a module (DataParallel, FSDP, AveragedModel) have its fingerprint, and so
     has one that accelerate offloads.
     """
-    with _gathered(model):
+    with gathered(model):
         parameters = _parameters(model)
         return _digest(parameters | _settings(model)) if parameters and _readable(parameters) else None
 
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
-    with _gathered(model):
+    with gathered(model):
         parameters, settings = _parameters(model), _settings(model)
         # Hashing reads every weight: the older form only where it differs and the newer one did not match.
         return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
@@ -103,21 +102,10 @@ def _readable(parameters: dict[str, Tensor]) -> bool:
     return all(parameter.device.type != "meta" for parameter in parameters.values())
 
 
-@contextmanager
-def _gathered(model: Any) -> Iterator[None]:
-    """The parameters of FSDP whole, for the time of the block."""
-    with ExitStack() as stack:
-        for part in getattr(module_of(model), "modules", tuple)():
-            if hasattr(part, "_fsdp_wrapped_module"):
-                stack.enter_context(type(part).summon_full_params(part, recurse=False, writeback=False))
-        yield
-
-
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]  # of a DTensor
-        for part, value in _plain_parts(name, whole.detach()):
+        for part, value in _plain_parts(name, whole(tensor).detach()):
             value = value.cpu().contiguous()
             digest.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().tobytes())

@@ -15,7 +15,7 @@ from amed_engine.sampling.modules import dtypes_of, module_of
 A = TypeVar("A")
 # How torch says that a layer and its input are of different dtypes, among them its names of half precision.
 _COMPUTE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MISMATCH = re.compile(r"dtype|scalar type|same type|should be the same|Half|BFloat16|Float8")
+_MISMATCH = re.compile(r"dtype|data type|scalar type|same type|should be the same|Half|BFloat16|Float8")
 
 
 class Handed(NamedTuple):

@@ -118,7 +118,8 @@ class Tap:
 
 def _find(root: Any, name: str) -> nn.Module:
     try:
-        return root.get_submodule(name)
+        inner = bare(root)
+        return inner.get_submodule(name) if hasattr(inner, "get_submodule") else root.get_submodule(name)
     except AttributeError as error:
         raise ConfigError(
             f"the model has no submodule {name!r} to read a bottleneck from ({error}); pass the module itself"

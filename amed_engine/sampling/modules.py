@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -118,6 +118,21 @@ def plain_name(root: nn.Module, name: str) -> str:
         child = getattr(module, part, None)
         module = child if isinstance(child, nn.Module) else module
     return ".".join(parts)
+
+
+@contextmanager
+def gathered(network: Any) -> Iterator[None]:
+    """The parameters of FSDP in one piece, for the time of the block."""
+    with ExitStack() as stack:
+        for part in getattr(module_of(network), "modules", tuple)():
+            if hasattr(part, "_fsdp_wrapped_module"):
+                stack.enter_context(type(part).summon_full_params(part, recurse=False, writeback=False))
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of one that FSDP has cut into pieces."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def never_writes(network: Any) -> bool:

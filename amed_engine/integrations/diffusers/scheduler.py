@@ -190,7 +190,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             denoised = dynamic_thresholding(denoised)
         moved = denoised if call.update is None else self._advance(y, denoised, call.update)
         self._step_index = index + 1
-        kept = call.update is not None and not call.update.new_directions  # D itself, as a direction
+        kept = call.update is None or not call.update.new_directions  # D itself, as the result or as a direction
         moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype, copy=kept)
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import gathered, module_of, plain_name, whole
+from amed_engine.sampling.modules import Bound, as_module, gathered, plain_name, whole
 
 BUFFER = "amed_settings"
 
@@ -71,19 +71,31 @@ def is_model(model: Any, recorded: str) -> bool:
 
 def can_tell(model: Any) -> bool:
     """Whether a model is a module, and all of its parameters can be read."""
-    return module_of(model) is not None and _readable(_parameters(model))
+    return isinstance(as_module(model), nn.Module) and _readable(_parameters(model))
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
-    module = module_of(model)
-    named = () if module is None else module.named_parameters()
-    return {plain_name(module, name): _brought(module, name, parameter) for name, parameter in named}  # type: ignore[arg-type]
+    module = as_module(model)
+    named = module.named_parameters() if isinstance(module, nn.Module) else ()
+    return {plain_name(module, name): _brought(module, name, parameter) for name, parameter in named}
 
 
 def _settings(model: Any) -> dict[str, Tensor]:
-    module = module_of(model)
-    named = () if module is None else module.named_buffers()
-    return {plain_name(module, name): b for name, b in named if name.rpartition(".")[2] == BUFFER}  # type: ignore[arg-type]
+    module = as_module(model)
+    if not isinstance(module, nn.Module):
+        return {}
+    own = {plain_name(module, name): b for name, b in module.named_buffers() if name.rpartition(".")[2] == BUFFER}
+    given = [(name, part) for name, part in module.named_modules() if isinstance(part, Bound)]
+    return own | {f"{plain_name(module, name)}({key})": _told(v) for name, part in given for key, v in part.keywords.items()}
+
+
+def _told(value: Any) -> Tensor:
+    """A keyword's value; of what is neither a tensor nor plain data, its type."""
+    if isinstance(value, Tensor):
+        return value
+    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
+    text = repr(value) if plain else type(value).__qualname__
+    return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
 
 
 def _brought(module: nn.Module, name: str, parameter: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
-from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
+from amed_engine.solvers.mean import FirstStep, Mean
+from amed_engine.solvers.plan import Plan, best_training_free, make_plan
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Row
 
@@ -39,11 +40,12 @@ class PlanRequest:
     nfe: int | None
     schedule: str | Tensor | None
     rho: float | None
-    afs: bool | None
+    afs: FirstStep | None
     sigma_min: float | None
     sigma_max: float | None
-    usable: tuple[float, float]  # noise levels of the model that schedules may use
+    usable: tuple[float, float]  # noise levels of the model that schedules use
     recipe: Plan | None = None
+    mean: Mean | None = None  # of the model, where it is known without measuring
 
     @property
     def open(self) -> bool:
@@ -55,7 +57,10 @@ class PlanRequest:
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
-        common: dict[str, Any] = {"rho": self.rho, "afs": self.afs, "sigma_min": low, "sigma_max": high}
+        start = high if not isinstance(schedule, Tensor) else float(schedule.flatten()[0]) if len(schedule) else 0
+        mean = self.mean if self.mean is not None and self.mean.is_for(start, None, None) else None
+        first = {"afs": self.afs, "mean": None if midpoint else mean}
+        common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -63,7 +68,8 @@ class PlanRequest:
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint and nfe is not None:
-            return best_training_free(nfe, schedule=schedule, **common)
+            own = {} if self.schedule is None else {"schedule": schedule}
+            return best_training_free(nfe, **own, **common)
         solver = self.solver or ("amed" if midpoint else "ipndm")
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
 
@@ -84,6 +90,7 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     rules = ruling(request.recipe, predictor)
     for rule, made in rules:
         check_range(rule, request, made)
+    warn_of_range(model, plan, request)
     if predictor is not None and not rules:
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
@@ -217,16 +224,17 @@ def _same_levels(given: Tensor, levels: Tensor) -> bool:
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
 
 
-def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """The model's range inside that of the schedules; what was asked for beyond it is not cut off in silence."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
-    for name, asked, used in (("sigma_min", sigma_min, low), ("sigma_max", sigma_max, high)):
-        # Levels of a plan that are given back as a range are its ends to rounding only.
-        if asked and math.isfinite(asked) and not math.isclose(asked, used, rel_tol=1e-6):
-            logger.warning(
-                "%s=%g is outside the schedules' 0.002 to 80: using %g; pass levels as schedule", name, asked, used
-            )
-    return low, high
+def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
+    """Noise levels that the model states and the plan leaves out are not cut off in silence, unless that was asked for."""
+    low, high = (getattr(model.network, name, None) or 0 for name in ("sigma_min", "sigma_max"))
+    # A hundredth is rounding of the tables of discrete steps.
+    cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
+    if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):
+        logger.warning(
+            "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
+            "sigma_min= if that is meant, or a plan for all of them",
+            *(high, low, plan.sigmas[0], plan.sigmas[-1]),
+        )
 
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:
@@ -241,9 +249,9 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
 
 def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
-    if plan.model is None or not can_tell(model.module):
+    if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
-    elif not is_model(model.module, plan.model):
+    elif not is_model(model.network, plan.model):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
             f"{_REMEDIES[made]}, or verify=False to use it all the same"

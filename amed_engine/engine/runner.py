@@ -17,7 +17,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request
 from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import bind_labels
+from amed_engine.sampling.denoiser import bind_labels, mean_of_labels
 from amed_engine.sampling.loop import integrate
 from amed_engine.sampling.modules import brings_weights
 from amed_engine.solvers.program import Program
@@ -142,9 +142,11 @@ class BoundLoop:
         """What `integrate` returns: the state at each noise level, the images last."""
         x = latents * self.program.sigmas[0]
         denoiser = bind_labels(self.model.denoise, labels, self.scale)
+        rows = self.program.mean
+        mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
-            return integrate(self.program, denoiser, x, observe)
+            return integrate(self.program, denoiser, x, observe, mean)
 
 
 def _finite(images: Tensor) -> bool:

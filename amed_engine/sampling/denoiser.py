@@ -73,13 +73,28 @@ def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:
     return lambda x, sigma: known.pop() if known else as_denoised(denoiser(x, sigma))
 
 
-def analytic_first_step(x: Tensor, sigma: Tensor) -> Denoised:
-    """AFS as a denoiser: D = x - sigma·x / sqrt(1 + sigma²), without features and without a network evaluation.
+def analytic_first_step(x: Tensor, sigma: Tensor, mean: Tensor | None = None) -> Denoised:
+    """AFS as a denoiser: D = x - sigma (x - m) / sqrt(1 + sigma²), without features and without a network evaluation.
 
-    Its direction x / sqrt(1 + sigma²) is exact for data of unit variance about zero. Dockhorn et al. 2022 (arXiv:2210.05475).
+    It is exact for data of unit variance about m: zero, or `mean` (1 or B, ...). Dockhorn et al. 2022 (arXiv:2210.05475),
+    who have m = 0.
     """
     sigma = sigma.reshape(-1, *[1] * (x.dim() - 1))
-    return Denoised(x - sigma * (1 / (1 + sigma**2).sqrt()) * x)
+    return Denoised(x - sigma * (1 / (1 + sigma**2).sqrt()) * (x if mean is None else x - mean))
+
+
+def mean_of_labels(rows: Tensor, labels: Tensor | None, scale: float | None) -> Tensor:
+    """The mean answer for each sample's label under guidance, (1 or B, ...): m_0 + scale Σ_k labels_k (m_k - m_0).
+
+    rows: (R, ...) as `Mean` has them, m_0 first. labels: (B, K) or None. scale: None is no guidance, as 1 is.
+    """
+    if labels is None or len(rows) == 1:
+        return rows[:1]
+    if len(rows) < 1 + labels.shape[1]:  # one for any class
+        labels = (labels != 0).any(1, keepdim=True).to(rows.dtype)
+    weights = labels.to(rows.dtype) * (1 if scale is None else scale)
+    offsets = weights @ (rows[1:] - rows[:1]).flatten(1)
+    return rows[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))
 
 
 def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:

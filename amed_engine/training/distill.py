@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.measure import measured
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
@@ -22,6 +23,7 @@ from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.modules import differentiable
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Conditions
@@ -43,7 +45,7 @@ def distill(
     solver_options: Mapping[str, Any] | None = None,
     schedule: str | None = None,
     rho: float | None = None,
-    afs: bool | None = None,
+    afs: FirstStep | None = None,
     scale_dir: float | None = None,
     scale_time: float | None = None,
     scales: str = "bounded",
@@ -206,7 +208,9 @@ def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -
     }
 
 
-def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, guidance_scale: float | None) -> Plan:
+def _student_plan(
+    model: Model, nfe: int, settings: Settings, afs: FirstStep | None, guidance_scale: float | None
+) -> Plan:
     solver, options = settings.solver, dict(settings.solver_options)
     if make_solver(solver, **options).takes_predictor == "none":
         raise ConfigError(
@@ -216,7 +220,7 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
     rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
-    return made_for(model, make_plan(nfe, midpoint=True, **own, **rest))
+    return made_for(model, measured(make_plan(nfe, midpoint=True, **own, **rest), model))
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:

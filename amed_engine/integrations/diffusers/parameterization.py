@@ -14,7 +14,7 @@ from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
 from amed_engine.adapters.schedulers import NAMES
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.plan import clamp_range
+from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}  # here: there
@@ -44,7 +44,7 @@ class Parameterization:
         """The wished range of noise levels, inside that of a discrete model."""
         low, high = self.family.sigma_min, self.family.sigma_max
         if isinstance(self.family, EDM):
-            return clamp_range(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
+            return own_range(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
         return max(low, sigma_min or low), min(high, sigma_max or high)
 
     def levels(self, schedule: str, count: int, low: float, high: float, rho: float) -> Tensor:

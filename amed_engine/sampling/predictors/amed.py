@@ -106,7 +106,8 @@ class AMEDPredictor(nn.Module):
         plan = self.plan
         with torch.no_grad():
             x = z * plan.sigmas[0]
-            sample(denoiser, x, plan.levels, plan.make_solver(), listening, afs=plan.afs)
+            mean = None if plan.mean is None else plan.mean.rows()[:1]
+            sample(denoiser, x, plan.levels, plan.make_solver(), listening, afs=plan.afs, mean=mean)
         frozen = ConstantPredictor.of([Midpoint(*(torch.as_tensor(f).double().mean() for f in mid)) for mid in heard])
         frozen.plan = plan
         return frozen

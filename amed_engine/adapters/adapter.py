@@ -23,8 +23,9 @@ class Adapter(nn.Module):
     """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
 
     Made by `wrap`, which explains the arguments. The network runs in the dtype that its layers take, the preconditioning in
-    x's. It may write to what it is given: nothing of that is the caller's. A prediction of 2C channels holds learned variances, which are cut off. Its attributes img_channels, img_resolution,
-    sample_shape, label_dim, sigma_min and sigma_max are what `Sampler` reads.
+    x's. It may write to what it is given: nothing of that is the caller's. A prediction of 2C channels holds learned
+    variances, which are cut off. Its attributes img_channels, img_resolution, sample_shape, label_dim, sigma_min and
+    sigma_max are what `Sampler` reads.
     """
 
     lends_copies = True

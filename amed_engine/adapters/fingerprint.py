@@ -86,7 +86,9 @@ def _settings(model: Any) -> dict[str, Tensor]:
         return {}
     own = {plain_name(module, name): b for name, b in module.named_buffers() if name.rpartition(".")[2] == BUFFER}
     given = [(name, part) for name, part in module.named_modules() if isinstance(part, Bound)]
-    return own | {f"{plain_name(module, name)}({key})": _told(v) for name, part in given for key, v in part.keywords.items()}
+    return own | {
+        f"{plain_name(module, name)}({key})": _told(v) for name, part in given for key, v in part.keywords.items()
+    }
 
 
 def _told(value: Any) -> Tensor:
@@ -126,8 +128,9 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or the tensors that a quantised one consists of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
         yield name, tensor
         return
-    for part in tensor.__tensor_flatten__()[0]:
+    for part in flatten()[0]:
         yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))

@@ -18,6 +18,9 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, copied
 from amed_engine.sampling.modules import bare, layers
 
+# torch numbers its hooks without a lock: two threads could be given the same place.
+_HOOKING = threading.RLock()
+
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
 
@@ -43,7 +46,9 @@ class Tap:
     def attach(self, module: nn.Module, reader: object) -> Tap:
         """Hook the module for as long as the reader lives."""
         # Not kept: a module that holds its hook and is held by it would outlive its last user.
-        self._handle, self._reader = module.register_forward_hook(self), weakref.ref(reader)
+        with _HOOKING:
+            self._handle = module.register_forward_hook(self)
+        self._reader = weakref.ref(reader)
         weakref.finalize(reader, self.detach).atexit = False
         return self
 

@@ -22,7 +22,16 @@ from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
 from amed_engine.adapters.schedulers import betas_of, has_betas, prediction_of
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import as_module, bare, device_of, dtype_of, modes_kept, module_of, plain_tensors, said
+from amed_engine.sampling.modules import (
+    as_module,
+    bare,
+    device_of,
+    dtype_of,
+    modes_kept,
+    module_of,
+    plain_tensors,
+    said,
+)
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,

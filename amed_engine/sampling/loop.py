@@ -14,7 +14,15 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, copied, owned, thresholded
+from amed_engine.sampling.denoiser import (
+    Denoised,
+    Denoiser,
+    analytic_first_step,
+    as_denoised,
+    copied,
+    owned,
+    thresholded,
+)
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import PredictorLike, Program, Walk

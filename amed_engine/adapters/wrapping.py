@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, device_of, facts_of, parameter_of
+from amed_engine.adapters.facts import NetworkFacts, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import (
+    as_module,
+    bare,
+    device_of,
+    dtype_of,
+    modes_kept,
+    module_of,
+    plain_tensors,
+    said,
+)
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
@@ -36,6 +47,7 @@ PREDICTIONS = (*PREDICTS, *FAMILIES)
 NOISE_LIKE = 0.9
 
 
+@plain_tensors()
 def wrap(
     model: Any,
     prediction: str | Family | None = None,
@@ -70,7 +82,8 @@ def wrap(
     Raises ConfigError for whatever cannot work, before any sampling. `print(denoiser)` shows what was inferred, and why.
     """
     _check_callable(model)
-    model = Flux(model) if type(model).__name__ == "FluxTransformer2DModel" else model
+    model = as_module(model)
+    model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
     told = None if scheduler is None else told_by(scheduler)
     family, why = _choose_family(prediction, facts, scheduler, told, betas)
@@ -85,8 +98,8 @@ def wrap(
         facts = replace(facts, reduction=None)  # another module's output has its own size
     notes = _notes(model, facts, family, why, tables, found)
     if facts.denoises:  # a denoiser's own range of noise levels
-        family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
-        family.sigma_max = float(getattr(model, "sigma_max", 0) or family.sigma_max)
+        family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
+        family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
     adapter = Adapter(model, family, facts, tables, name, notes)
     if verify and family.name == "v":
         _check_not_noise(adapter)
@@ -94,7 +107,7 @@ def wrap(
 
 
 def _check_callable(model: Any) -> None:
-    if isinstance(model, Adapter):
+    if isinstance(bare(model), Adapter):
         raise ConfigError("this is what wrap returns already: pass it to Sampler")
     if not callable(model):
         raise ConfigError(
@@ -130,7 +143,7 @@ def _choose_family(
             raise ConfigError(
                 f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out"
             )
-        return prediction, "given"
+        return copy.deepcopy(prediction), "given"  # it follows the network to its device
     told = None if says is None else says.prediction
     known = told or facts.prediction
     name = prediction or known
@@ -207,14 +220,14 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
         return asked, "none, as asked" if asked is None else f"{asked}, given"
     if facts.returns_bottleneck:
         return None, "returned by the network"
-    name = taps.find(getattr(model, "_orig_mod", model))
+    name = taps.find(bare(model))
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
-    parameter = parameter_of(model)
+    dtype = dtype_of(model)
     shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
     if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
         shape += ", learned variances cut off"
@@ -222,14 +235,14 @@ def _notes(
     none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
     bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
     return {
-        "network": type(getattr(model, "_orig_mod", model)).__name__,
+        "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,
         "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
         "bottleneck": bottleneck,
-        "precision": "x's" if parameter is None else f"network {parameter.dtype}, state x's".replace("torch.", ""),
+        "precision": "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", ""),
     }
 
 
@@ -237,17 +250,16 @@ def _notes(
 def _check_not_noise(adapter: Adapter) -> None:
     """One evaluation of noise at the highest level: v is then nearly the data, and nearly independent of its input."""
     shape, ready = adapter.sample_shape, adapter.conditions.count or not adapter.conditions.names
-    device = device_of(adapter.network)
-    if shape is None or not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
+    device, module = device_of(adapter.network), module_of(adapter.network)
+    empty = module is not None and any(parameter.device.type == "meta" for parameter in module.parameters())
+    if shape is None or not ready or empty or not math.isfinite(adapter.sigma_max):
         return
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     sigma = torch.full((2,), float(adapter.sigma_max), device=device)
     labels = torch.zeros(2, dtype=torch.int64, device=device) if adapter.label_dim else None
-    training = isinstance(adapter.network, nn.Module) and adapter.network.training
-    adapter.eval()
     c = adapter.family(sigma)
-    denoised = adapter(spread(1 / c.scale, noise) * noise, sigma, labels).x0
-    adapter.train(training)
+    with modes_kept(module):
+        denoised = adapter(spread(1 / c.scale, noise) * noise, sigma, labels).x0
     raw = (denoised - spread(c.skip / c.scale, noise) * noise) / spread(c.out, noise)
     correlation = torch.nn.functional.cosine_similarity(raw.flatten(), noise.flatten(), dim=0)
     if correlation > NOISE_LIKE:

@@ -20,6 +20,7 @@ from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
 
@@ -113,7 +114,7 @@ _ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
 
 def identify(model: Model) -> str | None:
     """The fingerprint of a model, and of the conditions bound to it; None for a callable without parameters."""
-    own, conditions = fingerprint(model.module), getattr(model.network, "conditions", None)
+    own, conditions = fingerprint(model.network), said(model.network, "conditions")
     if own is None or not getattr(conditions, "count", 0):
         return own
     digest = hashlib.sha256(own.encode())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, mean_of_labels
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, mean_of_labels, owned
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
@@ -148,10 +148,10 @@ def check_plan(plan: Plan, levels: Tensor, afs: FirstStep) -> None:
 
 
 class Recorder:
-    """A denoiser that remembers the first answer since `first` was cleared."""
+    """A host's denoiser, that remembers the first answer since `first` was cleared."""
 
     def __init__(self, denoiser: Denoiser):
-        self.denoiser = denoiser
+        self.denoiser = owned(denoiser)
         self.first: Denoised | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:

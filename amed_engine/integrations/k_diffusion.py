@@ -52,7 +52,9 @@ def sample_amed(
             before, state = state.y[0], trajectory.interval(state, i)[-1]
             if callback is not None and recorder.first is not None:
                 sigma = program.sigmas[i]
-                callback({"x": before, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": recorder.first.x0})
+                # Copies of what the trajectory goes on with, the caller's x among them: hosts write to what they get.
+                seen = {"x": before.clone(), "denoised": recorder.first.x0.clone()}
+                callback({**seen, "i": i, "sigma": sigma, "sigma_hat": sigma})
         if program.denoise_to_zero:
             return evaluate(recorder, state.y, (program.sigmas[-1],))[0].x0
         return state.y[0]

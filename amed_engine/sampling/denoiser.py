@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import never_writes
 
 
 class Denoised(NamedTuple):
@@ -41,6 +42,29 @@ def as_denoised(output: Any) -> Denoised:
         f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; give a function "
         "(x, sigma) -> (D, features), or the raw network to amed_engine.wrap"
     )
+
+
+def ask(network: Callable[..., Any], *inputs: Any, foreign: bool = True, **conditions: Any) -> Denoised:
+    """The answer of a network (x, sigma[, labels], **conditions) -> D or (D, features).
+
+    foreign: it is of another's making. Such a network may write to what it is given, and may answer in one buffer call after
+    call, as CUDA graphs and TensorRT do: it gets copies, and its answer is copied before it is asked again.
+    """
+    if not foreign:
+        return as_denoised(network(*inputs, **conditions))
+    given = {name: copied(value) for name, value in conditions.items()}
+    answer = as_denoised(network(*map(copied, inputs), **given))
+    return Denoised(answer.x0.clone(), copied(answer.features))
+
+
+def copied(value: Any) -> Any:
+    """A tensor's copy, differentiable; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def owned(denoiser: Denoiser) -> Denoiser:
+    """A caller's denoiser asked as `ask` does; one that never writes stays as it is."""
+    return denoiser if never_writes(denoiser) else lambda x, sigma: ask(denoiser, x, sigma)
 
 
 def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:

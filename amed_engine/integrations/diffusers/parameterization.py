@@ -78,9 +78,9 @@ class Parameterization:
         return x * self.family.mix(_like(sigma, x))[2]
 
     def denoised(self, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """D from the network's output at x."""
+        """D from the network's output at x, in memory of its own."""
         if self.prediction_type == "sample":
-            return output
+            return output.clone()
         skip, out, _ = self.family.mix(_like(sigma, x))
         return skip * x + out * output
 

@@ -207,7 +207,8 @@ class AMEDPipeline(DiffusionPipeline):
     def _ask(self, x: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Denoised:
         model = self.scheduler.model
         scaled = model.scaled(x, sigma).to(self.unet.dtype)
-        output = self.unet(scaled, model.timestep(sigma), **keywords(None, told), return_dict=False)[0]
+        lent = {name: value.clone() for name, value in told.items()}  # the network may write to them
+        output = self.unet(scaled, model.timestep(sigma), **keywords(None, lent), return_dict=False)[0]
         # Some models estimate variances as well, in as many channels again.
         return Denoised(model.denoised(x, output[:, : x.shape[1]].to(x.dtype), sigma))
 

@@ -182,13 +182,15 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         check_output(model_output, sample)
         index = self._index(timestep)
         call = self._evaluations[index]
-        y = self._evaluated(sample, index).to(torch.promote_types(sample.dtype, torch.float32))
+        # A copy: the anchor of the step is kept, and the pipeline's tensor may be written to.
+        y = self._evaluated(sample, index).to(torch.promote_types(sample.dtype, torch.float32), copy=True)
         denoised = self.model.denoised(y, model_output.to(y.dtype), _told(call))
         if self._program.solver.thresholds:
             denoised = dynamic_thresholding(denoised)
         moved = denoised if call.update is None else self._advance(y, denoised, call.update)
         self._step_index = index + 1
-        moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype)
+        kept = call.update is None or not call.update.new_directions  # D itself, as the result or as a direction
+        moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype, copy=kept)
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

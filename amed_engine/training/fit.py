@@ -243,5 +243,5 @@ def starts_of(model: Model, task: Task, examples: list[Example], mean: Mean | No
         constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
         return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
     learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
-    free = [replace(nonstationary(plan, low), learn_sigmas=learn_sigmas) for plan in plans]
+    free = [replace(nonstationary(plan.program(), low, plan.mean), learn_sigmas=learn_sigmas) for plan in plans]
     return sorted(free, key=lambda candidate: loss_of(candidate, examples[:1]))

@@ -61,6 +61,7 @@ def mean_of(model: Model, sigma: float) -> Mean:
             "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
             "shape=(C, H, W), or another afs than 'mean'"
         )
+    sigma = float(f"{sigma:.9g}")  # the ends of schedules are rounded, each its own way
     identity = identify(model)
     key = (identity, model.precision, model.shape, model.label_dim, sigma)
     known = None if identity is None else _known.get(key)

@@ -21,6 +21,7 @@ _NAMES = {
     "engine.export.stepper": ("Stepper",),
     "engine.export.write_plan": ("write_plan",),
     "engine.export.write_schedule": ("write_schedule",),
+    "engine.measure": ("measure_mean",),
     "engine.result": ("SampleResult", "StepInfo"),
     "engine.sampler": ("Sampler",),
     "errors": ("AmedError", "ConfigError", "FileFormatError", "NonFiniteError", "UnsafeFileError"),
@@ -28,6 +29,7 @@ _NAMES = {
     "sampling.loop": ("sample",),
     "sampling.predictors": ("AMEDPredictor", "CoefficientPredictor", "ConstantPredictor"),
     "solvers": ("make_solver",),
+    "solvers.mean": ("Mean",),
     "solvers.plan": ("Plan", "make_plan"),
     "solvers.schedule": ("make_schedule",),
     "solvers.stage": ("Midpoint",),
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from amed_engine.engine.export.stepper import Stepper as Stepper
     from amed_engine.engine.export.write_plan import write_plan as write_plan
     from amed_engine.engine.export.write_schedule import write_schedule as write_schedule
+    from amed_engine.engine.measure import measure_mean as measure_mean
     from amed_engine.engine.result import SampleResult as SampleResult
     from amed_engine.engine.result import StepInfo as StepInfo
     from amed_engine.engine.sampler import Sampler as Sampler
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from amed_engine.sampling.predictors import CoefficientPredictor as CoefficientPredictor
     from amed_engine.sampling.predictors import ConstantPredictor as ConstantPredictor
     from amed_engine.solvers import make_solver as make_solver
+    from amed_engine.solvers.mean import Mean as Mean
     from amed_engine.solvers.plan import Plan as Plan
     from amed_engine.solvers.plan import make_plan as make_plan
     from amed_engine.solvers.schedule import make_schedule as make_schedule

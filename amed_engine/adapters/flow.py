@@ -21,7 +21,7 @@ class Flow(Family):
     """
 
     name = "flow"
-    sigma_min, sigma_max = 0.001, 999.0  # t from 0.001 to 0.999
+    sigma_min, sigma_max = 0.0, math.inf  # t from 0 to 1
 
     fixed = ("steps",)
 

@@ -69,6 +69,8 @@ def _scales(settings: Mapping[str, Any]) -> tuple[Any, Any]:
 def _plan(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Plan:
     solver, schedule = settings["sampler_stu"], settings["schedule_type"]
     given = {name: settings.get(name) for name in OPTIONS.get(solver, ())}
+    if solver == "dpmpp":
+        given["thresholding"] = True  # of every data prediction, always
     rho = None if schedule == "logsnr" or settings["schedule_rho"] is None else float(settings["schedule_rho"])
     levels = _levels(settings, trained, rho)
     plan = make_plan(

@@ -24,7 +24,7 @@ from amed_engine.solvers.files import atomic_write
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
-MAX_HEADER = 1 << 20  # bytes; checked before anything is parsed
+MAX_HEADER = 8 << 20  # bytes, a plan's mean answer among them; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
 OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onnx")  # no names of a directory either
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

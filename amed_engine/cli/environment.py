@@ -40,6 +40,22 @@ def facts() -> dict[str, dict[str, Any]]:
     }
 
 
+def mean_facts(model: str) -> dict[str, dict[str, Any]]:
+    """What a model answers to noise alone, on average: see `measure_mean`."""
+    mean = amed_engine.measure_mean(model)
+    rows = mean.rows().flatten(1).double()
+    names = (
+        ["all"]
+        if not mean.classes
+        else ["no class", *(map(str, range(mean.classes)) if len(rows) > 2 else ["any class"])]
+    )
+    answers = {
+        name: f"mean {row.mean():.4g}, standard deviation {row.std(correction=0):.4g}"
+        for name, row in zip(names, rows, strict=True)
+    }
+    return {f"mean answer of {model} at sigma {mean.sigma:g}": {"latents": str(mean.latents), **answers}}
+
+
 def _library() -> str:
     """The C library and what it can do, or why it cannot be loaded."""
     try:

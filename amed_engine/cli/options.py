@@ -57,10 +57,35 @@ grid_options = options(
     ),
     click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
 )
+
+
+def _no_first_step(context: click.Context, option: click.Parameter, value: bool) -> None:
+    context.meta["amed.no_afs"] = value
+
+
+def _first_step(context: click.Context, option: click.Parameter, value: str | None) -> bool | str | None:
+    """As the engine takes it; None where nothing was asked for. Raises click.UsageError for both at once."""
+    if context.meta.get("amed.no_afs") and value is not None:
+        raise click.UsageError(f"--afs {value} and --no-afs exclude each other; leave one of them out")
+    return False if context.meta.get("amed.no_afs") else {None: None, "zero": True, "mean": "mean"}[value]
+
+
+first_step_options = options(
+    click.option("--no-afs", is_flag=True, is_eager=True, expose_value=False, callback=_no_first_step, help="Never."),
+    click.option(
+        "--afs",
+        is_flag=False,
+        flag_value="zero",
+        type=click.Choice(["zero", "mean"]),
+        callback=_first_step,
+        help="First evaluation analytic and free: for data about zero, or about the model's mean answer, measured now.",
+        show_default="the best that needs no measuring",
+    ),
+)
 plan_options = options(
     click.option("--solver-option", "solver_options", help="Option of the solver, e.g. max_order=3.", **PAIRS),
     grid_options,
-    click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits"),
+    first_step_options,
 )
 sampler_options = options(
     click.option("--nfe", type=int, help="Network evaluations per sample.", show_default="the predictor's, or 5"),
@@ -150,6 +175,7 @@ def show(found: Any, json_file: str | None) -> None:
 def make_sampler(model: str, predictor: str | None, plan: str | None = None, **asked: Any) -> Any:
     """The sampler of a command's options; predictor "none" keeps the bundled one away, a schedule may be a file of noise
     levels, and a plan one that says all of them."""
+    import amed_engine.zoo as zoo
     from amed_engine.engine.sampler import Sampler
     from amed_engine.solvers.plan import Plan, best_training_free
 
@@ -160,8 +186,14 @@ def make_sampler(model: str, predictor: str | None, plan: str | None = None, **a
             raise ConfigError(f"{plan} needs a predictor, which --predictor none keeps away; leave one of them out")
         # A solver by name keeps the bundled predictor away, and so does a plan without one.
         if not (recipe or asked["solver"] or asked["solver_options"]):
-            best = best_training_free(5 if asked["nfe"] is None else asked["nfe"])
-            asked = {**asked, "solver": best.solver, "solver_options": dict(best.options)}
+            mean = zoo.bundled_mean(model) if model in zoo.names() else None
+            best = best_training_free(asked["nfe"] or 5, afs=asked["afs"], mean=mean)
+            own = {
+                "solver": best.solver,
+                "solver_options": dict(best.options),
+                "schedule": asked["schedule"] or best.schedule,
+            }
+            asked = {**asked, **own}
     return Sampler(model, predictor, plan=recipe, **asked)
 
 

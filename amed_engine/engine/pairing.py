@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters.fingerprint import is_model
+from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
-from amed_engine.solvers.plan import Plan, best_training_free, clamp_range, make_plan
+from amed_engine.solvers.mean import FirstStep, Mean
+from amed_engine.solvers.plan import Plan, best_training_free, make_plan
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Row
 
@@ -38,11 +40,12 @@ class PlanRequest:
     nfe: int | None
     schedule: str | Tensor | None
     rho: float | None
-    afs: bool | None
+    afs: FirstStep | None
     sigma_min: float | None
     sigma_max: float | None
-    usable: tuple[float, float]  # noise levels of the model that schedules may use
+    usable: tuple[float, float]  # noise levels of the model that schedules use
     recipe: Plan | None = None
+    mean: Mean | None = None  # of the model, where it is known without measuring
 
     @property
     def open(self) -> bool:
@@ -54,7 +57,10 @@ class PlanRequest:
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
-        common: dict[str, Any] = {"rho": self.rho, "afs": self.afs, "sigma_min": low, "sigma_max": high}
+        start = float(schedule.max()) if isinstance(schedule, Tensor) and schedule.numel() else high
+        known = self.mean is not None and not midpoint and self.mean.is_for(start, None, None)
+        first = {"afs": self.afs, "mean": self.mean if known else None}
+        common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -62,7 +68,8 @@ class PlanRequest:
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint and nfe is not None:
-            return best_training_free(nfe, schedule=schedule, **common)
+            own = {} if self.schedule is None else {"schedule": schedule}
+            return best_training_free(nfe, **own, **common)
         solver = self.solver or ("amed" if midpoint else "ipndm")
         return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
 
@@ -83,6 +90,7 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     rules = ruling(request.recipe, predictor)
     for rule, made in rules:
         check_range(rule, request, made)
+    warn_of_range(model, plan, request)
     if predictor is not None and not rules:
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
@@ -200,15 +208,17 @@ def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
             )
     if isinstance(request.schedule, Tensor) and not _same_levels(request.schedule, plan.levels):
         raise ConfigError(f"{made} for other noise levels than the schedule given; leave schedule out")
-    if request.options and request.options != dict(plan.options):
-        raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {request.options}")
+    own = dict(plan.options)
+    named = request.options or {}
+    if not isinstance(named, Mapping) or any(name not in own or own[name] != named[name] for name in named):
+        raise ConfigError(f"{made} for solver options {own}, got {request.options}")
 
 
 def check_range(plan: Plan, request: PlanRequest, made: str) -> None:
-    """A range of noise levels that was asked for must be the plan's."""
+    """A range of noise levels that was named for must be the plan's."""
     for name, own in (("sigma_min", plan.sigmas[-1]), ("sigma_max", plan.sigmas[0])):
-        if (asked := getattr(request, name)) is not None and not math.isclose(asked, own, rel_tol=1e-6):
-            raise ConfigError(f"{made} for {name}={own:g}, got {name}={asked:g}; leave {name} out")
+        if (named := getattr(request, name)) is not None and not math.isclose(named, own, rel_tol=1e-6):
+            raise ConfigError(f"{made} for {name}={own:g}, got {name}={named:g}; leave {name} out")
 
 
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
@@ -216,21 +226,24 @@ def _same_levels(given: Tensor, levels: Tensor) -> bool:
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
 
 
-def usable_range(model: Model, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
-    """The model's range inside that of the schedules; what was asked for beyond it is not cut off in silence."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
-    for name, asked, used in (("sigma_min", sigma_min, low), ("sigma_max", sigma_max, high)):
-        # Levels of a plan that are given back as a range are its ends to rounding only.
-        if asked and math.isfinite(asked) and not math.isclose(asked, used, rel_tol=1e-6):
-            logger.warning(
-                "%s=%g is outside the schedules' 0.002 to 80: using %g; pass levels as schedule", name, asked, used
-            )
-    return low, high
+def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
+    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were named for."""
+    if isinstance(request.schedule, Tensor):
+        return
+    low, high = (getattr(model.network, name, None) or 0 for name in ("sigma_min", "sigma_max"))
+    # A hundredth is rounding of the tables of discrete steps.
+    cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
+    if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):
+        logger.warning(
+            "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
+            "sigma_min= if that is meant, or a plan for all of them",
+            *(high, low, plan.sigmas[0], plan.sigmas[-1]),
+        )
 
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:
     """A predictor reads a bottleneck of one size; of other models than those that tell theirs, the loop finds out."""
-    expected, own = getattr(predictor, "bottleneck", None), getattr(model.network, "bottleneck_size", None)
+    expected, own = getattr(predictor, "bottleneck", None), said(model.network, "bottleneck_size")
     if expected is not None and own is not None and tuple(own) != tuple(expected):
         raise ConfigError(
             f"this predictor reads bottlenecks of {expected[0]}x{expected[1]}, the model's are {own[0]}x{own[1]}: it was "
@@ -240,9 +253,9 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
 
 def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
-    if model.module is None or plan.model is None:
+    if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
-    elif not is_model(model.module, plan.model):
+    elif not is_model(model.network, plan.model):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
             f"{_REMEDIES[made]}, or verify=False to use it all the same"
@@ -250,7 +263,7 @@ def check_model(model: Model, plan: Plan, made: str) -> None:
 
 
 def _check_levels(model: Model, plan: Plan, made: str) -> None:
-    low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
+    low, high = (said(model.network, name) for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
         raise ConfigError(

@@ -13,23 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import amed_engine.zoo as zoo
 from amed_engine.engine.arrays import check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
-from amed_engine.engine.model import check_guidance, place, tune
-from amed_engine.engine.pairing import PlanRequest, open_plan, pair, usable_range
+from amed_engine.engine.measure import check_mean, measured
+from amed_engine.engine.model import Model, check_guidance, place, tune
+from amed_engine.engine.pairing import PlanRequest, open_plan, pair
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult, StepInfo, make_observer
 from amed_engine.engine.runner import BoundLoop, Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.solvers.plan import Plan
+from amed_engine.solvers.mean import FirstStep, Mean
+from amed_engine.solvers.plan import Plan, own_range
 from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
 
-_HOW_TO_TRAIN = "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one"
+_HOW_TO_TRAIN = (
+    "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one, "
+    'amed_engine.calibrate finds the best without, afs="mean" measures a first step that costs nothing'
+)
+_HOW_TO_MEASURE = 'sampling with %s; afs="mean" measures a first step that costs nothing'
 _NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
 
 
@@ -45,7 +52,9 @@ class Sampler:
         levels, NFE, afs and denoise_to_zero. What contradicts it raises, a predictor's own plan too.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
         predictor or the schedule says otherwise. schedule, rho: a name of `make_schedule`, or the noise levels themselves.
-    afs: analytic first step; None uses it wherever the NFE allows.
+    afs: the first step, see `make_plan`: False, True (analytic, for data about zero) or "mean" (about the model's mean
+        answer, which is measured now unless the plan has it, see `measure_mean`). None never measures: "mean" where a zoo
+        model brings its own, else an evaluation, or True where the NFE leaves no other choice.
     sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell. weights: file or
         folder of a published model's; None looks where the environment variable AMED_WEIGHTS says.
     device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
@@ -71,7 +80,7 @@ class Sampler:
         nfe: int | None = None,
         schedule: str | Tensor | None = None,
         rho: float | None = None,
-        afs: bool | None = None,
+        afs: FirstStep | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         shape: tuple[int, ...] | None = None,
@@ -92,17 +101,24 @@ class Sampler:
         facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
         self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
-        usable, recipe = usable_range(self.model, sigma_min, sigma_max), open_plan(plan)
+        usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
+        mean = _bundled_mean(replace(self.model, autocast=autocast))
         levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
         request = PlanRequest(
-            solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, **levels
+            solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
         )
-        self.plan, chosen, fallback = pair(self.model, predictor, request, verify=verify, autocast=autocast)
+        plan, chosen, fallback = pair(self.model, predictor, request, verify=verify, autocast=autocast)
+        tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
+        for made in (plan, fallback):
+            if made is not None and made.mean is not None:
+                check_mean(made.mean, tuned, verify=verify)
+        self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
         if chosen is None and request.open:
             logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
-        tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
+        elif chosen is recipe is afs is None and self.plan.afs != "mean":
+            logger.info(_HOW_TO_MEASURE, self.plan.describe())
         self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)
 
     def __repr__(self) -> str:
@@ -151,6 +167,7 @@ class Sampler:
         request = make_request(
             self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
         )
+        _check_shape(program, request.latents)
         _check_out(out, request.latents)
         drawn = self._runner.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
@@ -227,6 +244,25 @@ class Sampler:
             )
         logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
         return self._fallback
+
+
+def _bundled_mean(model: Model) -> Mean | None:
+    """The mean answer that a zoo model brings, where it is used as it was measured."""
+    mean = zoo.bundled_mean(model.name) if model.name else None
+    as_measured = mean is not None and (mean.shape, mean.classes, mean.dtype) == (
+        model.shape,
+        model.label_dim,
+        model.precision,
+    )
+    return mean if as_measured else None
+
+
+def _check_shape(program: Program, latents: Tensor) -> None:
+    if program.mean is not None and program.mean.shape[1:] != latents.shape[1:]:
+        raise ConfigError(
+            f"this plan starts about a mean answer of shape {tuple(program.mean.shape[1:])}, got latents of "
+            f"{tuple(latents.shape[1:])}; measure it for that shape: pass shape={tuple(latents.shape[1:])} to the Sampler"
+        )
 
 
 def _check_out(out: Tensor | None, latents: Tensor) -> None:

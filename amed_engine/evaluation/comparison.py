@@ -4,12 +4,13 @@ The distance of a sample to what the exact solution of the ODE makes of the same
 
     RMSE = sqrt(mean over samples and pixels of (x - x_reference)²),   pixels in [-1, 1]
 
-judges the solver alone, whatever the model is worth. Dynamic thresholding is off: it would solve another ODE.
+judges the solver alone, whatever the model is worth.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import rmse
 from amed_engine.solvers import SOLVERS, make_solver, solver_names
 from amed_engine.solvers.base import count_evaluations
+from amed_engine.solvers.mean import FirstStep
+
+logger = logging.getLogger("amed_engine")
 
 _FINE: dict[str, Any] = {"schedule": "polynomial", "rho": 7.0, "nfe": 80, "afs": False}
 # Of the solvers here the one that comes nearest in 80 evaluations: an RMSE of 1e-4 on the bundled model, against 3e-3 of
@@ -48,12 +52,13 @@ TRAINING_FREE: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all solvers share. schedule and rho do not bind a predictor, which keeps those it was trained for."""
+    """What all solvers share. schedule, rho and afs do not bind a predictor, which keeps those it was trained for."""
 
     class_labels: int | None = None
     guidance_scale: float | None = None
     schedule: str | Tensor | None = None
     rho: float | None = None
+    afs: FirstStep | None = None
     batch: int = 64
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
@@ -188,12 +193,16 @@ def _samplers(
     else:
         samplers = [] if predictor in (None, "none") else [setting.sampler(model, predictor, nfe=nfe)]
     yield from ((learned_name(sampler), sampler) for sampler in samplers)
-    grid = {"schedule": setting.schedule, "rho": setting.rho}
-    # An analytic first step is free: with it where it takes one, every solver can spend any number from 2 on.
+    grid = {"schedule": setting.schedule, "rho": setting.rho, "afs": setting.afs}
+    # With an analytic first step where it takes one, every solver can spend any number from 2 on.
     takes = {name: free for name, free in TRAINING_FREE.items() if _spends(setting.schedule, *free, nfe)}
     if not takes and isinstance(setting.schedule, Tensor):
         raise ConfigError(f"no solver spends {nfe} evaluations on these {len(setting.schedule)} noise levels")
     for (name, (solver, options)), n in itertools.product(takes.items(), nfes):
+        per_interval = make_solver(solver, **options).evaluations(False)
+        if setting.afs is not None and (n + bool(setting.afs)) % per_interval:
+            logger.info("%s cannot spend %d evaluations with afs=%s: left out", name, n, setting.afs)
+            continue
         yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, **grid)
 
 

@@ -6,6 +6,7 @@ Nothing here looks at a tensor's values; control flow depends on the program alo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,17 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
+from amed_engine.sampling.denoiser import (
+    Denoised,
+    Denoiser,
+    analytic_first_step,
+    as_denoised,
+    copied,
+    owned,
+    thresholded,
+)
 from amed_engine.solvers.base import Solver
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import PredictorLike, Program, Walk
 from amed_engine.solvers.stage import Update, map_choice
 
@@ -56,12 +66,16 @@ def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State
 
 
 class Trajectory:
-    """A program at work on one batch: the denoisers of its evaluations and the coefficients carried along."""
+    """A program at work on one batch: the denoisers of its evaluations and the coefficients carried along.
 
-    def __init__(self, program: Program, denoiser: Denoiser):
+    mean: for a first step "mean" of a program with rows of several classes, each sample's (1 or B, ...).
+    """
+
+    def __init__(self, program: Program, denoiser: Denoiser, mean: Tensor | None = None):
         wrap = thresholded if program.solver.thresholds else lambda d: d
+        analytic = partial(analytic_first_step, mean=_only_row(program.mean) if mean is None else mean)
         self.program, self.network = program, wrap(denoiser)
-        self.first = wrap(analytic_first_step) if program.afs else self.network
+        self.first = wrap(analytic) if program.afs else self.network
         self.walk = Walk(program, program.sigmas)
 
     def interval(self, state: State, i: int) -> list[State]:
@@ -91,9 +105,21 @@ class Trajectory:
             said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
             if updates is not None:
                 return updates
-            choice = choice(features, sigma, sigma_next) if said is None else said
+            if said is None:  # a caller's own function may write to what it is given
+                levels = (sigma, sigma_next) if fused else (copied(sigma), copied(sigma_next))
+                said = choice(features, *levels)
+            choice = said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
+
+
+def _only_row(rows: Tensor | None) -> Tensor | None:
+    if rows is not None and len(rows) > 1:
+        raise ConfigError(
+            "this first step starts about the mean answer of each sample's class, which is not known here; pass "
+            "mean=mean_of_labels(program.mean, labels, guidance_scale)"
+        )
+    return rows
 
 
 def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...] | None) -> tuple[Denoised, ...]:
@@ -120,7 +146,8 @@ def sample(
     solver: Solver,
     predictor: PredictorLike | None = None,
     *,
-    afs: bool = False,
+    afs: FirstStep = False,
+    mean: Tensor | None = None,
     denoise_to_zero: bool = False,
     trajectory: bool = False,
 ) -> Tensor:
@@ -129,28 +156,34 @@ def sample(
     denoiser: (x, sigma: (B,)) -> D or (D, features). x: (B, ...), already scaled by sigmas[0]; the loop computes in its
     dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or a
     sequence of those or of Midpoints, one per interval (Rows for "nonstationary"). afs: the first evaluation is replaced
-    by its analytic estimate. denoise_to_zero: one more evaluation at sigmas[-1], whose D is the result.
+    by its analytic estimate, about zero (True) or about `mean` (1 or B, ...) ("mean"). denoise_to_zero: one more
+    evaluation at sigmas[-1], whose D is the result.
     Differentiable in x, the denoiser's and the predictor's parameters.
     Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
     Raises ConfigError.
     """
     if not x.is_floating_point():
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
-    program = Program.build(solver, sigmas, predictor, afs=afs, denoise_to_zero=denoise_to_zero)
-    states = integrate(program.on(x.device, x.dtype), denoiser, x)
+    options = {"afs": afs, "mean": mean, "denoise_to_zero": denoise_to_zero}
+    program = Program.build(solver, sigmas, predictor, **options).on(x.device, x.dtype)
+    states = integrate(program, owned(denoiser), x, mean=program.mean)
     return torch.stack(states) if trajectory else states[-1]
 
 
 def integrate(
-    program: Program, denoiser: Denoiser, x: Tensor, observe: Callable[[int, Tensor], None] | None = None
+    program: Program,
+    denoiser: Denoiser,
+    x: Tensor,
+    observe: Callable[[int, Tensor], None] | None = None,
+    mean: Tensor | None = None,
 ) -> list[Tensor]:
-    """`sample` for a program that is already built and on x's device: what is captured and exported.
+    """`sample` for a program that is already built and on x's device: what is captured and exported. mean: see `Trajectory`.
 
     Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
     predictor-corrector there is its prediction.
     """
     states, state = [x], State(x)
-    run = Trajectory(program, denoiser)
+    run = Trajectory(program, denoiser, mean)
     for i in range(program.intervals):
         path = run.interval(state, i)
         state = path[-1]

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.stage import Midpoint, Stage
 
 Past = tuple[Tensor, ...]
@@ -80,6 +81,6 @@ def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
         raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
 
 
-def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: bool = False) -> int:
+def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: FirstStep = False) -> int:
     """NFE of a trajectory: evaluations per interval, less the one that an analytic first step saves."""
-    return solver.evaluations(midpoint) * intervals - int(afs)
+    return solver.evaluations(midpoint) * intervals - int(bool(afs))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from amed_engine.errors import FileFormatError
 
-MAX_BYTES = 1 << 20  # of a file of settings
+MAX_BYTES = 8 << 20  # of a file of settings, a mean answer among them
 
 Read = TypeVar("Read")
 

@@ -96,14 +96,15 @@ class DEIS(_Rule):
 class _Exponential(_Multistep):
     """What DPM-Solver++ and UniPC share: steps in log sigma, in data or noise prediction.
 
-    predict_x0: data prediction (thresholded dynamically unless thresholding=False), else noise prediction.
+    predict_x0: data prediction, else noise prediction. thresholding: every data prediction is thresholded dynamically, as
+    published for pixels in -1 .. 1; other data it would clip.
     lower_order_final: the last sub-steps use orders 2, 1.
     """
 
     max_order: int = 3
     predict_x0: bool = True
     lower_order_final: bool = True
-    thresholding: bool = True
+    thresholding: bool = False
 
     def __post_init__(self):
         name = type(self).__name__.lower()
@@ -132,7 +133,7 @@ class DPMpp(_Exponential, _Rule):
 
     compared: ClassVar = {
         **{f"-{order} noise": {"max_order": order, "predict_x0": False} for order in (2, 3)},
-        **{f"-{order} data": {"max_order": order, "predict_x0": True, "thresholding": False} for order in (2, 3)},
+        **{f"-{order} data": {"max_order": order, "predict_x0": True} for order in (2, 3)},
     }
 
     def row(self, sigmas: Past, sigma_next: Tensor, k: int, n: int) -> Row:
@@ -149,9 +150,7 @@ class UniPC(_Exponential):
 
     variant: str = "bh2"
     corrects: ClassVar[bool] = True
-    compared: ClassVar = {
-        f"-{order}": {"max_order": order, "predict_x0": True, "thresholding": False} for order in (2, 3)
-    }
+    compared: ClassVar = {f"-{order}": {"max_order": order, "predict_x0": True} for order in (2, 3)}
 
     def __post_init__(self):
         super().__post_init__()

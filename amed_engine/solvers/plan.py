@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
@@ -16,9 +16,13 @@ from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
 from amed_engine.solvers.base import Solver, count_evaluations
 from amed_engine.solvers.files import read_json, write_json
+from amed_engine.solvers.mean import NAMES, FirstStep, Mean, check_first_step, read_first_step
+from amed_engine.solvers.plan_json import VERSION, current
 from amed_engine.solvers.program import PredictorLike, Program
 from amed_engine.solvers.schedule import SCHEDULES, check_sigmas, make_schedule
 
+# Options that are told whatever they are: those that change results most.
+_ALWAYS_TOLD = ("max_order", "thresholding")
 # What the files of `amed search-schedule` say beside their plan.
 LEVELS = {"format": "amed_levels", "version": 1}
 
@@ -28,7 +32,8 @@ class Plan:
     """Solver, noise levels and their options: a recipe. Immutable, compared by value.
 
     sigmas: the noise levels, (intervals + 1) decreasing numbers. schedule, rho: the names they came from ("custom" if
-    from none). options: the solver's. midpoint: whether a predictor refines every interval. guidance_scale: the
+    from none). options: the solver's, all of them. afs: the first step, see `make_plan`; mean: what "mean" starts about, None
+    where it is yet to be measured. midpoint: whether a predictor refines every interval. guidance_scale: the
     classifier-free guidance it is for, None for none. model, dtype: fingerprint of the denoiser it was trained for and the
     dtype of that one's arithmetic, if any.
     """
@@ -38,19 +43,37 @@ class Plan:
     schedule: str = "custom"
     rho: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
-    afs: bool = False
+    afs: FirstStep = False
     denoise_to_zero: bool = False
     midpoint: bool = False
     guidance_scale: float | None = None
     model: str | None = None
     dtype: str | None = None
+    mean: Mean | None = None
+
+    def __post_init__(self):
+        # In full: plans that say the same are equal, and mean the same where a default is another one.
+        made = self.make_solver()
+        options = sorted((option.name, getattr(made, option.name)) for option in fields(made))  # type: ignore[arg-type]
+        object.__setattr__(self, "options", tuple(options))
+        if self.mean is not None and (self.afs != "mean" or not self.mean.is_for(self.sigmas[0], None, None)):
+            raise ConfigError(
+                f"a plan with afs={self.afs!r} from sigma {self.sigmas[0]:g} has no use for the mean answer at "
+                f"{self.mean.sigma:g}; leave mean out"
+            )
 
     def make_solver(self) -> Solver:
         return make_solver(self.solver, **dict(self.options))
 
     def program(self, predictor: PredictorLike | None = None) -> Program:
         """The program of this plan, with what a predictor says of its intervals."""
-        options = {"afs": self.afs, "denoise_to_zero": self.denoise_to_zero}
+        if self.afs == "mean" and self.mean is None:
+            raise ConfigError(
+                "this plan starts about the mean answer of a model, which is yet to be measured: Sampler(model, plan=plan) "
+                "does, or pass mean=amed_engine.measure_mean(model) to make_plan"
+            )
+        rows = None if self.mean is None else self.mean.rows()
+        options = {"afs": self.afs, "mean": rows, "denoise_to_zero": self.denoise_to_zero}
         return Program.build(self.make_solver(), self.levels, predictor, **options)
 
     @property
@@ -72,46 +95,53 @@ class Plan:
     def rounds(self) -> int:
         """Network calls one after another; fewer than the NFE where parallel points share one, as in EPD-Solver."""
         rounds = self.make_solver().rounds(self.midpoint) * self.intervals
-        return rounds - int(self.afs) + int(self.denoise_to_zero)
+        return rounds - int(bool(self.afs)) + int(self.denoise_to_zero)
 
     def through(self, inner: Sequence[float]) -> Plan:
         """The plan on other noise levels between its first and last."""
         return replace(self, sigmas=(self.sigmas[0], *inner, self.sigmas[-1]), schedule="custom", rho=None)
 
+    def about(self, mean: Mean) -> Plan:
+        """The plan with the mean answer that it starts about."""
+        return replace(self, mean=mean)
+
     def describe(self) -> str:
         """One line for people: solver, options, schedule, intervals."""
-        options = "".join(f" {name}={value}" for name, value in self.options)
+        usual = {option.name: option.default for option in fields(self.make_solver())}  # type: ignore[arg-type]
+        told = [(n, value) for n, value in self.options if n in _ALWAYS_TOLD or value != usual[n]]
+        options = "".join(f" {name}={value}" for name, value in told)
         rho = "" if self.rho is None else f" rho={self.rho:g}"
         plugin = " + predictor" if self.midpoint else ""
-        afs = ", AFS" if self.afs else ""
         rounds = "" if self.rounds == self.nfe else f" in {self.rounds} rounds"
-        return f"{self.solver}{options}{plugin}, {self.schedule}{rho}, {self.intervals} intervals{afs}, NFE {self.nfe}{rounds}"
+        spent = f"{self.intervals} intervals{self._first_step()}, NFE {self.nfe}{rounds}"
+        return f"{self.solver}{options}{plugin}, {self.schedule}{rho}, {spent}"
+
+    def _first_step(self) -> str:
+        if self.afs != "mean":
+            return ", AFS" if self.afs else ""
+        return f", AFS about the {'mean, not measured yet' if self.mean is None else self.mean.without_numbers()}"
 
     def to_json(self) -> dict:
-        return {**asdict(self), "sigmas": list(self.sigmas), "options": dict(self.options)}
+        """Every option in full, so that a file means the same wherever it is read."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        mean = None if self.mean is None else self.mean.to_json()
+        written = {"sigmas": list(self.sigmas), "options": dict(self.options), "afs": NAMES[self.afs], "mean": mean}
+        return {"version": VERSION, **said, **written}
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         """The plan that `to_json` wrote; anything else raises ConfigError."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"a plan must be a JSON object, got {type(data).__name__}")
-        if "version" in data:
-            raise ConfigError(
-                f"a plan of version {str(data['version'])[:40]} is not known here, where plans have no version; a newer "
-                "amed_engine wrote it: update this one"
-            )
-        names = {field.name for field in fields(cls)}
-        if unknown := sorted(set(map(str, data)) - names):
-            raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(names))}")
-        _check_types(data)
+        usual = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        said = current(data, usual)
         try:
-            sigmas = check_sigmas(torch.tensor([float(s) for s in data["sigmas"]], dtype=torch.float64))
+            sigmas = check_sigmas(torch.tensor([float(s) for s in said["sigmas"]], dtype=torch.float64))
         except OverflowError as error:
             raise ConfigError(f"plan entry 'sigmas' holds a number beyond float64: {error}") from error
-        options = tuple(sorted(data.get("options", {}).items()))
-        plan = cls(**{**data, "sigmas": tuple(sigmas.tolist()), "options": options})
-        plan.make_solver()
-        return plan
+        options, afs = tuple(sorted(said["options"].items())), read_first_step(said["afs"])
+        mean = None if said["mean"] is None else Mean.from_json(said["mean"])
+        return cls(**{**said, "sigmas": tuple(sigmas.tolist()), "options": options, "afs": afs, "mean": mean})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all. Raises ConfigError for one that `load` would refuse, and OSError."""
@@ -143,39 +173,6 @@ def plan_of_levels(data: Any) -> Plan:
     return Plan.from_json(data.get("plan"))
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "solver": (str,),
-    "sigmas": (list, tuple),
-    "schedule": (str,),
-    "rho": (int, float, type(None)),
-    "options": (dict,),
-    "afs": (bool,),
-    "denoise_to_zero": (bool,),
-    "midpoint": (bool,),
-    "guidance_scale": (int, float, type(None)),
-    "model": (str, type(None)),
-    "dtype": (str, type(None)),
-}
-
-
-def _check_types(data: Mapping) -> None:
-    if missing := [name for name in ("solver", "sigmas") if name not in data]:
-        raise ConfigError(f"plan lacks {', '.join(missing)}")
-    for name, value in data.items():
-        if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
-            expected = [kind.__name__ for kind in _TYPES[name] if kind not in (tuple, type(None))]
-            raise ConfigError(f"plan entry {name!r} has type {type(value).__name__}, expected {' or '.join(expected)}")
-    for name in ("rho", "guidance_scale"):
-        if data.get(name) is not None and not -1e9 < data[name] < 1e9:
-            raise ConfigError(f"plan entry {name!r} must be a finite number, got {str(data[name])[:40]}")
-    if data.get("schedule", "custom") not in (*SCHEDULES, "custom"):
-        raise ConfigError(
-            f"plan entry 'schedule' must be custom, {', '.join(SCHEDULES)}; got {data['schedule'][:40]!r}"
-        )
-    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in data["sigmas"]):
-        raise ConfigError("plan entry 'sigmas' must be a list of numbers")
-
-
 def make_plan(
     nfe: int | None,
     *,
@@ -186,15 +183,17 @@ def make_plan(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     alphas_cumprod: Tensor | None = None,
-    afs: bool | None = None,
+    afs: FirstStep | None = None,
+    mean: Mean | None = None,
     midpoint: bool = False,
     guidance_scale: float | None = None,
 ) -> Plan:
     """The plan that spends `nfe` network evaluations with this solver.
 
     schedule: a name of `make_schedule`, or the noise levels themselves, which then decide the NFE (nfe, if given, must
-    agree). afs: whether the first evaluation is analytic and free; None takes it wherever the NFE allows. Raises
-    ConfigError where no whole number of intervals spends the NFE.
+    agree). afs: whether the first evaluation is analytic and free: False, True (for data about zero) or "mean" (about the
+    mean answer of the model, `mean`, see `measure_mean`). None is the best that is at hand: "mean" where `mean` is given
+    and the NFE allows it, else False, else True. Raises ConfigError where no whole number of intervals spends the NFE.
     """
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
@@ -206,27 +205,27 @@ def make_plan(
         raise ConfigError(
             f"schedule must be a name ({', '.join(SCHEDULES)}) or a tensor of noise levels, got {type(schedule).__name__}"
         )
-    if afs is not None and not isinstance(afs, bool):
-        raise ConfigError(f"afs must be True, False or None, got {afs!r}")
-    draft = Plan(
-        solver, (), options=tuple(sorted((options or {}).items())), midpoint=midpoint, guidance_scale=guidance_scale
-    )
+    check_first_step(afs)
+    draft = Plan(solver, (), options=tuple((options or {}).items()), midpoint=midpoint, guidance_scale=guidance_scale)
     per_interval = made.evaluations(midpoint)
     nfe = None if nfe is None else _check_nfe(nfe)
+    choices: tuple[FirstStep, ...] = (afs,) if afs is not None else (False, True) if mean is None else ("mean", False)
     if isinstance(schedule, Tensor):
-        return _with_levels(draft, schedule, nfe, afs, per_interval)
-    if nfe is None:
+        plan = _with_levels(draft, schedule, nfe, choices, per_interval)
+    elif nfe is None:
         raise ConfigError("nfe must be given unless the schedule is a tensor of noise levels")
-    afs, intervals = _intervals(nfe, per_interval, afs, solver)
-    levels = make_schedule(schedule, intervals + 1, sigma_min, sigma_max, rho, alphas_cumprod)
-    return replace(draft, sigmas=tuple(levels.tolist()), schedule=schedule, rho=rho, afs=afs)
+    else:
+        first, intervals = _intervals(nfe, per_interval, choices, solver)
+        levels = make_schedule(schedule, intervals + 1, sigma_min, sigma_max, rho, alphas_cumprod)
+        plan = replace(draft, sigmas=tuple(levels.tolist()), schedule=schedule, rho=rho, afs=first)
+    return replace(plan, mean=mean) if plan.afs == "mean" else plan
 
 
-def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, afs: bool | None, per_interval: int) -> Plan:
+def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, choices: Sequence[FirstStep], per_interval: int) -> Plan:
     plan = replace(draft, sigmas=tuple(check_sigmas(levels).tolist()))
-    if afs is None:
-        afs = nfe is not None and plan.intervals * per_interval - 1 == nfe
-    plan = replace(plan, afs=afs)
+    spends = {bool(choice): choice for choice in reversed(choices)}
+    free = nfe is not None and plan.intervals * per_interval - 1 == nfe
+    plan = replace(plan, afs=spends.get(free, choices[0]) if len(choices) > 1 else choices[0])
     if nfe is not None and plan.nfe != nfe:
         raise ConfigError(
             f"{plan.intervals + 1} noise levels cost {plan.nfe} evaluations with {plan.solver}, but nfe={nfe} was asked; "
@@ -235,16 +234,17 @@ def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, afs: bool | None,
     return plan
 
 
-def _intervals(nfe: int, per_interval: int, afs: bool | None, solver: str) -> tuple[bool, int]:
-    for choice in (True, False) if afs is None else (afs,):
-        intervals, rest = divmod(nfe + int(choice), per_interval)
+def _intervals(nfe: int, per_interval: int, choices: Sequence[FirstStep], solver: str) -> tuple[FirstStep, int]:
+    """The first of the choices that makes a whole number of intervals, and that number."""
+    for choice in choices:
+        intervals, rest = divmod(nfe + int(bool(choice)), per_interval)
         if rest == 0 and intervals:
             return choice, intervals
-    free = (0, 1) if afs is None else (int(afs),)
+    free = {int(bool(choice)) for choice in choices}
     # One interval's evaluations at least: fewer, plus a free one, would be no interval at all.
     possible = [n for n in range(1, 11) if any((n + f) % per_interval == 0 for f in free)]
     raise ConfigError(
-        f"{solver} spends {per_interval} evaluations per interval{', the first one free' if afs else ''}: nfe={nfe} is "
+        f"{solver} spends {per_interval} evaluations per interval{', the first one free' if free == {1} else ''}: nfe={nfe} is "
         f"not a whole number of intervals; possible are {', '.join(map(str, possible))}, ..."
     )
 
@@ -255,16 +255,22 @@ def _check_nfe(nfe: Any) -> int:
     return int(nfe)
 
 
-def best_training_free(nfe: int, **options: Any) -> Plan:
-    """The training-free plan that came nearest to the exact solution at this NFE; see `amed compare`."""
-    order = 2 if _check_nfe(nfe) <= 6 else 3
-    return make_plan(nfe, solver="ipndm", options={"max_order": order}, **options)
+def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | None = None, **options: Any) -> Plan:
+    """The training-free plan that came nearest to the exact solution over networks of all kinds; see docs/solvers.md.
+
+    afs, mean: as `make_plan` takes them. options: its other arguments, in place of what is chosen here.
+    """
+    _check_nfe(nfe)
+    measured = afs == "mean" or (afs is None and mean is not None)
+    solver = "ipndm" if measured else "deis"
+    own = {"solver": solver, "options": {"max_order": 3}, "schedule": "polynomial"}
+    return make_plan(nfe, afs=afs, mean=mean, **{**own, **options})
 
 
-def clamp_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    """A model's own noise range inside the one the published schedules use, 0.002 to 80."""
-    low = max(float(sigma_min), 0.002)
-    high = min(float(sigma_max), 80.0)
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+def own_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """A model's own noise range; where it has no end, that of the published schedules, 0.002 and 80."""
+    low = 0.002 if sigma_min == 0 else float(sigma_min)
+    high = 80.0 if sigma_max == math.inf else float(sigma_max)
+    if not (math.isfinite(high) and 0 < low < high):
         raise ConfigError(f"need sigma_min < sigma_max, got {sigma_min} and {sigma_max}; pass both to the Sampler")
     return low, high

@@ -12,6 +12,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR
 from amed_engine.solvers.base import Solver, count_evaluations
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, stack, trimmed
 
@@ -26,13 +27,15 @@ class Program:
 
     A predictor is a function (features, sigma, sigma_next) -> Midpoint (or Row, for the solver "nonstationary"), or a
     sequence of functions or of their answers, one per interval. Answers that are numbers are folded into the updates too.
+    mean: what an analytic first step "mean" starts about, rows (R, ...) as `Mean` has them; None for other first steps.
     """
 
     solver: Solver
     sigmas: Tensor  # (n + 1,) float64 on the host, or on `device` in the state's precision after `on`
     predictor: PredictorLike | None = None
-    afs: bool = False
+    afs: FirstStep = False
     denoise_to_zero: bool = False
+    mean: Tensor | None = None
     updates: tuple[tuple[Update, ...], ...] | None = None
 
     @classmethod
@@ -42,11 +45,13 @@ class Program:
         sigmas: Tensor,
         predictor: PredictorLike | None = None,
         *,
-        afs: bool = False,
+        afs: FirstStep = False,
         denoise_to_zero: bool = False,
+        mean: Tensor | None = None,
     ) -> Program:
-        program = cls(solver, check_sigmas(sigmas), predictor, afs, denoise_to_zero)
+        program = cls(solver, check_sigmas(sigmas), predictor, afs, denoise_to_zero, mean)
         program._check_predictor()
+        program._check_mean()
         return replace(program, updates=program._fold_all()) if program._is_static() else program
 
     @property
@@ -63,7 +68,8 @@ class Program:
         """The same program with its constants on a device; low-precision states keep float32 coefficients."""
         precision = torch.promote_types(dtype, torch.float32)
         updates = self.updates and tuple(tuple(u.to(device, precision) for u in step) for step in self.updates)
-        return replace(self, sigmas=self.sigmas.to(device, precision), updates=updates)
+        mean = None if self.mean is None else self.mean.to(device, precision)
+        return replace(self, sigmas=self.sigmas.to(device, precision), mean=mean, updates=updates)
 
     def evaluations(self, updates: Iterable[Sequence[Update]] | None = None) -> Iterator[Call]:
         """Its calls in order, an analytic first one included, for hosts that run a program by themselves.
@@ -91,9 +97,8 @@ class Program:
             with torch.no_grad():
                 said = [said(features, levels[i], levels[i + 1]) for i in range(self.intervals)]  # type: ignore[misc]
         numbers = [map_choice(lambda c: c.squeeze(), _on_host(choice)) for choice in said]  # type: ignore[arg-type, union-attr]
-        return Program.build(
-            self.solver, self.sigmas.double().cpu(), numbers, afs=self.afs, denoise_to_zero=self.denoise_to_zero
-        )
+        options = {"afs": self.afs, "mean": self.mean, "denoise_to_zero": self.denoise_to_zero}
+        return Program.build(self.solver, self.sigmas.double().cpu(), numbers, **options)
 
     def _check_predictor(self) -> None:
         takes, name = self.solver.takes_predictor, type(self.solver).__name__
@@ -108,6 +113,13 @@ class Program:
             raise ConfigError(
                 f"got a predictor of {len(self.predictor)} intervals for {self.intervals} intervals; pass one entry per "
                 "interval"
+            )
+
+    def _check_mean(self) -> None:
+        if (self.afs == "mean") is (self.mean is None):
+            raise ConfigError(
+                f"afs={self.afs!r} and mean={'None' if self.mean is None else 'a tensor'}: a mean answer goes with "
+                'afs="mean" and with no other; see amed_engine.measure_mean'
             )
 
     def _is_static(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from torch import Tensor
 
 from amed_engine.engine.model import Model, check_guidance, vectors
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, bind_labels
+from amed_engine.sampling.denoiser import (
+    Denoised,
+    Denoiser,
+    analytic_first_step,
+    as_denoised,
+    bind_labels,
+    mean_of_labels,
+    owned,
+)
+from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan
 
 Condition = Tensor | Denoiser
@@ -23,12 +33,37 @@ Conditions = Iterable[Condition] | None
 class BoundDenoiser:
     """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
 
+    lends_copies = True
+
     model: Model
     labels: Tensor | None
     guidance_scale: float | None
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Denoised:
         return as_denoised(bind_labels(self.model.denoise, self.labels, self.guidance_scale)(x, sigma))
+
+
+def mean_answer(mean: Mean | None, denoiser: Denoiser) -> Tensor | None:
+    """What a first step "mean" starts about for a batch's denoiser (1 or B, ...); None without one.
+
+    A denoiser with conditions of its own bound says nothing of its labels, so there has to be one row alone for it.
+    """
+    if mean is None:
+        return None
+    rows = mean.rows()
+    if not isinstance(denoiser, BoundDenoiser):
+        if len(rows) > 1:
+            raise ConfigError(
+                'afs="mean" starts about the mean of each class, which a denoiser with its conditions bound does not tell; '
+                "pass conditions as tensors, or another afs"
+            )
+        return rows
+    return mean_of_labels(rows.to(denoiser.model.device), denoiser.labels, denoiser.guidance_scale)
+
+
+def first_answer(plan: Plan, denoiser: Denoiser) -> Denoiser | None:
+    """What answers the first evaluation of a plan in the denoiser's place; None where that is its own."""
+    return partial(analytic_first_step, mean=mean_answer(plan.mean, denoiser)) if plan.afs else None
 
 
 class Batches:
@@ -81,8 +116,9 @@ class Batches:
         if condition is None:
             return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
-            return _whole(condition, part, self.batch)
-        rows = condition[part].to(self.model.device)
+            return owned(_whole(condition, part, self.batch))
+        # A copy: what gives the conditions may give the next ones in the same memory.
+        rows = condition[part].to(self.model.device, copy=True)
         if not rows.is_floating_point():
             rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
         if (given := len(condition)) < part.stop:

@@ -174,11 +174,11 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
     """Any program without a network in it, as rows over [x_0, D_0, D_1, ...] and the noise levels of its evaluations.
 
     The loop runs on vectors instead of images: the k-th answer of the denoiser is the k-th unit vector, so every point of
-    evaluation, and the end, comes out as its own coefficients. (evaluations [- 1 without an analytic first step], columns).
+    evaluation, and the end, comes out as its own coefficients. (evaluations [- 1 without a first step about zero], columns).
     """
     if program.updates is None:
         raise ConfigError("only a program of constants can be unrolled; freeze the predictor first")
-    basis = torch.eye(program.nfe + 1, dtype=torch.float64)
+    basis = torch.eye(program.nfe + 1 + int(program.afs == "mean"), dtype=torch.float64)
     points: list[Tensor] = []
     levels: list[float] = []
 
@@ -188,20 +188,23 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
         levels.extend(sigma.tolist())
         return answers
 
-    end = integrate(program.on(torch.device("cpu"), torch.float64), unit, basis[:1])[-1]
+    # A mean answer is no multiple of x_0: what the first step makes of it is a vector of its own, like an evaluation's.
+    own = replace(program, afs=False, mean=None) if program.afs == "mean" else program
+    end = integrate(own.on(torch.device("cpu"), torch.float64), unit, basis[:1])[-1]
     return torch.stack([*points, end[0]]), levels
 
 
-def nonstationary(program: Program, sigma_min: float) -> Coefficients:
-    """A program of constants in the most general linear form: the start of a fit."""
-    rows, levels = unrolled(program)
-    start, afs = float(program.sigmas[0]), program.afs
-    if not afs:  # the first evaluation is at x_0 itself
+def nonstationary(plan: Plan, sigma_min: float) -> Coefficients:
+    """The program of a plan without a predictor in the most general linear form: the start of a fit."""
+    rows, levels = unrolled(plan.program())
+    start, about_zero = plan.sigmas[0], plan.afs is True
+    if not about_zero:  # the first evaluation is at x_0 itself
         rows, levels = rows[1:], levels[1:]
-    predictor = CoefficientPredictor(len(rows), start, afs=afs)
+    predictor = CoefficientPredictor(len(rows), start, afs=about_zero)
     with torch.no_grad():
         for i, row in enumerate(rows):
             width = predictor.width(i)
             predictor.coefficients[i, 0] = row[0] * start
             predictor.coefficients[i, 1:width] = row[1:width].flip(0)
-    return Coefficients(Plan("nonstationary", (start, *levels, sigma_min), afs=afs, midpoint=True), predictor)
+    own = {"afs": plan.afs, "mean": plan.mean, "midpoint": True}
+    return Coefficients(Plan("nonstationary", (start, *levels, sigma_min), **own), predictor)

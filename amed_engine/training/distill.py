@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from torch import nn
 from tqdm import tqdm
 
 from amed_engine.engine.graphs import GraphCache
+from amed_engine.engine.measure import measured
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.modules import differentiable
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Conditions
@@ -42,7 +45,7 @@ def distill(
     solver_options: Mapping[str, Any] | None = None,
     schedule: str | None = None,
     rho: float | None = None,
-    afs: bool | None = None,
+    afs: FirstStep | None = None,
     scale_dir: float | None = None,
     scale_time: float | None = None,
     scales: str = "bounded",
@@ -107,7 +110,8 @@ def distill(
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
-    with _frozen(resolved.module), torch.enable_grad(), join(resolved.device) as ranks:
+    _check_gradients(resolved.module)
+    with differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
@@ -131,6 +135,17 @@ def _check_objective(objective: str, learn_sigmas: bool) -> None:
     if learn_sigmas and objective != "end_to_end":
         raise ConfigError(
             f"learn_sigmas needs objective='end_to_end', got {objective!r}: the teacher's states are at fixed noise levels"
+        )
+
+
+def _check_gradients(module: nn.Module | None) -> None:
+    """Training asks for the predictor's gradients alone, by autograd.grad, which FSDP does not know."""
+    sharded = ("FullyShardedDataParallel", "FSDPModule")
+    parts = () if module is None else module.modules()
+    if any(kind.__name__ in sharded for part in parts for kind in type(part).__mro__):
+        raise ConfigError(
+            "a model under FSDP gives gradients by backward() alone, which distill cannot use; pass the module that it wraps, "
+            "under DistributedDataParallel if need be, or use fit, which needs no gradients"
         )
 
 
@@ -193,7 +208,9 @@ def _identity(trainer: Trainer, settings: Settings, objective: str, seed: int) -
     }
 
 
-def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, guidance_scale: float | None) -> Plan:
+def _student_plan(
+    model: Model, nfe: int, settings: Settings, afs: FirstStep | None, guidance_scale: float | None
+) -> Plan:
     solver, options = settings.solver, dict(settings.solver_options)
     if make_solver(solver, **options).takes_predictor == "none":
         raise ConfigError(
@@ -203,7 +220,7 @@ def _student_plan(model: Model, nfe: int, settings: Settings, afs: bool | None, 
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
     rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
-    return made_for(model, make_plan(nfe, midpoint=True, **own, **rest))
+    return made_for(model, measured(make_plan(nfe, midpoint=True, **own, **rest), model))
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:
@@ -224,12 +241,16 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
 
 @contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
-    """The denoiser's parameters without gradients, put back as they were afterwards."""
-    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    """The denoiser's parameters without gradients, put back as they were afterwards; DistributedDataParallel waits for none."""
+    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with ExitStack() as stack:
+        for part in () if module is None else module.modules():
+            if isinstance(part, nn.parallel.DistributedDataParallel):
+                stack.enter_context(part.no_sync())
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)

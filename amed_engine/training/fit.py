@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.engine.measure import mean_of
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
+from amed_engine.sampling.modules import plain_tensors
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
+from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
 from amed_engine.solvers.plan import Plan, make_plan
-from amed_engine.training.batches import Batches, Conditions
+from amed_engine.training.batches import Batches, Conditions, mean_answer
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.presets import TEACHER, made_for, noise_range
@@ -32,7 +35,7 @@ VARIANTS = get_args(Variant)
 # Where a fit may start; the best on the first latents is taken.
 STARTS = (
     *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),
-    *(("unipc", {"max_order": 3, "thresholding": False}, schedule) for schedule in ("time_uniform", "logsnr")),
+    *(("unipc", {"max_order": 3}, schedule) for schedule in ("time_uniform", "logsnr")),
 )
 FIRST = 128  # latents for the first iterations, when the coefficients are still far off
 
@@ -67,7 +70,7 @@ class Task:
     solver_options: Mapping[str, Any] | None = None
     schedule: str = "time_uniform"
     rho: float | None = None
-    afs: bool | None = None
+    afs: FirstStep | None = None
     guidance_scale: float | None = None
     points: int = 2  # of epd
     codes: int = 32  # of adaptive: principal components read from the bottleneck
@@ -94,6 +97,7 @@ class Task:
         return self.variant in ("nonstationary", "adaptive")
 
 
+@plain_tensors()
 def fit(
     model: Any,
     *,
@@ -103,7 +107,7 @@ def fit(
     solver_options: Mapping[str, Any] | None = None,
     schedule: str = "time_uniform",
     rho: float | None = None,
-    afs: bool | None = None,
+    afs: FirstStep | None = None,
     points: int = 2,
     codes: int = 32,
     ridge: float = 0.05,
@@ -143,13 +147,14 @@ def fit(
     learns = (points, codes, ridge, learn_sigmas)
     task = Task(variant, numbers[0], solver, solver_options, schedule, rho, afs, guidance_scale, *learns)
     tasks = {number: replace(task, nfe=number) for number in numbers}
+    mean = _mean(resolved, task, conditions)
     for each in tasks.values():
-        plans_of(resolved, each)  # what cannot be is refused before the teacher's work
-    examples = draw_examples(resolved, task, effort, conditions)
+        plans_of(resolved, each, mean)  # what cannot be is refused before the teacher's work
+    examples = draw_examples(resolved, task, effort, conditions, mean)
     fitted: dict[int, Fitted] = {}
     for number, each in tasks.items():
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
-            fitted[number] = learn(resolved, each, effort, examples, _reporter(bar))
+            fitted[number] = learn(resolved, each, effort, examples, _reporter(bar), mean)
     return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
 
 
@@ -161,10 +166,24 @@ def _reporter(bar: tqdm) -> Progress:
     return report
 
 
-def learn(model: Model, task: Task, effort: Effort, examples: list[Example], report: Progress | None = None) -> Fitted:
+def _mean(model: Model, task: Task, conditions: Conditions) -> Mean | None:
+    """What a first step "mean" would start about, where one may be chosen: conditions of the caller's own tell no class."""
+    check_first_step(task.afs)
+    wanted = task.afs == "mean" or (task.afs is None and conditions is None and model.shape is not None)
+    return mean_of(model, noise_range(model)["sigma_max"]) if wanted else None
+
+
+def learn(
+    model: Model,
+    task: Task,
+    effort: Effort,
+    examples: list[Example],
+    report: Progress | None = None,
+    mean: Mean | None = None,
+) -> Fitted:
     """`fit` for one task on examples that are drawn."""
     few = examples[: max(1, FIRST // effort.batch)]
-    starts = starts_of(model, task, examples)[: effort.starts]
+    starts = starts_of(model, task, examples, mean)[: effort.starts]
     tried = [gauss_newton(start, few, iterations=effort.early, report=report) for start in starts]
     candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
     candidate = gauss_newton(candidate, examples, iterations=effort.late, report=report)
@@ -176,7 +195,9 @@ def learn(model: Model, task: Task, effort: Effort, examples: list[Example], rep
     return predictor.eval()
 
 
-def draw_examples(model: Model, task: Task, effort: Effort, conditions: Conditions = None) -> list[Example]:
+def draw_examples(
+    model: Model, task: Task, effort: Effort, conditions: Conditions = None, mean: Mean | None = None
+) -> list[Example]:
     """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
     span = {**noise_range(model), "guidance_scale": task.guidance_scale}
     teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
@@ -184,26 +205,29 @@ def draw_examples(model: Model, task: Task, effort: Effort, conditions: Conditio
     data = Batches(model, teacher, batch, torch.Generator().manual_seed(effort.seed), conditions)
     counts = [min(batch, effort.samples - start) for start in range(0, effort.samples, batch)]
     drawn = [data.draw([slice(0, count)], count)[0] for count in counts]
-    return [_solved(denoiser, x, teacher) for denoiser, x in drawn]
+    means = [mean_answer(mean, denoiser) for denoiser, _ in drawn]
+    return [_solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)]
 
 
 @torch.no_grad()
-def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan) -> Example:
+def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan, mean: Tensor | None) -> Example:
     images = sample(denoiser, x, teacher.levels, teacher.make_solver())
     if not bool(images.isfinite().all()):
         raise ConfigError("the teacher's samples are not finite; look at what the model returns")
-    return Example(denoiser, x, images)
+    return Example(denoiser, x, images, None if mean is None else mean.to(x))
 
 
-def plans_of(model: Model, task: Task) -> list[Plan]:
-    """The plans the fit of a task may begin with: training-free ones, or for constants the one to learn. Raises ConfigError."""
-    span = {**noise_range(model), "afs": task.afs}
+def plans_of(model: Model, task: Task, mean: Mean | None = None) -> list[Plan]:
+    """The plans the fit of a task may begin with: training-free ones with each first step that may be chosen, or for constants
+    the one to learn. Raises ConfigError."""
+    span = {**noise_range(model), "mean": mean}
     if not task.learns_all:
         options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
         own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
-        return [make_plan(task.nfe, midpoint=True, **own, **span)]
-    starts = ({"solver": name, "options": options, "schedule": schedule} for name, options, schedule in STARTS)
-    plans = [make_plan(task.nfe, **start, **span) for start in starts]
+        return [make_plan(task.nfe, midpoint=True, afs=task.afs, **own, **span)]
+    firsts = (task.afs,) if task.afs is not None else (False, True) if mean is None else (False, "mean")
+    starts = [{"solver": name, "options": options, "schedule": schedule} for name, options, schedule in STARTS]
+    plans = [make_plan(task.nfe, afs=first, **start, **span) for first in firsts for start in starts]
     if plans[0].intervals > MAX_INTERVALS:
         raise ConfigError(
             f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {plans[0].intervals} for nfe={task.nfe}; "
@@ -212,12 +236,12 @@ def plans_of(model: Model, task: Task) -> list[Plan]:
     return plans
 
 
-def starts_of(model: Model, task: Task, examples: list[Example]) -> list[Candidate]:
+def starts_of(model: Model, task: Task, examples: list[Example], mean: Mean | None = None) -> list[Candidate]:
     """Where the fit of a task may begin, best on the first latents first: training-free solvers; for constants DPM-Solver-2."""
-    plans = plans_of(model, task)
+    plans = plans_of(model, task, mean)
     if not task.learns_all:
         constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
         return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
     learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
-    free = [replace(nonstationary(plan.program(), low), learn_sigmas=learn_sigmas) for plan in plans]
+    free = [replace(nonstationary(plan, low), learn_sigmas=learn_sigmas) for plan in plans]
     return sorted(free, key=lambda candidate: loss_of(candidate, examples[:1]))

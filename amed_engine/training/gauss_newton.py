@@ -32,11 +32,13 @@ Progress = Callable[[int, float], None]  # (iteration, loss after it)
 
 
 class Example(NamedTuple):
-    """Some latents: their denoiser with its conditions bound, starting points (B, ...) and the teacher's samples."""
+    """Some latents: their denoiser with its conditions bound, starting points (B, ...) and the teacher's samples; the mean
+    answer (1 or B, ...) of their labels, for candidates whose first step starts about it."""
 
     denoiser: Denoiser
     x: Tensor
     target: Tensor
+    mean: Tensor | None = None
 
 
 class Recorded(NamedTuple):
@@ -51,7 +53,8 @@ class Recorded(NamedTuple):
         return self.states[-1].y[0]
 
     @classmethod
-    def of(cls, program: Program, denoiser: Denoiser, x: Tensor) -> Recorded:
+    def of(cls, program: Program, example: Example) -> Recorded:
+        denoiser, x = example.denoiser, example.x
         firsts: list[Denoised] = []
         state, states, walks = State(x), [], []
 
@@ -59,7 +62,7 @@ class Recorded(NamedTuple):
             firsts.append(as_denoised(denoiser(y, sigma)))
             return firsts[-1]
 
-        run, evaluations = Trajectory(program, remembering), []
+        run, evaluations = Trajectory(program, remembering, example.mean), []
         for i in range(program.intervals):
             states.append(state)
             walks.append(copy.copy(run.walk))
@@ -68,11 +71,12 @@ class Recorded(NamedTuple):
             evaluations.append(firsts[0] if firsts else Denoised(x))  # none in an analytic first step
         return cls([*states, state], walks, evaluations)
 
-    def branch(self, program: Program, denoiser: Denoiser, start: int, again: bool) -> Tensor:
+    def branch(self, program: Program, example: Example, start: int, again: bool) -> Tensor:
         """Where another program ends that differs from interval `start` on; again: also in what is evaluated first."""
+        denoiser = example.denoiser
         if not again and (start or not program.afs):
             denoiser = known_first(denoiser, self.evaluations[start])
-        run, state = Trajectory(program, denoiser), self.states[start]
+        run, state = Trajectory(program, denoiser, example.mean), self.states[start]
         walk = self.walks[start]
         run.walk.past, run.walk.directions, run.walk.y_is_x = walk.past, walk.directions, walk.y_is_x
         for i in range(start, program.intervals):
@@ -84,14 +88,14 @@ class Recorded(NamedTuple):
 def jacobian(candidate: Candidate, example: Example) -> tuple[Tensor, Tensor]:
     """(B, n, P) derivatives of the samples by theta, and their residuals (B, n), both float64."""
     theta = candidate.theta()
-    recorded = Recorded.of(candidate.program(example.x), example.denoiser, example.x)
+    recorded = Recorded.of(candidate.program(example.x), example)
     end = recorded.end.double().flatten(1)
     columns = []
     for p, probe in enumerate(candidate.probes()):
         other = theta.clone()
         other[p] += probe.nudge
         program = candidate.at(other).program(example.x)
-        moved = recorded.branch(program, example.denoiser, probe.start, probe.again)
+        moved = recorded.branch(program, example, probe.start, probe.again)
         columns.append((moved.double().flatten(1) - end) / probe.nudge)
     columns = candidate.expanded(torch.stack(columns, dim=2), recorded.evaluations)
     return columns, end - example.target.double().flatten(1)
@@ -127,8 +131,8 @@ class Normal:
 def loss_of(candidate: Candidate, examples: Sequence[Example]) -> float:
     """Σ |x_N - x*|² over the examples."""
     total = 0.0
-    for denoiser, x, target in examples:
-        end = integrate(candidate.program(x), denoiser, x)[-1]
+    for denoiser, x, target, mean in examples:
+        end = integrate(candidate.program(x), denoiser, x, mean=mean)[-1]
         total += (end.double() - target.double()).square().sum().item()
     return total
 
@@ -190,7 +194,7 @@ def _in_order_step(candidate: C, normal: Normal, damping: float, prior: Tensor, 
 def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -> Coefficients:
     """The candidate with heads at zero that read the principal components of the bottleneck along its trajectories."""
     predictor = candidate.predictor
-    runs = [Recorded.of(candidate.program(x), denoiser, x) for denoiser, x, _ in examples]
+    runs = [Recorded.of(candidate.program(example.x), example) for example in examples]
     seen = [[run.evaluations[i].features for run in runs] for i in range(predictor.intervals)]
     inputs = [None if part[0] is None else torch.cat([summary(f) for f in part]).double().cpu() for part in seen]  # type: ignore[arg-type]
     width = next((len(part[0]) for part in inputs if part is not None), 0)

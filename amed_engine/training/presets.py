@@ -10,7 +10,7 @@ from typing import Any
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.plan import Plan, clamp_range
+from amed_engine.solvers.plan import Plan, own_range
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "sched
 
 def noise_range(model: Model) -> dict[str, Any]:
     """sigma_min and sigma_max of plans for this model."""
-    low, high = clamp_range(model.sigma_min, model.sigma_max)
+    low, high = own_range(model.sigma_min, model.sigma_max)
     return {"sigma_min": low, "sigma_max": high}
 
 
 def made_for(model: Model, plan: Plan) -> Plan:
     """The plan of a predictor that was trained for this model and no other."""
-    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
+    return replace(plan, model=fingerprint(model.network), dtype=model.precision)

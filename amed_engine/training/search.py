@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from amed_engine.engine.measure import measured
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, known_first
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver, in_range
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import check_sigmas, make_schedule
-from amed_engine.training.batches import Batches, Conditions
+from amed_engine.training.batches import Batches, Conditions, first_answer
 from amed_engine.training.presets import TEACHER, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -46,7 +48,7 @@ def search_schedule(
     nfe: int = 5,
     solver: str = "ipndm",
     solver_options: Mapping[str, Any] | None = None,
-    afs: bool | None = None,
+    afs: FirstStep | None = None,
     cost: str = "euler",
     coefficient: float = COEFFICIENT,
     grid: int | Tensor = 61,
@@ -76,6 +78,7 @@ def search_schedule(
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     span = noise_range(resolved)
     plan = make_plan(nfe, solver=solver, options=solver_options, afs=afs, guidance_scale=guidance_scale, **span)
+    plan = measured(plan, resolved)
     levels, step = _grid(grid, plan, span), _step(cost, plan)
     _check_numbers(samples, batch, coefficient)
     batch = min(batch, samples)
@@ -85,7 +88,8 @@ def search_schedule(
     with tqdm(total=count, desc=f"search NFE {nfe}", unit="batch", disable=not progress) as bar:
         for _ in range(count):
             ((denoiser, x),) = data.draw([slice(0, batch)])
-            total += cost_matrix(TeacherPath.of(denoiser, x, levels, afs=plan.afs), step)
+            first = first_answer(plan, denoiser)
+            total += cost_matrix(TeacherPath.of(denoiser, x, levels, first), step)
             bar.update()
     return levels[cheapest_path(total / count, plan.intervals, coefficient)]
 
@@ -101,8 +105,8 @@ class TeacherPath:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, denoiser: Denoiser, x: Tensor, levels: Tensor, *, afs: bool = False) -> TeacherPath:
-        """From x (B, ...), scaled by levels[0]. afs: the answer at the first level is the analytic one."""
+    def of(cls, denoiser: Denoiser, x: Tensor, levels: Tensor, first: Denoiser | None = None) -> TeacherPath:
+        """From x (B, ...), scaled by levels[0]. first: what answers at the first level in the denoiser's place."""
         answers: list[Tensor] = []
 
         def recorded(x: Tensor, sigma: Tensor) -> Denoised:
@@ -112,8 +116,8 @@ class TeacherPath:
         # One evaluation per level, at the state itself: its answers are the directions that steps from there need.
         program = Program.build(make_solver(TEACHER["solver"], **TEACHER["options"]), levels).on(x.device, x.dtype)
         states = integrate(program, recorded, x)
-        if afs:
-            answers[0] = analytic_first_step(x, program.sigmas[0].expand(len(x))).x0
+        if first is not None:
+            answers[0] = as_denoised(first(x, program.sigmas[0].expand(len(x)))).x0
         return cls(denoiser, levels, torch.stack(states), torch.stack(answers))
 
 

@@ -18,7 +18,7 @@ from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint
-from amed_engine.training.batches import Batches
+from amed_engine.training.batches import Batches, mean_answer
 from amed_engine.training.ranks import Ranks
 from amed_engine.training.teacher import Loss, Teacher
 
@@ -189,7 +189,8 @@ class StudentRun:
     def __init__(self, trainer: Trainer, denoiser: Denoiser, x: Tensor, end_to_end: bool):
         self.trainer, self.targets = trainer, trainer.teacher.states(denoiser, x)
         # A whole trajectory's activations would not fit; those of one evaluation at a time do.
-        self.trajectory = Trajectory(trainer.current(), recomputed(denoiser) if end_to_end else denoiser)
+        mean = mean_answer(trainer.data.plan.mean, denoiser)
+        self.trajectory = Trajectory(trainer.current(), recomputed(denoiser) if end_to_end else denoiser, mean)
         self.state = State(x)
 
     def interval(self, i: int) -> Tensor:
@@ -216,7 +217,7 @@ class StudentRun:
         self.state = self.trajectory.interval(self.state, i)[-1]
 
     def _loss(self, target: Tensor) -> Tensor:
-        losses = self.trainer.loss(self.state.y[0], target)
+        losses = self.trainer.loss(self.state.y[0].clone(), target.clone())  # the caller's, which may write to them
         if not isinstance(losses, Tensor) or losses.shape != target.shape[:1]:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigError(f"loss must return one number per sample, shape ({len(target)},), got {got}")

@@ -10,10 +10,12 @@ from torch import nn
 from amed_engine.checkpoints import load_model, load_predictor
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
+from amed_engine.solvers.files import read_json
+from amed_engine.solvers.mean import Mean
 from amed_engine.zoo.catalogue import CATALOGUE
 from amed_engine.zoo.weights import load_decoder, load_weights
 
-__all__ = ["bundled_predictor", "load", "load_decoder", "names", "predictor_nfes", "published"]
+__all__ = ["bundled_mean", "bundled_predictor", "load", "load_decoder", "names", "predictor_nfes", "published"]
 ROOT = Path(__file__).parent
 
 
@@ -48,6 +50,14 @@ def load(name: str, weights: str | os.PathLike | None = None) -> nn.Module:
 def predictor_nfes(name: str) -> list[int]:
     """The numbers of evaluations for which a bundled model has a predictor."""
     return sorted(int(file.stem.removeprefix("nfe")) for file in (ROOT / name / "predictors").glob("nfe*.safetensors"))
+
+
+def bundled_mean(name: str) -> Mean | None:
+    """The mean answer of a bundled model at its highest noise level, None where it was not measured."""
+    file = ROOT / name / "mean.json"
+    if not file.is_file():
+        return None
+    return read_json(file, Mean.from_json, "mean answer", "measure it with amed_engine.measure_mean")
 
 
 def bundled_predictor(name: str, nfe: int) -> Predictor | None:

@@ -10,6 +10,7 @@ from amed_engine.cli.options import (
     check_png,
     check_writable,
     drawing_options,
+    first_step_options,
     grid_options,
     show,
     typed,
@@ -22,6 +23,7 @@ from amed_engine.cli.options import (
 @click.option("--seeds", default="0-7", help="Columns of the picture.")
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @grid_options
+@first_step_options
 @drawing_options
 @click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
 @click.option("--curve-samples", type=int, default=16, help="The same for the curves; 0 for no curves.")

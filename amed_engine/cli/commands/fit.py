@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from amed_engine.cli.options import check_writable, open_network, where_options
+from amed_engine.cli.options import check_writable, first_step_options, open_network, where_options
 
 
 @click.command()
@@ -16,6 +16,7 @@ from amed_engine.cli.options import check_writable, open_network, where_options
 @click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
 @click.option("--solver", default="amed", help="Of constants and epd: amed, or a solver to refine.")
+@first_step_options
 @click.option("--guidance", "guidance_scale", type=float, help="Fit for this guidance.", show_default="none")
 @click.option("--samples", type=int, default=512, help="Latents that the teacher solves.")
 @click.option("--batch", type=int, default=64, help="Latents at once.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from amed_engine.cli.options import open_network, parse_pairs, where_options
+from amed_engine.cli.options import first_step_options, open_network, parse_pairs, where_options
 from amed_engine.solvers import alternatives, solver_names
 
 
@@ -16,7 +16,7 @@ from amed_engine.solvers import alternatives, solver_names
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--solver", default="ipndm", help=f"{alternatives(solver_names('none', 'optional'))}.")
 @click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")
-@click.option("--afs/--no-afs", default=None, help="First evaluation analytic and free.", show_default="if it fits")
+@first_step_options
 @click.option("--cost", default="euler", help="Of which step: euler, or solver, if it has no memory (heun).")
 @click.option("--coefficient", type=float, default=1.15, help="What an error counts more with every step before it.")
 @click.option("--grid", type=int, default=61, help="Noise levels to choose from.")

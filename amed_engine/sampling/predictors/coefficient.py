@@ -26,7 +26,7 @@ class CoefficientPredictor(nn.Module):
         x_{i+1} = a_i x_0 + Σ_{j<=i} b_ij D_j,    (a_i, b_i) = coefficients[i] + heads[i] phi_i(features)
 
     coefficients: (intervals, intervals + 1), row i holds a_i·sigma_0 and then b_ij, newest first; behind an analytic first
-    step (afs) D_0 is a multiple of x_0 and has none. heads: (intervals, intervals + 1, codes), absent if codes = 0.
+    step about zero (afs) D_0 is a multiple of x_0 and has none. heads: (intervals, intervals + 1, codes), absent if codes = 0.
 
         phi_i = soft(((mean_c(features), mean_hw(features)) - centre_i) basis_i),   soft(u) = u / sqrt(1 + u²/9)
 

@@ -1,0 +1,167 @@
+"""The mean answer of a model at its highest noise level, measured once: what the first step "mean" starts about.
+
+At sigma_0 a latent says next to nothing of the sample, so a network answers with the mean of the data, or of the class. With
+m = E[D(sigma_0 z; sigma_0)] the first evaluation of every sample is known beforehand, D ≈ m + (x - m)(1 - s / sqrt(1 + s²)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.engine.model import Model
+from amed_engine.engine.resolve import resolve
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
+from amed_engine.solvers.mean import MAX_VALUES, Mean
+from amed_engine.solvers.plan import Plan, own_range
+
+LATENTS = 32  # of one mean
+EVALUATIONS = 512  # in all
+MAX_CLASSES = 16  # that have a mean each
+_SEED = 0x0A3ED
+_KEPT = 64
+
+_known: dict[tuple, Mean] = {}
+_lock = threading.Lock()
+
+
+def measure_mean(
+    model: Any,
+    *,
+    sigma_max: float | None = None,
+    shape: tuple[int, ...] | None = None,
+    label_dim: int | None = None,
+    weights: str | os.PathLike | None = None,
+) -> Mean:
+    """m = E[D(sigma_max z; sigma_max)] of a model, for `make_plan(afs="mean", mean=...)`.
+
+    Over 32 latents in pairs z and -z, whose differences to the mean cancel to first order; for up to 16 classes one for each
+    and one for none, from the same latents; for more one for all of them; for bound conditions at least one evaluation each;
+    at most 512 evaluations in all. The latents are always the same, the global generators are untouched. Measured once a
+    process for each model. model, shape, label_dim, weights: as `Sampler` takes them. sigma_max: None is the model's own.
+    Raises ConfigError.
+    """
+    resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_max=sigma_max, weights=weights)
+    return mean_of(resolved, own_range(resolved.sigma_min, resolved.sigma_max)[1])
+
+
+def mean_of(model: Model, sigma: float) -> Mean:
+    """The mean answer at this noise level, measured or remembered."""
+    if model.shape is None:
+        raise ConfigError(
+            "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
+            "shape=(C, H, W), or another afs than 'mean'"
+        )
+    identity = identify(model)
+    key = (identity, model.precision, model.shape, model.label_dim, sigma)
+    known = None if identity is None else _known.get(key)
+    if known is None:
+        rows, latents = _measured(model, sigma)
+        if not bool(rows.isfinite().all()):
+            raise ConfigError(f"the model's answers at sigma {sigma:g} are not finite; look at what it returns")
+        facts = {"classes": model.label_dim, "latents": latents, "model": identity, "dtype": model.precision}
+        known = Mean.of(rows, sigma=sigma, **facts)
+        with _lock:
+            while len(_known) >= _KEPT:
+                del _known[next(iter(_known))]
+            _known[key] = known
+    return known
+
+
+@overload
+def measured(plan: Plan, model: Model, known: Mean | None = None) -> Plan: ...
+@overload
+def measured(plan: Plan | None, model: Model, known: Mean | None = None) -> Plan | None: ...
+def measured(plan: Plan | None, model: Model, known: Mean | None = None) -> Plan | None:
+    """The plan with its mean answer, where it starts about one and has none: the one known, or measured."""
+    if plan is None or plan.afs != "mean" or plan.mean is not None:
+        return plan
+    sigma = plan.sigmas[0]
+    return plan.about(
+        known if known is not None and known.is_for(sigma, None, model.precision) else mean_of(model, sigma)
+    )
+
+
+def check_mean(mean: Mean, model: Model, *, verify: bool) -> None:
+    """Whether a mean answer that was measured elsewhere is this model's. Raises ConfigError."""
+    if model.shape is not None and mean.shape != tuple(model.shape):
+        raise ConfigError(
+            f"this plan's mean answer has shape {mean.shape}, the model's samples {tuple(model.shape)}; {_ANEW}"
+        )
+    if mean.classes != model.label_dim:
+        raise ConfigError(
+            f"this plan's mean answer is for {mean.classes} classes, the model has {model.label_dim}; {_ANEW}"
+        )
+    identity = identify(model) if verify and mean.model is not None else None
+    if not mean.is_for(mean.sigma, identity, model.precision if verify else None):
+        raise ConfigError(
+            "this plan's mean answer was measured on another model, or in another dtype: the fingerprints differ; "
+            f"{_ANEW}, or pass verify=False to use it all the same"
+        )
+
+
+_ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
+
+
+def identify(model: Model) -> str | None:
+    """The fingerprint of a model, and of the conditions bound to it; None for a callable without parameters."""
+    own, conditions = fingerprint(model.network), said(model.network, "conditions")
+    if own is None or not getattr(conditions, "count", 0):
+        return own
+    digest = hashlib.sha256(own.encode())
+    for name, table in sorted(conditions.named_buffers()):  # type: ignore[union-attr]
+        digest.update(f"{name}:{tuple(table.shape)};".encode())
+        digest.update(table.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def paired_latents(count: int, shape: Sequence[int]) -> Tensor:
+    """The latents (count, *shape) of unit variance that a mean is measured on, z and -z, always the same."""
+    half = torch.randn(-(-count // 2), *shape, generator=torch.Generator().manual_seed(_SEED))
+    return torch.cat([half, -half])[:count] if count > 1 else half
+
+
+@torch.no_grad()
+def _measured(model: Model, sigma: float) -> tuple[Tensor, int]:
+    """Rows as `Mean` has them, and over how many latents each is."""
+    labels = _label_rows(model)
+    count = min(LATENTS, EVALUATIONS // len(labels))
+    x = paired_latents(count, model.shape).to(model.device) * sigma  # type: ignore[arg-type]
+    rows = [_answer(model, x, sigma, label) for label in labels]
+    if model.label_dim and not _knows_none(model):  # nothing asks for it but a mixture of the others
+        rows.insert(0, torch.stack(rows).mean(0))
+    return torch.stack(rows), count
+
+
+def _answer(model: Model, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
+    told = () if labels is None else (labels.expand(len(x), -1)[: len(x)] if len(labels) == 1 else labels[: len(x)],)
+    levels = x.new_full((len(x),), sigma)
+    return model.denoise(x, levels, *(label.to(x) for label in told)).x0.double().mean(0)
+
+
+def _label_rows(model: Model) -> list[Tensor | None]:
+    """Of each mean the labels (1 or LATENTS, K) that it is asked with; None without classes."""
+    count = model.label_dim
+    if not count:
+        return [None]
+    none = [torch.zeros(1, count)] if _knows_none(model) else []
+    bound = getattr(getattr(model.network, "conditions", None), "count", 0)
+    limit = min(EVALUATIONS - 1 if bound else MAX_CLASSES, MAX_VALUES // math.prod(model.shape) - 1)  # type: ignore[arg-type]
+    if count <= limit:
+        return [*none, *torch.eye(count)[:, None]]
+    drawn = torch.randint(count, (LATENTS,), generator=torch.Generator().manual_seed(_SEED))
+    return [*none, torch.nn.functional.one_hot(drawn, count).float()]
+
+
+def _knows_none(model: Model) -> bool:
+    """Whether a zero row of labels is no class to it, as far as it says."""
+    return getattr(model.network, "can_guide", True)

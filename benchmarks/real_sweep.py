@@ -15,29 +15,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import galaxygrad
 import torch
 from torch import Tensor
 
 import amed_engine
+from amed_engine.engine.measure import measure_mean
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.comparison import REFERENCE, TRAINING_FREE
 from amed_engine.evaluation.metrics import per_image_rmse
-from amed_engine.sampling.denoiser import as_denoised, bind_labels
+from amed_engine.sampling.denoiser import as_denoised, bind_labels, mean_of_labels
 from amed_engine.sampling.loop import sample
-from amed_engine.solvers.plan import Plan, clamp_range, make_plan
+from amed_engine.solvers.mean import FirstStep
+from amed_engine.solvers.plan import Plan, make_plan
 
 FOLDER = Path(tempfile.gettempdir()) / "galaxygrad"  # the wheel and the fine solutions, kept from one run to the next
 NETWORKS = (*galaxygrad.NETWORKS, "digits")
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")
-FIRSTS = ("plain", "zero", "mean")
+FIRSTS: dict[str, FirstStep] = {"plain": False, "zero": True, "mean": "mean"}
 SOLVERS = TRAINING_FREE | {f"deis-{order}": ("deis", {"max_order": order}) for order in (2, 4)}
 BATCH = 16  # what stays in the cache of one core
-MEAN_LATENTS = 32
 FINER = {**REFERENCE, "nfe": 320}  # tells the error of the reference
 FINER_LATENTS = 32
 FIT_SEED = 20_000  # its latents are none of the seeds measured on
@@ -59,23 +60,24 @@ class Yard:
         wish = {{"solver_options": "options"}.get(name, name): value for name, value in wish.items()}
         return make_plan(**wish, sigma_min=self.range[0], sigma_max=self.range[1])
 
-    def part(self, start: int) -> tuple[Estimate, Tensor]:
-        """BATCH latents and the network bound to their labels."""
+    def part(self, start: int) -> Part:
         rows = slice(start, start + BATCH)
         labels = None if self.labels is None else self.labels[rows]
         bound = bind_labels(self.network, labels, None)
-        return lambda x, sigma: as_denoised(bound(x, sigma)).x0, self.latents[rows]
+        return Part(lambda x, sigma: as_denoised(bound(x, sigma)).x0, self.latents[rows], labels)
 
     def solutions(self, plan: Plan, count: int | None = None) -> Tensor:
         """What the first `count` latents, all of them for None, become without an analytic step."""
         starts = range(0, count or len(self.latents), BATCH)
-        return torch.cat([solve(plan, *self.part(start)) for start in starts])[:count]
+        return torch.cat([solve(plan, self.part(start)) for start in starts])[:count]
 
-    def mean(self) -> Tensor:
-        """m of the first MEAN_LATENTS latents, (C, H, W)."""
-        high = self.range[1]
-        parts = [self.part(start) for start in range(0, MEAN_LATENTS, BATCH)]
-        return torch.cat([denoise(high * z, torch.full((len(z),), high)) for denoise, z in parts]).mean(0)
+
+class Part(NamedTuple):
+    """At most BATCH latents, their class vectors, and the network bound to these."""
+
+    denoise: Estimate
+    latents: Tensor
+    labels: Tensor | None
 
 
 @lru_cache(maxsize=1)
@@ -84,22 +86,18 @@ def yard(name: str, samples: int) -> Yard:
     model = resolve("digits" if name == "digits" else galaxygrad.load(galaxygrad.download(FOLDER), name))
     latents, classes = draw(range(samples), model.shape or (), model.label_dim)
     labels = None if classes is None else torch.nn.functional.one_hot(classes, model.label_dim).float()
-    return Yard(model.network, latents, labels, clamp_range(model.sigma_min, model.sigma_max))
+    return Yard(model.network, latents, labels, (model.sigma_min, model.sigma_max))
 
 
 def default_samples(name: str) -> int:
     return 256 if galaxygrad.NETWORKS.get(name, ("", 8))[1] <= 32 else 96
 
 
-def solve(plan: Plan, denoise: Estimate, latents: Tensor, mean: Tensor | float = 0.0) -> Tensor:
-    """What a plan makes of latents, its analytic first step about the image `mean`.
-
-    That step is the one about zero of the denoiser D(x + m) - m, from latents of which m is subtracted; what follows is linear
-    in x and D with weights of sum 1, so that m is added again in the end.
-    """
-    start = plan.sigmas[0] * latents - mean
-    shifted = lambda x, sigma: denoise(x + mean, sigma) - mean  # noqa: E731  (one line reads as the formula)
-    return sample(shifted, start, plan.levels, plan.make_solver(), afs=plan.afs) + mean
+def solve(plan: Plan, part: Part, means: Tensor | None = None) -> Tensor:
+    """What a plan makes of latents; means: rows of a `Mean`, for a plan that starts about it."""
+    about = None if means is None or plan.afs != "mean" else mean_of_labels(means, part.labels, None)
+    start = plan.sigmas[0] * part.latents
+    return sample(part.denoise, start, plan.levels, plan.make_solver(), afs=plan.afs, mean=about)
 
 
 class Remembering:
@@ -118,24 +116,24 @@ class Remembering:
 
 @torch.no_grad()
 def truth(name: str, samples: int) -> tuple[Tensor, Tensor]:
-    """The fine solutions (B, C, H, W) and the mean answer (C, H, W), from the folder where they are there."""
+    """The fine solutions (B, C, H, W) and the rows (R, C, H, W) of the mean answer, from the folder where they are there."""
     file = FOLDER / f"{name}-{samples}.pt"
     if not file.is_file():
         of = yard(name, samples)
-        torch.save({"truth": of.solutions(of.plan(**REFERENCE)), "mean": of.mean()}, file)
+        torch.save({"truth": of.solutions(of.plan(**REFERENCE)), "means": measure_mean(of.network).rows()}, file)
     data = torch.load(file, weights_only=True)
-    return data["truth"], data["mean"]
+    return data["truth"], data["means"]
 
 
 @torch.no_grad()
 def facts(name: str, samples: int) -> dict[str, Any]:
     """What is known of a network before any solver is: its size, its mean answer, its samples, and how exact the truth is."""
-    solutions, mean = truth(name, samples)
+    solutions, means = truth(name, samples)
     of = yard(name, samples)
     finer = of.plan(**FINER)
     error = summary(per_image_rmse(solutions[:FINER_LATENTS], of.solutions(finer, FINER_LATENTS)))
-    found = {"shape": list(mean.shape), "samples": samples, "sigma_min": of.range[0], "sigma_max": of.range[1]}
-    found |= {"mean_answer": mean.mean().item(), "mean_answer_rms": mean.square().mean().sqrt().item()}
+    found = {"shape": list(means.shape[1:]), "samples": samples, "sigma_min": of.range[0], "sigma_max": of.range[1]}
+    found |= {"mean_answer": means.mean().item(), "mean_answer_rms": means.square().mean().sqrt().item()}
     found |= {
         "mean": solutions.mean().item(),
         "std": solutions.std().item(),
@@ -148,14 +146,14 @@ def facts(name: str, samples: int) -> dict[str, Any]:
 @torch.no_grad()
 def measure(name: str, samples: int, nfe: int, schedule: str) -> dict[str, dict[str, Found]]:
     """First step -> solver -> its errors, of every solver that can spend `nfe` evaluations on this schedule."""
-    of, (solutions, mean) = yard(name, samples), truth(name, samples)
+    of, (solutions, means) = yard(name, samples), truth(name, samples)
     plans = {(first, solver): _plan(of, solver, nfe, schedule, first) for first in FIRSTS for solver in SOLVERS}
     errors: dict[tuple[str, str], list[Tensor]] = {key: [] for key, plan in plans.items() if plan}
     for start in range(0, samples, BATCH):
-        denoise, latents = of.part(start)
-        denoise = Remembering(denoise)
+        part = of.part(start)
+        part = part._replace(denoise=Remembering(part.denoise))
         for first, solver in errors:
-            made = solve(plans[first, solver], denoise, latents, mean if first == "mean" else 0.0)  # type: ignore[arg-type]
+            made = solve(plans[first, solver], part, means)  # type: ignore[arg-type]
             errors[first, solver].append(per_image_rmse(made, solutions[start : start + BATCH]))
     found: dict[str, dict[str, Found]] = {first: {} for first in FIRSTS}
     for (first, solver), parts in errors.items():
@@ -166,7 +164,7 @@ def measure(name: str, samples: int, nfe: int, schedule: str) -> dict[str, dict[
 def _plan(of: Yard, solver: str, nfe: int, schedule: str, first: str) -> Plan | None:
     name, options = SOLVERS[solver]
     try:
-        return of.plan(solver=name, options=options, nfe=nfe, schedule=schedule, afs=first != "plain")
+        return of.plan(solver=name, options=options, nfe=nfe, schedule=schedule, afs=FIRSTS[first])
     except ConfigError as error:
         if "not a whole number of intervals" not in str(error):
             raise

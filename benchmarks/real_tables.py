@@ -16,17 +16,15 @@ from amed_engine.solvers.plan import best_training_free
 YARDSTICK = ("hsc32", "hsc64", "ztf32", "ztf64", "lsst60", "digits")
 FIRSTS = ("mean", "plain", "zero")
 MEASURES = {"rmse": 0, "median": 1}
-# Rules that are the same at every NFE.
-FIXED = (("mean", "ipndm-3", "polynomial"), ("plain", "deis-3", "polynomial"))
-
 Rule = tuple[str, str, str]
 Costs = dict[Rule, dict[str, float]]
 
 
-def todays(nfe: int) -> Rule:
-    """What a Sampler does that is asked for nothing but the NFE."""
-    plan = best_training_free(nfe)
-    return "zero", f"{plan.solver}-{dict(plan.options)['max_order']}", plan.schedule
+def defaults(nfe: int) -> tuple[Rule, ...]:
+    """What a Sampler does that is asked for the NFE alone, with a measured mean and without; and what it did once."""
+    plans = {"mean": best_training_free(nfe, afs="mean"), "plain": best_training_free(nfe, afs=False)}
+    own = ((first, f"{plan.solver}-{dict(plan.options)['max_order']}", plan.schedule) for first, plan in plans.items())
+    return *own, ("zero", "ipndm-2" if nfe <= 6 else "ipndm-3", "time_uniform")
 
 
 def errors(network: dict[str, Any], nfe: int, by: str) -> dict[Rule, float]:
@@ -94,8 +92,7 @@ def _section(networks: dict[str, Any], nfe: int, by: str, rows: int) -> Iterator
         yield from (_cost(rule, found) for rule in ranked(found, first)[:rows])
         if len(networks) > 1:
             yield _stranger(first, left_out(found, first))
-    named = {**dict.fromkeys(FIXED), todays(nfe): None}
-    yield from (_cost(rule, found) for rule in named if rule in found)
+    yield from (_cost(rule, found) for rule in defaults(nfe) if rule in found)
 
 
 def _least(network: dict[str, Any], nfe: int, by: str, first: str) -> float:

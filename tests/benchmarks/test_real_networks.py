@@ -1,0 +1,199 @@
+"""The yardstick of networks that are not ours: their architecture, its sweep and its tables, by hand."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from amed_engine.evaluation.metrics import per_image_rmse
+from amed_engine.sampling.denoiser import Denoised, known_first
+from amed_engine.sampling.loop import sample
+from amed_engine.solvers.plan import make_plan
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SIZE, PATCHES = 8, 4
+SPREAD, CENTRE = 0.5, 3.0
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import real_networks
+    import real_sweep
+
+    monkeypatch.setattr(real_sweep, "FOLDER", tmp_path)
+    yield real_networks
+    # The modules of benchmarks/ have everyday names; leave none behind.
+    for name in ("harness", "galaxygrad", "real_sweep", "real_tables", "real_networks"):
+        sys.modules.pop(name, None)
+
+
+def arrays(rng):
+    """Random leaves of a network of 8 x 8 pixels in the order and the shapes of its file."""
+    mlp = [[(512, n), (512,), (n, 512), (n,)] for n in (PATCHES, 64)]
+    block = [*mlp[0], *mlp[1], *[(64, PATCHES)] * 2, *[(PATCHES, 64)] * 2]
+    shapes = [(64, 2, 4, 4), (64, 1, 1), (1, 64, 4, 4), (1, 1, 1), *block * 4, *[(64, PATCHES)] * 2]
+    return [0.2 * rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def by_hand(leaves, y, t):
+    """F of one image (8, 8) at t, in NumPy."""
+    leaves = iter([leaf.astype(np.float64) for leaf in leaves])
+    take = lambda count: [next(leaves) for _ in range(count)]  # noqa: E731
+    cut = lambda image: image.reshape(2, 4, 2, 4).transpose(0, 2, 1, 3).reshape(PATCHES, 4, 4)  # noqa: E731
+    norm = lambda h, w, b: w * (h - h.mean()) / np.sqrt(h.var() + 1e-5) + b  # noqa: E731
+    mlp = lambda h, w1, b1, w2, b2: np.maximum(h @ w1.T + b1, 0) @ w2.T + b2  # noqa: E731
+    encode, bias, decode, last = take(4)
+    h = np.einsum("ocij,cpij->op", encode, np.stack([cut(y), cut(np.full_like(y, t / 10))])) + bias.reshape(64, 1)
+    for _ in range(4):
+        patch, hidden, before, after = take(4), take(4), take(2), take(2)
+        h = h + mlp(norm(h, *before), *patch)
+        h = h + mlp(norm(h.T, *after), *hidden).T
+    made = np.einsum("cij,cp->pij", decode[0, :, ::-1, ::-1], norm(h, *take(2))) + last.item()
+    return made.reshape(2, 2, 4, 4).transpose(0, 2, 1, 3).reshape(SIZE, SIZE)
+
+
+def test_the_network_is_what_its_arrays_say_by_hand(bench):
+    galaxygrad, rng = bench.galaxygrad, np.random.default_rng(0)
+    leaves, y = arrays(rng), rng.standard_normal((2, SIZE, SIZE))
+    score = galaxygrad.ScoreNetwork(SIZE)
+    galaxygrad.fill(score, iter([*leaves, np.array(10.0)]))
+    t = np.array([0.3, 7.0])
+    made = score(torch.from_numpy(y[:, None]).float(), torch.from_numpy(t).float())
+    expected = np.stack([by_hand(leaves, *each) for each in zip(y, t, strict=True)])
+    torch.testing.assert_close(made[:, 0].double(), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_that_do_not_fit_are_refused(bench):
+    leaves, fill = arrays(np.random.default_rng(0)), bench.galaxygrad.fill
+    with pytest.raises(ValueError, match=r"expected an array of shape \(64, 2, 4, 4\)"):
+        fill(bench.galaxygrad.ScoreNetwork(SIZE), iter(leaves[1:]))
+    with pytest.raises(ValueError, match="after the weights"):
+        fill(bench.galaxygrad.ScoreNetwork(SIZE), iter([*leaves, np.zeros(())]))
+
+
+def test_a_pickle_among_the_arrays_is_refused(bench):
+    file = io.BytesIO()
+    np.save(file, np.zeros(2))
+    np.save(file, np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        list(bench.galaxygrad.leaves(file.getvalue()))
+
+
+def test_another_wheel_is_refused(bench, tmp_path):
+    (tmp_path / bench.galaxygrad.WHEEL).write_bytes(b"another")
+    with pytest.raises(ValueError, match="SHA-256"):
+        bench.galaxygrad.download(tmp_path)
+
+
+def test_the_denoiser_of_an_exact_score_is_exact(bench):
+    """Data N(0, v): the score of y is -y / (1 + (v - 1) e^-t), and D = x v / (v + sigma²)."""
+    v = 0.3
+    score = lambda y, t: -y / (1 + (v - 1) * torch.exp(-t)).reshape(-1, 1, 1, 1)  # noqa: E731
+    denoiser = bench.galaxygrad.Denoiser(torch.nn.Identity(), SIZE)
+    denoiser.score.forward = score
+    x, sigma = torch.randn(3, 1, SIZE, SIZE, dtype=torch.float64), torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    expected = x * (v / (v + sigma**2)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(denoiser(x, sigma), expected, rtol=1e-7, atol=1e-9)
+
+
+def gaussian(x, sigma):
+    """D of data N(CENTRE, SPREAD²), bent a little so that no solver is exact."""
+    sigma = sigma.reshape(-1, 1, 1, 1)
+    return CENTRE + (x - CENTRE) * SPREAD**2 / (SPREAD**2 + sigma**2) + 0.05 * torch.sin(x / (1 + sigma))
+
+
+@pytest.mark.parametrize("solver", ["deis", "dpmpp", "unipc"])
+def test_a_measured_first_step_is_its_formula(bench, solver):
+    plan = make_plan(4, solver=solver, options={} if solver == "deis" else {"thresholding": False}, afs="mean")
+    latents, sigma = torch.randn(2, 1, 4, 4, dtype=torch.float64), plan.sigmas[0]
+    mean = torch.full((1, 1, 4, 4), 2.9, dtype=torch.float64)
+    x = sigma * latents
+    first = Denoised(mean + (x - mean) * (1 - sigma / (1 + sigma**2) ** 0.5))
+    expected = sample(known_first(gaussian, first), x, plan.levels, plan.make_solver())
+    part = bench.real_sweep.Part(gaussian, latents, None)
+    torch.testing.assert_close(bench.real_sweep.solve(plan, part, mean), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture
+def small(bench, monkeypatch):
+    """The sweep on that Gaussian in place of a network: 20 latents, two batches."""
+    latents = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    yard = bench.real_sweep.Yard(gaussian, latents, None, (0.002, 80.0))
+    monkeypatch.setattr(bench.real_sweep, "yard", lambda name, samples: yard)
+    mean = torch.full((1, 1, 4, 4), CENTRE)
+    monkeypatch.setattr(bench.real_sweep, "measure_mean", lambda network: mock.Mock(rows=lambda: mean))
+    return yard
+
+
+def test_errors_are_those_of_an_evaluation_by_hand(bench, small):
+    found = bench.real_sweep.measure("gaussian", 20, 4, "polynomial")
+    plan = make_plan(4, solver="ipndm", options={"max_order": 3}, schedule="polynomial", afs=True)
+    exact = make_plan(80, solver="deis", options={"max_order": 4}, schedule="polynomial", rho=7.0, afs=False)
+    made, truth = (
+        sample(gaussian, each.sigmas[0] * small.latents, each.levels, each.make_solver(), afs=each.afs)
+        for each in (plan, exact)
+    )
+    errors = per_image_rmse(made, truth)
+    expected = errors.square().mean().sqrt().item(), errors.median().item()
+    assert found["zero"]["ipndm-3"] == pytest.approx(expected, rel=1e-3)
+    assert found["mean"]["ipndm-3"][0] < found["plain"]["ipndm-3"][0] < found["zero"]["ipndm-3"][0]
+    assert {first: "heun" in solvers for first, solvers in found.items()} == {
+        "plain": True,
+        "zero": False,
+        "mean": False,
+    }
+
+
+def test_no_point_is_evaluated_twice(bench):
+    calls = []
+    remembering = bench.real_sweep.Remembering(lambda x, sigma: calls.append(0) or gaussian(x, sigma))
+    x, sigma = torch.randn(2, 1, 4, 4), torch.tensor([2.0, 2.0])
+    asked = [(x, sigma), (x.clone(), sigma), (x, 2 * sigma), (x + 1, sigma)]
+    for each in asked:
+        assert torch.equal(remembering(*each), gaussian(*each))
+    assert len(calls) == 3
+
+
+RULES = {("mean", "a", "s"): {"one": 1.0, "two": 3.0}, ("mean", "b", "s"): {"one": 2.0, "two": 1.0}}
+
+
+def test_a_rule_is_judged_by_the_best_of_every_network(bench):
+    import real_tables
+
+    networks = {
+        name: {"sweep": {"5": {"s": {"mean": {"a": [a, 1], "b": [b, 1]}, "plain": {"a": [9.0, 1]}}}}}
+        for name, a, b in (("one", 0.1, 0.2), ("two", 0.6, 0.2))
+    }
+    found = real_tables.costs(networks, 5, "rmse")
+    assert {rule: found[rule] for rule in RULES} == {rule: pytest.approx(cost) for rule, cost in RULES.items()}
+    assert real_tables.ranked(found, "mean")[0] == ("mean", "b", "s")
+    assert real_tables.score(RULES["mean", "a", "s"]) == pytest.approx((3**0.5, 3.0))
+
+
+def test_a_network_left_out_has_no_say(bench):
+    import real_tables
+
+    chosen = real_tables.left_out(RULES, "mean")
+    assert chosen == {"one": (("mean", "b", "s"), 2.0), "two": (("mean", "a", "s"), 3.0)}
+
+
+def test_a_file_of_other_latents_is_not_added_to(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.galaxygrad, "download", lambda folder: folder)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"networks": {"digits": {"samples": 48, "sweep": {}, "fit": {}}}}))
+    command = ["sweep", "--network", "digits", "--samples", "32", "--out", str(file)]
+    done = CliRunner().invoke(bench.main, command)
+    assert done.exit_code == 2
+    assert "has 48 latents of digits" in done.output
+
+
+def test_a_file_is_read_as_it_was_written(bench):
+    data = {"networks": {"a": {"sweep": {"5": {"s": {"mean": {"x": [1.5, 2]}}}}, "fit": {}}}, "commands": ["c"]}
+    assert json.loads(bench.dump(data)) == data

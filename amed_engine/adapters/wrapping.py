@@ -20,7 +20,7 @@ from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
-from amed_engine.adapters.schedulers import betas_of, has_betas, prediction_of
+from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import (
     as_module,
@@ -68,7 +68,8 @@ def wrap(
         diffusers, one of guided-diffusion, or any other callable.
     prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
         "iddpm", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
-    scheduler: the diffusers scheduler it was trained with, for prediction and betas.
+    scheduler: the diffusers scheduler it was trained with, for prediction, betas and range: D is the scheduler's own. One
+        that is not known is refused, and by its name whatever of its configuration would change D otherwise.
     betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor; beside a scheduler that
         has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
@@ -84,7 +85,8 @@ def wrap(
     model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
-    family, why = _choose_family(prediction, facts, scheduler, betas)
+    told = None if scheduler is None else told_by(scheduler)
+    family, why = _choose_family(prediction, facts, scheduler, told, betas)
     if facts.denoises and not isinstance(family, Denoising):
         raise ConfigError(
             f"{type(model).__name__} is a denoiser already and needs no {family.name!r} round it: pass it to Sampler as it is"
@@ -132,11 +134,17 @@ def _with_given(facts: NetworkFacts, shape: Any, label_dim: int | None, null_cla
     return facts
 
 
-def _choose_family(prediction: Any, facts: NetworkFacts, scheduler: Any, betas: Any) -> tuple[Family, str]:
+def _choose_family(
+    prediction: Any, facts: NetworkFacts, scheduler: Any, says: Told | None, betas: Any
+) -> tuple[Family, str]:
     """The family, and a word on where it comes from."""
     if isinstance(prediction, Family):
+        if scheduler is not None or betas is not None:
+            raise ConfigError(
+                f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out"
+            )
         return copy.deepcopy(prediction), "given"  # it follows the network to its device
-    told = None if scheduler is None else prediction_of(scheduler)
+    told = None if says is None else says.prediction
     known = told or facts.prediction
     name = prediction or known
     if name is None:
@@ -151,9 +159,13 @@ def _choose_family(prediction: Any, facts: NetworkFacts, scheduler: Any, betas: 
     if name not in PREDICTS:
         if betas is not None:
             raise ConfigError(f"betas are for {', '.join(PREDICTS)}, not for prediction={name!r}; leave them out")
-        return FAMILIES[name](), why
+        return FAMILIES[name]() if says is None or says.family is None else says.family, why
     alphas, source = _choose_betas(betas, facts, scheduler)
-    return DiscreteSteps(name, alphas), f"{why}; betas {source}"
+    family = DiscreteSteps(name, alphas)
+    if says is not None:
+        family.sigma_min = max(family.sigma_min, says.sigma_min or family.sigma_min)
+        family.sigma_max = min(family.sigma_max, says.sigma_max or family.sigma_max)
+    return family, f"{why}; betas {source}"
 
 
 def _choose_betas(betas: Any, facts: NetworkFacts, scheduler: Any) -> tuple[Tensor, str]:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -123,15 +124,18 @@ def identify(model: Model) -> str | None:
     return digest.hexdigest()
 
 
+def paired_latents(count: int, shape: Sequence[int]) -> Tensor:
+    """The latents (count, *shape) of unit variance that a mean is measured on, z and -z, always the same."""
+    half = torch.randn(-(-count // 2), *shape, generator=torch.Generator().manual_seed(_SEED))
+    return torch.cat([half, -half])[:count] if count > 1 else half
+
+
 @torch.no_grad()
 def _measured(model: Model, sigma: float) -> tuple[Tensor, int]:
     """Rows as `Mean` has them, and over how many latents each is."""
     labels = _label_rows(model)
     count = min(LATENTS, EVALUATIONS // len(labels))
-    generator = torch.Generator().manual_seed(_SEED)
-    half = torch.randn(-(-count // 2), *model.shape, generator=generator)  # type: ignore[misc]
-    latents = torch.cat([half, -half])[:count] if count > 1 else half
-    x = latents.to(model.device) * sigma
+    x = paired_latents(count, model.shape).to(model.device) * sigma  # type: ignore[arg-type]
     rows = [_answer(model, x, sigma, label) for label in labels]
     if model.label_dim and not _knows_none(model):  # nothing asks for it but a mixture of the others
         rows.insert(0, torch.stack(rows).mean(0))

@@ -143,9 +143,9 @@ class BoundLoop:
         x = latents * self.program.sigmas[0]
         denoiser = bind_labels(self.model.denoise, labels, self.scale)
         rows = self.program.mean
-        mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
+            mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
             return integrate(self.program, denoiser, x, observe, mean)
 
 

@@ -92,9 +92,10 @@ def mean_of_labels(rows: Tensor, labels: Tensor | None, scale: float | None) -> 
         return rows[:1]
     if len(rows) < 1 + labels.shape[1]:  # one for any class
         labels = (labels != 0).any(1, keepdim=True).to(rows.dtype)
-    weights = labels.to(rows.dtype) * (1 if scale is None else scale)
-    offsets = weights @ (rows[1:] - rows[:1]).flatten(1)
-    return rows[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))
+    # In float64, which no reduced-precision matrix product of the device rounds.
+    weights, exact = labels.double() * (1 if scale is None else scale), rows.double()
+    offsets = weights @ (exact[1:] - exact[:1]).flatten(1)
+    return (exact[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))).to(rows.dtype)
 
 
 def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:

@@ -336,7 +336,7 @@ def test_half_precision_samples_come_back_in_half_precision(config, dummy):
         ({"sigma_schedule": "sgm"}, "karras or exponential"),
         ({"final_sigmas_type": "none"}, "zero or sigma_min"),
         ({"midpoints": 0.5}, "one Midpoint per interval"),
-        ({"solver": "dpmpp", "afs": True}, "set afs=False"),
+        ({"solver": "dpmpp", "solver_options": {"thresholding": True}, "afs": True}, "set afs=False"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(options, match):

@@ -234,7 +234,7 @@ def test_data_that_leave_minus_one_to_one_are_not_clipped(name, mu, sd):
         return mu + (x - mu) * sd**2 / (sd**2 + s)
 
     x = torch.randn(64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 80
-    images = sample(exact, x, make_schedule("polynomial", 41, 0.002, 80.0, 7.0), make_solver(name))
+    images = sample(exact, x, make_schedule("polynomial", 121, 0.002, 80.0, 7.0), make_solver(name))
     assert images.std().item() == pytest.approx(sd, rel=0.03)
     assert images.mean().item() == pytest.approx(mu, abs=0.05 * sd)
 

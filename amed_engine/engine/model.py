@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, ask
+from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import brings_weights, device_of, dtype_of, module_of, never_writes, said
 
 
@@ -68,13 +68,15 @@ class Model:
 
     def _call(self, *inputs: Tensor) -> Denoised:
         """The network's answer; its own errors say how it was called, which is the cause of most of them."""
+        given = [copied(tensor) for tensor in inputs] if self.foreign else inputs  # as `ask` does it
         try:
-            return ask(self.network, *inputs, foreign=self.foreign)
+            answer = as_denoised(self.network(*given))
         except (TypeError, RuntimeError) as error:
             names = ("x", "sigma", "labels")[: len(inputs)]
-            given = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
-            error.add_note(f"the model was called with {given}; {_HOW_TO_WRAP}")
+            named = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
+            error.add_note(f"the model was called with {named}; {_HOW_TO_WRAP}")
             raise
+        return Denoised(*map(copied, answer)) if self.foreign else answer
 
 
 _HOW_TO_WRAP = (

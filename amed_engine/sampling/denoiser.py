@@ -54,7 +54,7 @@ def ask(network: Callable[..., Any], *inputs: Any, foreign: bool = True, **condi
         return as_denoised(network(*inputs, **conditions))
     given = {name: copied(value) for name, value in conditions.items()}
     answer = as_denoised(network(*map(copied, inputs), **given))
-    return Denoised(answer.x0.clone(), copied(answer.features))
+    return Denoised(*map(copied, answer))
 
 
 def copied(value: Any) -> Any:

@@ -47,9 +47,9 @@ def _takes_anything(forward: Any) -> bool:
 
 def layers(network: Any) -> Iterator[Any]:
     """The network, what it passes its calls on to, and so on to the innermost; through functools.partial and forward."""
-    while network is not None:
+    yield network
+    while (network := _within(network)) is not None:
         yield network
-        network = _within(network)
 
 
 def _within(network: Any) -> Any:

@@ -56,9 +56,9 @@ class PlanRequest:
         schedule = "time_uniform" if self.schedule is None else self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
-        start = high if not isinstance(schedule, Tensor) else float(schedule.flatten()[0]) if len(schedule) else 0
-        mean = self.mean if self.mean is not None and self.mean.is_for(start, None, None) else None
-        first = {"afs": self.afs, "mean": None if midpoint else mean}
+        start = float(schedule.max()) if isinstance(schedule, Tensor) and schedule.numel() else high
+        known = self.mean is not None and not midpoint and self.mean.is_for(start, None, None)
+        first = {"afs": self.afs, "mean": self.mean if known else None}
         common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
@@ -207,15 +207,17 @@ def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
             )
     if isinstance(request.schedule, Tensor) and not _same_levels(request.schedule, plan.levels):
         raise ConfigError(f"{made} for other noise levels than the schedule given; leave schedule out")
-    if request.options and request.options != dict(plan.options):
-        raise ConfigError(f"{made} for solver options {dict(plan.options)}, got {request.options}")
+    own = dict(plan.options)
+    named = request.options or {}
+    if not isinstance(named, Mapping) or any(name not in own or own[name] != named[name] for name in named):
+        raise ConfigError(f"{made} for solver options {own}, got {request.options}")
 
 
 def check_range(plan: Plan, request: PlanRequest, made: str) -> None:
-    """A range of noise levels that was asked for must be the plan's."""
+    """A range of noise levels that was named for must be the plan's."""
     for name, own in (("sigma_min", plan.sigmas[-1]), ("sigma_max", plan.sigmas[0])):
-        if (asked := getattr(request, name)) is not None and not math.isclose(asked, own, rel_tol=1e-6):
-            raise ConfigError(f"{made} for {name}={own:g}, got {name}={asked:g}; leave {name} out")
+        if (named := getattr(request, name)) is not None and not math.isclose(named, own, rel_tol=1e-6):
+            raise ConfigError(f"{made} for {name}={own:g}, got {name}={named:g}; leave {name} out")
 
 
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
@@ -224,7 +226,9 @@ def _same_levels(given: Tensor, levels: Tensor) -> bool:
 
 
 def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
-    """Noise levels that the model states and the plan leaves out are not cut off in silence, unless that was asked for."""
+    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were named for."""
+    if isinstance(request.schedule, Tensor):
+        return
     low, high = (getattr(model.network, name, None) or 0 for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high

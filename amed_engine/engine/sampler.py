@@ -18,7 +18,7 @@ from amed_engine.engine.arrays import check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.measure import check_mean, measured
-from amed_engine.engine.model import check_guidance, place, tune
+from amed_engine.engine.model import Model, check_guidance, place, tune
 from amed_engine.engine.pairing import PlanRequest, open_plan, pair
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
@@ -26,7 +26,7 @@ from amed_engine.engine.result import SampleResult, StepInfo, make_observer
 from amed_engine.engine.runner import BoundLoop, Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.solvers.mean import FirstStep
+from amed_engine.solvers.mean import FirstStep, Mean
 from amed_engine.solvers.plan import Plan, own_range
 from amed_engine.solvers.program import Program
 
@@ -102,9 +102,7 @@ class Sampler:
         self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
         usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
-        mean = zoo.bundled_mean(self.model.name) if self.model.name else None
-        if mean is not None and mean.dtype != replace(self.model, autocast=autocast).precision:
-            mean = None
+        mean = _bundled_mean(replace(self.model, autocast=autocast))
         levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
         request = PlanRequest(
             solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
@@ -246,6 +244,17 @@ class Sampler:
             )
         logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
         return self._fallback
+
+
+def _bundled_mean(model: Model) -> Mean | None:
+    """The mean answer that a zoo model brings, where it is used as it was measured."""
+    mean = zoo.bundled_mean(model.name) if model.name else None
+    as_measured = mean is not None and (mean.shape, mean.classes, mean.dtype) == (
+        model.shape,
+        model.label_dim,
+        model.precision,
+    )
+    return mean if as_measured else None
 
 
 def _check_shape(program: Program, latents: Tensor) -> None:

@@ -43,12 +43,13 @@ COMBINE_ARGS = np.dtype(
 )
 
 
-def stepper(plan: Tableau, x: Array) -> Stepper:
+def stepper(plan: Tableau, x: Array, classes: Any = None) -> Stepper:
     """A `Stepper` for x (B, ...), a CuPy array of float32 or float64, whose updates are one fused kernel each.
 
-    An array of another library on the same device comes without a copy through `cupy.from_dlpack`. Raises ConfigError.
+    classes: as `Stepper` takes them; nothing waits for those in a CuPy array. An array of another library on the same device
+    comes without a copy through `cupy.from_dlpack`. Raises ConfigError.
     """
-    return Stepper(plan, x, xp=_cupy(), combine=combine)
+    return Stepper(plan, x, classes, xp=_cupy(), combine=combine)
 
 
 def combine(sources: Sequence[Array], coeffs: Array, outputs: Sequence[Array]) -> None:

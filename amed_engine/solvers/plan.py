@@ -269,8 +269,8 @@ def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | N
 
 def own_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """A model's own noise range; where it has no end, that of the published schedules, 0.002 and 80."""
-    low = float(sigma_min) if sigma_min > 0 else 0.002
-    high = float(sigma_max) if sigma_max < math.inf else 80.0
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    low = 0.002 if sigma_min == 0 else float(sigma_min)
+    high = 80.0 if sigma_max == math.inf else float(sigma_max)
+    if not (math.isfinite(high) and 0 < low < high):
         raise ConfigError(f"need sigma_min < sigma_max, got {sigma_min} and {sigma_max}; pass both to the Sampler")
     return low, high

@@ -45,17 +45,17 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError.
     """
     said = {name: value for name, value in data.items() if name != "version"}
+    if data.get("version", VERSION) != VERSION or isinstance(data.get("version"), bool):
+        raise ConfigError(
+            f"a plan of version {str(data['version'])[:40]} is not known here, where {VERSION} is the newest; a newer "
+            "amed_engine wrote it: update this one"
+        )
     if missing := [name for name in ("solver", "sigmas") if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}")
     if unknown := sorted(set(map(str, said)) - set(_TYPES)):
         raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(_TYPES))}")
     if "version" not in data:
         said = _of_version_1(said, usual)
-    elif data["version"] != VERSION or isinstance(data["version"], bool):
-        raise ConfigError(
-            f"a plan of version {str(data['version'])[:40]} is not known here, where {VERSION} is the newest; a newer "
-            "amed_engine wrote it: update this one"
-        )
     if missing := [name for name in _TYPES if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}; version {VERSION} says everything")
     _check_types(said)

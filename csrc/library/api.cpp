@@ -121,6 +121,7 @@ double amed_plan_sigma_min(const amed_plan* plan) { return plan == nullptr ? 0 :
 int64_t amed_plan_size(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->size; }
 
 int amed_plan_max_points(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->max_points; }
+int amed_plan_classes(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->mean.classes; }
 double amed_plan_guidance_scale(const amed_plan* plan) { return plan == nullptr ? 0 : plan->plan->guidance_scale; }
 
 int64_t amed_plan_bottleneck(const amed_plan* plan) {
@@ -147,7 +148,18 @@ amed_status amed_sampler_start(amed_sampler* sampler, const float* x, amed_messa
         require(sampler, "sampler");
         require(x, "x");
         const std::lock_guard<std::mutex> held(sampler->sampler->lock());
-        sampler->sampler->start(x);
+        sampler->sampler->start(x, nullptr);
+    });
+}
+
+amed_status amed_sampler_start_classes(amed_sampler* sampler, const float* x, const int32_t* classes,
+                                       amed_message* why) {
+    return guarded(why, [&] {
+        require(sampler, "sampler");
+        require(x, "x");
+        require(classes, "classes");
+        const std::lock_guard<std::mutex> held(sampler->sampler->lock());
+        sampler->sampler->start(x, classes);
     });
 }
 

@@ -6,12 +6,6 @@
 
 #include "device.h"
 
-#if defined(__CUDACC__)
-#define AMED_BOTH __host__ __device__
-#else
-#define AMED_BOTH
-#endif
-
 namespace amed {
 
 constexpr int kBasisSize = 8;

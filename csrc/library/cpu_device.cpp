@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "amed/cpu.h"
@@ -52,10 +53,23 @@ class CpuDevice final : public Device {
         for (std::int64_t b = 0; b < args.batch; ++b) levels[b] = told_level(args, b);
     }
 
-    void analytic(const float* x, double sigma, float* denoised, std::int64_t count) override {
-        const float s = static_cast<float>(sigma);
-        const float slope = s * (1 / std::sqrt(1 + s * s));
-        for (std::int64_t i = 0; i < count; ++i) denoised[i] = x[i] - slope * x[i];
+    void analytic(const AnalyticArgs& args) override {
+        const float s = static_cast<float>(args.sigma);
+        const float c = s * (1 / std::sqrt(1 + s * s));
+        for (std::int64_t b = 0; b < args.batch; ++b) {
+            const float *x = args.x + b * args.size, *mean = args.mean;
+            float* denoised = args.denoised + b * args.size;
+            if (mean != nullptr) mean += mean_row(args, b) * args.size;
+            for (std::int64_t i = 0; i < args.size; ++i)
+                denoised[i] = x[i] - c * (mean == nullptr ? x[i] : x[i] - mean[i]);
+        }
+    }
+
+    void check_classes(const std::int32_t* classes, std::int64_t batch, int count) override {
+        for (std::int64_t b = 0; b < batch; ++b)
+            if (classes[b] < -1 || classes[b] >= count)
+                fail(AMED_ERROR_ARGUMENT, "class " + std::to_string(classes[b]) + " of sample " + std::to_string(b) +
+                                              " must be -1 for none or 0 to " + std::to_string(count - 1));
     }
 
     void threshold(float* x, std::int64_t batch, std::int64_t size) override {

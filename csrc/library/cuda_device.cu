@@ -1,6 +1,7 @@
 // A sampler's memory and arithmetic on a CUDA device: part of libamed only, never compiled at run time.
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <string>
 
 #include "amed/cuda.h"
@@ -25,10 +26,17 @@ __global__ void levels_kernel(const MixArgs args, float* levels) {
     if (b < args.batch) levels[b] = told_level(args, b);
 }
 
-__global__ void analytic_kernel(const float* x, float scale, float* denoised, std::int64_t count) {
-    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
-    for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += step)
-        denoised[i] = scale * x[i];
+// scale = 1 - c. A class that is none of the plan's cannot be refused from here: its sample shows it.
+__global__ void analytic_kernel(const AnalyticArgs args, float scale, float c) {
+    const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x, count = args.batch * args.size;
+    for (std::int64_t i = blockIdx.x * static_cast<std::int64_t>(blockDim.x) + threadIdx.x; i < count; i += step) {
+        float denoised = scale * args.x[i];
+        if (args.mean != nullptr) {
+            const int row = mean_row(args, i / args.size);
+            denoised += c * (row < 0 ? NAN : args.mean[row * args.size + i % args.size]);
+        }
+        args.denoised[i] = denoised;
+    }
 }
 
 void check(int code, const char* what) {
@@ -78,11 +86,14 @@ class CudaDevice final : public Device {
         check(cudaGetLastError(), "launching the noise levels");
     }
 
-    void analytic(const float* x, double sigma, float* denoised, std::int64_t count) override {
-        const auto scale = static_cast<float>(1 - sigma / sqrt(1 + sigma * sigma));
-        analytic_kernel<<<1024, 2 * kMixThreads, 0, stream_>>>(x, scale, denoised, count);
+    void analytic(const AnalyticArgs& args) override {
+        const double c = args.sigma / sqrt(1 + args.sigma * args.sigma);
+        const auto scale = static_cast<float>(1 - c), slope = static_cast<float>(c);
+        analytic_kernel<<<1024, 2 * kMixThreads, 0, stream_>>>(args, scale, slope);
         check(cudaGetLastError(), "launching the analytic first step");
     }
+
+    void check_classes(const std::int32_t*, std::int64_t, int) override {}
 
     void threshold(float*, std::int64_t, std::int64_t) override {
         fail(AMED_ERROR_UNSUPPORTED, "dynamic thresholding is not on this device");

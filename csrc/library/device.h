@@ -8,6 +8,12 @@
 #include "amed/combine.h"
 #include "amed/midpoint.h"
 
+#if defined(__CUDACC__)
+#define AMED_BOTH __host__ __device__
+#else
+#define AMED_BOTH
+#endif
+
 namespace amed {
 
 // Coefficients that a predictor's midpoint gives: coeffs[k, b] = sum over i of weights[k, i] * basis_i(r, c, m) of
@@ -20,6 +26,25 @@ struct MixArgs {
     double sigma, sigma_next;
     float* coeffs;  // (count, batch)
 };
+
+// The analytic first step: denoised = x - c (x - m) with c = s / sqrt(1 + s^2) and m the sample's row of `mean`, or 0.
+struct AnalyticArgs {
+    const float* x;  // (batch, size), as denoised
+    float* denoised;
+    std::int64_t batch, size;
+    double sigma;
+    const float* mean;  // (rows, size), null for 0
+    int rows, class_count;
+    const std::int32_t* classes;  // (batch), null where class_count is 0
+};
+
+// The row of sample b; -1 where its class is none of the plan's.
+AMED_BOTH inline int mean_row(const AnalyticArgs& args, std::int64_t b) {
+    if (args.classes == nullptr) return 0;
+    const std::int32_t chosen = args.classes[b];
+    if (chosen < -1 || chosen >= args.class_count) return -1;
+    return chosen + 1 < args.rows ? chosen + 1 : args.rows - 1;
+}
 
 class Device {
   public:
@@ -34,8 +59,10 @@ class Device {
     virtual void mix(const MixArgs& args) = 0;
     // levels[b] = scale_time * m of sample b.
     virtual void midpoint_levels(const MixArgs& args, float* levels) = 0;
-    // denoised = x - s / sqrt(1 + s^2) * x
-    virtual void analytic(const float* x, double sigma, float* denoised, std::int64_t count) = 0;
+    // Samples whose class is none of the plan's become NaN, where `check_classes` could not look at it.
+    virtual void analytic(const AnalyticArgs& args) = 0;
+    // Throws Error(AMED_ERROR_ARGUMENT) for a class beyond -1 .. count - 1, where memory can be read without waiting.
+    virtual void check_classes(const std::int32_t* classes, std::int64_t batch, int count) = 0;
     // Dynamic thresholding in place: clamp(x, -s, s) / s with s the 0.995 quantile of |x|, at least 1.
     virtual void threshold(float* x, std::int64_t batch, std::int64_t size) = 0;
     virtual bool can_threshold() const = 0;

@@ -9,8 +9,8 @@
 
 namespace amed::json {
 
-constexpr std::size_t kMaxBytes = std::size_t{16} << 20;
-constexpr std::size_t kMaxValues = std::size_t{1} << 20;  // each takes some forty bytes
+constexpr std::size_t kMaxBytes = std::size_t{32} << 20;
+constexpr std::size_t kMaxValues = std::size_t{1} << 21;  // each takes some forty bytes
 constexpr std::size_t kMaxMembers = 64;                   // of one object
 constexpr int kMaxDepth = 16;
 

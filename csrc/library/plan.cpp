@@ -18,6 +18,7 @@ using json::Value;
 constexpr double kLargest = 1e30;  // so that float holds it
 constexpr int kMaxSize = 1 << 16;
 constexpr std::size_t kMaxEvaluations = 1000;
+constexpr std::int64_t kMaxMean = std::int64_t{1} << 20;  // numbers of all rows
 
 [[noreturn]] void refuse(const std::string& where, const std::string& expected) {
     fail(AMED_ERROR_FORMAT, "plan entry " + where + ": expected " + expected + "; write the plan again");
@@ -193,6 +194,24 @@ PredictorWeights read_predictor(const Value& value) {
     return p;
 }
 
+Mean read_mean(const Value& value, std::int64_t size) {
+    const Entries in(value, "mean");
+    in.count(2);
+    Mean mean;
+    mean.classes = in.size("classes", 0);
+    const Array& rows = in.array("rows", 1, 1 + kMaxSize);
+    mean.rows = static_cast<int>(rows.size());
+    const bool any_class = mean.classes > 0 && mean.rows == 2;
+    if (mean.rows != 1 + mean.classes && !any_class) refuse("mean.rows", "1 without classes, 1 + classes, or 2");
+    if (size == 0) refuse("mean", "null, where shape is");
+    if (size * mean.rows > kMaxMean) refuse("mean.rows", "at most " + std::to_string(kMaxMean) + " numbers in all");
+    const auto count = static_cast<std::size_t>(size);
+    for (const Value& row : rows)
+        for (const Value& number : Entries::to_array(row, "mean.rows", count, count))
+            mean.values.push_back(static_cast<float>(Entries::to_number(number, "mean.rows")));
+    return mean;
+}
+
 void check_matrix(const Evaluation& e, int size, const std::string& where) {
     for (std::size_t j = 0; j < e.columns.size(); ++j)
         if (e.columns[j] >= size || (j > 0 && e.columns[j] <= e.columns[j - 1]))
@@ -222,6 +241,8 @@ void check(const Plan& plan) {
         const bool last = i + 1 == plan.evaluations.size();
         if (e.next_points() != (last ? 1 : plan.evaluations[i + 1].points()))
             refuse(where + ".coefficients", "a row for every point that is evaluated next");
+        if (plan.mean.rows > 0 && e.analytic != (i == 0))
+            refuse("mean", "null, unless the first evaluation and no other is analytic");
         past = e.keep;
         y_is_x = e.x_is_y;
     }
@@ -232,8 +253,10 @@ void check(const Plan& plan) {
 Plan read_plan(std::string_view text) {
     const Value value = json::parse(text);
     const Entries in(value, "");
-    if (in.text("format") != "amed_plan" || in.number("version") != 1) refuse("format", "\"amed_plan\" of version 1");
-    in.count(9);
+    const double version = in.number("version");
+    if (in.text("format") != "amed_plan" || (version != 1 && version != 2))
+        refuse("format", "\"amed_plan\" of version 1 or 2");
+    in.count(version == 1 ? 9 : 10);
     in.text("description");
     Plan plan;
     if (!in.is_null("guidance_scale")) plan.guidance_scale = in.number("guidance_scale");
@@ -254,6 +277,7 @@ Plan read_plan(std::string_view text) {
             plan.size *= extent;
             if (plan.size > std::int64_t{1} << 40) refuse("shape", "at most 2^40 values");
         }
+    if (version != 1 && !in.is_null("mean")) plan.mean = read_mean(in.find("mean"), plan.size);
     check(plan);
     assign_slots(plan);
     return plan;

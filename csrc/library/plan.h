@@ -38,11 +38,18 @@ struct PredictorWeights {
     std::vector<float> parameters[12];
 };
 
+// What the first step takes the data to be about, see `MeanRows` in tableau.py.
+struct Mean {
+    int classes = 0, rows = 0;
+    std::vector<float> values;  // (rows, size), empty for zero
+};
+
 struct Plan {
     std::vector<double> sigmas;
     std::vector<Evaluation> evaluations;
     bool has_predictor = false;
     PredictorWeights predictor;
+    Mean mean;
     std::int64_t size = 0;  // of one sample, 0 for any
     double guidance_scale = 1;
     int max_points = 1;

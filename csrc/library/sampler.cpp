@@ -34,6 +34,7 @@ Sampler::Sampler(std::shared_ptr<const Plan> plan, std::int64_t batch, std::int6
     slots_ = reserve<float>(static_cast<std::size_t>(checked(plan_->slots, checked(batch, size))));
     keep_constants();
     if (plan_->has_predictor) keep_predictor();
+    keep_mean();
 }
 
 template <typename T>
@@ -93,7 +94,22 @@ void Sampler::keep_predictor() {
     levels_ = reserve<float>(static_cast<std::size_t>(batch_));
 }
 
-void Sampler::start(const float* x) {
+void Sampler::keep_mean() {
+    const Mean& mean = plan_->mean;
+    analytic_.batch = batch_;
+    analytic_.size = size_;
+    analytic_.rows = mean.rows;
+    analytic_.class_count = mean.classes;
+    if (mean.rows > 0) analytic_.mean = keep(mean.values);
+}
+
+void Sampler::start(const float* x, const std::int32_t* classes) {
+    if (analytic_.class_count > 0 && classes == nullptr)
+        fail(AMED_ERROR_ARGUMENT, "this plan begins with the mean of a class; call amed_sampler_start_classes");
+    if (analytic_.class_count == 0 && classes != nullptr)
+        fail(AMED_ERROR_ARGUMENT, "this plan begins the same for every class; call amed_sampler_start");
+    if (classes != nullptr) device_->check_classes(classes, batch_, analytic_.class_count);
+    analytic_.classes = classes;
     device_->copy(slot(0), x, sample_count());
     at_ = 0;
     asked_ = 0;
@@ -120,7 +136,10 @@ void Sampler::put(const float* denoised, const float* features, std::int64_t cha
 
 void Sampler::skip_analytic() {
     while (at_ < plan_->evaluations.size() && current().analytic) {
-        device_->analytic(slot(current().y), current().sigma[0], slot(current().staged), sample_count());
+        analytic_.x = slot(current().y);
+        analytic_.denoised = slot(current().staged);
+        analytic_.sigma = current().sigma[0];
+        device_->analytic(analytic_);
         apply(nullptr, nullptr, 0);
     }
 }

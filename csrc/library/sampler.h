@@ -23,7 +23,8 @@ class Sampler {
     // Allocates everything. Throws Error, or std::bad_alloc.
     Sampler(std::shared_ptr<const Plan> plan, std::int64_t batch, std::int64_t size, std::unique_ptr<Device> device);
 
-    void start(const float* x);
+    // classes: (batch) where the plan has classes, null where not.
+    void start(const float* x, const std::int32_t* classes);
     Next next() const;
     // features: (batch, channels, pixels), or none with channels 0.
     void put(const float* denoised, const float* features, std::int64_t channels);
@@ -46,6 +47,7 @@ class Sampler {
     std::vector<Constants> constants_;
     MidpointArgs predictor_ = {};
     MixArgs mix_ = {};
+    AnalyticArgs analytic_ = {};
     float *slots_ = nullptr, *levels_ = nullptr;
     std::size_t at_ = 0;
     int asked_ = 0;
@@ -62,6 +64,7 @@ class Sampler {
     const T* keep(const std::vector<T>& values);
     void keep_constants();
     void keep_predictor();
+    void keep_mean();
     void skip_analytic();
     void apply(const float* denoised, const float* features, std::int64_t channels);
     void predict(const Evaluation& e, const float* features, std::int64_t channels);

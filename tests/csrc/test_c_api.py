@@ -63,7 +63,7 @@ def test_the_whole_history_may_be_read(tools, library, same_kernels):
 
 def test_thresholding_agrees_to_one_rounding(tools, library):
     for solver in ("dpmpp", "unipc"):
-        program, x = Program.build(make_solver(solver), tools.SIGMAS, afs=True), tools.latents()
+        program, x = Program.build(make_solver(solver, thresholding=True), tools.SIGMAS, afs=True), tools.latents()
         truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, afs=True).numpy()
         plan = make_tableau(program).dumps()
         got = library.sample(plan, x.numpy(), lambda y, s: (tools.on_numpy(y, s), None))

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from ctypes import byref, c_void_p
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from amed_engine import make_solver, sample
+from amed_engine.engine.export.stepper import Stepper
+from amed_engine.engine.export.tableau import MeanRows
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.solvers.program import Program
 
@@ -61,8 +64,39 @@ def test_a_predictor_reads_the_bottleneck(tools, on_stream, name, afs):
     check(on_stream.sample(make_tableau(program).dumps(), x.numpy(), denoise), truth.detach().numpy())
 
 
+@pytest.mark.parametrize(("rows", "chosen"), [(1, [0] * 5), (5, [0, 4, 1, 4, 2]), (2, [0, 1, 1, 1, 1])])
+def test_a_sample_begins_with_the_mean_of_its_class(tools, on_stream, same_kernels, rows, chosen):
+    shape, generator = tools.latents().shape[1:], np.random.default_rng(4)
+    x = generator.normal(size=(5, *shape)).astype(np.float32) * np.float32(80)
+    means = generator.normal(size=(rows, x[0].size)) * 3
+    table = make_tableau(tools.program("unipc", afs=True))
+    table = replace(table, shape=tuple(shape), mean=MeanRows.of(0 if rows == 1 else 4, means.tolist()))
+    classes = None if rows == 1 else np.array([-1, 3, 0, 3, 1], np.int32)
+    stepper = Stepper(table, x, classes, combine=same_kernels)
+    while not stepper.done:
+        stepper.advance(tools.on_numpy(stepper.points, stepper.sigma))
+    got = on_stream.sample(table.dumps(), x, lambda y, s: (tools.on_numpy(y, s), None), classes)
+    check(got, stepper.result)
+    alone = replace(table, mean=MeanRows.of(0, [means[chosen[1]].tolist()])).dumps()
+    one = on_stream.sample(alone, x[1:2], lambda y, s: (tools.on_numpy(y, s), None))
+    np.testing.assert_array_equal(got[1:2], one)
+
+
+def test_a_class_that_is_none_shows_in_its_sample(tools, on_stream):
+    """A stream cannot be asked without waiting for it."""
+    x = tools.latents().numpy()
+    mean = MeanRows.of(2, np.ones((3, x[0].size)).tolist())
+    table = replace(make_tableau(tools.program("euler", afs=True)), shape=x.shape[1:], mean=mean)
+    classes = np.array([1, 2, -2], np.int32)
+    got = on_stream.sample(table.dumps(), x, lambda y, s: (tools.on_numpy(y, s), None), classes)
+    assert np.isnan(got).reshape(3, -1).all(1).tolist() == [False, True, True]
+    assert np.isfinite(got[0]).all()
+
+
 def test_what_a_stream_cannot_do_is_refused(tools, on_stream):
-    thresholded = on_stream.parse(make_tableau(Program.build(make_solver("dpmpp"), tools.SIGMAS)).dumps())
+    thresholded = on_stream.parse(
+        make_tableau(Program.build(make_solver("dpmpp", thresholding=True), tools.SIGMAS)).dumps()
+    )
     with pytest.raises(Exception, match="thresholding is not on this device") as caught:
         on_stream.create(thresholded, 1, 1)
     assert caught.value.status == 6

@@ -3,28 +3,31 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from amed_engine import make_solver
-from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.tableau import MeanRows
+from amed_engine.engine.export.write_plan import make_tableau, write_plan
 from amed_engine.solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{CSRC / 'include'}", "-O1", "-fopenmp"]
+MEAN = MeanRows.of(4, [[0.5, 1.0, 1.5], [-1.0, 2.0, 3.0]])
 MUTATIONS = int(os.environ.get("AMED_FUZZ_PLANS", "4000"))
 
 
 @pytest.fixture
 def plans(tools, tmp_path) -> list[Path]:
-    """Noise prediction with memory, data prediction with thresholds, parallel points, and a predictor."""
+    """Noise prediction with memory, data prediction with thresholds, parallel points, a predictor, and means of classes."""
     sigmas, predictor = tools.SIGMAS, tools.predictor(hidden_dim=3)
     programs = [
         tools.program("ipndm", afs=True, last=True),
-        Program.build(make_solver("dpmpp"), sigmas, afs=True),
+        Program.build(make_solver("dpmpp", thresholding=True), sigmas, afs=True),
         tools.program("epd", refined=True),
         tools.program("unipc"),
         Program.build(make_solver("ipndm", max_order=2), sigmas, predictor, afs=True),
@@ -32,7 +35,9 @@ def plans(tools, tmp_path) -> list[Path]:
     paths = [tmp_path / f"{k}.json" for k in range(len(programs))]
     for program, path in zip(programs, paths, strict=True):
         write_plan(program, path)
-    return paths
+    text = replace(make_tableau(tools.program("dpmpp", afs=True)), shape=(3,), mean=MEAN).dumps()
+    (tmp_path / "mean.json").write_text(text)
+    return [*paths, tmp_path / "mean.json"]
 
 
 def build(tmp_path: Path, options: list[str]) -> Path:

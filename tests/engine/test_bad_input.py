@@ -220,7 +220,7 @@ def test_a_number_of_samples_of_unknown_shape(gaussian_denoiser):
         ),
         ({"rho": -1.0}, r"rho must be a positive number or None, got -1\.0"),
         ({"rho": "7"}, "rho must be a positive number or None, got '?7"),
-        ({"afs": "yes"}, "afs must be True, False or None, got 'yes'"),
+        ({"afs": "yes"}, "afs must be True, False, 'mean' or None, got 'yes'"),
         ({"sigma_min": 5.0, "sigma_max": 2.0}, r"need sigma_min < sigma_max, got 5\.0 and 2\.0"),
         ({"sigma_min": NAN}, "sigma_min must be a noise level, .* got nan"),
         (
@@ -454,7 +454,7 @@ def test_features_that_the_predictor_cannot_read(gaussian_denoiser, features):
         ({"rho": 3.0}, r"this predictor was trained for rho=None, got rho=3\.0"),
         ({"afs": False}, "this predictor was trained for afs=True, got afs=False"),
         ({"schedule": torch.tensor([80.0, 8.0, 1.0, 0.1])}, "trained for other noise levels than the schedule given"),
-        ({"solver_options": {"points": 2}}, r"trained for solver options \{\}, got \{'points': 2\}"),
+        ({"solver_options": {"points": 2}}, r"trained for solver options \{'points': 1\}, got \{'points': 2\}"),
         ({"sigma_max": 10.0}, "this predictor was trained for .*sigma_max|other noise levels"),
         ({"sigma_min": 0.1}, "this predictor was trained for .*sigma_min|other noise levels"),
     ],
@@ -507,7 +507,7 @@ def test_a_predictor_for_another_guidance(tiny_conditional):
 def test_a_predictor_whose_plan_has_no_place_for_it(tiny_model):
     """Such a plan would count half of the evaluations."""
     with pytest.raises(ConfigError, match="midpoint"):
-        Sampler(tiny_model, trained_for(tiny_model, solver="ipndm", midpoint=False))
+        Sampler(tiny_model, trained_for(tiny_model, solver="ipndm", options=(), midpoint=False))
 
 
 def test_a_solver_that_takes_no_predictor(tiny_model):

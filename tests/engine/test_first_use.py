@@ -150,11 +150,26 @@ def test_a_bundled_predictor_does_not_hide_a_bad_nfe():
         Sampler("digits", nfe=0)
 
 
-def test_a_range_beyond_the_schedules_is_told(caplog):
-    assert euler(sigma_max=80.0, sigma_min=0.002).plan.sigmas[0] == pytest.approx(80)
+def test_a_range_that_is_asked_for_is_sampled_over(caplog):
+    for low, high in ((0.002, 80.0), (0.01, 500.0), (4e-5, 1.6)):
+        sigmas = euler(sigma_max=high, sigma_min=low).plan.sigmas
+        assert (sigmas[-1], sigmas[0]) == (pytest.approx(low), pytest.approx(high))
     assert not caplog.records
-    assert euler(sigma_max=500.0).plan.sigmas[0] == pytest.approx(80)
-    assert "sigma_max=500" in caplog.text
+
+
+def test_a_model_s_own_range_is_sampled_over_and_a_plan_that_leaves_some_of_it_warns(caplog):
+    class Wide(nn.Module):
+        sigma_min, sigma_max = 0.06, 2560.0
+
+        def forward(self, x, sigma):
+            return gaussian(x, sigma)
+
+    assert Sampler(Wide(), solver="euler", shape=SHAPE).plan.sigmas[0] == pytest.approx(2560)
+    Sampler(Wide(), solver="euler", shape=SHAPE, sigma_max=80.0)
+    Sampler(Wide(), solver="euler", shape=SHAPE, schedule=torch.tensor([80.0, 1.0]))
+    assert not caplog.records
+    Sampler(Wide(), plan=make_plan(5, solver="euler", sigma_min=0.06), shape=SHAPE)
+    assert "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out" in caplog.text
 
 
 def test_seeds_give_the_same_images_whatever_the_default_dtype_and_device():
@@ -216,7 +231,8 @@ BRIEF: dict[str, Any] = {"total_kimg": 0.016, "batch": 16, "progress": False, "s
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fit(lambda x, _: x * float("nan"), nfe=3, **FEW), "teacher's samples are not finite"),
+        (lambda: fit(lambda x, _: x * float("nan"), nfe=3, **FEW), "answers at sigma 80 are not finite"),
+        (lambda: fit(lambda x, _: x * float("nan"), nfe=3, afs=False, **FEW), "teacher's samples are not finite"),
         (lambda: fit(gaussian, nfe=[], **FEW), "nfe is empty"),
         (lambda: fit(gaussian, **{**FEW, "nfe": 5.0}), r"nfe must be a positive integer, got 5\.0"),
         (

@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from amed_engine import make_solver, sample
 from amed_engine.engine.export.stepper import Stepper
+from amed_engine.engine.export.tableau import MeanRows
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.errors import ConfigError
 from amed_engine.integrations import cupy as integration
@@ -51,6 +53,19 @@ def test_coefficients_of_each_sample_reach_the_kernel(tools, on_host, dtype):
     while not stepper.done:
         for each in (stepper, plain):
             each.advance((each.points / (1 + each.sigma[:, None, None, None] ** 2)).astype(dtype), features)
+    check(stepper.result, plain.result, x)
+
+
+def test_classes_choose_the_mean_of_the_first_step(tools, on_host):
+    x, means = tools.latents().numpy(), np.random.default_rng(1).normal(size=(5, 70))
+    plan = replace(
+        make_tableau(tools.program("ipndm", afs=True)), shape=x.shape[1:], mean=MeanRows.of(4, means.tolist())
+    )
+    stepper, plain = integration.stepper(plan, x, [3, -1, 0]), Stepper(plan, x, [3, -1, 0])
+    assert not np.array_equal(stepper.points, integration.stepper(plan, x, [3, -1, 1]).points)
+    while not stepper.done:
+        for each in (stepper, plain):
+            each.advance(tools.on_numpy(each.points, each.sigma))
     check(stepper.result, plain.result, x)
 
 
@@ -171,6 +186,28 @@ def test_nothing_waits_for_the_gpu(tools):
         graph.launch(stream)
         stream.synchronize()
     cupy.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_classes_on_the_gpu(tools):
+    """A graph that restarts draws the classes of the time when it is launched."""
+    cupy = pytest.importorskip("cupy")
+    x, means = cupy.asarray(tools.latents().numpy()), np.random.default_rng(1).normal(size=(5, 70))
+    plan = replace(
+        make_tableau(tools.program("ipndm", afs=True)), shape=x.shape[1:], mean=MeanRows.of(4, means.tolist())
+    )
+    classes, chosen, stream = cupy.asarray([3, -1, 0]), [1, 1, 2], cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        expected = integration.stepper(plan, x, chosen).points.copy()
+        stepper = integration.stepper(plan, x, classes)  # compiles, and fills CuPy's memory pool
+        stream.synchronize()
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+        stepper.restart(x, classes)
+        graph = stream.end_capture()
+        classes[...] = cupy.asarray(chosen)
+        graph.launch(stream)
+        stream.synchronize()
+    cupy.testing.assert_array_equal(stepper.points, expected)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from amed_engine import Plan, make_plan, make_solver
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.loop import sample
-from amed_engine.solvers.plan import best_training_free, clamp_range
+from amed_engine.solvers.mean import Mean
+from amed_engine.solvers.plan import best_training_free, own_range
 from amed_engine.solvers.stage import Midpoint
 
 orders = st.integers(1, 3)
@@ -29,16 +30,27 @@ numbers = st.floats(min_value=1e-6, max_value=1e6, allow_nan=False)
 
 
 @st.composite
+def means(draw, sigma: float) -> Mean:
+    classes = draw(st.integers(0, 3))
+    rows = draw(st.sampled_from(sorted({1 + classes, 1 + min(classes, 1)})))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    facts = {"classes": classes, "latents": draw(st.integers(1, 64)), "dtype": draw(st.none() | st.just("float32"))}
+    return Mean.of(torch.randn(rows, 2, 3, generator=generator), sigma=sigma, **facts)
+
+
+@st.composite
 def plans(draw) -> Plan:
     name, options = draw(solvers)
     sigmas = sorted(draw(st.lists(numbers, min_size=2, max_size=8, unique=True)), reverse=True)
+    afs = draw(st.sampled_from([False, True, "mean"]))
     return Plan(
         solver=name,
         sigmas=tuple(sigmas),
         schedule=draw(st.sampled_from(["custom", "polynomial", "logsnr", "time_uniform"])),
         rho=draw(st.none() | numbers),
         options=tuple(sorted(options.items())),
-        afs=draw(st.booleans()),
+        afs=afs,
+        mean=draw(st.none() | means(sigmas[0])) if afs == "mean" else None,
         denoise_to_zero=draw(st.booleans()),
         midpoint=draw(st.booleans()) or name == "amed",
         guidance_scale=draw(st.none() | st.floats(0, 20)),
@@ -47,12 +59,15 @@ def plans(draw) -> Plan:
     )
 
 
+ROWS = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+MEAN = Mean.of(ROWS, classes=3, sigma=80.0, latents=32)
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-ENTRIES = sorted(Plan("euler", (2.0, 1.0)).to_json())
+ENTRIES = sorted(set(Plan("euler", (2.0, 1.0)).to_json()) - {"version"})
 
 
 # ---- JSON
@@ -101,6 +116,8 @@ def test_json_of_anything_is_no_plan(data):
 @example(Plan("dpm", (2.0, 1.0)), "options", {"r": "half"})
 @example(Plan("dpm", (2.0, 1.0)), "options", {"r": None})
 @example(Plan("dpmpp", (2.0, 1.0)), "options", {"thresholding": [1]})
+@example(Plan("euler", (2.0, 1.0)), "afs", True)
+@example(Plan("euler", (2.0, 1.0)), "mean", {"data": ""})
 @example(Plan("euler", (2.0, 1.0)), "rho", 10**400)
 @example(Plan("euler", (2.0, 1.0)), "guidance_scale", float("nan"))
 def test_one_wrong_entry_is_refused_as_a_config_error(plan, name, value):
@@ -112,7 +129,7 @@ def test_one_wrong_entry_is_refused_as_a_config_error(plan, name, value):
 def test_unknown_solver_options_are_refused(plan, options):
     assume(not set(options) & set(getattr(type(plan.make_solver()), "__dataclass_fields__", {})))
     with pytest.raises(ConfigError, match="has no option"):
-        Plan.from_json({**plan.to_json(), "options": options})
+        Plan.from_json({**plan.to_json(), "options": {**dict(plan.options), **options}})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +145,8 @@ def test_unknown_solver_options_are_refused(plan, options):
         ({"sigmas": []}, "sigmas must be a vector of at least 2 noise levels"),
         ({"sigmas": [float("inf"), 1]}, "sigmas must be finite"),
         ({"afs": 1}, "plan entry 'afs' has type int, expected bool"),
+        ({"afs": "zero"}, "plan entry 'afs' has type str, expected bool"),
+        ({"mean": None}, "plan has unknown entries mean; plans without a version have none"),
         ({"midpoint": "yes"}, "plan entry 'midpoint' has type str, expected bool"),
         ({"rho": True}, "plan entry 'rho' has type bool"),
         ({"rho": "7"}, "plan entry 'rho' has type str, expected int or float"),
@@ -200,14 +219,29 @@ def test_make_plan_spends_exactly_the_nfe_or_says_why_not(solver, nfe, afs, midp
     assert plan.sigmas[-1] == pytest.approx(0.002)
 
 
-@pytest.mark.parametrize(("solver", "nfe"), [("euler", 5), ("ipndm", 4), ("heun", 5), ("amed", 5), ("dpm", 3)])
-def test_the_analytic_first_step_is_taken_where_the_nfe_allows(solver, nfe):
-    assert make_plan(nfe, solver=solver).afs
+@pytest.mark.parametrize(("solver", "nfe"), [("heun", 5), ("amed", 5), ("dpm", 3)])
+def test_without_a_measured_mean_the_analytic_first_step_is_taken_where_the_nfe_leaves_no_other_choice(solver, nfe):
+    assert make_plan(nfe, solver=solver).afs is True
 
 
-@pytest.mark.parametrize(("solver", "nfe"), [("heun", 4), ("amed", 6)])
-def test_and_left_where_it_does_not(solver, nfe):
-    assert not make_plan(nfe, solver=solver).afs
+@pytest.mark.parametrize(("solver", "nfe"), [("euler", 5), ("ipndm", 4), ("heun", 4), ("amed", 6)])
+def test_and_the_first_evaluation_is_the_network_s_elsewhere(solver, nfe):
+    assert make_plan(nfe, solver=solver).afs is False
+
+
+@pytest.mark.parametrize(
+    ("solver", "nfe", "afs"), [("euler", 5, "mean"), ("heun", 5, "mean"), ("heun", 4, False), ("amed", 5, "mean")]
+)
+def test_a_measured_mean_is_started_about_where_the_nfe_allows(solver, nfe, afs):
+    plan = make_plan(nfe, solver=solver, mean=MEAN)
+    assert (plan.afs, plan.nfe, plan.mean) == (afs, nfe, MEAN if afs else None)
+    assert make_plan(nfe, solver="euler", mean=MEAN, afs=True).mean is None
+
+
+@pytest.mark.parametrize("afs", ["zero", "MEAN", 1, 0.0], ids=repr)
+def test_a_first_step_that_is_none_is_refused(afs):
+    with pytest.raises(ConfigError, match="afs must be True, False, 'mean' or None, got"):
+        make_plan(5, solver="euler", afs=afs)
 
 
 def test_the_message_lists_only_possible_nfes_and_all_of_them():
@@ -254,12 +288,13 @@ def test_a_plan_does_not_change():
     assert plan == make_plan(5, solver="ipndm", options={"max_order": 2})
 
 
-def test_a_models_range_is_cut_to_the_published_one():
-    assert clamp_range(0, float("inf")) == (0.002, 80)
-    assert clamp_range(0.1, 20) == (0.1, 20)
-    for bad in [(5, 2), (100, 200), (float("nan"), 80), (0.002, 0.001)]:
+def test_a_models_own_range_counts_and_the_published_one_where_it_has_no_end():
+    assert own_range(0, float("inf")) == (0.002, 80)
+    assert own_range(0.1, 20) == (0.1, 20)
+    assert own_range(4e-5, 2560) == (4e-5, 2560)
+    for bad in [(5, 2), (100, float("inf")), (-1, 80), (float("nan"), 80), (0.002, 0.001)]:
         with pytest.raises(ConfigError, match="need sigma_min < sigma_max"):
-            clamp_range(*bad)
+            own_range(*bad)
 
 
 @pytest.mark.parametrize(
@@ -288,3 +323,117 @@ def test_rounds_and_evaluations_are_what_the_network_sees(solver, options, nfe, 
 def test_describe_is_one_line_with_what_matters():
     text = make_plan(5, solver="ipndm", options={"max_order": 2}, midpoint=True).describe()
     assert text == "ipndm max_order=2 + predictor, time_uniform, 3 intervals, AFS, NFE 5"
+    text = make_plan(5, solver="unipc", mean=MEAN).describe()
+    assert text == (
+        "unipc max_order=3 thresholding=False, time_uniform, 6 intervals, AFS about the mean of 32 latents and class, NFE 5"
+    )
+
+
+# ---- versions of the file
+
+
+def test_a_file_says_every_option_and_is_read_by_no_default():
+    data = make_plan(5, solver="dpmpp").to_json()
+    assert data["version"] == 2
+    assert data["options"] == {"lower_order_final": True, "max_order": 3, "predict_x0": True, "thresholding": False}
+    del data["options"]["thresholding"]
+    with pytest.raises(ConfigError, match="plan entry 'options' lacks thresholding; version 2 says every option"):
+        Plan.from_json(data)
+    with pytest.raises(ConfigError, match="a plan of version 3 is not known here, where 2 is the newest"):
+        Plan.from_json({**data, "version": 3})
+
+
+def test_plans_that_say_the_same_are_equal_however_many_options_were_named():
+    named = make_plan(5, solver="dpmpp", options={"max_order": 3, "thresholding": False})
+    assert named == make_plan(5, solver="dpmpp")
+    assert hash(named) == hash(make_plan(5, solver="dpmpp"))
+
+
+# As they were written before plans had versions.
+OLD = {"sigmas": [80.0, 9.0, 0.002], "schedule": "polynomial", "rho": 7.0, "afs": True, "denoise_to_zero": False}
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "meant"),
+    [
+        ("dpmpp", {}, True),
+        ("unipc", {"max_order": 2}, True),
+        ("dpmpp", {"thresholding": False}, False),
+        ("unipc", {"thresholding": True}, True),
+    ],
+)
+def test_a_file_without_a_version_keeps_its_meaning(tmp_path, solver, options, meant):
+    (tmp_path / "old.json").write_text(json.dumps({"solver": solver, "options": options, "midpoint": False, **OLD}))
+    plan = Plan.load(tmp_path / "old.json")
+    assert plan.make_solver().thresholds is meant
+    assert (plan.afs, plan.mean, plan.nfe) == (True, None, 1)
+    plan.save(tmp_path / "new.json")
+    assert Plan.load(tmp_path / "new.json") == plan
+    new = json.loads((tmp_path / "new.json").read_text())
+    assert (new["afs"], new["options"]["thresholding"]) == ("zero", meant)
+
+
+def test_an_old_file_of_a_solver_without_thresholding_is_what_it_says():
+    plan = Plan.from_json({"solver": "ipndm", "options": {"max_order": 2}, **OLD, "afs": False})
+    assert plan == make_plan(2, solver="ipndm", options={"max_order": 2}, schedule=plan.levels).__class__(
+        "ipndm", (80.0, 9.0, 0.002), "polynomial", 7.0, (("max_order", 2),)
+    )
+
+
+# ---- the mean answer
+
+
+def test_a_mean_comes_back_to_the_last_bit(tmp_path):
+    plan = make_plan(5, solver="euler", mean=MEAN)
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again.mean == MEAN
+    assert torch.equal(again.mean.rows(), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [2, 2]}, "has 12 bytes, expected 4"),
+        ({"shape": []}, "must be a list of sizes"),
+        ({"shape": [1 << 40]}, "must be a list of sizes"),
+        ({"shape": [1 << 20, 2]}, "must have at most"),
+        ({"classes": 5}, "has 12 bytes"),
+        ({"classes": -1}, "whole classes and latents"),
+        ({"sigma": "80"}, "'mean.sigma' must be a noise level"),
+        ({"sigma": 0}, "'mean.sigma' must be a noise level"),
+        ({"data": "?"}, "is no base64"),
+        ({"data": 3}, "must be texts"),
+        ({"data": "AADAfwAAwH8AAMB/"}, "NaN or infinite"),
+        ({"model": 3}, "must be texts"),
+        ({"colour": 1}, "must be an object of classes, data"),
+    ],
+    ids=repr,
+)
+def test_a_mean_that_is_none_is_refused(changes, message):
+    data = {
+        "data": "AACAPwAAAEAAAEBA",
+        "shape": [1, 1],
+        "classes": 2,
+        "sigma": 80,
+        "latents": 4,
+        "model": None,
+        "dtype": None,
+    }
+    assert Mean.from_json(data).rows().flatten().tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match=message):
+        Mean.from_json({**data, **changes})
+
+
+def test_a_mean_of_too_many_numbers_is_refused():
+    with pytest.raises(ConfigError, match="is more than the 1048576 that are kept"):
+        Mean.of(torch.zeros(2, 3, 512, 512), classes=1, sigma=80.0, latents=1)
+
+
+def test_a_mean_belongs_to_its_first_step_and_noise_level():
+    with pytest.raises(ConfigError, match="has no use for the mean answer"):
+        Plan("euler", (80.0, 1.0), afs=True, mean=MEAN)
+    with pytest.raises(ConfigError, match="from sigma 10 has no use for the mean answer at 80"):
+        Plan("euler", (10.0, 1.0), afs="mean", mean=MEAN)
+    with pytest.raises(ConfigError, match="yet to be measured: Sampler"):
+        make_plan(5, solver="euler", afs="mean").program()

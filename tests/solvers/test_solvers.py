@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
-from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding, thresholded
+from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding, mean_of_labels, thresholded
 from amed_engine.sampling.loop import integrate
 from amed_engine.solvers import SOLVERS
 from amed_engine.solvers.base import count_evaluations
@@ -16,7 +16,6 @@ from amed_engine.solvers.stage import Layout, Row, Stage, fold
 
 SD = 0.5
 HALF = Midpoint(torch.tensor(0.5))
-RAW = {"thresholding": False}
 
 
 def gaussian(x, sigma):
@@ -61,20 +60,20 @@ ORDERS = [
     ("deis", {"max_order": 2}, None, 2.0),
     ("deis", {"max_order": 3}, None, 2.9),
     ("deis", {"max_order": 3, "deis_mode": "rhoab"}, None, 2.9),
-    ("dpmpp", {"max_order": 1, **RAW}, None, 1.0),
-    ("dpmpp", {"max_order": 2, **RAW}, None, 2.0),
-    ("dpmpp", {"max_order": 3, **RAW}, None, 2.0),
+    ("dpmpp", {"max_order": 1}, None, 1.0),
+    ("dpmpp", {"max_order": 2}, None, 2.0),
+    ("dpmpp", {"max_order": 3}, None, 2.0),
     ("dpmpp", {"max_order": 3, "predict_x0": False}, None, 2.0),
-    ("unipc", {"max_order": 1, **RAW}, None, 2.0),
-    ("unipc", {"max_order": 2, **RAW}, None, 2.0),
+    ("unipc", {"max_order": 1}, None, 2.0),
+    ("unipc", {"max_order": 2}, None, 2.0),
     ("unipc", {"max_order": 3, "predict_x0": False, "variant": "bh1"}, None, 2.0),
     ("amed", {}, HALF, 2.0),
     ("euler", {}, HALF, 1.0),
     ("dpm", {}, HALF, 2.0),
     ("ipndm", {"max_order": 3}, HALF, 2.0),
     ("deis", {"max_order": 3}, HALF, 2.8),
-    ("dpmpp", {"max_order": 3, **RAW}, HALF, 2.0),
-    ("unipc", {"max_order": 3, **RAW}, HALF, 2.0),
+    ("dpmpp", {"max_order": 3}, HALF, 2.0),
+    ("unipc", {"max_order": 3}, HALF, 2.0),
 ]
 
 
@@ -158,8 +157,7 @@ def test_one_parallel_point_is_amed():
 
 @pytest.mark.parametrize("name", ["euler", "ipndm", "deis", "dpmpp", "unipc"])
 def test_a_plugin_with_plain_numbers_is_the_rule_on_the_refined_grid(name):
-    options = RAW if name in ("dpmpp", "unipc") else {}
-    solver = make_solver(name, **options)
+    solver = make_solver(name)
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64) * 10
     refined = torch.tensor([*REFINED, SIGMAS[-1].item()], dtype=torch.float64)
     plugin = sample(curved, x, SIGMAS, solver, [HALF] * 3)
@@ -188,8 +186,7 @@ def test_samples_are_independent_of_their_batch():
 @pytest.mark.parametrize("name", ["amed", "dpm", "ipndm", "deis", "dpmpp", "unipc"])
 def test_gradients_through_the_loop(name):
     torch.manual_seed(0)
-    options = RAW if name in ("dpmpp", "unipc") else {}
-    solver, predictor = make_solver(name, **options), AMEDPredictor(0.05, 0.2, bottleneck=(2, 2)).double()
+    solver, predictor = make_solver(name), AMEDPredictor(0.05, 0.2, bottleneck=(2, 2)).double()
     weights = dict(predictor.named_parameters())
     x = (torch.randn(2, 1, 2, 2, dtype=torch.float64) * 2).requires_grad_()
     sigmas = torch.tensor([2.0, 0.7, 0.3], dtype=torch.float64)
@@ -217,21 +214,89 @@ def test_gradients_reach_constant_midpoints():
     assert torch.autograd.gradcheck(loop, (r,))
 
 
-def test_data_prediction_thresholds_as_published_and_can_be_told_not_to():
+@pytest.mark.parametrize("name", ["dpmpp", "unipc"])
+def test_data_prediction_is_thresholded_where_that_is_asked_for(name):
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64) * 10
     wide = lambda x, sigma: 3 * gaussian(x, sigma)  # noqa: E731
-    off = make_solver("dpmpp", thresholding=False)
-    on = sample(wide, x, SIGMAS, make_solver("dpmpp"))
+    off = make_solver(name)
+    on = sample(wide, x, SIGMAS, make_solver(name, thresholding=True))
     torch.testing.assert_close(on, sample(thresholded(wide), x, SIGMAS, off), rtol=0, atol=0)
     assert not torch.allclose(on, sample(wide, x, SIGMAS, off))
-    noise = make_solver("dpmpp", predict_x0=False)
-    assert not noise.thresholds
+    assert not off.thresholds
+    assert not make_solver(name, predict_x0=False, thresholding=True).thresholds
+
+
+@pytest.mark.parametrize(("mu", "sd"), [(0.0, 1.0), (2.0, 4.0)])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS[name].takes_predictor != "required"])
+def test_data_that_leave_minus_one_to_one_are_not_clipped(name, mu, sd):
+    def exact(x, sigma):
+        s = sigma.view(-1, 1, 1, 1) ** 2
+        return mu + (x - mu) * sd**2 / (sd**2 + s)
+
+    x = torch.randn(64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 80
+    images = sample(exact, x, make_schedule("polynomial", 121, 0.002, 80.0, 7.0), make_solver(name))
+    assert images.std().item() == pytest.approx(sd, rel=0.03)
+    assert images.mean().item() == pytest.approx(mu, abs=0.05 * sd)
 
 
 def test_dynamic_thresholding_equals_its_definition():
     x0 = torch.randn(3, 2, 5, 5, dtype=torch.float64) * torch.tensor([0.1, 1.0, 4.0]).view(3, 1, 1, 1)
     s = torch.quantile(x0.abs().flatten(1), 0.995, dim=1).clamp_min(1).view(3, 1, 1, 1)
     torch.testing.assert_close(dynamic_thresholding(x0), x0.clamp(-s, s) / s, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("mean", [None, torch.full((1, 1, 4, 4), 6.5, dtype=torch.float64)], ids=["zero", "mean"])
+def test_the_analytic_first_step_is_exact_for_unit_variance_about_its_mean(mean):
+    """With sigma + 1 the variance of x: the answer of N(m, 1), to the square of 1 / sigma."""
+    x, sigma = torch.randn(2, 1, 4, 4, dtype=torch.float64) * 80, torch.tensor([80.0, 80.0], dtype=torch.float64)
+    m = 0 if mean is None else mean
+    exact = m + (x - m) / (1 + 80**2)
+    # 1 - s / sqrt(1 + s²) = 1 / (2 s²) and not 1 / s²: half of what the data's own variance adds is missing.
+    close = m + (x - m) * (1 - 80 / math.sqrt(1 + 80**2))
+    answer = analytic_first_step(x, sigma, mean).x0
+    torch.testing.assert_close(answer, close, rtol=1e-9, atol=1e-12)
+    assert (answer - exact).abs().max() < 0.03
+
+
+def test_a_first_step_about_the_mean_is_that_of_the_data_moved_to_zero():
+    """D'(x) = D(x + m) - m from x - m with a step about zero, moved back."""
+    m = torch.randn(1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 5
+    x = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 80
+    levels = make_schedule("polynomial", 6, 0.002, 80.0, 7.0)
+
+    def at_home(x, sigma):
+        return curved(x - m, sigma)[0] + m
+
+    for name in (name for name in SOLVERS if SOLVERS[name].takes_predictor != "required"):
+        about = sample(at_home, x, levels, make_solver(name), afs="mean", mean=m)
+        zero = sample(curved, x - m, levels, make_solver(name), afs=True) + m
+        torch.testing.assert_close(about, zero, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("afs", "mean"), [("mean", None), (True, torch.zeros(1, 1, 4, 4)), (False, torch.zeros(1, 1, 4, 4))]
+)
+def test_a_mean_goes_with_its_first_step_alone(afs, mean):
+    with pytest.raises(ConfigError, match="a mean answer goes with"):
+        sample(gaussian, torch.ones(1, 1, 4, 4), SIGMAS, make_solver("euler"), afs=afs, mean=mean)
+
+
+def test_the_mean_of_labels_is_the_expectation_of_guided_answers():
+    rows = torch.randn(4, 2, 3, dtype=torch.float64)
+    labels = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0.25, 0.75]], dtype=torch.float64)
+    torch.testing.assert_close(mean_of_labels(rows, labels, None)[:2], rows[[1, 0]])
+    torch.testing.assert_close(mean_of_labels(rows, labels, None)[2], 0.25 * rows[2] + 0.75 * rows[3])
+    guided = rows[0] + 3 * (rows[1] - rows[0])
+    torch.testing.assert_close(mean_of_labels(rows, labels, 3.0)[0], guided)
+    assert torch.equal(mean_of_labels(rows, None, 3.0), rows[:1])
+    any_class = mean_of_labels(rows[:2], labels, 3.0)
+    torch.testing.assert_close(any_class, torch.stack([guided, rows[0], guided]))
+
+
+def test_rows_of_several_classes_need_to_know_which():
+    program = Program.build(make_solver("euler"), SIGMAS, afs="mean", mean=torch.zeros(3, 1, 4, 4, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="the mean answer of each sample's class, which is not known here"):
+        integrate(program, gaussian, torch.ones(1, 1, 4, 4, dtype=torch.float64))
 
 
 def test_the_analytic_first_step_is_exact_for_unit_variance_far_away():

@@ -17,6 +17,7 @@ from amed_engine.engine.export.tableau import MAX_COLUMNS, Tableau
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.base import Solver
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Row, Stage
 
@@ -42,7 +43,7 @@ CASES = [
     (name, refined, afs, last)
     for name, (solver, options) in SOLVERS.items()
     for refined in (False, True)
-    for afs in (False, True)
+    for afs in (False, True, "mean")
     for last in (False, True)
     if make_solver(solver, **options).takes_predictor != ("none" if refined else "required")
 ]
@@ -75,10 +76,20 @@ def midpoints(points: int) -> list[Midpoint]:
     return [Midpoint(0.3 + 0.1 * i + k, (1 + k) / points, 1 - k / 10) for i in range(len(SIGMAS) - 1)]
 
 
-def program(name: str, refined: bool = False, afs: bool = False, last: bool = False) -> Program:
+def program(name: str, refined: bool = False, afs: FirstStep = False, last: bool = False) -> Program:
     solver, options = SOLVERS[name]
     chosen = midpoints(options.get("points", 1)) if refined else None
-    return Program.build(make_solver(solver, **options), SIGMAS, chosen, afs=afs, denoise_to_zero=last)
+    mean = means(1) if afs == "mean" else None
+    return Program.build(make_solver(solver, **options), SIGMAS, chosen, afs=afs, mean=mean, denoise_to_zero=last)
+
+
+def means(rows: int) -> torch.Tensor:
+    return torch.randn(rows, *SHAPE[1:], generator=torch.Generator().manual_seed(9)) * 3
+
+
+def keywords(built: Program) -> dict:
+    """Of `sample`, for a program without classes."""
+    return {"afs": built.afs, "mean": built.mean, "denoise_to_zero": built.denoise_to_zero}
 
 
 def predictor(**options) -> AMEDPredictor:
@@ -116,8 +127,7 @@ class Case(NamedTuple):
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request) -> Case:
     built, x = program(*request.param), latents()
-    options = {"afs": built.afs, "denoise_to_zero": built.denoise_to_zero}
-    truth = sample(denoise, x, SIGMAS, built.solver, built.predictor, **options)
+    truth = sample(denoise, x, SIGMAS, built.solver, built.predictor, **keywords(built))
     return Case(built, make_tableau(built), x.numpy(), truth.numpy())
 
 
@@ -129,6 +139,8 @@ def tools() -> SimpleNamespace:
         "program",
         "predictor",
         "latents",
+        "means",
+        "keywords",
         "NonStationary",
         "denoise",
         "denoise_with_features",
@@ -177,7 +189,7 @@ class CLibrary:
         self.raw.amed_sampler_put.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
         for name in ("amed_plan_free", "amed_sampler_free"):
             getattr(self.raw, name).argtypes, getattr(self.raw, name).restype = (c_void_p,), None
-        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck", "max_points", "guidance_scale"):
+        for name in ("nfe", "sigma_max", "sigma_min", "size", "bottleneck", "max_points", "guidance_scale", "classes"):
             getattr(self.raw, f"amed_plan_{name}").argtypes = (c_void_p,)
 
     def call(self, name: str, *arguments) -> None:
@@ -197,17 +209,23 @@ class CLibrary:
         self.call("sampler_create", plan, batch, size, threads, byref(sampler))
         return sampler
 
+    def start(self, sampler: c_void_p, x: np.ndarray, classes: np.ndarray | None = None) -> None:
+        if classes is None:
+            return self.call("sampler_start", sampler, x.ctypes.data_as(c_void_p))
+        assert (classes.dtype, classes.shape) == (np.int32, x.shape[:1])
+        self.call("sampler_start_classes", sampler, x.ctypes.data_as(c_void_p), classes.ctypes.data_as(c_void_p))
+
     def next(self, sampler: c_void_p) -> At:
         at = At()
         self.call("sampler_next", sampler, byref(at))
         return at
 
-    def sample(self, text: str, x: np.ndarray, denoise: Denoise) -> np.ndarray:
+    def sample(self, text: str, x: np.ndarray, denoise: Denoise, classes: np.ndarray | None = None) -> np.ndarray:
         """Everything that a host does, for x (B, ...) already scaled."""
         plan = self.parse(text)
         sampler = self.create(plan, len(x), x[0].size)
         self.raw.amed_plan_free(plan)  # the sampler keeps what it needs
-        self.call("sampler_start", sampler, x.ctypes.data_as(c_void_p))
+        self.start(sampler, x, classes)
         while not (at := self.next(sampler)).done:
             self._step(sampler, at, x, denoise)
         result = np.ctypeslib.as_array(at.points, x.shape).copy()

@@ -9,6 +9,7 @@ from typing import Any
 
 from amed_engine.engine.export.strict_json import (
     MAX_EVALUATIONS,
+    MAX_SIZE,
     decoded,
     entries,
     expect_names,
@@ -25,10 +26,12 @@ from amed_engine.engine.export.tableau import (
     BASIS,
     FORMAT,
     MAX_COLUMNS,
+    MAX_MEAN,
     MAX_ROWS,
     VERSION,
     Coefficient,
     Evaluation,
+    MeanRows,
     PredictorWeights,
     Tableau,
     check,
@@ -48,10 +51,12 @@ def read_plan(path: str | os.PathLike) -> Tableau:
 
 def from_json(data: Any) -> Tableau:
     """The table that `to_json` wrote; anything else raises FileFormatError."""
+    if isinstance(data, dict) and data.get("version") == 1:
+        data = _of_version_1(data)
     names = ("format", "version", "nfe", *(field.name for field in fields(Tableau)))
     expect_names(data, names, "plan")
-    if data["format"] != FORMAT or whole(data["version"], "version", 0) != VERSION:
-        refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
+    if data["format"] != FORMAT or whole(data["version"], "version", 0) not in (1, VERSION):
+        refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version 1 or {VERSION}")
     evaluations = entries(data["evaluations"], "evaluations", 1, MAX_EVALUATIONS)
     plan = Tableau(
         sigmas=noise_levels(data["sigmas"], "sigmas", 2, MAX_EVALUATIONS + 1),
@@ -60,11 +65,19 @@ def from_json(data: Any) -> Tableau:
         description=short_text(data["description"], "description"),
         guidance_scale=None if data["guidance_scale"] is None else number(data["guidance_scale"], "guidance_scale"),
         predictor=None if data["predictor"] is None else _predictor(data["predictor"]),
+        mean=None if data["mean"] is None else _mean(data["mean"]),
     )
     check(plan)
     if whole(data["nfe"], "nfe", 0) != plan.nfe:
         refuse("nfe", data["nfe"], f"{plan.nfe}, the evaluations' count")
     return plan
+
+
+def _of_version_1(data: dict) -> dict:
+    """With the entry that it did not have."""
+    if "mean" in data:
+        refuse("mean", "an entry", "none in version 1")
+    return {**data, "mean": None}
 
 
 # ---- entry by entry ----
@@ -120,3 +133,10 @@ def _predictor(data: Any) -> PredictorWeights:
     counts = {name: math.prod(shape) for name, shape in shapes.items()}
     parameters = {n: numbers(data["parameters"][n], f"predictor.{n}", count, count) for n, count in counts.items()}
     return PredictorWeights(**{**{f.name: getattr(draft, f.name) for f in fields(draft)}, "parameters": parameters})
+
+
+def _mean(data: Any) -> MeanRows:
+    expect_names(data, tuple(field.name for field in fields(MeanRows)), "mean")
+    rows = entries(data["rows"], "mean.rows", 1, 1 + MAX_SIZE)
+    values = (numbers(row, f"mean.rows[{k}]", 1, MAX_MEAN) for k, row in enumerate(rows))
+    return MeanRows.of(whole(data["classes"], "mean.classes", 0), values)

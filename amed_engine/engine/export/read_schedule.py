@@ -16,9 +16,9 @@ from amed_engine.engine.export.strict_json import (
     short_text,
     whole,
 )
-from amed_engine.engine.export.tableau import VERSION, refuse
+from amed_engine.engine.export.tableau import refuse
 
-FORMAT, TIMESTEPS = "amed_schedule", ("log_sigma", "discrete")
+FORMAT, VERSION, TIMESTEPS = "amed_schedule", 1, ("log_sigma", "discrete")
 ENTRIES = (
     *("format", "version", "description", "timestep_type"),
     *("sigmas", "timesteps", "scale_dir", "scale_time", "afs"),

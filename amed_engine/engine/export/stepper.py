@@ -8,12 +8,13 @@ images = stepper.result
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
 
-from amed_engine.engine.export.tableau import BASIS, Evaluation, PredictorWeights, Tableau
+from amed_engine.engine.export.tableau import BASIS, Evaluation, MeanRows, PredictorWeights, Tableau
 from amed_engine.errors import ConfigError
 
 Array = Any
@@ -23,13 +24,15 @@ Combine = Callable[[Sequence[Array], Array, Sequence[Array]], None]
 class Stepper:
     """A table at work on one batch. `points` and `sigma` are what the network is to be asked for next.
 
-    x: (B, ...) float32 or float64, noise of unit variance times plan.sigmas[0]; kept, not copied or changed. xp: the module
-    of NumPy's functions for x, numpy unless given. combine: (sources, coeffs (M, J, B or 1), outputs) writes outputs[m][b] =
+    x: (B, ...) float32 or float64, noise of unit variance times plan.sigmas[0]; kept, not copied or changed. classes: (B,)
+    integers, -1 for none, where plan.mean has classes and only there; in an array of another library than numpy they are not
+    looked at, and the sample of a class that the plan does not have is NaN. xp: the module of NumPy's functions for x, numpy
+    unless given. combine: (sources, coeffs (M, J, B or 1), outputs) writes outputs[m][b] =
     Σ_j coeffs[m, j, b] · sources[j][b]; plain array arithmetic unless given. Constants go to x's device here, once; from then
     on nothing waits for it. Raises ConfigError.
     """
 
-    def __init__(self, plan: Tableau, x: Array, *, xp: Any = None, combine: Combine | None = None):
+    def __init__(self, plan: Tableau, x: Array, classes: Any = None, *, xp: Any = None, combine: Combine | None = None):
         if not isinstance(plan, Tableau):
             raise ConfigError(f"plan must be what read_plan returns, got {type(plan).__name__}")
         self.plan, self.xp = plan, numpy if xp is None else xp
@@ -37,22 +40,24 @@ class Stepper:
         _check_latents(self.xp, plan, x)
         self._constants = [_constants(self.xp, e, x) for e in plan.evaluations]
         self._weights = None if plan.predictor is None else ArrayPredictor(self.xp, plan.predictor)
+        self._mean = ArrayMean(self.xp, plan.mean, x)
         self._template = x
-        self.restart(x)
+        self.restart(x, classes)
 
     def __repr__(self) -> str:
         at = f"evaluation {self._next} of {len(self.plan.evaluations)}"
         return f"Stepper({self.plan!r}, {'done' if self.done else at}, x {self._template.dtype} {self._template.shape})"
 
-    def restart(self, x: Array) -> None:
-        """Begin again from other latents of the same shape and dtype."""
+    def restart(self, x: Array, classes: Any = None) -> None:
+        """Begin again from other latents of the same shape and dtype, with classes as above."""
         expect_array(self.xp, "x", x)
         if x.shape != self._template.shape or x.dtype != self._template.dtype:
             expected = f"{self._template.dtype} {tuple(self._template.shape)}"
             raise ConfigError(f"x must be {expected} as before, got {x.dtype} {tuple(x.shape)}; make a Stepper for it")
+        mean = self._mean.of(classes)
         self._x, self._y, self._y_is_x, self._directions = x, x, True, ()
         self._next, self._basis, self._sigma = 0, None, None
-        self._skip_analytic()
+        self._skip_analytic(mean)
 
     @property
     def done(self) -> bool:
@@ -101,9 +106,9 @@ class Stepper:
                 else "the trajectory has no result yet; `advance` it with the network's answers until .done is True"
             )
 
-    def _skip_analytic(self) -> None:
+    def _skip_analytic(self, mean: Array | None = None) -> None:
         while not self.done and self._evaluation.analytic:
-            self._apply(analytic_first_step(self.xp, self._y, self._evaluation.sigma[0]), None)  # type: ignore[index]
+            self._apply(analytic_first_step(self._y, self._evaluation.sigma[0], mean), None)  # type: ignore[index]
 
     def _apply(self, denoised: Array, features: Array | None) -> None:
         e = self._evaluation
@@ -181,10 +186,11 @@ def _check_latents(xp: Any, plan: Tableau, x: Array) -> None:
         raise ConfigError(f"this plan is for samples of shape {plan.shape}, got {tuple(x.shape[1:])}")
 
 
-def analytic_first_step(xp: Any, x: Array, sigma: float) -> Array:
-    """AFS: D = x - s·x / sqrt(1 + s²), rounded as the engine does. arXiv:2210.05475."""
+def analytic_first_step(x: Array, sigma: float, mean: Array | None = None) -> Array:
+    """AFS: D = x - c·(x - m), c = s / sqrt(1 + s²), m 0 unless given, rounded as the engine does. arXiv:2210.05475."""
     s = numpy.asarray(sigma, dtype=str(x.dtype))[()]  # on the host, in x's precision
-    return x - x.dtype.type(s * (1 / numpy.sqrt(1 + s * s))) * x
+    c = x.dtype.type(s * (1 / numpy.sqrt(1 + s * s)))
+    return x - c * (x if mean is None else x - mean)
 
 
 def dynamic_thresholding(xp: Any, x0: Array, quantile: float = 0.995, floor: float = 1.0) -> Array:
@@ -199,6 +205,42 @@ def dynamic_thresholding(xp: Any, x0: Array, quantile: float = 0.995, floor: flo
     s = below + weight * (above - below) if rank - low < 0.5 else above - (above - below) * (1 - weight)
     s = xp.maximum(s, x0.dtype.type(floor)).reshape(-1, *[1] * (x0.ndim - 1))
     return xp.clip(x0, -s, s) / s
+
+
+class ArrayMean:
+    """The rows of a table's mean on a device, in x's dtype, and which of them is a sample's."""
+
+    def __init__(self, xp: Any, source: MeanRows | None, x: Array):
+        self.xp, self.source, self.batch = xp, source, len(x)
+        if source is not None:
+            rows = xp.asarray(numpy.asarray(source.rows, dtype="float32"), dtype=x.dtype).reshape(-1, *x.shape[1:])
+            self._rows = xp.concatenate([rows, xp.full_like(rows[:1], math.nan)])  # the last for what is no class
+
+    def of(self, classes: Any) -> Array | None:
+        """(1 or B, ...), or None where the table has no mean. Raises ConfigError."""
+        count = 0 if self.source is None else self.source.classes
+        if count == 0:
+            if classes is not None:
+                raise ConfigError("this plan begins the same for every class; leave classes out")
+            return None if self.source is None else self._rows[:1]
+        chosen = self._checked(classes, count)
+        rows = self.xp.minimum(chosen + 1, len(self._rows) - 2)
+        return self._rows[self.xp.where((chosen >= -1) & (chosen < count), rows, len(self._rows) - 1)]
+
+    def _checked(self, classes: Any, count: int) -> Array:
+        if classes is None:
+            raise ConfigError(
+                f"this plan begins with the mean of a class; pass classes, ({self.batch},) integers, -1 for none"
+            )
+        foreign = self.xp is not numpy and isinstance(classes, self.xp.ndarray)
+        chosen = classes if foreign else numpy.asarray(classes)
+        if chosen.shape != (self.batch,) or chosen.dtype.kind not in "iu":
+            raise ConfigError(
+                f"classes must be integers ({self.batch},), got {chosen.dtype} {tuple(chosen.shape)}; -1 is no class"
+            )
+        if not foreign and not ((chosen >= -1) & (chosen < count)).all():
+            raise ConfigError(f"classes must be -1 for none or 0 to {count - 1}, got {chosen.min()} to {chosen.max()}")
+        return chosen.astype("int64") if foreign else self.xp.asarray(chosen.astype("int64"))
 
 
 class ArrayPredictor:

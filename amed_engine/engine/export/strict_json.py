@@ -11,7 +11,7 @@ from amed_engine.engine.export.tableau import refuse
 from amed_engine.errors import FileFormatError
 from amed_engine.solvers.files import parse_json
 
-MAX_BYTES = 16 << 20
+MAX_BYTES = 32 << 20
 MAX_EVALUATIONS = 1000
 LARGEST = 1e30  # of a number, so that float32 holds it
 MAX_SIZE = 1 << 16  # of a predictor's layers

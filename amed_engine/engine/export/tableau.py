@@ -6,21 +6,25 @@ x = y_1 and no direction. An `Evaluation` with denoised D_1 .. D_K at the points
     [new directions, x, y] = C [columns of (x, y_1 .. y_K unless y is x, D_1 .. D_K, d_1, d_2, ...)]
 
 and the last y is the sample. A coefficient of C is a number, or eight weights on `BASIS`: what an AMED predictor said.
+As JSON an object with the fields of `Tableau` and format, version and nfe; version 1 has no `mean`, and means zero.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 from amed_engine.errors import FileFormatError
 
-FORMAT, VERSION = "amed_plan", 1
+FORMAT, VERSION = "amed_plan", 2
 # With r, c = scale_dir and m = sigma_next^r · sigma^(1-r) of the interval, in this order.
 BASIS = ("1", "m", "1/m", "c", "c·m", "c/m", "c/r", "c/(r·m)")
 MAX_ROWS, MAX_COLUMNS = 8, 16  # of one `combine`
+MAX_MEAN = 1 << 20  # numbers of all rows of a `MeanRows`
 
 Coefficient = float | tuple[float, ...]
 
@@ -32,7 +36,8 @@ class Evaluation:
     sigma, sigma_net: noise level of each point, and the one told to the network; None for the predictor's midpoint m,
     told as scale_time·m. columns, coefficients: the matrix, rows by columns. new_directions: how many of its rows are
     directions; 0 where the denoised data are themselves. keep: directions kept afterwards. moves_x: a row is the new
-    anchor, unless x_is_y. analytic: no network, D = x - s·x / sqrt(1 + s²). threshold: D is thresholded dynamically.
+    anchor, unless x_is_y. analytic: no network, D = x - c·(x - m) with c = s / sqrt(1 + s²), m the sample's row of the table's
+    `mean` or 0. threshold: D is thresholded dynamically.
     predict: (sigma, sigma_next) of the interval whose midpoint the predictor chooses from this evaluation's features.
     """
 
@@ -94,6 +99,31 @@ class PredictorWeights:
 
 
 @dataclass(frozen=True)
+class MeanRows:
+    """The mean of the data for an analytic first evaluation, guidance applied.
+
+    classes: K of the network, 0 where the mean is the same for every sample. rows: float32, each a sample flattened in C
+    order: one for K = 0; else first that of samples without a class, then one for each class, or one for any of them.
+    """
+
+    classes: int
+    rows: tuple[array, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, classes: int, rows: Iterable[Iterable[float]]) -> MeanRows:
+        return cls(classes, tuple(array("f", row) for row in rows))
+
+    def to_json(self) -> dict:
+        return {"classes": self.classes, "rows": [[_shortest(value) for value in row] for row in self.rows]}
+
+
+def _shortest(value: float) -> float:
+    """The number of fewest digits, from 6 on, that float32 rounds to the value."""
+    shorter = (float(f"{value:.{digits}g}") for digits in range(6, 9))
+    return next((number for number in shorter if array("f", [number])[0] == value), float(f"{value:.9g}"))
+
+
+@dataclass(frozen=True)
 class Tableau:
     """Everything a host needs but the network. sigmas: noise levels of the intervals; latents of unit variance are to be
     multiplied by the first. shape: of one sample, None for any. description: for people."""
@@ -104,6 +134,7 @@ class Tableau:
     description: str = ""
     guidance_scale: float | None = None
     predictor: PredictorWeights | None = None
+    mean: MeanRows | None = None
 
     def __repr__(self) -> str:
         """One line: the numbers are thousands where there is a predictor."""
@@ -116,7 +147,8 @@ class Tableau:
         return sum(0 if e.analytic else e.points for e in self.evaluations)
 
     def to_json(self) -> dict:
-        return {"format": FORMAT, "version": VERSION, "nfe": self.nfe, **asdict(self)}
+        mean = self.mean and self.mean.to_json()
+        return {"format": FORMAT, "version": VERSION, "nfe": self.nfe, **asdict(self), "mean": mean}
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), allow_nan=False) + "\n"
@@ -144,6 +176,24 @@ def check(plan: Tableau) -> None:
         if e.next_points != following:
             refuse(f"{where}.coefficients", f"{e.next_points} points", f"{following}, as follow")
         past, y_is_x = e.keep, e.x_is_y
+    if plan.mean is not None:
+        _check_mean(plan, plan.mean)
+
+
+def _check_mean(plan: Tableau, mean: MeanRows) -> None:
+    if [i for i, e in enumerate(plan.evaluations) if e.analytic] != [0]:
+        refuse(
+            "mean", "the mean of an analytic evaluation", "null, unless the first evaluation and no other is analytic"
+        )
+    if len(mean.rows) not in ({1 + mean.classes, 2} if mean.classes else {1}):
+        refuse("mean.rows", f"{len(mean.rows)} rows for {mean.classes} classes", "1 without classes, 1 + classes, or 2")
+    size = None if plan.shape is None else math.prod(plan.shape)
+    if any(len(row) != size for row in mean.rows):
+        refuse(
+            "mean.rows", f"rows of {sorted({len(row) for row in mean.rows})} numbers", f"{size}, the product of shape"
+        )
+    if len(mean.rows) * len(mean.rows[0]) > MAX_MEAN:
+        refuse("mean.rows", f"{len(mean.rows)} of {size} numbers", f"at most {MAX_MEAN} numbers in all")
 
 
 def _check_matrix(e: Evaluation, size: int, where: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import atomic_write
@@ -19,11 +20,13 @@ from amed_engine.engine.export.tableau import (
     MAX_ROWS,
     Coefficient,
     Evaluation,
+    MeanRows,
     PredictorWeights,
     Tableau,
 )
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import mean_of_labels
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import SOLVERS, alternatives
 from amed_engine.solvers.plan import Plan
@@ -60,13 +63,15 @@ def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
     program, plan = resolve_program(source)
     if freeze:
         program = program.frozen()
+    shape = None if isinstance(source, Program) else source.model.shape
     tableau = Tableau(
         sigmas=tuple(program.sigmas.double().tolist()),
         evaluations=tuple(evaluations(program)),
-        shape=None if isinstance(source, Program) else source.model.shape,
+        shape=shape if program.mean is None else tuple(program.mean.shape[1:]),
         description="" if plan is None else plan.describe(),
         guidance_scale=None if plan is None else plan.guidance_scale,
         predictor=_weights(program.predictor) if program.updates is None else None,
+        mean=None if program.mean is None else _mean(program.mean, plan),
     )
     _check_readable(tableau)
     return tableau
@@ -113,7 +118,7 @@ def evaluations(program: Program) -> Iterator[Evaluation]:
             keep=update.keep,
             moves_x=update.moves_x,
             x_is_y=update.x_is_y,
-            analytic=program.afs and i == s == 0,
+            analytic=bool(program.afs) and i == s == 0,
             threshold=program.solver.thresholds,
             predict=(sigmas[i], sigmas[i + 1]) if learned and s == 0 else None,
         )
@@ -134,6 +139,16 @@ def _numbers(coeffs: Tensor | list) -> tuple[tuple[Coefficient, ...], ...]:
     if rows > MAX_ROWS or columns > MAX_COLUMNS:
         raise ConfigError(f"one update has {rows} x {columns} coefficients, a plan at most {MAX_ROWS} x {MAX_COLUMNS}")
     return tuple(tuple(row) for row in matrix)
+
+
+def _mean(rows: Tensor, plan: Plan | None) -> MeanRows:
+    """rows (R, ...) with the plan's guidance applied. A program without a plan does not say for how many classes: one a row."""
+    rows, count = rows.float().cpu(), len(rows) - 1
+    if count:
+        scale = None if plan is None else plan.guidance_scale
+        rows = torch.cat([rows[:1], mean_of_labels(rows, torch.eye(count), scale)])
+    classes = count if plan is None or plan.mean is None else plan.mean.classes
+    return MeanRows.of(classes, rows.flatten(1).tolist())
 
 
 # ---- learned coefficients ----

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.engine.export.read_schedule import FORMAT
-from amed_engine.engine.export.tableau import VERSION
+from amed_engine.engine.export.read_schedule import FORMAT, VERSION
 from amed_engine.engine.export.write_plan import Planned, evaluations, resolve_program
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.files import write_json
@@ -26,6 +25,11 @@ def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas
     scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
     """
     program, plan = resolve_program(source)
+    if program.mean is not None:
+        raise ConfigError(
+            "a schedule cannot carry the mean answer that the first step starts about; export format='plan', or make the "
+            "sampler with afs=False or True"
+        )
     program = program.frozen()
     table = {
         "format": FORMAT,

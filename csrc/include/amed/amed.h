@@ -86,6 +86,9 @@ AMED_API int64_t amed_plan_bottleneck(const amed_plan* plan);
 AMED_API int amed_plan_max_points(const amed_plan* plan);
 /* The classifier-free guidance that the host's network is to be under: g in D_u + g (D_c - D_u), 1 for none. */
 AMED_API double amed_plan_guidance_scale(const amed_plan* plan);
+/* Classes whose means the plan begins with: where it is not 0, amed_sampler_start_classes takes the place of
+ * amed_sampler_start. */
+AMED_API int amed_plan_classes(const amed_plan* plan);
 
 /* A sampler for `batch` samples of `size` values on the CPU, with at most `threads` threads. */
 AMED_API amed_status amed_sampler_create(const amed_plan* plan, int64_t batch, int64_t size, int threads,
@@ -98,6 +101,11 @@ AMED_API void amed_sampler_free(amed_sampler* sampler);
 
 /* Begin, or begin again, from x (batch, size) of noise level amed_plan_sigma_max; copied. */
 AMED_API amed_status amed_sampler_start(amed_sampler* sampler, const float* x, amed_message* why);
+/* The same for a plan of amed_plan_classes classes: classes (batch), the class of each sample from 0, -1 for none; read
+ * once, as x is. A class that the plan does not have is AMED_ERROR_ARGUMENT on the CPU; on a stream, where classes is
+ * device memory and cannot be looked at, its sample is NaN. */
+AMED_API amed_status amed_sampler_start_classes(amed_sampler* sampler, const float* x, const int32_t* classes,
+                                                amed_message* why);
 /* What to evaluate next. Asking twice gives the same answer. */
 AMED_API amed_status amed_sampler_next(amed_sampler* sampler, amed_evaluation* evaluation, amed_message* why);
 /* Go on with the network's answer `denoised` (rows, size), its estimate of the clean data. features: the bottleneck

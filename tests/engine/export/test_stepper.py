@@ -61,8 +61,8 @@ def test_plain_numpy_is_right_to_rounding(case, tools):
 
 def test_double_precision_agrees_to_rounding(case, tools):
     x = torch.from_numpy(case.x).double()
-    options = {"afs": case.program.afs, "denoise_to_zero": case.program.denoise_to_zero}
-    truth = sample(tools.denoise, x, tools.SIGMAS, case.program.solver, case.program.predictor, **options)
+    program = case.program
+    truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, program.predictor, **tools.keywords(program))
     got = run(case.plan, x.numpy(), tools.on_numpy)
     np.testing.assert_allclose(got, truth.numpy(), rtol=1e-10, atol=1e-12)
 
@@ -71,7 +71,7 @@ def test_double_precision_agrees_to_rounding(case, tools):
 @pytest.mark.parametrize("afs", [False, True])
 def test_thresholding_is_the_engine_s(tools, same_kernels, solver, afs):
     """To one rounding: torch interpolates the quantile with a fused multiply-add where it vectorizes."""
-    program = Program.build(make_solver(solver), tools.SIGMAS, afs=afs)
+    program = Program.build(make_solver(solver, thresholding=True), tools.SIGMAS, afs=afs)
     x = tools.latents()
     truth = sample(tools.denoise, x, tools.SIGMAS, program.solver, afs=afs).numpy()
     got = run(make_tableau(program), x.numpy(), tools.on_numpy, combine=same_kernels)
@@ -221,7 +221,7 @@ def test_reading_and_stepping_need_no_torch(tmp_path):
 
 BAD = {
     "another format": lambda d: d.update(format="other"),
-    "a newer version": lambda d: d.update(version=2),
+    "a newer version": lambda d: d.update(version=3),
     "an unknown entry": lambda d: d.update(extra=1),
     "an entry less": lambda d: d.pop("sigmas"),
     "a wrong count": lambda d: d.update(nfe=99),

@@ -208,7 +208,7 @@ def test_files_that_are_none_are_refused(read, tmp_path):
         path.write_bytes(content)
         with pytest.raises(FileFormatError, match=r"s\.json"):
             read(path)
-    path.write_bytes(b" " * ((16 << 20) + 1))
+    path.write_bytes(b" " * ((32 << 20) + 1))
     with pytest.raises(FileFormatError, match="more than"):
         read(path)
     with pytest.raises(FileFormatError, match="does not exist or is not a file"):

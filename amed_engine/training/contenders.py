@@ -17,7 +17,7 @@ from amed_engine.engine.model import Model
 from amed_engine.evaluation.comparison import TRAINING_FREE
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.mean import FirstStep, Mean
-from amed_engine.solvers.plan import Plan, make_plan
+from amed_engine.solvers.plan import Plan, check_nfe, make_plan
 from amed_engine.training.presets import noise_range
 
 # Schedule by name -> its exponents; None is its own. Those of time_uniform above 1 have more levels where there is least noise.
@@ -44,6 +44,7 @@ def contenders(
     model: Model, nfe: int, firsts: tuple[FirstStep, ...], mean: Mean | None = None, guidance_scale: float | None = None
 ) -> list[Contender]:
     """Those that spend `nfe` evaluations, with one of these first steps; mean: what "mean" starts about. Raises ConfigError."""
+    nfe = check_nfe(nfe)
     common = {**noise_range(model), "guidance_scale": guidance_scale}
     found = []
     for first in firsts:

@@ -148,9 +148,9 @@ def fit(
     learns = (points, codes, ridge, learn_sigmas)
     task = Task(variant, numbers[0], solver, solver_options, schedule, rho, afs, guidance_scale, *learns)
     tasks = {number: replace(task, nfe=number) for number in numbers}
-    mean = _mean(resolved, task, conditions)
     for each in tasks.values():
-        check_task(resolved, each, mean)  # what cannot be is refused before the teacher's work
+        check_task(resolved, each)  # what cannot be is refused before any network runs
+    mean = _mean(resolved, task, conditions)
     examples = draw_examples(resolved, task, effort, conditions, mean)
     fitted: dict[int, Fitted] = {}
     for number, each in tasks.items():
@@ -236,13 +236,12 @@ def _firsts(task: Task, mean: Mean | None) -> tuple[FirstStep, ...]:
     return every if task.afs is None else (task.afs,)
 
 
-def check_task(model: Model, task: Task, mean: Mean | None = None) -> None:
+def check_task(model: Model, task: Task) -> None:
     """Raises ConfigError for what cannot be fitted."""
     if not task.learns_all:
-        _own_plan(model, task, mean)
+        _own_plan(model, task, None)
         return
-    found = contenders(model, task.nfe, _firsts(task, mean), mean)
-    intervals = max(contender.plan.intervals for contender in found)
+    intervals = max(each.plan.intervals for each in contenders(model, task.nfe, _firsts(task, None)))
     if intervals > MAX_INTERVALS:
         raise ConfigError(
             f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {intervals} for nfe={task.nfe}; "

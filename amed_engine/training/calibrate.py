@@ -17,6 +17,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.solvers.base import in_range
 from amed_engine.solvers.mean import MAX_VALUES, FirstStep, Mean
 from amed_engine.solvers.plan import Plan, make_plan
@@ -46,6 +47,11 @@ class Rating:
     median: float
     latents: int
 
+    def to_json(self) -> dict:
+        errors = {"rmse": self.rmse, "median": self.median}
+        known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+        return {"name": self.name, "plan": self.plan.describe(), **known, "latents": self.latents}
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -63,10 +69,9 @@ class Calibration:
     evaluations: int
 
     def to_json(self) -> dict:
-        """The best plan in full, the others in a line each."""
-        said = ("name", "rmse", "median", "latents")
-        rows = [{**{name: getattr(row, name) for name in said}, "plan": row.plan.describe()} for row in self.rows]
+        """The best plan in full, the others in a line each; errors that are no number are None."""
         told = ("reference", "reference_error", "evaluations")
+        rows = [row.to_json() for row in self.rows]
         return {"plan": self.plan.to_json(), **{name: getattr(self, name) for name in told}, "rows": rows}
 
     def table(self) -> str:
@@ -112,6 +117,9 @@ def calibrate(
         in_range("calibrate", "nfe", number, 1, MAX_NFE)
     fine = make_plan(FINE, afs=False, guidance_scale=guidance_scale, **noise_range(resolved), **TEACHER)
     drawn = _drawn(resolved, fine, batch, conditions)
+    if not all(isinstance(denoiser, BoundDenoiser) for denoiser, _ in drawn):
+        for number in numbers:
+            _check_rows(resolved, number, batch)
     mean = _mean(resolved, [denoiser for denoiser, _ in drawn])
     truth = _Truth.of(resolved, fine, drawn, mean, progress)
     found = {number: _calibrated(resolved, number, truth, mean, batch, progress) for number in numbers}
@@ -153,19 +161,33 @@ def _drawn(model: Model, plan: Plan, batch: int, conditions: Conditions) -> list
     return [(data.bind([slice(0, batch)])[0], x) for x in starts]
 
 
+def _check_rows(model: Model, nfe: int, batch: int) -> None:
+    """Conditions that are denoisers cannot be cut: the first round is on one whole, of every plan. Raises ConfigError."""
+    each = nfe * len(contenders(model, nfe, (False, True)))
+    most = (EVALUATIONS - LATENTS * FINE) // (each + FINE // 2)
+    if batch > most:
+        raise ConfigError(
+            f"a denoiser with the conditions of {batch} samples bound cannot be cut, and all plans on so many cost "
+            f"{each * batch} evaluations at nfe={nfe}; pass denoisers of at most {most} samples, and batch={2 ** int(math.log2(most))}"
+        )
+
+
 def _mean(model: Model, denoisers: list) -> Mean | None:
     """What a first step "mean" would start about; None for conditions that tell no class, and where it has too many numbers."""
-    label_dim = model.label_dim
-    shapes = {
-        None if d.labels is None else d.labels.shape[1:] if isinstance(d, BoundDenoiser) else () for d in denoisers
-    }
-    if not shapes <= {None, torch.Size([label_dim])}:
+    if not all(_tells_class(denoiser, model.label_dim) for denoiser in denoisers):
         logger.info("conditions that tell no class: the first step about the mean answer is left out")
         return None
-    if math.prod(known_shape(model)) * (2 if label_dim else 1) > MAX_VALUES:
+    if math.prod(known_shape(model)) * (2 if model.label_dim else 1) > MAX_VALUES:
         logger.warning("samples of %s: the mean answer has too many numbers for a plan, and is left out", model.shape)
         return None
     return mean_of(model, noise_range(model)["sigma_max"])
+
+
+def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:
+    """Whether its conditions are rows over the classes, or there are none."""
+    if not isinstance(denoiser, BoundDenoiser):
+        return False
+    return denoiser.labels is None or tuple(denoiser.labels.shape[1:]) == (label_dim,)
 
 
 def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch: int, progress: bool) -> Calibration:

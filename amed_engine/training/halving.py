@@ -110,6 +110,6 @@ def _rows(example: Example, part: slice) -> Example:
 def _check_budget(count: int, cost: int, left: int) -> None:
     if not count or count * cost > left:
         raise ConfigError(
-            f"a round of {max(count, 1)} plans costs up to {max(count, 1) * cost} evaluations, {left} are left; conditions "
-            "that are denoisers cannot be cut: pass fewer rows in each and a smaller batch; else ask for a smaller nfe"
+            f"a round of {max(count, 1)} plans may cost {max(count, 1) * cost} evaluations, and {left} are left; pass smaller "
+            "batches where conditions are denoisers, or a smaller nfe"
         )

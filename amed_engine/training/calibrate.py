@@ -168,7 +168,8 @@ def _check_rows(model: Model, nfe: int, batch: int) -> None:
     if batch > most:
         raise ConfigError(
             f"a denoiser with the conditions of {batch} samples bound cannot be cut, and all plans on so many cost "
-            f"{each * batch} evaluations at nfe={nfe}; pass denoisers of at most {most} samples, and batch={2 ** int(math.log2(most))}"
+            f"{each * batch} evaluations at nfe={nfe}; pass denoisers of at most {most} samples, and "
+            f"batch={2 ** int(math.log2(most))}"
         )
 
 

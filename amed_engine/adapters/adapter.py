@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.conditions import Conditions, class_index
-from amed_engine.adapters.facts import NetworkFacts, parameter_of
+from amed_engine.adapters.facts import NetworkFacts
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
+from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
+from amed_engine.sampling.modules import never_writes
 
 
 class Adapter(nn.Module):
     """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
 
-    Made by `wrap`, which explains the arguments. The network runs in the dtype of its parameters, the preconditioning in
-    x's. A prediction of 2C channels holds learned variances, which are cut off. Its attributes img_channels, img_resolution,
-    sample_shape, label_dim, sigma_min and sigma_max are what `Sampler` reads.
+    Made by `wrap`, which explains the arguments. The network runs in the dtype that its layers take, the preconditioning in
+    x's. It may write to what it is given: nothing of that is the caller's. A prediction of 2C channels holds learned
+    variances, which are cut off. Its attributes img_channels, img_resolution, sample_shape, label_dim, sigma_min and
+    sigma_max are what `Sampler` reads.
     """
+
+    lends_copies = True
 
     def __init__(
         self,
@@ -39,7 +45,8 @@ class Adapter(nn.Module):
         self.sample_shape, self.label_dim = facts.shape, conditions.count or facts.label_dim
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
         self.bottleneck = bottleneck
-        self._tap = None if bottleneck is None else taps.attach(network, bottleneck)
+        self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
+        self._precision, self._foreign = Precision(network), not never_writes(network)
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
@@ -77,33 +84,59 @@ class Adapter(nn.Module):
         """
         self._check_state(x)
         sigma = level_rows(sigma, x).to(x.dtype)
-        parameter = parameter_of(self.network)
-        compute = x.dtype if parameter is None else parameter.dtype
         labels = self._labels(class_labels, x, bool(conditions))
-        given = self.conditions(labels, conditions, x.shape[0], compute)
+        given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
         labels = None if self.conditions.names or not self.facts.label_dim else labels
-        raw, features = self._call((spread(c.scale, x) * x).to(compute), c.time, labels, given)
+        if labels is not None and self.facts.labels == "index":
+            labels = class_index(labels, self.facts.null_class)
+
+        def ask(handed: Handed) -> tuple[Tensor, Tensor | None]:
+            state, rest = self._lent(handed.state), self._lent(handed.rest)
+            told = {name: state(value) for name, value in given.items()}
+            return self._call((spread(c.scale, x) * x).to(handed.state), rest(c.time), rest(labels), told)
+
+        raw, features = self._precision.call(self.network, x.dtype, ask)
         raw = self._cut(raw, x).to(x.dtype)
         return Denoised(
             spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
         )
 
+    def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
+        """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""
+
+        def lend(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            return value.to(dtype if value.is_floating_point() else value.dtype, copy=self._foreign)
+
+        return lend
+
     def _call(
         self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """The network's prediction and bottleneck."""
-        if labels is not None and self.facts.labels == "index":
-            labels = class_index(labels, self.facts.null_class)
-        if self.facts.diffusers:
-            output = self.network(x, timestep=t, **keywords(labels, given), return_dict=False)
-        else:
-            output = self.network(x, t, *(() if labels is None else (labels,)), **given)
+        if self._tap is not None:
+            self._tap.listen()
+        try:
+            output = self._output(x, t, labels, given)
+        finally:
+            caught = None if self._tap is None else self._tap.take()
         returned = isinstance(output, (tuple, list))
         raw = output[0] if returned else output
         if self._tap is not None:
-            return raw, taps.check_features(self._tap.take(), str(self.bottleneck))
+            return raw, taps.check_features(caught, str(self.bottleneck))
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
+
+    def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
+        if self.facts.diffusers:
+            return self.network(x, timestep=t, **keywords(labels, given), return_dict=False)
+        return self.network(x, t, *(() if labels is None else (labels,)), **given)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self._tap is not None:
+            self._tap = taps.attach(self.network, str(self.bottleneck), self)
 
     def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
         if not self.label_dim:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine.adapters.facts import device_of, square
+from amed_engine.adapters.facts import square
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.sampling.denoiser import Denoised, as_denoised
+from amed_engine.sampling.denoiser import Denoised, as_denoised, ask
+from amed_engine.sampling.modules import device_of
 
 KEY = "amed.signature"  # among the package's metadata
 MAX_METADATA = 2**20
@@ -30,6 +31,7 @@ class Compiled(nn.Module):
     """A denoiser that only runs forward: its inputs checked against a signature, its facts read from it."""
 
     can_guide = True
+    lends_copies = True
 
     def __init__(self, call: Any, signature: Signature, device: str = "cpu"):
         super().__init__()
@@ -44,7 +46,7 @@ class Compiled(nn.Module):
         self.signature.check(inputs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             raise ConfigError("a compiled model has no gradients; train predictors with the network it was made from")
-        return as_denoised(self.call(*inputs))
+        return ask(self.call, *inputs)
 
 
 def is_package(path: str | os.PathLike) -> bool:

@@ -76,20 +76,16 @@ class Conditions(nn.Module):
                 f"condition {name!r} has width {value.shape[-1]}, the network takes {width}: it belongs to another text encoder"
             )
 
-    def forward(
-        self, labels: Tensor | None, given: Mapping[str, Tensor], batch: int, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """The conditions of a batch, floating ones in `dtype`: what is given in the call, or the rows that labels choose."""
+    def forward(self, labels: Tensor | None, given: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+        """The conditions of a batch: what is given in the call, or the rows that labels choose."""
         if given:
             self._check_names(given, "conditions")
-            rows = {name: self._expanded(name, value, batch) for name, value in given.items()}
-        elif not self.names:
+            return {name: self._expanded(name, value, batch) for name, value in given.items()}
+        if not self.names:
             return {}
-        elif labels is None or not self.count:
+        if labels is None or not self.count:
             raise ConfigError(f"the network needs {', '.join(self.names)}; pass them in the call, or bind them in wrap")
-        else:
-            rows = self._chosen(labels)
-        return {name: row.to(dtype) if row.is_floating_point() else row for name, row in rows.items()}
+        return self._chosen(labels)
 
     def _expanded(self, name: str, value: Tensor, batch: int) -> Tensor:
         self._check_value(name, value)

@@ -6,13 +6,13 @@ Read from attributes and configurations, by the names of the published classes: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import bare, bound
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,31 @@ class NetworkFacts:
 
 
 def facts_of(network: Any) -> NetworkFacts:
-    """The facts of a network; a callable that no reader knows has none."""
-    bare = getattr(network, "_orig_mod", network)
-    for ancestor in type(bare).__mro__:
+    """The facts of a network, inside whatever passes its calls on; a callable that no reader knows has none."""
+    facts, given = _read(bare(network)), bound(network)
+    if not given:
+        return facts
+    # What functools.partial gives already is nothing that a call could choose.
+    given |= {"text_embeds", "time_ids"} if "added_cond_kwargs" in given else set()
+    conditions = {name: width for name, width in facts.conditions.items() if name not in given}
+    classes = {"label_dim": 0, "null_class": None} if "class_labels" in given else {}
+    return replace(facts, conditions=conditions, **classes)
+
+
+def _read(network: Any) -> NetworkFacts:
+    for ancestor in type(network).__mro__:
         if ancestor.__name__ in READERS:
-            return READERS[ancestor.__name__](bare)
-    if isinstance(getattr(bare, "middle_block", None), nn.Module) and hasattr(bare, "in_channels"):
-        return _guided_diffusion(bare)
-    if hasattr(bare, "round_sigma") and hasattr(bare, "img_channels"):  # EDM's classes for iDDPM, VP and VE
-        return _edm(bare)
-    return NetworkFacts(label_dim=int(getattr(bare, "label_dim", 0) or 0))
+            return READERS[ancestor.__name__](network)
+    if isinstance(getattr(network, "middle_block", None), nn.Module) and hasattr(network, "in_channels"):
+        return _guided_diffusion(network)
+    if hasattr(network, "round_sigma") and hasattr(network, "img_channels"):  # EDM's classes for iDDPM, VP and VE
+        return _edm(network)
+    return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0))
 
 
-def parameter_of(network: Any) -> nn.Parameter | None:
-    """The first parameter, whose dtype and device are the network's; None where there is none."""
-    return next(network.parameters(), None) if isinstance(network, nn.Module) else None
-
-
-def device_of(network: Any) -> torch.device:
-    """Where the parameters are; without any, the CPU."""
-    parameter = parameter_of(network)
-    return torch.device("cpu") if parameter is None else parameter.device
+def _ours(network: Any) -> bool:
+    """Whether it is of a class of this package, or of one made of it, as FSDP makes them."""
+    return any(ancestor.__module__.startswith("amed_engine.") for ancestor in type(network).__mro__)
 
 
 def square(channels: Any, size: Any) -> tuple[int, ...] | None:
@@ -74,7 +78,7 @@ def square(channels: Any, size: Any) -> tuple[int, ...] | None:
 
 def _edm(network: Any) -> NetworkFacts:
     shape = square(network.img_channels, network.img_resolution)
-    own = type(network).__module__.startswith("amed_engine.")
+    own = _ours(network)
     label_dim = int(getattr(network, "label_dim", 0) or 0)
     reduction = network.img_resolution // network.bottleneck_shape[1] if own else None
     known = {"prediction": "denoised", "returns_bottleneck": own, "denoises": True, "reduction": reduction}
@@ -82,7 +86,7 @@ def _edm(network: Any) -> NetworkFacts:
 
 
 def _raw_edm(network: Any) -> NetworkFacts:
-    own = type(network).__module__.startswith("amed_engine.")
+    own = _ours(network)
     return NetworkFacts(label_dim=int(network.label_dim or 0), prediction="edm", returns_bottleneck=own)
 
 
@@ -139,7 +143,7 @@ def _diffusers_sd3(network: Any) -> NetworkFacts:
 
 
 def _flux(network: Any) -> NetworkFacts:
-    conditions = _joint_conditions(network.transformer.config)
+    conditions = _joint_conditions(bare(network.transformer).config)
     return NetworkFacts(None, network.channels, conditions=conditions, prediction="flow")
 
 

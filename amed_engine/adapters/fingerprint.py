@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import Bound, as_module, gathered, plain_name, whole
 
 BUFFER = "amed_settings"
 
@@ -49,39 +51,86 @@ def summary(table: Tensor) -> list[str]:
 
 def fingerprint(model: Any) -> str | None:
     """SHA-256 over names, shapes, dtypes and bytes of a model's parameters, and over the settings of our adapters, guidance
-    and thresholding in it; None for a callable without parameters.
+    and thresholding in it; None for a callable without parameters, or one whose parameters cannot be read.
 
-    Compiled, traced and exported forms of a module have its fingerprint.
+    Compiled, traced, exported and wrapped forms of a module (DataParallel, FSDP, AveragedModel) have its fingerprint, and so
+    has one that accelerate offloads.
     """
-    parameters = _parameters(model)
-    return _digest(parameters | _settings(model)) if parameters else None
+    with gathered(model):
+        parameters = _parameters(model)
+        return _digest(parameters | _settings(model)) if parameters and _readable(parameters) else None
 
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
-    parameters, settings = _parameters(model), _settings(model)
-    # Hashing reads every weight: the older form only where it differs and the newer one did not match.
-    return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
+    with gathered(model):
+        parameters, settings = _parameters(model), _settings(model)
+        # Hashing reads every weight: the older form only where it differs and the newer one did not match.
+        return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
+
+
+def can_tell(model: Any) -> bool:
+    """Whether a model is a module, and all of its parameters can be read."""
+    return isinstance(as_module(model), nn.Module) and _readable(_parameters(model))
 
 
 def _parameters(model: Any) -> dict[str, Tensor]:
-    named = model.named_parameters() if isinstance(model, nn.Module) else ()
-    return {_plain(name): parameter for name, parameter in named}
+    module = as_module(model)
+    named = module.named_parameters() if isinstance(module, nn.Module) else ()
+    return {plain_name(module, name): _brought(module, name, parameter) for name, parameter in named}
 
 
-def _settings(model: nn.Module) -> dict[str, Tensor]:
-    named = {_plain(name): buffer for name, buffer in model.named_buffers()}
-    return {name: buffer for name, buffer in named.items() if name.rpartition(".")[2] == BUFFER}
+def _settings(model: Any) -> dict[str, Tensor]:
+    module = as_module(model)
+    if not isinstance(module, nn.Module):
+        return {}
+    own = {plain_name(module, name): b for name, b in module.named_buffers() if name.rpartition(".")[2] == BUFFER}
+    given = [(name, part) for name, part in module.named_modules() if isinstance(part, Bound)]
+    return own | {
+        f"{plain_name(module, name)}({key})": _told(v) for name, part in given for key, v in part.keywords.items()
+    }
 
 
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+def _told(value: Any) -> Tensor:
+    """A keyword's value; of what is neither a tensor nor plain data, its type."""
+    if isinstance(value, Tensor):
+        return value
+    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
+    text = repr(value) if plain else type(value).__qualname__
+    return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+
+
+def _brought(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """A parameter, that of an offloaded module from where accelerate keeps it."""
+    if parameter.device.type != "meta":
+        return parameter
+    owner, _, own = name.rpartition(".")
+    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (kept := getattr(each, "weights_map", None)) is not None:
+            return kept[own]
+    return parameter
+
+
+def _readable(parameters: dict[str, Tensor]) -> bool:
+    return all(parameter.device.type != "meta" for parameter in parameters.values())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        for part, value in _plain_parts(name, whole(tensor).detach()):
+            value = value.cpu().contiguous()
+            digest.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the tensors that a quantised one consists of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for part in flatten()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))

@@ -11,6 +11,7 @@ from torch import Tensor
 from amed_engine.adapters.fingerprint import Settled
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import is_tracing
+from amed_engine.sampling.modules import bare
 
 
 class Flux(Settled):
@@ -25,7 +26,7 @@ class Flux(Settled):
 
     def __init__(self, transformer: Any, guidance: float | None = 3.5):
         super().__init__()
-        config = transformer.config
+        config = bare(transformer).config
         if config.in_channels % 4 or config.out_channels not in (None, config.in_channels):
             raise ConfigError(
                 f"the transformer takes {config.in_channels} channels and predicts {config.out_channels}; expected the same "

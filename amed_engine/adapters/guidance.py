@@ -12,8 +12,10 @@ from torch import Tensor
 from amed_engine.adapters.adapter import Adapter, chosen_rows, label_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
+from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, as_denoised, dynamic_thresholding
+from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
+from amed_engine.sampling.modules import as_module, bare, differentiable, never_writes, said
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
@@ -23,25 +25,30 @@ class _Around(Settled):
 
     sample_shape: tuple[int, ...] | None = None
     label_dim: int = 0
+    lends_copies = True
     can_guide = False  # guided already: `Sampler.run(guidance_scale=...)` would guide twice
 
     def __init__(self, denoiser: Any):
         super().__init__()
         if not callable(denoiser):
             raise ConfigError(f"the denoiser must be callable, got {type(denoiser).__name__}")
-        self.denoiser = denoiser
+        self.denoiser, self._foreign = as_module(denoiser), not never_writes(denoiser)
         for name in FACTS:
-            if getattr(denoiser, name, None) is not None:
-                setattr(self, name, getattr(denoiser, name))
+            if (value := said(denoiser, name)) is not None:
+                setattr(self, name, value)
+
+    def _ask(self, *inputs: Tensor | None, **conditions: Tensor) -> Denoised:
+        return ask(self.denoiser, *inputs, foreign=self._foreign, **conditions)
 
     def check_ready(self) -> None:
-        check = getattr(self.denoiser, "check_ready", None)
+        check = said(self.denoiser, "check_ready")
         if check is not None:
             check()
 
     def explain(self) -> str:
         """What the denoiser inside says, and this wrapper's own line."""
-        inside = self.denoiser.explain() if hasattr(self.denoiser, "explain") else type(self.denoiser).__name__
+        explain = said(self.denoiser, "explain")
+        inside = type(self.denoiser).__name__ if explain is None else explain()
         return f"{inside}\n{type(self).__name__}: {self.extra_repr()}"
 
 
@@ -64,7 +71,7 @@ class ClassifierFree(_Around):
         batched: bool = True,
     ):
         super().__init__(denoiser)
-        if not getattr(denoiser, "can_guide", True):
+        if not said(denoiser, "can_guide", True):
             raise ConfigError(
                 "classifier-free guidance needs a network trained without its condition too: pass null_conditions={...} or "
                 "null_class=... to wrap, and a denoiser that is not guided yet"
@@ -87,20 +94,21 @@ class ClassifierFree(_Around):
         if self.batched:
             unconditional, conditional, features = self._once(x, sigma, labels, conditions, null)
         else:
-            conditional, features = as_denoised(self.denoiser(x, sigma, labels, **conditions))
+            conditional, features = self._ask(x, sigma, labels, **conditions)
             none = None if labels is None else torch.zeros_like(labels)
-            unconditional = as_denoised(self.denoiser(x, sigma, none, **null)).x0
+            unconditional = self._ask(x, sigma, none, **null).x0
         scale = torch.where((sigma > self.low) & (sigma <= self.high), self.scale, 1.0).to(x.dtype)
         return Denoised(unconditional + spread(scale, x) * (conditional - unconditional), features)
 
     def _with_null(self, conditions: dict[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not conditions:
             return {}, {}
-        if not isinstance(self.denoiser, Adapter):
+        adapter = bare(self.denoiser)
+        if not isinstance(adapter, Adapter):
             raise ConfigError(
-                f"conditions in the call need guidance right round what wrap returns, not round {type(self.denoiser).__name__}"
+                f"conditions in the call need guidance right round what wrap returns, not round {type(adapter).__name__}"
             )
-        return self.denoiser.conditions.with_null(conditions, batch)
+        return adapter.conditions.with_null(conditions, batch)
 
     def _labels(self, labels: Tensor | None, x: Tensor, has_conditions: bool) -> Tensor | None:
         if labels is not None or has_conditions:
@@ -113,7 +121,7 @@ class ClassifierFree(_Around):
         """(unconditional, conditional, its bottleneck) from one doubled batch, the unconditional half first."""
         both = None if labels is None else torch.cat([torch.zeros_like(labels), labels])
         doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
-        x0, features = as_denoised(self.denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled))
+        x0, features = self._ask(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled)
         unconditional, conditional = x0.chunk(2)
         return unconditional, conditional, None if features is None else features.chunk(2)[1]
 
@@ -138,16 +146,15 @@ class ClassifierGuided(_Around):
         label_dim: int | None = None,
     ):
         super().__init__(denoiser)
-        if not isinstance(denoiser, Adapter):
+        if not isinstance(bare(denoiser), Adapter):
             raise ConfigError(f"classifier guidance goes round what wrap returns, got {type(denoiser).__name__}")
         if not math.isfinite(scale) or (clamp is not None and not clamp > 0):
             raise ConfigError(f"need a finite scale and a positive clamp or None, got {scale}, {clamp}")
-        self.classifier, self.scale, self.clamp = classifier, scale, clamp
-        known = label_dim or getattr(classifier, "out_channels", None) or denoiser.label_dim
-        if not known or (denoiser.label_dim and known != denoiser.label_dim):
-            raise ConfigError(
-                f"the classifier tells {known} classes, the network {denoiser.label_dim}; pass label_dim=..."
-            )
+        self.classifier, self.scale, self.clamp = as_module(classifier), scale, clamp
+        self._precision, own = Precision(classifier), bare(denoiser).label_dim
+        known = label_dim or said(classifier, "out_channels") or own
+        if not known or (own and known != own):
+            raise ConfigError(f"the classifier tells {known} classes, the network {own}; pass label_dim=...")
         self.label_dim = int(known)
         keep_settings(self, scale=float(scale), clamp=None if clamp is None else float(clamp))
 
@@ -155,22 +162,27 @@ class ClassifierGuided(_Around):
         return f"scale={self.scale:g}, clamp={self.clamp}"
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Denoised:
-        """As `Adapter.forward`; class_labels must be given. Works under no_grad, not under inference_mode."""
+        """As `Adapter.forward`; class_labels must be given. Works under no_grad and under inference_mode."""
         if class_labels is None:
             raise ConfigError(f"classifier guidance needs class_labels, integers (B,) below {self.label_dim}")
         sigma = level_rows(sigma, x).to(x.dtype)
         rows = label_rows(class_labels, self.label_dim, x)
-        x0, features = as_denoised(self.denoiser(x, sigma, rows if self.denoiser.label_dim else None))
+        x0, features = self._ask(x, sigma, rows if bare(self.denoiser).label_dim else None)
         push = self.scale * sigma**2 / (1 + sigma**2).sqrt()
         guided = x0 + spread(push, x) * self._gradient(x, sigma, rows)
         return Denoised(guided if self.clamp is None else guided.clamp(-self.clamp, self.clamp), features)
 
     def _gradient(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-        c = self.denoiser.family(sigma)
-        with torch.enable_grad():
+        with differentiable("the classifier"):
+            c = bare(self.denoiser).family(sigma)
             x_in = (spread(c.scale, x) * x).detach().requires_grad_()
-            selected = (self.classifier(x_in, c.time).log_softmax(dim=1) * rows).sum()
-            return torch.autograd.grad(selected, x_in)[0]
+
+            def logits(handed: Handed) -> Tensor:
+                # Copies: the classifier may write to what it is given.
+                return self.classifier(x_in.to(handed.state, copy=True), c.time.to(handed.rest, copy=True))
+
+            told = self._precision.call(self.classifier, x.dtype, logits).to(x.dtype)
+            return torch.autograd.grad((told.log_softmax(dim=1) * rows.clone()).sum(), x_in)[0]
 
 
 class Thresholded(_Around):
@@ -186,7 +198,7 @@ class Thresholded(_Around):
         if not 0 < quantile <= 1 or not floor > 0:
             raise ConfigError(f"need 0 < quantile <= 1 and floor > 0, got {quantile} and {floor}")
         self.quantile, self.floor = quantile, floor
-        self.can_guide = getattr(denoiser, "can_guide", True)
+        self.can_guide = said(denoiser, "can_guide", True)
         keep_settings(self, quantile=float(quantile), floor=float(floor))
 
     def extra_repr(self) -> str:
@@ -194,5 +206,5 @@ class Thresholded(_Around):
 
     def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor, **conditions: Tensor) -> Denoised:
         """As the denoiser's."""
-        x0, features = as_denoised(self.denoiser(x, sigma, *labels, **conditions))
+        x0, features = self._ask(x, sigma, *labels, **conditions)
         return Denoised(dynamic_thresholding(x0, self.quantile, self.floor), features)

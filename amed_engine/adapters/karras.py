@@ -28,16 +28,22 @@ class Denoising(Family):
 
 
 class EDM(Family):
-    """skip = sd²/(sigma² + sd²), out = sigma·sd/sqrt(sigma² + sd²), scale = 1/sqrt(sigma² + sd²), time = log(sigma)/4."""
+    """skip = sd²/(sigma² + sd²), out = sigma·sd/sqrt(sigma² + sd²), scale = 1/sqrt(sigma² + sd²), time = log(sigma)/4.
+
+    v_prediction: out has the other sign, as diffusers means it by that name; with sd = 1 F is v = alpha·n - s·x0.
+    """
 
     name = "edm"
     time_scale = 0.25
 
-    fixed = ("sigma_data",)
+    fixed = ("sigma_data", "v_prediction")
 
-    def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0):
+    def __init__(
+        self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, *, v_prediction: bool = False
+    ):
         super().__init__()
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
+        self.v_prediction = v_prediction
 
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(*self.mix(sigma), self.time(sigma))
@@ -45,7 +51,8 @@ class EDM(Family):
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """skip, out, scale"""
         variance, sd = sigma**2 + self.sigma_data**2, self.sigma_data
-        return sd**2 / variance, sigma * sd / variance.sqrt(), 1 / variance.sqrt()
+        sign = -1 if self.v_prediction else 1
+        return sd**2 / variance, sign * sigma * sd / variance.sqrt(), 1 / variance.sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
         return self.time_scale * sigma.log()
@@ -55,10 +62,11 @@ class EDM(Family):
         return (time.double() / self.time_scale).exp()
 
     def describe(self) -> str:
-        return f"EDM preconditioning, sigma_data {self.sigma_data:g}; told {self.time_scale:g}·log(sigma)"
+        sign = " of v" if self.v_prediction else ""
+        return f"EDM preconditioning{sign}, sigma_data {self.sigma_data:g}; told {self.time_scale:g}·log(sigma)"
 
     def settings(self) -> dict[str, Any]:
-        return {"sigma_data": float(self.sigma_data)}
+        return {"sigma_data": float(self.sigma_data)} | ({"v_prediction": True} if self.v_prediction else {})
 
 
 class Consistency(EDM):

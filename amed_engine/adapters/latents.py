@@ -19,15 +19,16 @@ def wrap_pipeline(
     pipeline: Any,
     prompts: str | Sequence[str],
     *,
-    negative_prompt: str = "",
+    negative_prompt: str | None = None,
     shape: tuple[int, ...] | None = None,
     guidance: float | None = None,
 ) -> Adapter:
     """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
 
     pipeline: one of diffusers with an `encode_prompt` and a U-Net or MMDiT that `wrap` knows (Stable Diffusion, SDXL,
-    Stable Diffusion 3, Flux). negative_prompt: what guidance leads away from. shape: (C, H, W) of the latents, where it is
-    not the network's own. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
+    Stable Diffusion 3, Flux). negative_prompt: what guidance leads away from; None is what the pipeline itself takes then: "",
+    or zeros where SDXL has force_zeros_for_empty_prompt. shape: (C, H, W) of the latents, where it is not the network's own;
+    SDXL is told its size. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
     `flow_levels(n, shift=shift_of(pipeline.scheduler, denoiser.sample_shape))`. Guidance is the sampler's:
     guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
@@ -55,18 +56,20 @@ def wrap_pipeline(
         conditions, null = _encode_flux(pipeline, network, prompts, negative_prompt)
         network, shape = Flux(network, 3.5 if guidance is None else guidance), shape or (channels, size, size)
     else:
-        conditions, null = _encode(pipeline, network, prompts, negative_prompt)
+        conditions, null = _encode(pipeline, network, prompts, negative_prompt, None if shape is None else shape[1:])
     return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
 
 
-def _encode(pipeline: Any, network: Any, prompts: list[str], negative: str) -> tuple[dict, dict]:
-    """The conditions of the prompts, a row each, and those of the negative prompt, one row."""
+def _encode(
+    pipeline: Any, network: Any, prompts: list[str], negative: str | None, size: Sequence[int] | None
+) -> tuple[dict, dict]:
+    """The conditions of the prompts, a row each, and those of the negative prompt, one row. size: of the latents."""
     encoded = pipeline.encode_prompt(
         prompt=prompts,
         device=network.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
-        negative_prompt=[negative] * len(prompts),
+        negative_prompt=None if negative is None else [negative] * len(prompts),
         **{f"prompt_{i}": None for i in (2, 3) if hasattr(pipeline, f"tokenizer_{i}")},
     )
     positive, negatives, *pooled = encoded
@@ -75,24 +78,39 @@ def _encode(pipeline: Any, network: Any, prompts: list[str], negative: str) -> t
         name = "pooled_projections" if type(network).__name__.startswith("SD3") else "text_embeds"
         conditions[name], null[name] = pooled[0], pooled[1][:1]
     if "text_embeds" in conditions:
-        ids = time_ids(pipeline, network, pooled[0])
+        ids = time_ids(pipeline, network, pooled[0], size)
         conditions["time_ids"], null["time_ids"] = ids.expand(len(prompts), -1), ids
     return conditions, null
 
 
-def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str) -> tuple[dict, dict]:
+def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str | None) -> tuple[dict, dict]:
     """The same for Flux, whose encoder knows no negative prompts: they are prompts like any other."""
-    text, pooled, _ = pipeline.encode_prompt([*prompts, negative], device=network.device)
+    text, pooled, _ = pipeline.encode_prompt([*prompts, negative or ""], device=network.device)
     rows = {"encoder_hidden_states": text, "pooled_projections": pooled}
     return {name: value[:-1] for name, value in rows.items()}, {name: value[-1:] for name, value in rows.items()}
 
 
-def time_ids(pipeline: Any, network: Any, pooled: Tensor) -> Tensor:
-    """SDXL's original size, crop and target size, (1, 6): nothing cropped, all at the network's own size."""
-    size = network.config.sample_size
-    height, width = ((size, size) if isinstance(size, int) else size) if size else (128, 128)
+def time_ids(pipeline: Any, network: Any, pooled: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """SDXL's original size, crop and target size, (1, 6): nothing cropped, all at the size of the image that is made.
+
+    size: (H, W) of the latents, None for the network's own. Raises ConfigError for a network that is told other numbers, as
+    the Refiner is, which is told an aesthetic score.
+    """
+    _check_told_sizes(network.config, pooled.shape[-1])
+    own = network.config.sample_size or 128
+    height, width = size or ((own, own) if isinstance(own, int) else own)
     pixels = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor)
     return torch.tensor([[*pixels, 0, 0, *pixels]], dtype=pooled.dtype, device=pooled.device)
+
+
+def _check_told_sizes(config: Any, pooled: int) -> None:
+    told, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    if told is not None and each and told != pooled + 6 * each:
+        raise ConfigError(
+            f"the network has projection_class_embeddings_input_dim={told}: beside a text of {pooled} it is told "
+            f"{(told - pooled) / each:g} numbers of {each}, expected the 6 of SDXL's sizes; the Refiner, which is told an "
+            "aesthetic score, takes wrap(network, conditions={...}) with time_ids of your own"
+        )
 
 
 @torch.no_grad()
@@ -109,13 +127,16 @@ def encode_texts(tokenizer: Any, text_encoder: Any, texts: list[str], device: to
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) in -1 .. 1 from latents (B, C, h, w) in the scale that the network was trained in.
 
-    vae: an AutoencoderKL of diffusers, in its own dtype. Raises ConfigError for another number of channels.
+        z/scaling_factor + shift_factor,   or   z·latents_std/scaling_factor + latents_mean
+
+    vae: an AutoencoderKL of diffusers, in its own dtype. Raises ConfigError for another number of channels, or a VAE whose
+    configuration scales its latents otherwise.
     """
     if not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise ConfigError(f"vae must be an autoencoder of diffusers, got {type(vae).__name__}")
     _check_latent_channels(vae, latents.shape[1], "the latents have")
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled = latents / vae.config.scaling_factor + shift
+    scale, shift = _scaling(vae, latents)
+    scaled = latents * scale + shift
     images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
     return images.to(latents.dtype).clamp(-1, 1)
 
@@ -124,3 +145,24 @@ def _check_latent_channels(vae: Any, channels: int, who: str) -> None:
     expected = getattr(vae.config, "latent_channels", channels)
     if expected != channels:
         raise ConfigError(f"{who} {channels} channels, the VAE {expected}: they belong to different models")
+
+
+def _scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What latents (B, C, ...) are multiplied with, and what is added. Raises ConfigError."""
+    config, kind = vae.config, type(vae).__name__
+    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
+    if not factor or getattr(config, "batch_norm_eps", None) is not None:
+        raise ConfigError(
+            f"{kind} has scaling_factor={factor!r} and batch_norm_eps={getattr(config, 'batch_norm_eps', None)!r}, expected a "
+            "factor and no normalization: how its latents are scaled is not known; call its decode yourself"
+        )
+    given = {name: getattr(config, name, None) for name in ("latents_mean", "latents_std")}
+    if all(value is None for value in given.values()):
+        return 1 / factor, shift or 0.0
+    if shift or any(value is None or len(value) != latents.shape[1] for value in given.values()):
+        raise ConfigError(
+            f"{kind} has latents_mean={given['latents_mean']}, latents_std={given['latents_std']} and shift_factor={shift}; "
+            f"expected {latents.shape[1]} numbers in both of the former and none in the latter: call its decode yourself"
+        )
+    mean, std = (torch.as_tensor(value).to(latents).reshape(-1, *[1] * (latents.dim() - 2)) for value in given.values())
+    return std / factor, mean

@@ -7,6 +7,7 @@ what the hook caught and *returns* it: what is traced, compiled or exported is t
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, copied
+from amed_engine.sampling.modules import bare, layers
+
+# torch numbers its hooks without a lock: two threads could be given the same place.
+_HOOKING = threading.RLock()
 
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
 
 class Tap:
-    """A forward hook that keeps a submodule's output until `take`: once attached, or while the `with` block lasts.
+    """A forward hook that keeps a copy of a submodule's output until `take`, while somebody listens in this thread.
 
     bottleneck: what the block reads. The dotted name of a submodule of `root`, or a module: its latest output (B, C, h, w);
     a function without arguments: the features of the latest evaluation that it returns; None: nothing. Threads do not see
-    each other's.
+    each other's. A copy: layers that follow may write to the submodule's output.
     """
 
     def __init__(self, root: Any = None, bottleneck: Bottleneck | None = None):
@@ -34,41 +39,56 @@ class Tap:
                 f"bottleneck must be a module's name, a module or a function, got {type(bottleneck).__name__}"
             )
         self._handle: Any = None
+        self._reader: Any = None
         self._local = threading.local()
         self._traced: Any = None  # while torch.compile looks, which knows no thread-local storage
 
-    def attach(self, module: nn.Module) -> Tap:
+    def attach(self, module: nn.Module, reader: object) -> Tap:
+        """Hook the module for as long as the reader lives."""
         # Not kept: a module that holds its hook and is held by it would outlive its last user.
-        self._handle = module.register_forward_hook(self)
+        with _HOOKING:
+            self._handle = module.register_forward_hook(self)
+        self._reader = weakref.ref(reader)
+        weakref.finalize(reader, self.detach).atexit = False
         return self
+
+    @property
+    def dead(self) -> bool:
+        """Whether nobody reads it: a copy, made with the module that it is a hook of."""
+        return self._reader is None or self._reader() is None
 
     def detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
 
     def __enter__(self) -> Tap:
-        return self.attach(self.source) if isinstance(self.source, nn.Module) else self
+        return self.attach(self.source, self) if isinstance(self.source, nn.Module) else self
 
     def __exit__(self, *error: object) -> None:
         self.detach()
-        self.take()
+
+    def listen(self) -> None:
+        """From now until `take`."""
+        if not torch.compiler.is_compiling():
+            self._local.listens = True
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         output = output[0] if isinstance(output, (tuple, list)) and output else output
         if torch.compiler.is_compiling():
-            self._traced = output
-        else:
-            self._local.value = output
+            self._traced = copied(output)
+        elif getattr(self._local, "listens", False):
+            self._local.value = copied(output)
 
     def take(self) -> Any:
         if torch.compiler.is_compiling():
             value, self._traced = self._traced, None
         else:
             value, self._local.value = getattr(self._local, "value", None), None
+            self._local.listens = False
         return value
 
     def __reduce__(self):
-        # A copy of the module has its own.
+        # A copy of the reader attaches its own.
         return Tap, ()
 
     def denoiser(self, model: Callable[[Tensor, Tensor], Any]) -> Denoiser:
@@ -77,14 +97,17 @@ class Tap:
             return lambda x, sigma: as_denoised(model(x, sigma))
 
         def denoise(x: Tensor, sigma: Tensor) -> Denoised:
-            self.take()
-            x0 = as_denoised(model(x, sigma)).x0
-            return Denoised(x0, self._read(x.shape[0]))
+            self.listen()
+            try:
+                x0 = as_denoised(model(x, sigma)).x0
+            finally:
+                features = self.take()
+            return Denoised(x0, self._checked(features, x.shape[0]))
 
         return denoise
 
-    def _read(self, batch: int) -> Tensor:
-        features = self.take() if isinstance(self.source, nn.Module) else self.source()  # type: ignore[misc]
+    def _checked(self, caught: Any, batch: int) -> Tensor:
+        features = caught if isinstance(self.source, nn.Module) else copied(self.source())  # type: ignore[misc]
         if features is None:
             raise ConfigError(
                 "the bottleneck was not read in this evaluation; hooks see no call inside a compiled, traced or exported "
@@ -100,28 +123,37 @@ class Tap:
 
 def _find(root: Any, name: str) -> nn.Module:
     try:
-        return root.get_submodule(name)
+        inner = bare(root)
+        return inner.get_submodule(name) if hasattr(inner, "get_submodule") else root.get_submodule(name)
     except AttributeError as error:
         raise ConfigError(
             f"the model has no submodule {name!r} to read a bottleneck from ({error}); pass the module itself"
         ) from error
 
 
-def attach(network: nn.Module, name: str) -> Tap:
-    """A tap for good on the submodule of this dotted name. Raises ConfigError with the names that come near."""
-    if isinstance(network, torch.jit.ScriptModule) or hasattr(network, "_orig_mod"):
+def attach(network: Any, name: str, reader: object) -> Tap:
+    """A tap on the submodule of this dotted name, for as long as its reader lives.
+
+    The network may be wrapped, the name is that in the network itself. Raises ConfigError with the names that come near.
+    """
+    if isinstance(bare(network), torch.jit.ScriptModule) or any(hasattr(part, "_orig_mod") for part in layers(network)):
         raise ConfigError(
             f"bottleneck={name!r} cannot be read from a network that is already scripted or compiled: wrap the plain module, "
             "then trace or compile what wrap returns"
         )
+    network = bare(network)
     try:
         submodule = network.get_submodule(name)
     except AttributeError as error:
-        near = [own for own, _ in network.named_modules() if own and own.count(".") <= name.count(".")]
+        modules = network.named_modules() if isinstance(network, nn.Module) else ()
+        near = [own for own, _ in modules if own and own.count(".") <= name.count(".")]
         raise ConfigError(
             f"bottleneck={name!r} is no submodule of {type(network).__name__}; it has {', '.join(near[:20]) or 'none'}"
         ) from error
-    return Tap().attach(submodule)
+    for key, hook in list(submodule._forward_hooks.items()):
+        if isinstance(hook, Tap) and hook.dead:
+            del submodule._forward_hooks[key]
+    return Tap().attach(submodule, reader)
 
 
 def find(network: Any) -> str | None:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, device_of, facts_of, parameter_of
+from amed_engine.adapters.facts import NetworkFacts, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
-from amed_engine.adapters.schedulers import betas_of, has_betas, prediction_of
+from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import (
+    as_module,
+    bare,
+    device_of,
+    dtype_of,
+    modes_kept,
+    module_of,
+    plain_tensors,
+    said,
+)
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
@@ -36,6 +47,7 @@ PREDICTIONS = (*PREDICTS, *FAMILIES)
 NOISE_LIKE = 0.9
 
 
+@plain_tensors()
 def wrap(
     model: Any,
     prediction: str | Family | None = None,
@@ -56,7 +68,8 @@ def wrap(
         diffusers, one of guided-diffusion, or any other callable.
     prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
         "iddpm", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
-    scheduler: the diffusers scheduler it was trained with, for prediction and betas.
+    scheduler: the diffusers scheduler it was trained with, for prediction, betas and range: D is the scheduler's own. One
+        that is not known is refused, and by its name whatever of its configuration would change D otherwise.
     betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor; beside a scheduler that
         has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
@@ -69,9 +82,11 @@ def wrap(
     Raises ConfigError for whatever cannot work, before any sampling. `print(denoiser)` shows what was inferred, and why.
     """
     _check_callable(model)
-    model = Flux(model) if type(model).__name__ == "FluxTransformer2DModel" else model
+    model = as_module(model)
+    model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
-    family, why = _choose_family(prediction, facts, scheduler, betas)
+    told = None if scheduler is None else told_by(scheduler)
+    family, why = _choose_family(prediction, facts, scheduler, told, betas)
     if facts.denoises and not isinstance(family, Denoising):
         raise ConfigError(
             f"{type(model).__name__} is a denoiser already and needs no {family.name!r} round it: pass it to Sampler as it is"
@@ -83,8 +98,8 @@ def wrap(
         facts = replace(facts, reduction=None)  # another module's output has its own size
     notes = _notes(model, facts, family, why, tables, found)
     if facts.denoises:  # a denoiser's own range of noise levels
-        family.sigma_min = float(getattr(model, "sigma_min", 0) or family.sigma_min)
-        family.sigma_max = float(getattr(model, "sigma_max", 0) or family.sigma_max)
+        family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
+        family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
     adapter = Adapter(model, family, facts, tables, name, notes)
     if verify and family.name == "v":
         _check_not_noise(adapter)
@@ -92,7 +107,7 @@ def wrap(
 
 
 def _check_callable(model: Any) -> None:
-    if isinstance(model, Adapter):
+    if isinstance(bare(model), Adapter):
         raise ConfigError("this is what wrap returns already: pass it to Sampler")
     if not callable(model):
         raise ConfigError(
@@ -119,11 +134,17 @@ def _with_given(facts: NetworkFacts, shape: Any, label_dim: int | None, null_cla
     return facts
 
 
-def _choose_family(prediction: Any, facts: NetworkFacts, scheduler: Any, betas: Any) -> tuple[Family, str]:
+def _choose_family(
+    prediction: Any, facts: NetworkFacts, scheduler: Any, says: Told | None, betas: Any
+) -> tuple[Family, str]:
     """The family, and a word on where it comes from."""
     if isinstance(prediction, Family):
-        return prediction, "given"
-    told = None if scheduler is None else prediction_of(scheduler)
+        if scheduler is not None or betas is not None:
+            raise ConfigError(
+                f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out"
+            )
+        return copy.deepcopy(prediction), "given"  # it follows the network to its device
+    told = None if says is None else says.prediction
     known = told or facts.prediction
     name = prediction or known
     if name is None:
@@ -138,9 +159,13 @@ def _choose_family(prediction: Any, facts: NetworkFacts, scheduler: Any, betas: 
     if name not in PREDICTS:
         if betas is not None:
             raise ConfigError(f"betas are for {', '.join(PREDICTS)}, not for prediction={name!r}; leave them out")
-        return FAMILIES[name](), why
+        return FAMILIES[name]() if says is None or says.family is None else says.family, why
     alphas, source = _choose_betas(betas, facts, scheduler)
-    return DiscreteSteps(name, alphas), f"{why}; betas {source}"
+    family = DiscreteSteps(name, alphas)
+    if says is not None:
+        family.sigma_min = max(family.sigma_min, says.sigma_min or family.sigma_min)
+        family.sigma_max = min(family.sigma_max, says.sigma_max or family.sigma_max)
+    return family, f"{why}; betas {source}"
 
 
 def _choose_betas(betas: Any, facts: NetworkFacts, scheduler: Any) -> tuple[Tensor, str]:
@@ -195,14 +220,14 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
         return asked, "none, as asked" if asked is None else f"{asked}, given"
     if facts.returns_bottleneck:
         return None, "returned by the network"
-    name = taps.find(getattr(model, "_orig_mod", model))
+    name = taps.find(bare(model))
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
-    parameter = parameter_of(model)
+    dtype = dtype_of(model)
     shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
     if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
         shape += ", learned variances cut off"
@@ -210,14 +235,14 @@ def _notes(
     none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
     bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
     return {
-        "network": type(getattr(model, "_orig_mod", model)).__name__,
+        "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,
         "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
         "bottleneck": bottleneck,
-        "precision": "x's" if parameter is None else f"network {parameter.dtype}, state x's".replace("torch.", ""),
+        "precision": "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", ""),
     }
 
 
@@ -225,17 +250,16 @@ def _notes(
 def _check_not_noise(adapter: Adapter) -> None:
     """One evaluation of noise at the highest level: v is then nearly the data, and nearly independent of its input."""
     shape, ready = adapter.sample_shape, adapter.conditions.count or not adapter.conditions.names
-    device = device_of(adapter.network)
-    if shape is None or not ready or device.type == "meta" or not math.isfinite(adapter.sigma_max):
+    device, module = device_of(adapter.network), module_of(adapter.network)
+    empty = module is not None and any(parameter.device.type == "meta" for parameter in module.parameters())
+    if shape is None or not ready or empty or not math.isfinite(adapter.sigma_max):
         return
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     sigma = torch.full((2,), float(adapter.sigma_max), device=device)
     labels = torch.zeros(2, dtype=torch.int64, device=device) if adapter.label_dim else None
-    training = isinstance(adapter.network, nn.Module) and adapter.network.training
-    adapter.eval()
     c = adapter.family(sigma)
-    denoised = adapter(spread(1 / c.scale, noise) * noise, sigma, labels).x0
-    adapter.train(training)
+    with modes_kept(module):
+        denoised = adapter(spread(1 / c.scale, noise) * noise, sigma, labels).x0
     raw = (denoised - spread(c.skip / c.scale, noise) * noise) / spread(c.out, noise)
     correlation = torch.nn.functional.cosine_similarity(raw.flatten(), noise.flatten(), dim=0)
     if correlation > NOISE_LIKE:

@@ -14,6 +14,7 @@ from amed_engine.checkpoints.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from amed_engine.checkpoints.native import PREDICTORS, load_model, load_predictor, save_model, save_predictor
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.networks import EDMPrecond
+from amed_engine.sampling.modules import bare
 from amed_engine.sampling.predictors import Predictor
 
 logger = logging.getLogger("amed_engine")
@@ -31,7 +32,7 @@ def save_pretrained(item: Predictor | EDMPrecond, directory: str | os.PathLike) 
         raise ConfigError(f"{directory} names a file; pass a directory, or use save_predictor for one file")
     if isinstance(item, Predictor):
         save_predictor(item, directory)
-    elif isinstance(item, EDMPrecond):
+    elif isinstance(bare(item), EDMPrecond):
         save_model(item, directory)
     else:
         raise ConfigError(f"save_pretrained saves a predictor or an EDMPrecond, got {type(item).__name__}")

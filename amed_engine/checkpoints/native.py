@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond, OpenAIClassifier, OpenAIUNet
+from amed_engine.sampling.modules import bare, gathered, whole
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
@@ -54,8 +55,14 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
 
 
 def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None:
-    """Save a network of `amed_engine.networks`; notes (training time, loss ...) go into its configuration."""
-    write(path, model.state_dict(), {"kind": "edm_precond", "model": model.config, **notes, **versions()})
+    """Save a network of `amed_engine.networks`; notes (training time, loss ...) go into its configuration.
+
+    What wraps it (torch.compile, AveragedModel, DistributedDataParallel, FSDP) is no part of the file.
+    """
+    with gathered(model):
+        network = bare(model)
+        tensors = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+        write(path, tensors, {"kind": "edm_precond", "model": network.config, **notes, **versions()})
 
 
 def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -19,6 +20,7 @@ from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
 
@@ -112,7 +114,7 @@ _ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
 
 def identify(model: Model) -> str | None:
     """The fingerprint of a model, and of the conditions bound to it; None for a callable without parameters."""
-    own, conditions = fingerprint(model.module), getattr(model.network, "conditions", None)
+    own, conditions = fingerprint(model.network), said(model.network, "conditions")
     if own is None or not getattr(conditions, "count", 0):
         return own
     digest = hashlib.sha256(own.encode())
@@ -122,15 +124,18 @@ def identify(model: Model) -> str | None:
     return digest.hexdigest()
 
 
+def paired_latents(count: int, shape: Sequence[int]) -> Tensor:
+    """The latents (count, *shape) of unit variance that a mean is measured on, z and -z, always the same."""
+    half = torch.randn(-(-count // 2), *shape, generator=torch.Generator().manual_seed(_SEED))
+    return torch.cat([half, -half])[:count] if count > 1 else half
+
+
 @torch.no_grad()
 def _measured(model: Model, sigma: float) -> tuple[Tensor, int]:
     """Rows as `Mean` has them, and over how many latents each is."""
     labels = _label_rows(model)
     count = min(LATENTS, EVALUATIONS // len(labels))
-    generator = torch.Generator().manual_seed(_SEED)
-    half = torch.randn(-(-count // 2), *model.shape, generator=generator)  # type: ignore[misc]
-    latents = torch.cat([half, -half])[:count] if count > 1 else half
-    x = latents.to(model.device) * sigma
+    x = paired_latents(count, model.shape).to(model.device) * sigma  # type: ignore[arg-type]
     rows = [_answer(model, x, sigma, label) for label in labels]
     if model.label_dim and not _knows_none(model):  # nothing asks for it but a mixture of the others
         rows.insert(0, torch.stack(rows).mean(0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, as_denoised
+from amed_engine.sampling.denoiser import Denoised, ask
+from amed_engine.sampling.modules import brings_weights, device_of, dtype_of, module_of, never_writes, said
 
 
 @dataclass(frozen=True)
@@ -25,48 +26,50 @@ class Model:
     sigma_max: float
     name: str | None = None  # in the zoo
     autocast: torch.dtype | None = None  # of the network's arithmetic
+    foreign: bool = True  # see `ask`
+    _computes: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def module(self) -> nn.Module | None:
-        return self.network if isinstance(self.network, nn.Module) else None
+        """What its weights are in: the network, or the module that a partial or a bound method belongs to."""
+        return module_of(self.network)
 
     @property
-    def _parameter(self) -> nn.Parameter | None:
-        # "is not None": some modules have a length, and a compiled one raises when it is asked whether it is true.
-        return next(self.module.parameters(), None) if self.module is not None else None
+    def _dtype(self) -> torch.dtype | None:
+        """What most of it computes in, counted once: again where its first parameter is of another dtype than then."""
+        parameter = None if self.module is None else next(self.module.parameters(), None)
+        first = None if parameter is None else parameter.dtype
+        if first not in self._computes:
+            self._computes[first] = dtype_of(self.network)
+        return self._computes[first]
 
     @property
     def precision(self) -> str | None:
         """Name of the dtype its arithmetic is in, "float32" etc.; None where a callable does not tell."""
-        parameter = self._parameter
-        dtype = self.autocast or (None if parameter is None else parameter.dtype)
+        dtype = self.autocast or self._dtype
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are; without any, what a compiled model says, or the CPU."""
-        parameter = self._parameter
-        own = getattr(self.network, "device", None)
-        known = own if isinstance(own, torch.device) else torch.device("cpu")
-        return known if parameter is None else parameter.device
+        """Where it runs; see `device_of`."""
+        return device_of(self.network)
 
     def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
-        """The network's answer in x's precision. Networks get float32 unless their parameters are float64."""
-        parameter = self._parameter
-        dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
+        """The network's answer in x's precision. Networks get float32 unless they compute in float64."""
+        dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
         inputs = (x.contiguous(memory_format=self.memory_format), sigma, *labels)
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
         # after they changed.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            denoised = as_denoised(self._call(*(tensor.to(dtype) for tensor in inputs)))
+            denoised = self._call(*(tensor.to(dtype) for tensor in inputs))
         _check_answer(denoised.x0, x)
         return denoised._replace(x0=denoised.x0.to(x.dtype))
 
-    def _call(self, *inputs: Tensor) -> Any:
+    def _call(self, *inputs: Tensor) -> Denoised:
         """The network's answer; its own errors say how it was called, which is the cause of most of them."""
         try:
-            return self.network(*inputs)
+            return ask(self.network, *inputs, foreign=self.foreign)
         except (TypeError, RuntimeError) as error:
             names = ("x", "sigma", "labels")[: len(inputs)]
             given = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
@@ -98,9 +101,15 @@ def _check_answer(x0: Tensor, x: Tensor) -> None:
 
 
 def place(model: Model, device: torch.device | str | None) -> torch.device:
-    """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError."""
+    """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError.
+
+    Weights that hooks bring (offloaded ones) stay where they are; what this package puts round them goes where they run.
+    """
     if device is None:
-        return torch.empty(0, device=model.device).device  # with its index, as below
+        device = torch.empty(0, device=model.device).device  # with its index, as below
+        if model.module is not None and brings_weights(model.module):
+            _move(model.module, device)
+        return device
     try:
         device = torch.device(device)
     except RuntimeError as error:
@@ -112,9 +121,23 @@ def place(model: Model, device: torch.device | str | None) -> torch.device:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if model.module is not None:
-        model.module.to(device)
+    if model.module is None:
+        return device
+    if brings_weights(model.module) and device != (own := torch.empty(0, device=model.device).device):
+        raise ConfigError(
+            f"device {str(device)!r} was asked for, but hooks bring the model's weights to {str(own)!r} for each call; leave "
+            "device out, or offload the model to that device"
+        )
+    _move(model.module, device)
     return device
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    if not brings_weights(module):
+        module.to(device)
+    elif never_writes(module):  # of this package, round a network that brings its own
+        for child in module.children():
+            _move(child, device)
 
 
 def tune(
@@ -160,7 +183,7 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
         raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     if not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
-    if not getattr(model.network, "can_guide", True):
+    if not said(model.network, "can_guide", True):
         raise ConfigError(
             'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
             "or null_class, or leave guidance_scale out"

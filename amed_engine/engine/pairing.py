@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters.fingerprint import is_model
+from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
 from amed_engine.solvers.mean import FirstStep, Mean
 from amed_engine.solvers.plan import Plan, best_training_free, make_plan
@@ -242,7 +243,7 @@ def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:
     """A predictor reads a bottleneck of one size; of other models than those that tell theirs, the loop finds out."""
-    expected, own = getattr(predictor, "bottleneck", None), getattr(model.network, "bottleneck_size", None)
+    expected, own = getattr(predictor, "bottleneck", None), said(model.network, "bottleneck_size")
     if expected is not None and own is not None and tuple(own) != tuple(expected):
         raise ConfigError(
             f"this predictor reads bottlenecks of {expected[0]}x{expected[1]}, the model's are {own[0]}x{own[1]}: it was "
@@ -252,9 +253,9 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
 
 def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
-    if model.module is None or plan.model is None:
+    if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
-    elif not is_model(model.module, plan.model):
+    elif not is_model(model.network, plan.model):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
             f"{_REMEDIES[made]}, or verify=False to use it all the same"
@@ -262,7 +263,7 @@ def check_model(model: Model, plan: Plan, made: str) -> None:
 
 
 def _check_levels(model: Model, plan: Plan, made: str) -> None:
-    low, high = (getattr(model.network, name, None) for name in ("sigma_min", "sigma_max"))
+    low, high = (said(model.network, name) for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     if (high and plan.sigmas[0] > 1.01 * high) or (low and plan.sigmas[-1] < 0.99 * low):
         raise ConfigError(

@@ -69,6 +69,7 @@ def make_request(
         noise, drawn = draw(seeds, _shape(model), model.label_dim)
         latents = _sent(noise, device, dtype)
     classes = drawn if class_labels is None else _check_labels(class_labels, model.label_dim, len(latents), look)
+    classes = None if classes is None else classes.clone()  # reported, whatever the caller does to its own
     labels = None if classes is None else vectors(_sent(classes, device), model.label_dim).to(dtype)
     return Request(latents, labels, seeds, classes)
 

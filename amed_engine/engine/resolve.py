@@ -19,6 +19,7 @@ from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import as_module, bound, module_of, never_writes, said
 
 
 def resolve(
@@ -37,7 +38,7 @@ def resolve(
     evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
-    network = _open(model, weights)
+    network = as_module(_open(model, weights))
     if isinstance(network, type):
         raise ConfigError(
             f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
@@ -46,18 +47,20 @@ def resolve(
         raise ConfigError(
             f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
         )
-    if isinstance(network, nn.Module):
+    if (module := module_of(network)) is not None:
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
-            network.eval()
-    if isinstance(check := getattr(network, "check_ready", None), MethodType):  # an adapter knows what it lacks
+            module.eval()
+    if isinstance(check := said(network, "check_ready"), MethodType):  # an adapter knows what it lacks
         check()
+    own_labels = 0 if "class_labels" in bound(network) else int(said(network, "label_dim", 0))
     return Model(
         network=network,
         shape=_sample_shape(shape, _image_shape(network)),
-        label_dim=_label_dim(label_dim, int(getattr(network, "label_dim", 0) or 0)),
-        sigma_min=_sigma("sigma_min", sigma_min, getattr(network, "sigma_min", 0.002)),
-        sigma_max=_sigma("sigma_max", sigma_max, getattr(network, "sigma_max", math.inf)),
+        label_dim=_label_dim(label_dim, own_labels),
+        sigma_min=_sigma("sigma_min", sigma_min, said(network, "sigma_min", 0.002)),
+        sigma_max=_sigma("sigma_max", sigma_max, said(network, "sigma_max", math.inf)),
         name=name,
+        foreign=not never_writes(network),
     )
 
 
@@ -93,9 +96,9 @@ def _sample_shape(given: Any, own: tuple[int, ...] | None) -> tuple[int, ...] | 
 
 
 def _image_shape(network: Any) -> tuple[int, ...] | None:
-    if (shape := getattr(network, "sample_shape", None)) is not None:
+    if (shape := said(network, "sample_shape")) is not None:
         return tuple(shape)
-    channels, size = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
+    channels, size = said(network, "img_channels"), said(network, "img_resolution")
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 
 

@@ -60,7 +60,8 @@ def make_observer(callback: Callable[[StepInfo], None] | None, progress: bool, p
 
     def observe(interval: int, x: Tensor) -> None:
         if callback is not None:
-            callback(StepInfo(interval + 1, plan.intervals, plan.sigmas[interval + 1], x))
+            # A copy: a callback may write to what it gets, or keep it.
+            callback(StepInfo(interval + 1, plan.intervals, plan.sigmas[interval + 1], x.clone()))
         if bar is not None:
             # A chunk that was tried again starts over.
             bar.n = interval + 1

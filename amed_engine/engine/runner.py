@@ -19,6 +19,7 @@ from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import bind_labels, mean_of_labels
 from amed_engine.sampling.loop import integrate
+from amed_engine.sampling.modules import brings_weights
 from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
@@ -50,7 +51,13 @@ class Runner:
         batch_sizes = check_sizes(batch_sizes)  # without a GPU too: what is wrong there should not wait for one
         self.stats = Stats()
         self.cache: GraphCache | None = None
-        if device.type == "cuda" and backend != "eager":
+        brings = brings_weights(model.module)
+        if brings and backend == "graph":
+            raise ConfigError(
+                "backend='graph' needs weights that stay where they are; hooks bring this model's for each call, offloaded or "
+                "stored in another dtype: use backend='auto' or 'eager'"
+            )
+        if device.type == "cuda" and backend != "eager" and not brings:
             insist = backend == "graph"
             self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, insist=insist, stats=self.stats)
 
@@ -136,9 +143,9 @@ class BoundLoop:
         x = latents * self.program.sigmas[0]
         denoiser = bind_labels(self.model.denoise, labels, self.scale)
         rows = self.program.mean
-        mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
+            mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
             return integrate(self.program, denoiser, x, observe, mean)
 
 

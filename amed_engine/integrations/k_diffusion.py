@@ -11,8 +11,9 @@ from tqdm.auto import trange
 
 from amed_engine.adapters.taps import Bottleneck, Tap
 from amed_engine.integrations.common import AnyPredictor, Recorder, make_program
-from amed_engine.sampling.denoiser import analytic_first_step
+from amed_engine.sampling.denoiser import as_denoised
 from amed_engine.sampling.loop import State, Trajectory, evaluate
+from amed_engine.solvers.mean import FirstStep
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def sample_amed(
     *,
     predictor: AnyPredictor,
     bottleneck: Bottleneck | None = None,
-    afs: bool = False,
+    afs: FirstStep = False,
+    mean: Tensor | None = None,
 ) -> Tensor:
     """AMED-Solver, or the solver of the predictor's plan, as a k-diffusion sampler (arXiv:2312.00094).
 
@@ -35,20 +37,24 @@ def sample_amed(
     step with x, i, sigma, sigma_hat and denoised, the state and D at the start of the step. disable: of the progress bar.
     predictor: an AMEDPredictor, a path to one, or one Midpoint per step. bottleneck: what the predictor reads, as the
     dotted name of a submodule of the model, a module, or a function that returns the latest features (B, C, h, w); without
-    one it gets what the model returns as (D, features), or none. afs: the first evaluation is analytic.
+    one it gets what the model returns as (D, features), or none. afs: the first evaluation is analytic, for data about zero
+    (True) or about a mean answer of the model ("mean"): `mean` (1 or B, ...), None for the one in the predictor's plan.
     Returns x at the last noise level. Raises ConfigError.
     """
-    program = make_program(predictor, sigmas, afs, x)
+    program = make_program(predictor, sigmas, afs, x, mean)
     options = dict(extra_args or {})
     with Tap(model, bottleneck) as tap:
         recorder = Recorder(tap.denoiser(lambda y, sigma: model(y, sigma, **options)))
-        trajectory, state = Trajectory(program, recorder), State(x)
+        trajectory, state = Trajectory(program, recorder, program.mean), State(x)
         for i in trange(program.intervals, disable=disable):
-            recorder.first = analytic_first_step(x, program.sigmas[0].expand(len(x))) if program.afs and not i else None
+            analytic = program.afs and not i
+            recorder.first = as_denoised(trajectory.first(x, program.sigmas[0].expand(len(x)))) if analytic else None
             before, state = state.y[0], trajectory.interval(state, i)[-1]
             if callback is not None and recorder.first is not None:
                 sigma = program.sigmas[i]
-                callback({"x": before, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": recorder.first.x0})
+                # Copies of what the trajectory goes on with, the caller's x among them: hosts write to what they get.
+                seen = {"x": before.clone(), "denoised": recorder.first.x0.clone()}
+                callback({**seen, "i": i, "sigma": sigma, "sigma_hat": sigma})
         if program.denoise_to_zero:
             return evaluate(recorder, state.y, (program.sigmas[-1],))[0].x0
         return state.y[0]

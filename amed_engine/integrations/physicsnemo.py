@@ -66,9 +66,9 @@ class AMEDSolver:
         return torch.where(spread(ends, x), recorder.first.x0, moved)
 
     def _denoised(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """D = x - t dx/dt."""
+        """D = x - t dx/dt; the host's function may write to what it is given."""
         sigma = sigma.to(x.dtype)
-        return x - spread(sigma, x) * self.denoiser(x, sigma)
+        return x - spread(sigma, x) * self.denoiser(x.clone(), sigma.clone())
 
     def _midpoint(self, levels: Tensor) -> Callable[..., Midpoint]:
         if isinstance(self.predictor, AMEDPredictor):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import never_writes
 
 
 class Denoised(NamedTuple):
@@ -43,6 +44,29 @@ def as_denoised(output: Any) -> Denoised:
     )
 
 
+def ask(network: Callable[..., Any], *inputs: Any, foreign: bool = True, **conditions: Any) -> Denoised:
+    """The answer of a network (x, sigma[, labels], **conditions) -> D or (D, features).
+
+    foreign: it is of another's making. Such a network may write to what it is given, and may answer in one buffer call after
+    call, as CUDA graphs and TensorRT do: it gets copies, and its answer is copied before it is asked again.
+    """
+    if not foreign:
+        return as_denoised(network(*inputs, **conditions))
+    given = {name: copied(value) for name, value in conditions.items()}
+    answer = as_denoised(network(*map(copied, inputs), **given))
+    return Denoised(answer.x0.clone(), copied(answer.features))
+
+
+def copied(value: Any) -> Any:
+    """A tensor's copy, differentiable; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def owned(denoiser: Denoiser) -> Denoiser:
+    """A caller's denoiser asked as `ask` does; one that never writes stays as it is."""
+    return denoiser if never_writes(denoiser) else lambda x, sigma: ask(denoiser, x, sigma)
+
+
 def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:
     """The denoiser, for a trajectory whose first answer is known: it is given, not computed."""
     known = [answer]
@@ -68,9 +92,10 @@ def mean_of_labels(rows: Tensor, labels: Tensor | None, scale: float | None) -> 
         return rows[:1]
     if len(rows) < 1 + labels.shape[1]:  # one for any class
         labels = (labels != 0).any(1, keepdim=True).to(rows.dtype)
-    weights = labels.to(rows.dtype) * (1 if scale is None else scale)
-    offsets = weights @ (rows[1:] - rows[:1]).flatten(1)
-    return rows[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))
+    # In float64, which no reduced-precision matrix product of the device rounds.
+    weights, exact = labels.double() * (1 if scale is None else scale), rows.double()
+    offsets = weights @ (exact[1:] - exact[:1]).flatten(1)
+    return (exact[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))).to(rows.dtype)
 
 
 def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import combine
-from amed_engine.sampling.denoiser import Denoised, Denoiser, analytic_first_step, as_denoised, thresholded
+from amed_engine.sampling.denoiser import (
+    Denoised,
+    Denoiser,
+    analytic_first_step,
+    as_denoised,
+    copied,
+    owned,
+    thresholded,
+)
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import PredictorLike, Program, Walk
@@ -97,7 +105,10 @@ class Trajectory:
             said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
             if updates is not None:
                 return updates
-            choice = choice(features, sigma, sigma_next) if said is None else said
+            if said is None:  # a caller's own function may write to what it is given
+                levels = (sigma, sigma_next) if fused else (copied(sigma), copied(sigma_next))
+                said = choice(features, *levels)
+            choice = said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
 
@@ -155,7 +166,7 @@ def sample(
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
     options = {"afs": afs, "mean": mean, "denoise_to_zero": denoise_to_zero}
     program = Program.build(solver, sigmas, predictor, **options).on(x.device, x.dtype)
-    states = integrate(program, denoiser, x, mean=program.mean)
+    states = integrate(program, owned(denoiser), x, mean=program.mean)
     return torch.stack(states) if trajectory else states[-1]
 
 

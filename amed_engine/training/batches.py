@@ -20,6 +20,7 @@ from amed_engine.sampling.denoiser import (
     as_denoised,
     bind_labels,
     mean_of_labels,
+    owned,
 )
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan
@@ -31,6 +32,8 @@ Conditions = Iterable[Condition] | None
 @dataclass(frozen=True)
 class BoundDenoiser:
     """The model's own denoiser with conditions bound that can be taken off again, for graphs that have them as an input."""
+
+    lends_copies = True
 
     model: Model
     labels: Tensor | None
@@ -123,8 +126,9 @@ class Batches:
         if condition is None:
             return BoundDenoiser(self.model, None, self.plan.guidance_scale)
         if not isinstance(condition, Tensor):
-            return _whole(condition, part, self.batch)
-        rows = condition[part].to(self.model.device)
+            return owned(_whole(condition, part, self.batch))
+        # A copy: what gives the conditions may give the next ones in the same memory.
+        rows = condition[part].to(self.model.device, copy=True)
         if not rows.is_floating_point():
             rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
         if (given := len(condition)) < part.stop:

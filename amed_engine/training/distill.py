@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.modules import differentiable
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.mean import FirstStep
@@ -109,7 +110,8 @@ def distill(
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
-    with _frozen(resolved.module), torch.enable_grad(), join(resolved.device) as ranks:
+    _check_gradients(resolved.module)
+    with differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
@@ -133,6 +135,17 @@ def _check_objective(objective: str, learn_sigmas: bool) -> None:
     if learn_sigmas and objective != "end_to_end":
         raise ConfigError(
             f"learn_sigmas needs objective='end_to_end', got {objective!r}: the teacher's states are at fixed noise levels"
+        )
+
+
+def _check_gradients(module: nn.Module | None) -> None:
+    """Training asks for the predictor's gradients alone, by autograd.grad, which FSDP does not know."""
+    sharded = ("FullyShardedDataParallel", "FSDPModule")
+    parts = () if module is None else module.modules()
+    if any(kind.__name__ in sharded for part in parts for kind in type(part).__mro__):
+        raise ConfigError(
+            "a model under FSDP gives gradients by backward() alone, which distill cannot use; pass the module that it wraps, "
+            "under DistributedDataParallel if need be, or use fit, which needs no gradients"
         )
 
 
@@ -228,12 +241,16 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
 
 @contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
-    """The denoiser's parameters without gradients, put back as they were afterwards."""
-    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    """The denoiser's parameters without gradients, put back as they were afterwards; DistributedDataParallel waits for none."""
+    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with ExitStack() as stack:
+        for part in () if module is None else module.modules():
+            if isinstance(part, nn.parallel.DistributedDataParallel):
+                stack.enter_context(part.no_sync())
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)

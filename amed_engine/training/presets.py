@@ -76,4 +76,4 @@ def noise_range(model: Model) -> dict[str, Any]:
 
 def made_for(model: Model, plan: Plan) -> Plan:
     """The plan of a predictor that was trained for this model and no other."""
-    return replace(plan, model=fingerprint(model.module), dtype=model.precision)
+    return replace(plan, model=fingerprint(model.network), dtype=model.precision)

@@ -217,7 +217,7 @@ class StudentRun:
         self.state = self.trajectory.interval(self.state, i)[-1]
 
     def _loss(self, target: Tensor) -> Tensor:
-        losses = self.trainer.loss(self.state.y[0], target)
+        losses = self.trainer.loss(self.state.y[0].clone(), target.clone())  # the caller's, which may write to them
         if not isinstance(losses, Tensor) or losses.shape != target.shape[:1]:
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigError(f"loss must return one number per sample, shape ({len(target)},), got {got}")

@@ -169,7 +169,10 @@ def test_a_model_s_own_range_is_sampled_over_and_a_plan_that_leaves_some_of_it_w
     Sampler(Wide(), solver="euler", shape=SHAPE, schedule=torch.tensor([80.0, 1.0]))
     assert not caplog.records
     Sampler(Wide(), plan=make_plan(5, solver="euler", sigma_min=0.06), shape=SHAPE)
-    assert "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out" in caplog.text
+    assert (
+        "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out"
+        in caplog.text
+    )
 
 
 def test_seeds_give_the_same_images_whatever_the_default_dtype_and_device():

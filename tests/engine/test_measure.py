@@ -1,4 +1,7 @@
-"""The mean answer of a model: what is measured, how often the network is asked, and what becomes of it."""
+"""The mean answer of a model: what is measured, how often the network is asked, and what becomes of it.
+
+Tolerances of 1e-4: sigma_0 is not infinite, and the mean answer of data about m is (1 - 4e-5) m there.
+"""
 
 import dataclasses
 import logging
@@ -42,7 +45,7 @@ def test_the_mean_of_gaussian_data_is_their_mean():
     model = Classes()
     mean = measure_mean(model)
     # Pairs z, -z: the answers' linear part cancels, and a Gaussian's has no other.
-    torch.testing.assert_close(mean.rows(), MEANS[:1], rtol=1e-4, atol=1e-4)  # sigma_0 is not infinite: 1 - 4e-5 of m
+    torch.testing.assert_close(mean.rows(), MEANS[:1], rtol=1e-4, atol=1e-4)
     assert (model.rows, mean.latents, mean.classes, mean.sigma, mean.dtype) == (LATENTS, LATENTS, 0, 80.0, "float32")
 
 
@@ -50,14 +53,14 @@ def test_the_mean_of_gaussian_data_is_their_mean():
 def test_each_class_has_a_mean_and_none_has_one(classes):
     model = Classes(classes)
     mean = measure_mean(model)
-    torch.testing.assert_close(mean.rows(), MEANS[: 1 + classes], rtol=1e-4, atol=1e-4)  # sigma_0 is not infinite: 1 - 4e-5 of m
+    torch.testing.assert_close(mean.rows(), MEANS[: 1 + classes], rtol=1e-4, atol=1e-4)
     assert model.rows == (1 + classes) * LATENTS
 
 
 def test_where_no_class_is_unknown_to_the_network_it_is_not_asked():
     model = Classes(4, can_guide=False)
     mean = measure_mean(model)
-    torch.testing.assert_close(mean.rows()[0], MEANS[1:].mean(0), rtol=1e-4, atol=1e-4)  # sigma_0 is not infinite: 1 - 4e-5 of m
+    torch.testing.assert_close(mean.rows()[0], MEANS[1:].mean(0), rtol=1e-4, atol=1e-4)
     assert model.rows == 4 * LATENTS
 
 
@@ -109,7 +112,7 @@ def test_each_bound_condition_has_a_mean_of_its_own():
     assert mean.rows()[:, 0, 0, 0].tolist() == pytest.approx(list(range(-1, 40)))
     other = wrap(model.network, "x0", shape=SHAPE, conditions={"encoder_hidden_states": texts + 1})
     with pytest.raises(ConfigError, match="measured on another model"):
-        Sampler(other, plan=make_plan(4, solver="euler", sigma_max=mean.sigma, mean=mean))
+        Sampler(other, plan=make_plan(4, solver="euler", sigma_min=0.02, sigma_max=mean.sigma, mean=mean))
 
 
 # ---- the sampler
@@ -173,6 +176,14 @@ def test_each_sample_starts_about_the_mean_of_its_class_under_guidance(scale):
     m = MEANS[:1] + (1 if scale is None else scale) * (MEANS[1 + labels] - MEANS[:1])
     expected = x * 80 + (10 - 80) * (x * 80 - m) / (1 + 80.0**2) ** 0.5
     torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_caller_s_autocast_does_not_round_the_mean():
+    sampler = Sampler(Classes(4), solver="euler", schedule=torch.tensor([80.0, 10.0]), afs="mean")
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    expected = sampler.run(x, [2, 0, 3]).images
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler.run(x, [2, 0, 3]).images, expected)
 
 
 def test_a_mean_travels_in_plan_and_predictor_files(tmp_path, tiny_model):

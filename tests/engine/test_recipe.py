@@ -210,9 +210,7 @@ def test_a_predictor_with_a_plan_takes_only_its_own(tiny_model, learned):
         {"schedule": "custom"},
         {"midpoint": False},
     ):
-        with pytest.raises(
-            ConfigError, match=rf"the plan given .* differ in {next(iter(changes))}; leave the plan out"
-        ):
+        with pytest.raises(ConfigError, match=rf"the plan given .* differ in {', '.join(changes)}; leave the plan out"):
             Sampler(tiny_model, predictor, plan=replace(learned, **changes))
 
 

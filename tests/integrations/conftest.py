@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mean_answers import make_mean
 
 from amed_engine import AMEDPredictor, Sampler, make_plan
 
@@ -30,6 +31,12 @@ def make_predictor(plan, scale: float = 4.0) -> AMEDPredictor:
                 parameter.mul_(scale)
     predictor.plan = plan
     return predictor.eval()
+
+
+@pytest.fixture
+def about_mean() -> AMEDPredictor:
+    """For AMED-Solver on three intervals, the first evaluation about a mean answer."""
+    return make_predictor(make_plan(5, solver="amed", afs="mean", mean=make_mean()))
 
 
 @pytest.fixture(params=[4, 5], ids=["NFE4", "NFE5-AFS"])

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from mean_answers import make_mean
 
 from amed_engine import ConfigError, Sampler, make_plan, save_predictor
 from amed_engine.errors import MissingDependency
@@ -222,6 +223,44 @@ def test_a_flow_model_draws_the_same_by_its_own_times(comfy, tiny_conditional, g
     assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_first_step_about_a_mean_is_guided_as_the_images_are(comfy, tiny_conditional, about_mean, latents, rows):
+    """One for all, or one for no class and one for any, which guidance makes one."""
+    mean = make_mean(rows, 10 * (rows - 1))
+    about_mean.plan = make_plan(5, solver="amed", afs="mean", mean=mean, guidance_scale=GUIDANCE)
+    drawn = draw(tiny_conditional, about_mean, latents, [[1, 0]])
+    if rows == 1:  # the engine wants one for no class beside it
+        about_mean.plan = about_mean.plan.about(replace(mean, data=mean.data * 2, classes=10))
+    asked = {"class_labels": [3, 1, 4], "guidance_scale": GUIDANCE}
+    expected = Sampler(tiny_conditional, about_mean).run(latents, **asked).images
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_flow_model_starts_about_the_same_mean(comfy, tiny_conditional, about_mean, latents):
+    def flow(x, t, labels):
+        rest = (1 - t).reshape(-1, 1, 1, 1)
+        return tiny_conditional(x / rest, t / (1 - t), labels)
+
+    options = {"sigma_max": 9.0, "guidance_scale": GUIDANCE}
+    about_mean.plan = make_plan(5, solver="amed", afs="mean", mean=make_mean(2, 10, sigma=9.0), **options)
+    asked = {"class_labels": [3, 1, 4], "guidance_scale": GUIDANCE}
+    expected = Sampler(tiny_conditional, about_mean).run(latents, **asked).images
+    drawn = draw(flow, about_mean, latents, [[1, 0]], CONST)
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_mean_for_each_class_is_refused_when_the_sampler_is_made(comfy, tiny_conditional, about_mean):
+    about_mean.plan = about_mean.plan.about(make_mean(11, 10))
+    match = "a mean answer for each of 10 classes, and no class is seen here; use Sampler or AMEDPipeline"
+    with pytest.raises(ConfigError, match=match):
+        NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional), about_mean)
+    with pytest.raises(ConfigError, match=match):
+        sampler_entry(about_mean)
+    about_mean.plan = replace(about_mean.plan, mean=None)
+    with pytest.raises(ConfigError, match="yet to be measured"):
+        sampler_entry(about_mean)
+
+
 def test_a_flow_model_is_not_given_the_levels_of_another(comfy, tiny_conditional, guided, latents):
     _, sampler = NODE_CLASS_MAPPINGS["AMEDSampler"]().get_sampler(Patcher(tiny_conditional, CONST), guided)
     (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(guided)
@@ -351,9 +390,11 @@ def test_a_predictor_without_levels_is_refused(comfy, guided):
         NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(guided)
 
 
-def test_webui_entries_draw_the_same(comfy, tiny_model, predictor, latents, expected):
+@pytest.mark.parametrize("first", ["the predictor's own", "about a mean"])
+def test_webui_entries_draw_the_same(comfy, tiny_model, predictor, about_mean, latents, first):
     """Called as A1111 and Forge call: sigmas by name, the function's parameters looked up by inspection."""
-    seen = []
+    predictor, seen = about_mean if first == "about a mean" else predictor, []
+    expected = Sampler(tiny_model, predictor).run(latents).images
 
     def model(x, sigma, **conditions):
         x0, features = tiny_model(x, sigma)

@@ -5,6 +5,8 @@ import torch
 
 from amed_engine import ConfigError, Sampler, make_plan
 from amed_engine.adapters import wrap_pipeline
+from amed_engine.engine.measure import paired_latents
+from amed_engine.solvers.mean import Mean
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers, which prompts need, is not installed")
@@ -81,6 +83,30 @@ def test_prompts_draw_what_the_engine_draws_of_the_wrapped_pipeline(xl, pipe, pr
         assert not close(pipe(["a b", "d"], **asked).images, expected)
 
 
+@torch.no_grad()
+def test_prompts_start_about_their_own_mean_answers(xl, about_mean, latents):
+    """To the pooled embeddings too: as the engine does with those of two classes, which are these prompts."""
+    options = {"sigma_min": 0.03, "sigma_max": 14.0, "guidance_scale": 4.0}
+    about_mean.plan = make_plan(5, solver="amed", afs="mean", **options)
+    pipe = AMEDPipeline.from_pipe(xl, predictor=about_mean)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"negative_prompt": "h", "guidance_scale": 4.0, "latents": latents, "output_type": "latent"}
+    drawn = pipe(["a b", "c"], **asked).images
+    denoiser = wrap_pipeline(xl, ["a b", "c"], negative_prompt="h")
+    x, labels = torch.cat([paired_latents(1, (4, 8, 8)) * 14] * 3), torch.eye(3, 2).roll(1, 0)
+    rows = denoiser(x, torch.full((3,), 14.0), labels).x0
+    about_mean.plan = about_mean.plan.about(Mean.of(rows, classes=2, sigma=14.0, latents=1))
+    expected = Sampler(denoiser, about_mean).run(latents, class_labels=[0, 1], guidance_scale=4.0).images
+    assert close(drawn, expected)
+    shared = {f"{name}prompt_embeds": torch.ones(2, 8, 32) for name in ("", "negative_")}
+    pooled = {"pooled_prompt_embeds": torch.eye(2, 12), "negative_pooled_prompt_embeds": torch.zeros(2, 12)}
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    pipe(**shared, **pooled, **{name: asked[name] for name in ("guidance_scale", "latents", "output_type")})
+    handle.remove()
+    assert calls == [4] * 6  # two prompts by their pooled embeddings alone
+
+
 @ONE
 def test_embeddings_are_the_same_as_their_prompts(xl, pipe, latents):
     asked = {"guidance_scale": 4.0, "latents": latents, "output_type": "latent"}
@@ -129,3 +155,33 @@ def test_rows_of_pooled_embeddings_are_counted(pipe):
         pipe(**rows, pooled_prompt_embeds=torch.zeros(1, 12), guidance_scale=4.0)
     with pytest.raises(ConfigError, match="needs negative_pooled_prompt_embeds"):
         pipe(**rows, pooled_prompt_embeds=torch.zeros(2, 12), guidance_scale=4.0)
+
+
+def test_the_network_is_told_the_size_that_is_drawn(xl):
+    denoiser = wrap_pipeline(xl, ["a", "b"], shape=(4, 4, 12))
+    size = 4 * xl.vae_scale_factor, 12 * xl.vae_scale_factor
+    expected = xl._get_add_time_ids(size, (0, 0), size, torch.float32, 12)
+    assert torch.equal(denoiser.conditions.table_time_ids, expected.expand(3, -1))  # of both prompts and of none
+    own = 8 * xl.vae_scale_factor
+    assert wrap_pipeline(xl, "a").conditions.table_time_ids[0].tolist() == [own, own, 0, 0, own, own]
+
+
+def test_without_a_negative_prompt_it_leads_away_from_what_the_pipeline_does(xl):
+    """Zeros; an empty prompt that is given is encoded."""
+    encode = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    for negative in (None, "", "bad"):
+        conditions = wrap_pipeline(xl, "a b", negative_prompt=negative).conditions
+        _, embeds, _, pooled = xl.encode_prompt("a b", negative_prompt=negative, **encode)
+        assert torch.equal(conditions.table_encoder_hidden_states[-1], embeds[0])
+        assert torch.equal(conditions.table_text_embeds[-1], pooled[0])
+        assert bool(embeds.any()) is (negative is not None)
+
+
+def test_a_network_that_is_told_an_aesthetic_score_is_refused(xl):
+    refiner = diffusers.UNet2DConditionModel.from_config(
+        {**xl.unet.config, "projection_class_embeddings_input_dim": 12 + 5 * 8}
+    )
+    parts = {**xl.components, "unet": refiner, "image_encoder": None, "feature_extractor": None}
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    with pytest.raises(ConfigError, match="told 5 numbers of 8, expected the 6 of SDXL's sizes; the Refiner"):
+        wrap_pipeline(pipe, "a")

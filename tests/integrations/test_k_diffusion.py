@@ -5,11 +5,13 @@ import logging
 
 import pytest
 import torch
+from mean_answers import make_mean
 from torch import nn
 
 from amed_engine import ConfigError, Midpoint, Sampler, make_plan, make_schedule, sample, save_predictor
 from amed_engine.integrations.common import constants
 from amed_engine.integrations.k_diffusion import sample_amed
+from amed_engine.sampling.denoiser import dynamic_thresholding, mean_of_labels
 from amed_engine.solvers import make_solver
 
 
@@ -172,6 +174,69 @@ def test_levels_and_first_step_of_the_plan_are_held(wrapped, predictor, latents)
         sample_amed(
             wrapped, latents, predictor.plan.levels, predictor=predictor, disable=True, afs=not predictor.plan.afs
         )
+
+
+def test_a_first_step_about_the_mean_of_the_plan(wrapped, about_mean, latents):
+    infos = []
+    drawn = draw(wrapped, about_mean, latents, callback=infos.append)
+    assert (drawn - Sampler(wrapped.inner_model, about_mean).run(latents).images).abs().max() < 1e-5
+    assert len(wrapped.calls) == about_mean.plan.nfe == 5
+    x, mean = latents * 80, about_mean.plan.mean.rows()
+    torch.testing.assert_close(infos[0]["denoised"], x - 80 * (x - mean) / 6401**0.5, rtol=0, atol=1e-4)
+    about_mean.plan = make_plan(5, solver="amed", afs=True)
+    assert (drawn - draw(wrapped, about_mean, latents)).abs().max() > 1e-2
+
+
+def test_a_first_step_about_the_mean_of_each_class(tiny_conditional, about_mean, latents):
+    """Only the caller knows the classes."""
+    wrapped, labels = Wrapped(tiny_conditional), torch.eye(10)[[3, 1, 4]]
+    about_mean.plan = make_plan(5, solver="amed", afs="mean", mean=make_mean(11, 10))
+    told = {"extra_args": {"class_labels": labels}}
+    mean = mean_of_labels(about_mean.plan.mean.rows(), labels, None)
+    drawn = draw(wrapped, about_mean, latents, mean=mean, **told)
+    expected = Sampler(tiny_conditional, about_mean).run(latents, class_labels=[3, 1, 4]).images
+    assert (drawn - expected).abs().max() < 1e-5
+    assert (draw(wrapped, about_mean, latents, mean=mean.flip(0), **told) - expected).abs().max() > 1e-2
+    with pytest.raises(ConfigError, match=r"a mean answer for each class.*pass mean="):
+        draw(wrapped, about_mean, latents, **told)
+
+
+def test_constants_start_about_a_mean_too(gaussian_denoiser, latents):
+    sigmas, mids = make_schedule("polynomial", 4, 0.002, 80.0), [(0.4, 1.02), (0.6,), (0.5,)]
+    mean = make_mean().rows()
+    how = {"afs": "mean", "mean": mean}
+    drawn = sample_amed(gaussian_denoiser, latents * 80, sigmas.float(), disable=True, predictor=mids, **how)
+    expected = sample(gaussian_denoiser, latents * 80, sigmas, make_solver("amed"), [Midpoint(*m) for m in mids], **how)
+    assert (drawn - expected).abs().max() < 1e-5
+
+
+def test_the_callback_sees_a_first_answer_that_was_thresholded(wrapped, predictor, latents):
+    options = {"max_order": 2, "thresholding": True}
+    predictor.plan = make_plan(5, solver="dpmpp", options=options, midpoint=True, afs=True)
+    latents, infos = latents * 3, []
+    drawn = draw(wrapped, predictor, latents, callback=infos.append)
+    assert (drawn - Sampler(wrapped.inner_model, predictor).run(latents).images).abs().max() < 1e-5
+    x = latents * 80
+    expected = dynamic_thresholding(x - 80 * x / 6401**0.5)
+    torch.testing.assert_close(infos[0]["denoised"], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mean": torch.zeros(1, 1, 4, 4)}, r"mean answer of shape \(1, 1, 4, 4\), got samples of \(3, 1, 8, 8\)"),
+        ({"mean": torch.zeros(2, 1, 8, 8)}, r"mean answer of shape \(2, 1, 8, 8\), got samples of \(3, 1, 8, 8\)"),
+        ({"predictor": [(0.5,)] * 3, "afs": "zero"}, "afs must be True, False, 'mean' or None, got 'zero'"),
+        ({"afs": True}, "trained for afs='mean', got afs=True"),
+        ({"predictor": [(0.5,)] * 3}, "about the mean answer of a model needs one; pass mean="),
+        ({"predictor": [(0.5,)] * 3, "afs": True, "mean": torch.zeros(1, 1, 8, 8)}, "leave mean out"),
+    ],
+)
+def test_a_mean_that_cannot_be_started_about_is_refused(wrapped, about_mean, latents, options, match):
+    sigmas = about_mean.plan.levels
+    options = {"predictor": about_mean, "afs": "mean", "disable": True} | options
+    with pytest.raises(ConfigError, match=match):
+        sample_amed(wrapped, latents * 80, sigmas, **options)
 
 
 def test_a_denoiser_of_the_package_itself(latents):

@@ -27,6 +27,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import BoundLoop
 from amed_engine.errors import AmedError, ConfigError, require
+from amed_engine.sampling.modules import passed_on
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
@@ -80,8 +81,7 @@ class LoopModule(nn.Module):
 
     def __init__(self, loop: BoundLoop):
         super().__init__()
-        # AOTInductor compiles by itself; a compiled network would be one inside the other.
-        network = getattr(loop.model.network, "_orig_mod", loop.model.network)
+        network = _unwrapped(loop.model.network)
         self._loop = replace(loop, model=replace(loop.model, network=network))
         # Registered, so that their parameters are weights of the graph and not constants in it.
         self.network = network if isinstance(network, nn.Module) else None
@@ -89,6 +89,12 @@ class LoopModule(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._loop(latents, labels)
+
+
+def _unwrapped(network: Any) -> Any:
+    """AOTInductor compiles by itself, and a file runs on one device: what torch.compile or DataParallel wraps."""
+    found = passed_on(network) if isinstance(network, nn.Module) else None
+    return network if found is None or found[0] not in ("_orig_mod", "module") else _unwrapped(found[1])
 
 
 def trace(job: Job) -> torch.export.ExportedProgram:

@@ -61,7 +61,8 @@ def batches(source: Images, batch: int = BATCH) -> Iterator[Tensor]:
 def read_features(source: Images, features: str | Extractor, device: torch.device | str = "cpu") -> Tensor:
     """Features (N, F) of all images: for precision and recall, which compare image with image. Raises as `batches`."""
     extract = extractor(features, device)
-    found = [extract(images) for images in batches(source)]
+    # Copies, of what a source or an extractor may give the next time in the same memory, or write to.
+    found = [extract(images.clone()).clone() for images in batches(source)]
     if not found:
         raise ConfigError("the source has no images")
     return torch.cat(found)
@@ -75,7 +76,7 @@ def gather(source: Images | Statistics, features: str | Extractor, device: torch
         return Statistics.load(source)
     extract, statistics = extractor(features, device), Statistics()
     for images in batches(source):
-        statistics.update(extract(images))
+        statistics.update(extract(images.clone()))  # an extractor may write to what it is given
     return statistics
 
 

@@ -16,6 +16,7 @@ from amed_engine.checkpoints import load_predictor
 from amed_engine.errors import ConfigError, require
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.flow import sample_amed_flow, to_flow
+from amed_engine.integrations.common import one_mean
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -29,6 +30,13 @@ def plan_of(predictor: AMEDPredictor) -> Plan:
     if predictor.plan is None:
         raise ConfigError("this predictor does not say which noise levels it is for; save it with its plan")
     return predictor.plan
+
+
+def options_of(predictor: AMEDPredictor) -> dict[str, Any]:
+    """What `sample_amed` is told of a predictor. Raises ConfigError for one that starts where each class has its own mean."""
+    plan = plan_of(predictor)
+    mean = one_mean(plan)
+    return {"predictor": predictor, "afs": plan.afs, "mean": None if mean is None else mean.rows()}
 
 
 class AMEDPredictorLoader:
@@ -80,7 +88,7 @@ class AMEDSampler:
     def get_sampler(self, model: Any, predictor: AMEDPredictor, bottleneck: str = "middle_block") -> tuple[Any, Any]:
         if bottleneck not in ("middle_block", "none"):
             raise ConfigError(f"bottleneck must be middle_block or none, got {bottleneck!r}")
-        options: dict[str, Any] = {"predictor": predictor, "afs": plan_of(predictor).afs}
+        options = options_of(predictor)
         if bottleneck == "middle_block":
             features, model = ConditionalFeatures(), model.clone()
             model.set_model_middle_block_after_patch(features.patch)

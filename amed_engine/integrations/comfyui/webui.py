@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amed_engine.adapters.taps import Bottleneck
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.comfyui.nodes import plan_of
+from amed_engine.integrations.comfyui.nodes import options_of, plan_of
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 
@@ -24,8 +24,8 @@ def sampler_entry(
     Guidance is batched inside the host's model, so `bottleneck` is a function that returns the conditional rows, e.g.
     `ConditionalFeatures().take`; without one the predictor works as constants.
     """
-    options = {"predictor": predictor, "bottleneck": bottleneck, "afs": plan_of(predictor).afs}
-    return label, functools.partial(sample_amed, **options), [label.lower()], {}
+    function = functools.partial(sample_amed, bottleneck=bottleneck, **options_of(predictor))
+    return label, function, [label.lower()], {}
 
 
 def schedule(predictor: AMEDPredictor) -> Callable[..., Tensor]:

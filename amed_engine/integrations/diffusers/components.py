@@ -26,16 +26,14 @@ def check_channels(unet: Any, vae: Any) -> None:
 def check_trained_for(plan: Plan | None, unet: Any, scheduler: Any, null_class: int | None) -> None:
     """Raise ConfigError where the plan has the fingerprint of another network, or of another wrapping than `wrap`'s.
 
-    A plan without a fingerprint, and EDM's networks of v or x0 prediction, which `wrap` does not know, are not compared.
+    A plan without a fingerprint, and EDM's networks of x0 prediction, which `wrap` does not know, are not compared.
     """
     model: Parameterization = scheduler.model
     if plan is None or plan.model is None or not isinstance(unet, nn.Module):
         return
-    discrete = isinstance(model.family, DiscreteSteps)
-    if not discrete and model.prediction_type != "epsilon":
+    if model.prediction_type == "sample" and not isinstance(model.family, DiscreteSteps):
         return
-    how: dict[str, Any] = {"scheduler": scheduler} if discrete else {"prediction": model.family}
-    wrapped = wrap(unet, **how, null_class=null_class, verify=False)
+    wrapped = wrap(unet, scheduler=scheduler, null_class=null_class, verify=False)
     try:
         same = is_model(wrapped, plan.model)
     finally:

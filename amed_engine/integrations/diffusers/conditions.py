@@ -38,6 +38,11 @@ class Conditions(NamedTuple):
         told, none = ({name: _repeated(rows, batch) for name, rows in table.items()} for table in self[:2])
         return Conditions(told, none, self.scale)
 
+    def select(self, indices: list[int]) -> Conditions:
+        """These rows."""
+        told, none = ({name: rows[indices] for name, rows in table.items()} for table in self[:2])
+        return Conditions(told, none, self.scale)
+
     def to(self, device: torch.device) -> Conditions:
         told, none = ({name: rows.to(device) for name, rows in table.items()} for table in self[:2])
         return Conditions(told, none, self.scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,20 +12,24 @@ from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.schedulers import NAMES
+from amed_engine.adapters.schedulers import KINDS, NAMES, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
 
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}  # here: there
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+# What `wrap` reads of a scheduler itself, and a configuration alone does not tell.
+UNREAD = {"rescale_betas_zero_snr", "snr_shift_scale", "timestep_type"}
+# Fields by the names of other classes that say where this one begins and ends, not what the network is.
+OWN = {"final_sigmas_type", "rho", "sigma_max", "sigma_min", "sigma_schedule"}
 
 
 @dataclass(frozen=True)
 class Parameterization:
     """Between a network F(scale·x; timestep) and D = skip·x + out·F, at noise levels () or (B,), as its family has them.
 
-    EDM's networks of v_prediction have the other sign of out; D = F for sample.
+    D = F for sample.
     """
 
     prediction_type: str
@@ -38,14 +42,22 @@ class Parameterization:
         if told not in PREDICTIONS:
             raise ConfigError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {told!r}")
         alphas = _alphas(config)
-        return cls(told, EDM(float(config["sigma_data"])) if alphas is None else DiscreteSteps(NAMES[told], alphas))
+        if alphas is not None:
+            return cls(told, DiscreteSteps(NAMES[told], alphas))
+        trained = "epsilon" if told == "sample" else told  # of D itself there is nothing to precondition but the input
+        return cls(told, edm_of("AMEDScheduler", {**config, "prediction_type": trained}))
 
     def range(self, sigma_min: float | None, sigma_max: float | None) -> tuple[float, float]:
         """The wished range of noise levels, inside that of a discrete model."""
         low, high = self.family.sigma_min, self.family.sigma_max
         if isinstance(self.family, EDM):
-            return own_range(low if sigma_min is None else sigma_min, high if sigma_max is None else sigma_max)
-        return max(low, sigma_min or low), min(high, sigma_max or high)
+            return own_range(low, high)
+        return own_range(max(low, sigma_min or low), min(high, sigma_max or high))
+
+    def unsaid(self, config: Mapping[str, Any]) -> dict[str, None]:
+        """The ends of the range that a discrete model's configuration leaves to the defaults, which are EDM's: its own."""
+        ends = ("sigma_min", "sigma_max") if isinstance(self.family, DiscreteSteps) else ()
+        return dict.fromkeys(end for end in ends if end in config.get("_use_default_values", ()))
 
     def levels(self, schedule: str, count: int, low: float, high: float, rho: float) -> Tensor:
         """`count` noise levels, (count,) float64: "karras" or "exponential"."""
@@ -66,12 +78,11 @@ class Parameterization:
         return x * self.family.mix(_like(sigma, x))[2]
 
     def denoised(self, x: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
-        """D from the network's output at x."""
+        """D from the network's output at x, in memory of its own."""
         if self.prediction_type == "sample":
-            return output
+            return output.clone()
         skip, out, _ = self.family.mix(_like(sigma, x))
-        opposite = isinstance(self.family, EDM) and self.prediction_type == "v_prediction"
-        return skip * x + (-out if opposite else out) * output
+        return skip * x + out * output
 
 
 def _like(sigma: Tensor, x: Tensor) -> Tensor:
@@ -87,28 +98,59 @@ def translated(config: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
     """
     if not isinstance(config, Mapping):
         return config
-    if "shift" in config or config.get("use_flow_sigmas"):
-        raise ConfigError(
-            "this configuration is of a flow-matching model, AMEDScheduler is for epsilon, v and x0 prediction: sample it "
-            "with amed_engine.adapters.wrap_pipeline and Sampler"
-        )
-    if config.get("rescale_betas_zero_snr"):
-        raise ConfigError(
-            "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas instead"
-        )
+    _check_understood(config, parameters)
     defaults = config.get("_use_default_values", [])
     agree = [name for name in defaults if name not in parameters or config.get(name) == parameters[name].default]
     return {**config, "_use_default_values": agree}
 
 
+def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Raise ConfigError for a configuration of another kind of model, or with a field that would be lost."""
+    name = config.get("_class_name", "this configuration")
+    if "shift" in config or config.get("use_flow_sigmas") or KINDS.get(name) == "flow":
+        raise ConfigError(
+            f"{name} is of a flow-matching model, AMEDScheduler is for epsilon, v and x0 prediction: sample it "
+            "with amed_engine.adapters.wrap_pipeline and Sampler"
+        )
+    if "_class_name" in config and name not in KINDS:
+        raise ConfigError(f"{name} is not known; pass the settings of the model to AMEDScheduler(...) themselves")
+    if config.get("timestep_type") == "continuous":
+        raise ConfigError(
+            f"{name} has timestep_type='continuous'; with v_prediction that is AMEDScheduler(sigma_data=1.0, "
+            "prediction_type='v_prediction', sigma_min=..., sigma_max=...), of others nothing is known"
+        )
+    if "trained_betas" in config and "prediction_type" not in config:
+        raise ConfigError(
+            f"{name} does not say what the network predicts; add prediction_type, or pass AMEDScheduler(...)"
+        )
+    if {"solver_order", "sigma_data"} <= set(config) and not {"algorithm_type", "beta_schedule"} & set(config):
+        raise ConfigError(
+            f"{name} is CosineDPMSolverMultistepScheduler's, whose network is told 2/pi·atan(sigma): not known"
+        )
+    check_fields(str(name), config, (READ["discrete"] - UNREAD) | set(parameters))
+
+
+def given_back(config: Mapping[str, Any], changed: Iterable[str]) -> dict[str, list[str]]:
+    """The entry of a configuration that leaves to the next class what was changed for the trajectories of this one alone.
+
+    diffusers passes on no field in it, so that each class has its own there.
+    """
+    known = list(config.get("_use_default_values", ()))
+    own = sorted((set(changed) & OWN) - set(known))
+    return {"_use_default_values": known + own} if own else {}
+
+
 def _alphas(config: Mapping[str, Any]) -> Tensor | None:
     """alphas_cumprod of the training steps, (num_train_timesteps,) float64; None for a model without steps."""
-    name = config["beta_schedule"]
+    name, steps = config["beta_schedule"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
+        if len(config["trained_betas"]) != steps:
+            raise ConfigError(
+                f"trained_betas are of {len(config['trained_betas'])} steps, num_train_timesteps is {steps}; make them the same"
+            )
         return (1 - torch.as_tensor(config["trained_betas"], dtype=torch.float64)).cumprod(0)
     if name is None:
         return None
     if name not in BETA_SCHEDULES:
         raise ConfigError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)} or None, got {name!r}")
-    steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    return alphas_cumprod(BETA_SCHEDULES[name], steps, start, end)
+    return alphas_cumprod(BETA_SCHEDULES[name], steps, config["beta_start"], config["beta_end"])

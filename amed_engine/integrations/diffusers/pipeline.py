@@ -17,7 +17,7 @@ from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.latents import decode_latents, time_ids
 from amed_engine.adapters.taps import Tap
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import make_program, open_predictor
+from amed_engine.integrations.common import check_start, make_program, open_predictor
 from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,
@@ -28,11 +28,13 @@ from amed_engine.integrations.diffusers.conditions import (
     of_prompts,
     with_pooled,
 )
+from amed_engine.integrations.diffusers.means import PromptMeans, mean_of_classes
 from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
 from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
 from amed_engine.integrations.diffusers.text import Prompts
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.loop import State, Trajectory, evaluate
+from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -76,7 +78,7 @@ class AMEDPipeline(DiffusionPipeline):
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
         check_channels(unet, vae)
         if not isinstance(scheduler, AMEDScheduler):
-            scheduler = AMEDScheduler.from_config(scheduler.config)
+            scheduler = AMEDScheduler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
         if verify and predictor is not None:
             check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
         texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}
@@ -86,6 +88,7 @@ class AMEDPipeline(DiffusionPipeline):
         self.register_to_config(null_class=null_class, verify=verify)
         self.image_processor = VaeImageProcessor()
         self._interrupt, self._num_timesteps = False, 0
+        self._means = PromptMeans()
 
     @property
     def interrupt(self) -> bool:
@@ -144,10 +147,12 @@ class AMEDPipeline(DiffusionPipeline):
             texts = self.encode_prompt(**given, **how)
         conditions = self._conditions(class_labels, texts, scale)
         latents = self._latents((conditions.rows or 1) if batch_size is None else batch_size, generator, latents)
-        program = self._program(num_inference_steps, latents)
+        told = conditions.expand(len(latents))
+        program = self._program(num_inference_steps, latents, conditions)
+        check_start(program.mean, latents)
         self._interrupt, self._num_timesteps = False, program.intervals
         with self._tap() as tap:
-            denoiser = conditions.expand(len(latents)).bind(self._tapped(tap))
+            denoiser = told.bind(self._tapped(tap))
             names = callback_on_step_end_tensor_inputs
             images = self._loop(program, denoiser, latents * program.sigmas[0], callback_on_step_end, names)
         if self.vae is not None and output_type != "latent":
@@ -202,7 +207,8 @@ class AMEDPipeline(DiffusionPipeline):
     def _ask(self, x: Tensor, sigma: Tensor, told: dict[str, Tensor]) -> Denoised:
         model = self.scheduler.model
         scaled = model.scaled(x, sigma).to(self.unet.dtype)
-        output = self.unet(scaled, model.timestep(sigma), **keywords(None, told), return_dict=False)[0]
+        lent = {name: value.clone() for name, value in told.items()}  # the network may write to them
+        output = self.unet(scaled, model.timestep(sigma), **keywords(None, lent), return_dict=False)[0]
         # Some models estimate variances as well, in as many channels again.
         return Denoised(model.denoised(x, output[:, : x.shape[1]].to(x.dtype), sigma))
 
@@ -239,7 +245,7 @@ class AMEDPipeline(DiffusionPipeline):
         told = of_classes(labels, facts.label_dim, null, scale)
         return told.to(self._execution_device)
 
-    def _program(self, steps: int | None, latents: Tensor) -> Program:
+    def _program(self, steps: int | None, latents: Tensor, conditions: Conditions) -> Program:
         if self.predictor is None:
             self.scheduler.set_timesteps(steps)
             return self.scheduler.program(self.scheduler.levels).on(latents.device, latents.dtype)
@@ -248,7 +254,16 @@ class AMEDPipeline(DiffusionPipeline):
             raise ConfigError(
                 f"this predictor was trained for {plan.intervals} steps, got num_inference_steps={steps}; leave it out"
             )
-        return make_program(self.predictor.predictor, plan.levels, plan.afs, latents)
+        mean = self._mean(plan, conditions, latents) if plan.afs == "mean" else None
+        return make_program(self.predictor.predictor, plan.levels, plan.afs, latents, mean)
+
+    def _mean(self, plan: Plan, conditions: Conditions, latents: Tensor) -> Tensor:
+        """What the first step of each image starts about, (1 or B, C, H, W)."""
+        if plan.mean is not None and len(plan.mean.rows()) == 1:
+            return plan.mean.rows()
+        if not conditions.told or "class_labels" in conditions.told:
+            return mean_of_classes(plan.mean, conditions)
+        return self._means.of(conditions, self._ask, self.unet, plan.sigmas[0], latents)
 
     def _latents(self, batch: int, generator: Any, latents: Tensor | None) -> Tensor:
         if batch < 1:
@@ -265,7 +280,7 @@ class AMEDPipeline(DiffusionPipeline):
         return latents.to(self._execution_device, torch.promote_types(latents.dtype, torch.float32))
 
     def _loop(self, program: Program, denoiser: Denoiser, x: Tensor, callback: Any, names: Sequence[str]) -> Tensor:
-        trajectory, state = Trajectory(program, denoiser), State(x)
+        trajectory, state = Trajectory(program, denoiser, program.mean), State(x)
         with self.progress_bar(total=program.intervals) as bar:  # type: ignore[call-arg]
             for i in range(program.intervals):
                 state = trajectory.interval(state, i)[-1]

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.common import constants, open_predictor, without_zero
+from amed_engine.integrations.common import open_predictor, without_zero
+from amed_engine.integrations.diffusers.configuration import as_saved, in_full, mean_of_config, of_predictor, solver_of
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
-from amed_engine.integrations.diffusers.parameterization import Parameterization, translated
-from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding
+from amed_engine.integrations.diffusers.parameterization import Parameterization, given_back, translated
+from amed_engine.integrations.diffusers.start import Start, check_level
+from amed_engine.sampling.denoiser import dynamic_thresholding
 from amed_engine.sampling.loop import State, advance
-from amed_engine.sampling.predictors.amed import AMEDPredictor
-from amed_engine.solvers import make_solver
-from amed_engine.solvers.base import Solver
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import Call, Program
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Update
@@ -34,9 +34,11 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     sigma_min .. final_sigmas_type: as EDMEulerScheduler has them. With N steps "zero" spends N - 1 intervals on N levels
     and one more evaluation whose D is the result; "sigma_min" spends N intervals on N + 1 levels and ends at sigma_min.
     beta_start, beta_end, beta_schedule, trained_betas: as DDIMScheduler has them, for models of discrete steps such as
-    Stable Diffusion's; without a beta_schedule the model is EDM's. noise_levels: the levels themselves.
-    midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2 everywhere. solver, solver_options: of
-    `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result.
+    Stable Diffusion's, whose own range it is unless one is given; without a beta_schedule the model is EDM's. noise_levels:
+    the levels themselves. midpoints: (r, scale_dir, scale_time) per interval; None is r = 1/2. solver, solver_options: of
+    `make_solver`, one that takes midpoints. afs: the first evaluation is analytic: the pipeline starts at its result. "mean"
+    is about the mean answer of the model, `mean`, the JSON of a `Mean` of one row; latents are shifted by it when they are
+    first seen, so in a pipeline, and in what `add_noise` says of its start, they lack that until the first `step`.
     guidance_scale: the classifier-free guidance they are for, to call the pipeline with; a scheduler cannot see it.
 
     A trajectory's state lives here between calls: one copy (`copy.deepcopy`) per request. Raises ConfigError.
@@ -64,8 +66,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         midpoints: list | None = None,
         solver: str = "amed",
         solver_options: dict[str, Any] | None = None,
-        afs: bool = False,
+        afs: FirstStep = False,
         guidance_scale: float | None = None,
+        mean: dict[str, Any] | None = None,
     ):
         self._ends_low = final_sigmas_type == "sigma_min"  # else at 0
         if final_sigmas_type not in ("zero", "sigma_min"):
@@ -74,8 +77,10 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
             midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
             self.register_to_config(midpoints=midpoints)
         self.model = Parameterization.of(self.config)
-        self._solver()
-        self._use(None, self._levels(num_train_timesteps), None)
+        self._mean = mean_of_config(afs, mean)
+        self.register_to_config(**self.model.unsaid(self.config))
+        self.register_to_config(**in_full(self.config))
+        self._use(None, self._steps(None) if noise_levels else self._levels(num_train_timesteps), None)
 
     @classmethod
     def from_predictor(cls, predictor: Any, config: Mapping[str, Any] | None = None) -> AMEDScheduler:
@@ -84,32 +89,19 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         predictor: an AMEDPredictor with a plan, or a path to one. config: of the pipeline's present scheduler, which says
         what the model predicts. Raises ConfigError.
         """
-        predictor = open_predictor(predictor)
-        if not isinstance(predictor, AMEDPredictor):
-            raise ConfigError(
-                f"from_predictor takes an AMEDPredictor, got {type(predictor).__name__}; for others use AMEDPipeline or Sampler"
-            )
-        if predictor.plan is None:
-            raise ConfigError("from_predictor needs a predictor that was saved with its plan; pass midpoints otherwise")
-        plan = predictor.plan
-        own = {
-            "noise_levels": list(plan.sigmas),
-            "midpoints": [list(midpoint) for midpoint in constants(predictor, plan.levels)],
-            "solver": plan.solver,
-            "solver_options": dict(plan.options),
-            "afs": plan.afs,
-            "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
-            "sigma_min": plan.sigmas[-1],
-            "sigma_max": plan.sigmas[0],
-            "guidance_scale": plan.guidance_scale,
-        }
-        return cls.from_config(dict(config or {}), **own)
+        return cls.from_config(dict(config or {}), **of_predictor(predictor))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
-        """As every scheduler of diffusers has it. Raises ConfigError for what it cannot mean the same by."""
-        config = translated(config, inspect.signature(cls.__init__).parameters)
-        return super().from_config(config, return_unused_kwargs, **changes)
+        """As every scheduler has it; another solver in `changes` starts from its own options, and classes made of its
+        configuration have their own range again. Raises ConfigError for what it cannot mean the same by.
+        """
+        config = translated(as_saved(config), inspect.signature(cls.__init__).parameters)
+        if isinstance(config, dict) and changes.get("solver", config.get("solver")) != config.get("solver"):
+            config.pop("solver_options", None)
+        made: Any = super().from_config(config, True, **changes)
+        made[0].register_to_config(**given_back(made[0].config, changes))
+        return made if return_unused_kwargs else made[0]
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -118,6 +110,10 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """What latents of unit variance are multiplied with before the first step."""
         return float(self.levels[0]) * self._stretch
+
+    @property
+    def _stretch(self) -> float:
+        return 1.0 if self._start is None else self._start.stretch
 
     @property
     def alphas_cumprod(self) -> Tensor | None:
@@ -162,12 +158,15 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def program(self, levels: Tensor) -> Program:
         """The engine's program of this configuration on these noise levels (N + 1,)."""
         midpoints = self.config["midpoints"] or [[0.5]] * (len(levels) - 1)
-        options = {"afs": self.config["afs"], "denoise_to_zero": not self._ends_low}
-        return Program.build(self._solver(), levels, [Midpoint(*midpoint) for midpoint in midpoints], **options)
+        check_level(self._mean, levels)
+        mean = None if self._mean is None else self._mean.rows()
+        options = {"afs": self.config["afs"], "mean": mean, "denoise_to_zero": not self._ends_low}
+        return Program.build(solver_of(self.config), levels, [Midpoint(*midpoint) for midpoint in midpoints], **options)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """The network's input c_in·x at this evaluation."""
-        return self.model.scaled(sample, self.sigmas[self._index(timestep)])
+        index = self._index(timestep)
+        return self.model.scaled(self._evaluated(sample, index), self.sigmas[index])
 
     def step(
         self,
@@ -183,19 +182,21 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         check_output(model_output, sample)
         index = self._index(timestep)
         call = self._evaluations[index]
-        y = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        # A copy: the anchor of the step is kept, and the pipeline's tensor may be written to.
+        y = self._evaluated(sample, index).to(torch.promote_types(sample.dtype, torch.float32), copy=True)
         denoised = self.model.denoised(y, model_output.to(y.dtype), _told(call))
         if self._program.solver.thresholds:
             denoised = dynamic_thresholding(denoised)
         moved = denoised if call.update is None else self._advance(y, denoised, call.update)
         self._step_index = index + 1
-        moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype)
+        kept = call.update is None or not call.update.new_directions  # D itself, as the result or as a direction
+        moved, denoised = moved.to(sample.dtype), denoised.to(sample.dtype, copy=kept)
         return AMEDSchedulerOutput(moved, denoised) if return_dict else (moved, denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x + sigma·noise, with the noise level of each timestep (B,), or of the present step in a pipeline.
 
-        At the start of a pipeline with afs: at the highest level, and scaled as the first latents are.
+        At the start of a pipeline with afs: at the highest level, and as the first latents are: scaled, not shifted yet.
         """
         if self.config["afs"] and self._begin_index == 0 and not self._step_index:
             return (original_samples + noise * float(self.levels[0])) * self._stretch
@@ -213,18 +214,6 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         if not len(found):
             raise ConfigError(f"timestep {float(timestep):g} is none of scheduler.timesteps; pass one of them")
         return int(found[0])
-
-    def _solver(self) -> Solver:
-        made = make_solver(self.config["solver"], **(self.config["solver_options"] or {}))
-        if made.takes_predictor == "none" or made.evaluations(True) != 2:
-            raise ConfigError(
-                f"AMEDScheduler needs a solver of two evaluations per interval, not {self.config['solver']!r}"
-            )
-        if self.config["afs"] and made.thresholds:
-            raise ConfigError(
-                "afs cannot be folded into the first latents of a solver with thresholding; set afs=False"
-            )
-        return made
 
     def _steps(self, count: int | None) -> Tensor:
         """The noise levels of so many steps."""
@@ -244,10 +233,10 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
         """Stand at the start of these levels. Without a program there is only noise to add."""
         self.levels, self._program = levels, program
-        afs = program is not None and program.afs
-        self._evaluations: list[Call] = [] if program is None else list(program.evaluations())[int(afs) :]
+        self._start = Start(program) if program is not None and program.afs else None
+        first = int(self._start is not None)
+        self._evaluations: list[Call] = [] if program is None else list(program.evaluations())[first:]
         told = levels if program is None else torch.stack([_told(call) for call in self._evaluations])
-        self._stretch = self._analytic(torch.ones(1, 1, dtype=torch.float64)).y[0].item() if afs else 1.0
         self.timesteps = self.model.timestep(told).to(device, torch.float32)
         last = levels[-1:] if self._ends_low else levels.new_zeros(1)
         self.sigmas = torch.cat([told, last])  # of the evaluations, on the host, and where it ends
@@ -266,7 +255,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
 
     def _from(self, program: Program, index: int) -> list[Call]:
         """The evaluations of a trajectory that starts here, without a history."""
-        interval, inside = divmod(index + int(program.afs), 2)
+        interval, inside = divmod(index + int(bool(program.afs)), 2)
         if inside:
             raise ConfigError(
                 f"a trajectory can only start where an interval does; got index {index} of {len(self.timesteps)}"
@@ -278,18 +267,14 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         fixed = program.predictor[interval:]  # type: ignore[index]
         return list(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero).evaluations())
 
-    def _analytic(self, x: Tensor) -> State:
-        """The state after the analytic first step from x."""
-        update = self._program.updates[0][0].to(x.device, x.dtype)  # type: ignore[union-attr, index]
-        sigma = self.levels[:1].to(x.device, x.dtype)
-        return advance(State(x), (analytic_first_step(x, sigma).x0,), update)
+    def _evaluated(self, sample: Tensor, index: int) -> Tensor:
+        """Where this evaluation is, of the pipeline's sample."""
+        return sample if self._start is None or index else self._start.shifted(sample)
 
     def _advance(self, y: Tensor, denoised: Tensor, update: Update) -> Tensor:
         state = self._state
         if state is None:
-            # The analytic step is linear in x, so the first latents were multiplied by its factor beforehand.
-            analytic = self.config["afs"] and self._step_index == 0
-            state = self._analytic(y / self._stretch) if analytic else State(y)
+            state = State(y) if self._start is None or self._step_index else self._start.state_at(y)
         # The pipeline's sample counts: a callback may have changed it.
         self._state = advance(state.at(y), (denoised,), update.to(y.device, y.dtype))
         return self._state.y[0]

@@ -14,6 +14,7 @@ from amed_engine.kernels import MidpointStep
 from amed_engine.kernels.reference import frequencies, predict
 from amed_engine.sampling.denoiser import Denoiser, is_tracing
 from amed_engine.sampling.loop import sample
+from amed_engine.sampling.modules import device_of, dtype_of, said
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import AMED, Solver
 from amed_engine.solvers.plan import Plan
@@ -163,11 +164,10 @@ def _updates(step: MidpointStep) -> tuple[Update, ...]:
 
 
 def _latents(network: Denoiser, count: int) -> Tensor:
-    channels, size = (getattr(network, name, None) for name in ("img_channels", "img_resolution"))
+    channels, size = (said(network, name) for name in ("img_channels", "img_resolution"))
     if channels is None or size is None or count < 1:
         raise ConfigError(
             f"freeze cannot draw {count} latents for this model; pass latents (B, C, H, W) of unit variance"
         )
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     drawn = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
-    return drawn if parameter is None else drawn.to(parameter)
+    return drawn.to(device_of(network), dtype_of(network) or drawn.dtype)

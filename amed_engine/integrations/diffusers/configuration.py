@@ -1,0 +1,82 @@
+"""What a scheduler's configuration says: the solver, the first step, and the setting of a predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from amed_engine.errors import ConfigError
+from amed_engine.integrations.common import constants, one_mean, open_predictor
+from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers import make_solver
+from amed_engine.solvers.base import Solver
+from amed_engine.solvers.mean import Mean, check_first_step
+from amed_engine.solvers.plan_json import as_first_meant
+
+
+def of_predictor(predictor: Any) -> dict[str, Any]:
+    """The configuration of the setting that a predictor, or the one in a file, was trained for. Raises ConfigError."""
+    predictor = open_predictor(predictor)
+    if not isinstance(predictor, AMEDPredictor):
+        raise ConfigError(
+            f"from_predictor takes an AMEDPredictor, got {type(predictor).__name__}; for others use AMEDPipeline or Sampler"
+        )
+    if predictor.plan is None:
+        raise ConfigError("from_predictor needs a predictor that was saved with its plan; pass midpoints otherwise")
+    plan, mean = predictor.plan, one_mean(predictor.plan)
+    return {
+        "noise_levels": list(plan.sigmas),
+        "midpoints": [list(midpoint) for midpoint in constants(predictor, plan.levels)],
+        "solver": plan.solver,
+        "solver_options": dict(plan.options),
+        "afs": plan.afs,
+        "mean": None if mean is None else mean.to_json(),
+        "final_sigmas_type": "zero" if plan.denoise_to_zero else "sigma_min",
+        "guidance_scale": plan.guidance_scale,
+    }
+
+
+def solver_of(config: Mapping[str, Any]) -> Solver:
+    """The solver, one that a scheduler can run. Raises ConfigError."""
+    made = make_solver(config["solver"], **(config["solver_options"] or {}))
+    if made.takes_predictor == "none" or made.evaluations(True) != 2:
+        raise ConfigError(f"AMEDScheduler needs a solver of two evaluations per interval, not {config['solver']!r}")
+    if config["afs"] and made.thresholds:
+        raise ConfigError("afs cannot be folded into the first latents of a solver with thresholding; set afs=False")
+    return made
+
+
+def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say every option of the solver, so that a file means the same wherever it is read."""
+    made = solver_of(config)
+    options = {"solver_options": {field.name: getattr(made, field.name) for field in fields(made)}}  # type: ignore[arg-type]
+    if "_use_default_values" not in config:
+        return options
+    return options | {"_use_default_values": sorted({*config["_use_default_values"]} - {"solver_options"})}
+
+
+def as_saved(config: Any) -> Any:
+    """A configuration with its solver's options as the version that wrote it meant them: those of now say every option."""
+    if not isinstance(config, Mapping) or not isinstance(config.get("solver"), str):
+        return config
+    return {**config, "solver_options": as_first_meant(config["solver"], config.get("solver_options") or {})}
+
+
+def mean_of_config(afs: Any, mean: Any) -> Mean | None:
+    """The mean answer in a scheduler's configuration, as `Mean.to_json` writes it. Raises ConfigError."""
+    check_first_step(afs)
+    if (afs == "mean") is (mean is None):
+        raise ConfigError(
+            f"afs={afs!r} with mean={'None' if mean is None else '...'}: a mean answer goes with afs='mean' and with no other; "
+            "pass mean=amed_engine.measure_mean(model).to_json() with that, else mean=None"
+        )
+    if mean is None:
+        return None
+    read = Mean.from_json(mean)
+    if len(read.rows()) > 1:
+        raise ConfigError(
+            f"a scheduler cannot see which of {read.classes} classes an image is of, and this mean answer differs by class; "
+            "use AMEDPipeline or Sampler, or AMEDScheduler.from_predictor where it is one for any class"
+        )
+    return read

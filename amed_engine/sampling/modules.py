@@ -1,0 +1,278 @@
+"""What is known of a caller's network without calling it: what it wraps, where it runs, in which dtype it computes.
+
+Read from modules as they stand, by the names that torch, diffusers and accelerate give: nothing of them is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.errors import ConfigError
+
+OWN = "amed_engine"
+# Where wrappers keep what they wrap: torch.compile, DataParallel and its like, FSDP, activation checkpoints, peft.
+INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
+
+
+def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
+    """The child, by name, that a wrapper hands every call on to; None for a module that computes something itself.
+
+    A wrapper is torch.compile's, or a module of one child under one of the usual names whose forward takes anything at all:
+    DataParallel, DistributedDataParallel, FSDP, AveragedModel, peft's models.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    for name, child in children:
+        if name == "_orig_mod" or (name in INNER and len(children) == 1 and _takes_anything(type(module).forward)):
+            return name, child
+    return None
+
+
+def _takes_anything(forward: Any) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()][1:]
+    return bool(kinds) and all(
+        kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds
+    )
+
+
+def layers(network: Any) -> Iterator[Any]:
+    """The network, what it passes its calls on to, and so on to the innermost; through functools.partial and forward."""
+    while network is not None:
+        yield network
+        network = _within(network)
+
+
+def _within(network: Any) -> Any:
+    if isinstance(network, functools.partial):
+        return None if network.args else network.func
+    if isinstance(network, MethodType):
+        owner = network.__self__
+        return owner if isinstance(owner, nn.Module) and network.__name__ in ("forward", "__call__") else None
+    found = passed_on(network) if isinstance(network, nn.Module) else None
+    return None if found is None else found[1]
+
+
+def bare(network: Any) -> Any:
+    """The network itself, without the wrappers that pass its calls on."""
+    *_, innermost = layers(network)
+    return innermost
+
+
+def bound(network: Any) -> set[str]:
+    """The keywords that functools.partial has given already."""
+    given = (functools.partial, Bound)
+    return {name for layer in layers(network) if isinstance(layer, given) for name in layer.keywords}
+
+
+class Bound(nn.Module):
+    """functools.partial of a module as a module, whose weights move, and are known, with what wraps it."""
+
+    def __init__(self, module: nn.Module, keywords: dict[str, Any]):
+        super().__init__()
+        self.module, self.keywords = module, keywords
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.keywords.items()}
+        return self.module(*inputs, **given | keywords)
+
+
+def as_module(network: Any) -> Any:
+    """What calls a module and nothing else as a module: its own forward, functools.partial of it. Others as they are."""
+    inner = None if isinstance(network, nn.Module) else _within(network)
+    inner = None if inner is None else as_module(inner)
+    if not isinstance(inner, nn.Module):
+        return network
+    return Bound(inner, dict(network.keywords)) if isinstance(network, functools.partial) else inner
+
+
+def said(network: Any, name: str, default: Any = None) -> Any:
+    """An attribute of the network, the outermost wrapper's that has it."""
+    values = (getattr(layer, name, None) for layer in layers(network))
+    return next((value for value in values if value is not None), default)
+
+
+def module_of(network: Any) -> nn.Module | None:
+    """The module whose weights a callable uses: itself, or that of a partial or a bound method."""
+    if isinstance(network, functools.partial):
+        return module_of(network.func)
+    if isinstance(network, MethodType):
+        return module_of(network.__self__)
+    return network if isinstance(network, nn.Module) else None
+
+
+def plain_name(root: nn.Module, name: str) -> str:
+    """The dotted name of a parameter or buffer of `root` as if no wrapper were round any of its modules."""
+    parts, module = [], root
+    for part in name.split("."):
+        found = passed_on(module)
+        if found is None or found[0] != part:
+            parts.append(part)
+        child = getattr(module, part, None)
+        module = child if isinstance(child, nn.Module) else module
+    return ".".join(parts)
+
+
+@contextmanager
+def gathered(network: Any) -> Iterator[None]:
+    """The parameters of FSDP in one piece, for the time of the block."""
+    with ExitStack() as stack:
+        for part in getattr(module_of(network), "modules", tuple)():
+            if hasattr(part, "_fsdp_wrapped_module"):
+                stack.enter_context(type(part).summon_full_params(part, recurse=False, writeback=False))
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of one that FSDP has cut into pieces."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def never_writes(network: Any) -> bool:
+    """Whether a network leaves what it is given as it is and answers in new memory: a U-Net of this package's own does."""
+    if getattr(type(network), "lends_copies", False):
+        return True
+    modules = network.modules() if isinstance(network, nn.Module) and _is_ours(network) else ()
+    known = [_is_ours(module) or type(module).__module__.startswith("torch.nn.") for module in modules]
+    return bool(known) and all(known)
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == OWN
+
+
+@contextmanager
+def modes_kept(module: nn.Module | None) -> Iterator[None]:
+    """A module in evaluation mode for a while; every part of it is left in the mode that it was found in."""
+    modes = [] if module is None else [(part, part.training) for part in module.modules()]
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Out of torch.inference_mode, if in it: autograd refuses the tensors that are made there, for good."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@contextmanager
+def differentiable(what: str) -> Iterator[None]:
+    """With gradients, under torch.inference_mode too. Raises ConfigError where `what` holds tensors that were made in it."""
+    with plain_tensors(), torch.enable_grad():
+        try:
+            yield
+        except RuntimeError as error:
+            if "nference tensor" not in str(error):
+                raise
+            raise ConfigError(
+                f"{what} holds tensors that were made under torch.inference_mode, and no gradient goes through those: make or "
+                f"load it outside ({str(error).partition('.')[0]})"
+            ) from error
+
+
+# ---- where it runs ----
+
+
+def device_of(network: Any) -> torch.device:
+    """Where a network wants its inputs: where the hooks that bring its weights run it, else where its weights are.
+
+    The CPU for one that has none, or none but on "meta" without a word on where they are brought.
+    """
+    module = module_of(network)
+    if module is None:
+        own = getattr(network, "device", None)
+        return own if isinstance(own, torch.device) else torch.device("cpu")
+    told = next(_told_devices(module), None)
+    if told is not None:
+        return told
+    devices = (tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
+    own = getattr(module, "device", None)
+    known = own if isinstance(own, torch.device) and own.type != "meta" else torch.device("cpu")
+    return next((device for device in devices if device.type != "meta"), known)
+
+
+def brings_weights(network: Any) -> bool:
+    """Whether a network's weights come and go with its calls: offloaded, or stored in another dtype than they compute in."""
+    module = module_of(network)
+    if module is None:
+        return False
+    if any(True for _ in _told_devices(module)) or _cast_to(module) is not None:
+        return True
+    return any(tensor.device.type == "meta" for tensor in module.parameters())
+
+
+def _told_devices(module: nn.Module) -> Iterator[torch.device]:
+    """Those that hooks of accelerate, and of diffusers' group offloading, run the modules on."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                yield _device(device)
+        group = getattr(_diffusers_hook(part, "group_offloading"), "config", None)
+        if group is not None:
+            yield _device(group.onload_device)
+
+
+def _device(device: Any) -> torch.device:
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def _diffusers_hook(module: nn.Module, name: str) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(name)
+
+
+# ---- what it computes in ----
+
+
+def _cast_to(module: nn.Module) -> torch.dtype | None:
+    """What diffusers' layerwise casting brings weights to for the time of a call."""
+    hooks = (_diffusers_hook(part, "layerwise_casting") for part in module.modules())
+    return next((hook.compute_dtype for hook in hooks if hook is not None), None)
+
+
+def dtypes_of(network: Any) -> list[torch.dtype]:
+    """The dtypes its layers compute in, that of most numbers first: floating ones of 16 bits and more.
+
+    Whole numbers and 8-bit floats are storage, which the layers themselves widen by scales, in buffers where not in
+    parameters. Empty where nothing tells.
+    """
+    module = module_of(network)
+    if module is None:
+        return []
+    cast = _cast_to(module)
+    if cast is not None:
+        return [cast]
+    counts = _counted(module.parameters())
+    if not counts and next(module.parameters(), None) is not None:
+        foreign = (part for part in module.modules() if not _is_ours(part))
+        counts = _counted(buffer for part in foreign for buffer in part.buffers(recurse=False))
+    return [dtype for dtype, _ in counts.most_common()]
+
+
+def _counted(tensors: Iterator[Any]) -> Counter[torch.dtype]:
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16:
+            counts[tensor.dtype] += max(tensor.numel(), 1)
+    return counts
+
+
+def dtype_of(network: Any) -> torch.dtype | None:
+    """The dtype of most of its numbers, see `dtypes_of`; None where nothing tells."""
+    return next(iter(dtypes_of(network)), None)

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from amed_engine.sampling.denoiser import Denoised
 from amed_engine.sampling.loop import integrate
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
+from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
@@ -194,10 +195,10 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
     return torch.stack([*points, end[0]]), levels
 
 
-def nonstationary(plan: Plan, sigma_min: float) -> Coefficients:
-    """The program of a plan without a predictor in the most general linear form: the start of a fit."""
-    rows, levels = unrolled(plan.program())
-    start, about_zero = plan.sigmas[0], plan.afs is True
+def nonstationary(program: Program, sigma_min: float, mean: Mean | None = None) -> Coefficients:
+    """A program of constants in the most general linear form: the start of a fit. mean: what its first step "mean" is about."""
+    rows, levels = unrolled(program)
+    start, about_zero = float(program.sigmas[0]), program.afs is True
     if not about_zero:  # the first evaluation is at x_0 itself
         rows, levels = rows[1:], levels[1:]
     predictor = CoefficientPredictor(len(rows), start, afs=about_zero)
@@ -206,5 +207,5 @@ def nonstationary(plan: Plan, sigma_min: float) -> Coefficients:
             width = predictor.width(i)
             predictor.coefficients[i, 0] = row[0] * start
             predictor.coefficients[i, 1:width] = row[1:width].flip(0)
-    own = {"afs": plan.afs, "mean": plan.mean, "midpoint": True}
+    own: dict[str, Any] = {"afs": program.afs, "mean": mean, "midpoint": True}
     return Coefficients(Plan("nonstationary", (start, *levels, sigma_min), **own), predictor)

@@ -268,7 +268,7 @@ def starts_of(model: Model, task: Task, free: Sequence[Contender], mean: Mean | 
     learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
     # About the mean the same can be learned as about zero, and more.
     plans = [contender.plan for contender in free if mean is None or contender.plan.afs is not True]
-    every = (nonstationary(plan, low) for plan in plans)
+    every = (nonstationary(plan.program(), low, plan.mean) for plan in plans)
     return [replace(start, learn_sigmas=learn_sigmas) for start in every if not start.collisions]
 
 

@@ -85,7 +85,8 @@ def test_a_published_predictor_becomes_ours(tmp_path, publish, canary):
             {"sampler_stu": "dpmpp", "max_order": 2, "predict_x0": False, "schedule_type": "logsnr"},
             {
                 "solver": "dpmpp",
-                "options": {"max_order": 2, "predict_x0": False, "lower_order_final": True},
+                # Where data are predicted, all of them were thresholded; nobody could ask for another thing.
+                "options": {"max_order": 2, "predict_x0": False, "lower_order_final": True, "thresholding": True},
                 "schedule": "logsnr",
             },
         ),

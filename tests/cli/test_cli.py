@@ -136,7 +136,10 @@ def test_the_plan_is_what_was_asked_for(amed, model, tmp_path):
     out = tmp_path / "s.png"
     code, text, err = amed("sample", "--network", model, "--seeds", 0, "--nfe", 4, *options, *schedule, "--out", out)
     assert (code, err) == (0, "")
-    assert text.splitlines()[0] == "dpmpp max_order=2 predict_x0=False, polynomial rho=5, 4 intervals, NFE 4"
+    assert (
+        text.splitlines()[0]
+        == "dpmpp max_order=2 predict_x0=False thresholding=False, polynomial rho=5, 4 intervals, NFE 4"
+    )
     assert text.splitlines()[-1] == f"wrote {out}"
 
 
@@ -155,7 +158,7 @@ def test_training_free_sampling_is_said_once_and_in_one_line(amed, model, tmp_pa
     assert re.fullmatch(r"amed: warning: no predictor .* NFE 3.*\n", err)
     _, out, err = amed("sample", *args, "--predictor", "none", "--out", tmp_path / "s.png")
     assert err == ""
-    assert out.startswith("ipndm max_order=2, time_uniform")
+    assert out.startswith("deis max_order=3, polynomial, 3 intervals, NFE 3")
 
 
 def test_the_log_is_left_as_it_was(amed):
@@ -432,7 +435,7 @@ def test_samples_that_blow_up_are_a_failure_that_names_them(amed, tmp_path):
     args = ("--model", tmp_path / "wild.safetensors", "--seeds", "3,8", "--solver", "euler", "--nfe", 3)
     code, _, err = amed("sample", *args, "--out", tmp_path / "a.png")
     assert code == 1
-    assert re.fullmatch(r"amed: error: .*NaN or infinite in step 2 of \d, seeds \[3, 8\].*\n", err)
+    assert re.fullmatch(r"amed: error: .*NaN or infinite in step 1 of \d, seeds \[3, 8\].*\n", err)
     assert not (tmp_path / "a.png").exists()
 
 

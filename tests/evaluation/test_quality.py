@@ -158,7 +158,10 @@ def test_statistics_of_one_run_are_the_reference_of_another(amed, tmp_path):
     assert code == 0
     assert found["to_reference"]["frechet"] == pytest.approx(0, abs=1e-9)
     assert (found["distance"], found["to_data"], found["class_accuracy"]) == (None, None, None)
-    assert found["plan"] == "ipndm max_order=2, time_uniform, 4 intervals, AFS, NFE 3"
+    assert (
+        found["plan"]
+        == "ipndm max_order=2, time_uniform, 4 intervals, AFS about the mean of 32 latents and class, NFE 3"
+    )
 
 
 @pytest.mark.parametrize(

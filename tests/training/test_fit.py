@@ -14,6 +14,7 @@ from amed_engine.sampling.loop import integrate, sample
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint, Row
@@ -46,8 +47,8 @@ CLASSICAL = [
     ("euler", {}, 5, True),
     ("ipndm", {"max_order": 3}, 5, True),
     ("deis", {"max_order": 3}, 4, False),
-    ("dpmpp", {"thresholding": False}, 5, True),
-    ("unipc", {"thresholding": False}, 5, True),
+    ("dpmpp", {}, 5, True),
+    ("unipc", {}, 5, True),
     ("dpm", {}, 6, False),
 ]
 
@@ -61,6 +62,17 @@ def test_every_solver_is_a_nonstationary_program(solver, options, nfe, afs):
     got = integrate(candidate.program(x), mixture, x)[-1]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert candidate.plan.nfe == nfe
+
+
+def test_a_program_about_a_mean_is_one_that_combines_its_first_answer_too():
+    rows = torch.full((1, *SHAPE), 0.3, dtype=torch.float64)
+    mean = Mean.of(rows, classes=0, sigma=80.0, latents=1)
+    plan = make_plan(5, solver="ipndm", mean=mean)
+    candidate = nonstationary(plan.program(), 0.002, mean)
+    assert (candidate.plan.afs, candidate.plan.mean, candidate.plan.nfe) == ("mean", mean, 5)
+    x = latents(3) * 80
+    expected = integrate(plan.program().on(x.device, x.dtype), mixture, x)[-1]
+    torch.testing.assert_close(integrate(candidate.program(x), mixture, x)[-1], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_heun_evaluates_twice_at_a_level_and_cannot_be_one():
@@ -93,17 +105,20 @@ def planned():
 
 def candidates():
     free = nonstationary(program_of("ipndm", {"max_order": 2}), 0.002)
+    mean = Mean.of(torch.full((1, *SHAPE), 0.1), classes=0, sigma=80.0, latents=1)
+    about = make_plan(5, solver="ipndm", mean=mean)
     constants = ConstantPredictor.of([Midpoint(0.4, 1.0, 0.95), Midpoint(0.5, 1.01, 1.0), Midpoint(0.6, 0.99, 1.05)])
     plan = make_plan(5, solver="amed", afs=True)
     epd = ConstantPredictor(2, 2)
     return {
         "nonstationary": free,
+        "about a mean": nonstationary(about.program(), 0.002, mean),
         "constants": Constants(plan, constants),
         "epd": Constants(make_plan(5, solver="amed", options={"points": 2}, afs=True), epd),
     }
 
 
-@pytest.mark.parametrize("name", ["nonstationary", "constants", "epd"])
+@pytest.mark.parametrize("name", ["nonstationary", "about a mean", "constants", "epd"])
 def test_jacobians_are_central_differences_of_the_whole_trajectory(name):
     """Branching off in the middle of a trajectory must give what running it all gives."""
     candidate, x = candidates()[name], latents(2) * 80

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from amed_engine import ConfigError, FileFormatError, Sampler, make_schedule, make_solver, sample, search_schedule
 from amed_engine.checkpoints import save_model
 from amed_engine.checkpoints.levels import read_levels, write_levels
+from amed_engine.sampling.denoiser import analytic_first_step
 from amed_engine.solvers.plan import make_plan
 from amed_engine.training.search import TeacherPath, cheapest_path, cost_matrix, euler_step, step_of
 
@@ -54,9 +56,13 @@ def levels():
     return make_schedule("polynomial", 9, 0.002, 80.0)
 
 
+ABOUT = torch.full((1, *SHAPE), 0.3, dtype=torch.float64)
+
+
 def path_of(levels, afs=False, denoiser=mixture):
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * levels[0]
-    return TeacherPath.of(denoiser, x, levels, afs=afs)
+    first = partial(analytic_first_step, mean=ABOUT if afs == "mean" else None)
+    return TeacherPath.of(denoiser, x, levels, first if afs else None)
 
 
 def test_the_states_and_answers_are_the_teachers(levels):
@@ -67,7 +73,7 @@ def test_the_states_and_answers_are_the_teachers(levels):
         torch.testing.assert_close(path.answers[i], mixture(teacher[i], levels[i].expand(3)))
 
 
-@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("afs", [False, True, "mean"])
 @pytest.mark.parametrize(("name", "options"), [("euler", {}), ("heun", {}), ("dpm", {"r": 0.4})])
 def test_costs_are_the_errors_of_single_steps(levels, name, options, afs):
     """Of the loop itself, for every pair; Euler's formula and its step agree."""
@@ -76,7 +82,8 @@ def test_costs_are_the_errors_of_single_steps(levels, name, options, afs):
     for i, j in itertools.product(range(len(levels)), repeat=2):
         expected = math.inf
         if i < j:
-            end = sample(mixture, path.states[i], levels[[i, j]], solver, afs=afs and i == 0)
+            first = {"afs": afs, "mean": ABOUT if afs == "mean" else None} if i == 0 else {}
+            end = sample(mixture, path.states[i], levels[[i, j]], solver, **first)
             expected = (end - path.states[j]).square().mean().item()
         assert all(cost[i, j].item() == pytest.approx(expected, rel=1e-9, abs=1e-12) for cost in found)
 
@@ -101,7 +108,7 @@ def test_of_all_levels_of_a_small_grid_euler_could_hardly_do_better(cost):
     def error(levels):
         return (sample(mixture, z * 80.0, levels, make_solver("euler"), afs=True) - exact).square().mean().item()
 
-    found = search(solver="euler", nfe=3, grid=grid, samples=64, cost=cost)
+    found = search(solver="euler", nfe=3, afs=True, grid=grid, samples=64, cost=cost)
     every = [grid[[0, *inner, 10]] for inner in itertools.combinations(range(1, 10), 3)]
     errors = sorted(map(error, every))
     assert error(found) <= errors[len(errors) // 20]
@@ -211,8 +218,9 @@ def test_conditions_and_guidance_reach_the_network(tiny_conditional):
         ({"cost": "solver", "solver": "unipc", "solver_options": {"max_order": 1}}, "remembers earlier evaluations"),
         ({"coefficient": 0.0}, "coefficient must be a positive number, got 0.0"),
         ({"coefficient": math.nan}, "coefficient must be a positive number, got nan"),
-        ({"grid": 6}, "grid must be an integer from 7 to 1000, got 6"),
-        ({"grid": torch.tensor([80.0, 1.0, 0.1])}, "NFE 5 needs 7 noise levels, got a grid of 3"),
+        ({"grid": 5}, "grid must be an integer from 6 to 1000, got 5"),
+        ({"grid": 6, "afs": True}, "grid must be an integer from 7 to 1000, got 6"),
+        ({"grid": torch.tensor([80.0, 1.0, 0.1])}, "NFE 5 needs 6 noise levels, got a grid of 3"),
         ({"grid": torch.tensor([1.0, 80.0])}, "sigmas must decrease"),
         ({"grid": "polynomial"}, "grid must be an integer"),
         ({"samples": 0}, "samples and batch must be positive integers, got 0 and 64"),
@@ -236,7 +244,7 @@ def test_bad_arguments_are_named(options, message):
 def found(amed, tmp_path, tiny_conditional):
     """The paths of a network and of levels found for it at 3 evaluations of Euler."""
     save_model(tiny_conditional, tmp_path / "m.safetensors")
-    asked = ("--model", tmp_path / "m.safetensors", "--nfe", 3, "--solver", "euler", "--device", "cpu")
+    asked = ("--model", tmp_path / "m.safetensors", "--nfe", 3, "--solver", "euler", "--afs", "--device", "cpu")
     code, out, err = amed("search-schedule", *asked, "--grid", 9, "--samples", 4, "--out", tmp_path / "levels.json")
     assert (code, err) == (0, "")
     assert "euler, custom, 4 intervals, AFS, NFE 3" in out
@@ -244,7 +252,7 @@ def found(amed, tmp_path, tiny_conditional):
 
 
 def test_the_command_writes_what_the_function_finds(found, tiny_conditional):
-    levels = search(tiny_conditional, shape=None, nfe=3, solver="euler", grid=9, samples=4)
+    levels = search(tiny_conditional, shape=None, nfe=3, solver="euler", afs=True, grid=9, samples=4)
     plan = read_levels(found[1])
     assert torch.equal(plan.levels, levels)
     assert (plan.solver, plan.nfe, plan.afs) == ("euler", 3, True)

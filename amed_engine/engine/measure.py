@@ -7,6 +7,7 @@ m = E[D(sigma_0 z; sigma_0)] the first evaluation of every sample is known befor
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import threading
@@ -23,6 +24,8 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
+
+logger = logging.getLogger("amed_engine")
 
 LATENTS = 32  # of one mean
 EVALUATIONS = 512  # in all
@@ -76,6 +79,16 @@ def mean_of(model: Model, sigma: float) -> Mean:
                 del _known[next(iter(_known))]
             _known[key] = known
     return known
+
+
+def mean_if_kept(model: Model, sigma: float) -> Mean | None:
+    """The mean answer; None, with a warning, where its numbers are more than are kept."""
+    if model.shape is not None and (count := math.prod(model.shape) * (2 if model.label_dim else 1)) > MAX_VALUES:
+        logger.warning(
+            'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept', count, MAX_VALUES
+        )
+        return None
+    return mean_of(model, sigma)
 
 
 @overload

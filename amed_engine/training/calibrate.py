@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import EVALUATIONS as OF_MEAN
-from amed_engine.engine.measure import mean_of
+from amed_engine.engine.measure import mean_if_kept
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.solvers.base import in_range
-from amed_engine.solvers.mean import MAX_VALUES, FirstStep, Mean
+from amed_engine.solvers.mean import FirstStep, Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer
 from amed_engine.training.contenders import Contender, contenders
@@ -178,10 +178,8 @@ def _mean(model: Model, denoisers: list) -> Mean | None:
     if not all(_tells_class(denoiser, model.label_dim) for denoiser in denoisers):
         logger.info("conditions that tell no class: the first step about the mean answer is left out")
         return None
-    if math.prod(known_shape(model)) * (2 if model.label_dim else 1) > MAX_VALUES:
-        logger.warning("samples of %s: the mean answer has too many numbers for a plan, and is left out", model.shape)
-        return None
-    return mean_of(model, noise_range(model)["sigma_max"])
+    known_shape(model)
+    return mean_if_kept(model, noise_range(model)["sigma_max"])
 
 
 def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.engine.measure import mean_of
+from amed_engine.engine.measure import mean_if_kept, mean_of
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
@@ -172,8 +172,10 @@ def _reporter(bar: tqdm) -> Progress:
 def _mean(model: Model, task: Task, conditions: Conditions) -> Mean | None:
     """What a first step "mean" would start about, where one may be chosen: conditions of the caller's own tell no class."""
     check_first_step(task.afs)
-    wanted = task.afs == "mean" or (task.afs is None and conditions is None and model.shape is not None)
-    return mean_of(model, noise_range(model)["sigma_max"]) if wanted else None
+    sigma = noise_range(model)["sigma_max"]
+    if task.afs == "mean":
+        return mean_of(model, sigma)
+    return mean_if_kept(model, sigma) if task.afs is None and conditions is None and model.shape is not None else None
 
 
 def learn(

@@ -119,7 +119,7 @@ class Plan:
     def _first_step(self) -> str:
         if self.afs != "mean":
             return ", AFS" if self.afs else ""
-        return f", AFS about the {'mean, not measured yet' if self.mean is None else self.mean.without_numbers()}"
+        return f", AFS about the {'mean' if self.mean is None else self.mean.without_numbers()}"
 
     def to_json(self) -> dict:
         """Every option in full, so that a file means the same wherever it is read."""

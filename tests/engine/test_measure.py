@@ -212,7 +212,7 @@ def test_a_mean_travels_with_a_predictor(tmp_path, tiny_model):
 def test_a_plan_without_one_is_measured_when_it_runs():
     model = Classes()
     plan = make_plan(5, solver="ipndm", afs="mean")
-    assert "not measured yet" in plan.describe()
+    assert "AFS about the mean, NFE 5" in plan.describe()
     sampler = Sampler(model, plan=plan)
     assert sampler.plan.mean is not None
     assert "mean of 32 latents" in sampler.plan.describe()

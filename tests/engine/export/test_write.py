@@ -410,4 +410,4 @@ def test_a_file_starts_about_the_mean_of_each_class(tmp_path, format, guidance_s
     close(package.run(latents(5), labels).images, expected)
     assert not torch.allclose(zero.run(latents(5), labels, guidance_scale=guidance_scale).images, expected, atol=1e-2)
     # The numbers of the mean are in the graph, once.
-    assert (package.plan.afs, package.plan.mean) == ("mean", None)
+    assert (package.facts.plan.afs, package.facts.plan.mean) == ("mean", None)

@@ -99,9 +99,16 @@ def logsnr(num_steps: int, sigma_min: float, sigma_max: float) -> Tensor:
 
 
 def time_uniform(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
-    """t^(1/rho) equally spaced in VP time from 1 to 1e-3. Zhou et al. 2024 (arXiv:2312.00094)."""
-    t = (1 + _unit(num_steps) * (EPSILON_T ** (1 / rho) - 1)) ** rho
-    return VPTime.fitted(sigma_min, sigma_max).sigma(t)
+    """t^(1/rho) equally spaced in VP time from 1 to 1e-3. Zhou et al. 2024 (arXiv:2312.00094).
+
+    A fit to a large sigma_min falls before t = 1; beta is constant then, and t ends at log(1 + sigma_min²)/log(1 + sigma_max²).
+    """
+    vp, last = VPTime.fitted(sigma_min, sigma_max), EPSILON_T
+    if vp.beta_d + vp.beta_min < 0:
+        vp = VPTime(0.0, math.log1p(sigma_max**2))
+        last = math.log1p(sigma_min**2) / vp.beta_min
+    t = (1 + _unit(num_steps) * (last ** (1 / rho) - 1)) ** rho
+    return vp.sigma(t)
 
 
 def discrete(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0, *, alphas_cumprod: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
     """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were named for."""
     if isinstance(request.schedule, Tensor):
         return
-    low, high = (getattr(model.network, name, None) or 0 for name in ("sigma_min", "sigma_max"))
+    low, high = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
     cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
     if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):

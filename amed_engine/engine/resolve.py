@@ -75,11 +75,11 @@ def _label_dim(given: Any, own: int) -> int:
 
 
 def _sigma(name: str, given: Any, own: Any) -> float:
-    if given is None:
-        return float(own)
-    level = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    told, whose = (own, f"the model's {name}") if given is None else (given, name)
+    level = told.item() if isinstance(told, Tensor) and told.numel() == 1 else told
     if not isinstance(level, Real) or isinstance(level, bool) or not float(level) >= 0:
-        raise ConfigError(f"{name} must be a noise level, a number that is not negative, got {given!r}")
+        instead = f"; pass {name}= to the Sampler" if given is None else ""
+        raise ConfigError(f"{whose} must be a noise level, a number that is not negative, got {told!r}{instead}")
     return float(level)
 
 

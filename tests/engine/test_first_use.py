@@ -168,11 +168,28 @@ def test_a_model_s_own_range_is_sampled_over_and_a_plan_that_leaves_some_of_it_w
     Sampler(Wide(), solver="euler", shape=SHAPE, sigma_max=80.0)
     Sampler(Wide(), solver="euler", shape=SHAPE, schedule=torch.tensor([80.0, 1.0]))
     assert not caplog.records
-    Sampler(Wide(), plan=make_plan(5, solver="euler", sigma_min=0.06), shape=SHAPE)
-    assert (
-        "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out"
-        in caplog.text
-    )
+    for model in (Wide(), nn.DataParallel(Wide())):
+        caplog.clear()
+        Sampler(model, plan=make_plan(5, solver="euler", sigma_min=0.06), shape=SHAPE)
+        assert (
+            "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out"
+            in caplog.text
+        )
+
+
+@pytest.mark.parametrize("own", [True, -1.0, float("nan"), "80", [1.0, 2.0]])
+def test_noise_levels_of_a_model_that_are_none_are_refused(own):
+    class Told(nn.Module):
+        sigma_max = own
+
+        def forward(self, x, sigma):
+            return gaussian(x, sigma)
+
+    with pytest.raises(
+        ConfigError, match=r"the model's sigma_max must be a noise level.*pass sigma_max= to the Sampler"
+    ):
+        Sampler(Told(), solver="euler", shape=SHAPE)
+    assert Sampler(Told(), solver="euler", shape=SHAPE, sigma_max=40.0).plan.sigmas[0] == pytest.approx(40)
 
 
 def test_seeds_give_the_same_images_whatever_the_default_dtype_and_device():

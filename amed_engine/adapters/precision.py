@@ -30,7 +30,8 @@ class Precision:
 
     A network of one dtype gets its state in it, its time and labels as they are: times up to 1000 are no numbers of bfloat16.
     Where a layer refuses them, they come in the network's dtype as well. One of several dtypes gets its state in the widest
-    that its layers take. Whole numbers and 8-bit floats are storage, and tell nothing.
+    that its layers take, one whose parameters tell none in x's, else in the widest. Whole numbers and 8-bit floats are
+    storage, and tell nothing.
     """
 
     def __init__(self, network: Any):
@@ -69,7 +70,7 @@ class Precision:
         raise refused[0]
 
     def _candidates(self, wide: torch.dtype) -> list[Handed]:
-        states = sorted(self._states, key=lambda dtype: -torch.finfo(dtype).bits) or [wide]
+        states = sorted(self._states, key=lambda dtype: -torch.finfo(dtype).bits) or [wide, *reversed(_COMPUTE)]
         return list(dict.fromkeys(Handed(state, rest) for state in states for rest in (wide, state)))
 
     def _untried(self, wide: torch.dtype, first: torch.dtype | None) -> Handed:

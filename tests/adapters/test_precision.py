@@ -235,6 +235,26 @@ def test_a_classifier_gets_its_own_precision_and_may_write(dtype, inference):
     assert relative(got, expected) < (1e-6 if dtype == torch.float32 else 0.05)
 
 
+class Unlisted(nn.Module):
+    """Its only weight is no parameter: a buffer, or an attribute like any other."""
+
+    def __init__(self, dtype, buffer):
+        super().__init__()
+        weight = torch.randn(3, 3, 1, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+        self.register_buffer("weight", weight) if buffer else setattr(self, "weight", weight)
+
+    def forward(self, x, t):
+        return nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+def test_a_network_whose_weights_are_no_parameters_gets_what_they_take(dtype, buffer):
+    network = Unlisted(dtype, buffer)
+    expected = images(wrapped(lambda x, t: network(x.to(dtype), t)))
+    assert torch.equal(images(wrapped(network)), expected)
+
+
 def test_a_classifier_made_under_inference_mode_is_refused():
     with torch.inference_mode():
         classifier = Classifier()

@@ -161,8 +161,9 @@ class Adapter(nn.Module):
             expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
             raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
 
-    def _cut(self, raw: Tensor, x: Tensor) -> Tensor:
+    def _cut(self, raw: Any, x: Tensor) -> Tensor:
         channels = x.shape[1]
+        _check_prediction(raw, x)
         if not is_tracing() and raw.shape[1] not in (channels, 2 * channels):
             raise ConfigError(
                 f"the network predicts {raw.shape[1]} channels for samples of {channels}; expected {channels}, or "
@@ -185,6 +186,25 @@ class Adapter(nn.Module):
                 f"the network needs {', '.join(self.conditions.names)}, which a sampler cannot know; bind them with "
                 "wrap(..., conditions={...}), rows being chosen by class_labels"
             )
+
+
+def _check_prediction(raw: Any, x: Tensor) -> None:
+    """Raise ConfigError for what is no tensor, or one that would be spread over samples or pixels."""
+    if not isinstance(raw, Tensor) or not raw.is_floating_point():
+        got = raw.dtype if isinstance(raw, Tensor) else type(raw).__name__
+        raise ConfigError(
+            f"the network must return its prediction in floating point, alone or first in a tuple, got {got}; wrap a function "
+            "that takes it out of the answer, such as lambda x, t: network(x, t).sample"
+        )
+    if is_tracing():
+        return
+    alike = raw.dim() == x.dim() and raw.shape[2:] == x.shape[2:]
+    # What is exported has a symbol for its batch, which a question would tie to one size.
+    if not alike or (not torch.compiler.is_compiling() and raw.shape[0] != x.shape[0]):
+        raise ConfigError(
+            f"the network predicts shape {tuple(raw.shape)} for samples {tuple(x.shape)}; expected the same, or twice the "
+            "channels with learned variances"
+        )
 
 
 def level_rows(sigma: Tensor, x: Tensor) -> Tensor:

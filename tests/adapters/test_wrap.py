@@ -268,3 +268,21 @@ def test_a_shape_that_is_not_square_reaches_the_sampler():
     denoiser = wrap(lambda x, t: 0.1 * x, "epsilon", shape=(2, 4, 6))
     assert denoiser.img_resolution is None
     assert amed_engine.Sampler(denoiser).run(2).images.shape == (2, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda x: {"sample": x}, "got dict; .*takes it out of the answer"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: x.long(), "got torch.int64"),
+        (lambda x: x + 0j, "got torch.complex64"),
+        (lambda x: x.mean((1, 2, 3)), r"shape \(2,\) for samples \(2, 3, 8, 8\)"),
+        (lambda x: x[:1], r"shape \(1, 3, 8, 8\) for"),
+        (lambda x: x.mean((2, 3), keepdim=True), r"shape \(2, 3, 1, 1\) for"),
+    ],
+)
+def test_predictions_that_are_no_tensor_like_the_samples_are_refused(answer, told):
+    denoiser = wrap(lambda x, t: answer(x), "epsilon", shape=(3, 8, 8))
+    with pytest.raises(ConfigError, match=told):
+        denoiser(torch.ones(2, 3, 8, 8), torch.ones(2))

@@ -63,7 +63,10 @@ READ = {
 }
 
 _THRESHOLD = "D is the network's own here: set it to False, and put amed_engine.adapters.Thresholded round the denoiser"
-_CLIP = "D is the network's own here, which no step clips: set it to False in the configuration"
+_CLIP = (
+    "D is the network's own here, which no step clips: pass scheduler=type(scheduler).from_config(scheduler.config, "
+    "clip_sample=False); what keeps D in -1 .. 1 is amed_engine.adapters.Thresholded round the denoiser"
+)
 _ZERO = "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"
 _SHIFTED = "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"
 _LEVELS = "pass the noise levels themselves, as Sampler(schedule=...)"

@@ -139,7 +139,7 @@ def attach(network: Any, name: str, reader: object) -> Tap:
     if isinstance(bare(network), torch.jit.ScriptModule) or any(hasattr(part, "_orig_mod") for part in layers(network)):
         raise ConfigError(
             f"bottleneck={name!r} cannot be read from a network that is already scripted or compiled: wrap the plain module, "
-            "then trace or compile what wrap returns"
+            "then trace or compile what wrap returns; or pass bottleneck=None, with which predictors read zeros"
         )
     network = bare(network)
     try:

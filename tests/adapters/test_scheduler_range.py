@@ -47,6 +47,19 @@ def test_only_a_configuration_that_says_so_clips():
     assert wrap(Network(), scheduler=diffusers.DDIMScheduler()).family.name == "epsilon"
 
 
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_a_saved_scheduler_that_clips_is_taken_as_its_error_says(name, tmp_path):
+    make(name).save_pretrained(tmp_path)
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_pretrained(tmp_path)
+    way = r"pass scheduler=type\(scheduler\).from_config\(scheduler.config, clip_sample=False\)"
+    with pytest.raises(ConfigError, match=way):
+        wrap(Network(), scheduler=scheduler)
+    scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
+    expected = wrap(Network(), scheduler=make(name), shape=(3, 4, 4))
+    got = wrap(Network(), scheduler=scheduler, shape=(3, 4, 4))
+    assert torch.equal(got(X, torch.tensor(2.0)).x0, expected(X, torch.tensor(2.0)).x0)
+
+
 def test_a_field_of_a_later_version_is_refused():
     class DDIMScheduler(diffusers.DDIMScheduler):
         def __init__(self, fresh=3):

@@ -2,6 +2,7 @@
 
     python benchmarks/real_networks.py sweep --jobs 2
     python benchmarks/real_networks.py fit --network hsc32 --nfe 5
+    python benchmarks/real_networks.py calibrate --network hsc32 --nfe 5
     python benchmarks/real_networks.py table --nfe 5
 
 The networks are the eight of galaxygrad 0.1.9, downloaded from PyPI into a temporary folder (see galaxygrad.py), and the
@@ -145,6 +146,23 @@ def fit(names: tuple[str, ...], nfe: str, count: int, jobs: int, out: Path) -> N
         if str(number) not in results.of(name)["fit"]
     ]
     in_turns(jobs, ((keep_as(into, str(wish[2])), real_sweep.fitted, wish) for into, wish in missing), results)
+
+
+@main.command()
+@networks
+@click.option("--nfe", default="5", show_default=True, help="E.g. 5 or 3-10.")
+@workers
+@out
+def calibrate(names: tuple[str, ...], nfe: str, jobs: int, out: Path) -> None:
+    """Calibrate where the file holds none yet, and measure what was chosen on the latents of the sweep."""
+    results = Results(out)
+    missing = [
+        (results.of(name).setdefault("calibrate", {}), (name, results.samples(name, None), number))
+        for number in parse_seeds(nfe, "numbers of evaluations")
+        for name in names or real_sweep.NETWORKS
+        if str(number) not in results.of(name).get("calibrate", {})
+    ]
+    in_turns(jobs, ((keep_as(into, str(wish[2])), real_sweep.calibrated, wish) for into, wish in missing), results)
 
 
 def keep_as(into: dict[str, Any], name: str) -> Callable[[Any], None]:

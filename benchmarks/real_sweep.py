@@ -41,6 +41,8 @@ SOLVERS = TRAINING_FREE | {f"deis-{order}": ("deis", {"max_order": order}) for o
 BATCH = 16  # what stays in the cache of one core
 FINER = {**REFERENCE, "nfe": 320}  # tells the error of the reference
 FINER_LATENTS = 32
+FIRST_SEED = 64  # `calibrate` chooses on those before
+JUDGED = 12  # rows of a calibration
 FIT_SEED = 20_000  # its latents are none of the seeds measured on
 
 Estimate = Callable[[Tensor, Tensor], Tensor]  # (x, sigma (B,)) -> D
@@ -49,7 +51,8 @@ Found = tuple[float, float]  # RMSE over all latents and pixels, median over lat
 
 @dataclass(frozen=True)
 class Yard:
-    """A network and its latents: unit noise (B, C, H, W) of the seeds 0, 1, ..., with class vectors (B, K) where it has any."""
+    """A network and its latents: unit noise (B, C, H, W) of the seeds FIRST_SEED, ..., with class vectors (B, K) where it has
+    any."""
 
     network: Callable[..., Any]
     latents: Tensor
@@ -84,7 +87,7 @@ class Part(NamedTuple):
 def yard(name: str, samples: int) -> Yard:
     """One of NETWORKS with its first latents. Raises what `galaxygrad.load` does."""
     model = resolve("digits" if name == "digits" else galaxygrad.load(galaxygrad.download(FOLDER), name))
-    latents, classes = draw(range(samples), model.shape or (), model.label_dim)
+    latents, classes = draw(range(FIRST_SEED, FIRST_SEED + samples), model.shape or (), model.label_dim)
     labels = None if classes is None else torch.nn.functional.one_hot(classes, model.label_dim).float()
     return Yard(model.network, latents, labels, (model.sigma_min, model.sigma_max))
 
@@ -117,7 +120,7 @@ class Remembering:
 @torch.no_grad()
 def truth(name: str, samples: int) -> tuple[Tensor, Tensor]:
     """The fine solutions (B, C, H, W) and the rows (R, C, H, W) of the mean answer, from the folder where they are there."""
-    file = FOLDER / f"{name}-{samples}.pt"
+    file = FOLDER / f"{name}-{FIRST_SEED}-{samples}.pt"
     if not file.is_file():
         of = yard(name, samples)
         torch.save({"truth": of.solutions(of.plan(**REFERENCE)), "means": measure_mean(of.network).rows()}, file)
@@ -183,6 +186,25 @@ def fitted(name: str, samples: int, nfe: int, latents: int) -> dict[str, Any]:
     made = [sampler.run(of.latents[part], None if classes is None else classes[part]) for part in parts]
     error = summary(per_image_rmse(torch.cat([each.images for each in made]), solutions))
     return {"error": error, "latents": latents, "seconds": round(seconds)}
+
+
+@torch.no_grad()
+def calibrated(name: str, samples: int, nfe: int) -> dict[str, Any]:
+    """What `calibrate` chooses, beside the best of its first rows on these latents, of which it has seen none."""
+    of, (solutions, means) = yard(name, samples), truth(name, samples)
+    started = time.perf_counter()
+    found: Any = amed_engine.calibrate(of.network, nfe, progress=False)
+    seconds = time.perf_counter() - started
+    errors: list[list[Tensor]] = [[] for _ in found.rows[:JUDGED]]
+    for start in range(0, samples, BATCH):
+        part = of.part(start)
+        part = part._replace(denoise=Remembering(part.denoise))
+        for row, parts in zip(found.rows, errors, strict=False):
+            parts.append(per_image_rmse(solve(row.plan, part, means), solutions[start : start + BATCH]))
+    every = [summary(torch.cat(parts)) for parts in errors]
+    best = min(range(len(every)), key=lambda k: every[k][0])
+    chosen = {"plan": found.plan.describe(), "error": every[0], "evaluations": found.evaluations}
+    return {**chosen, "seconds": round(seconds), "best": every[best], "best_plan": found.rows[best].plan.describe()}
 
 
 def summary(errors: Tensor) -> Found:

@@ -12,6 +12,7 @@ from torch import nn
 
 import amed_engine.zoo as zoo
 from amed_engine import ConfigError, Mean, Plan, Sampler, load_predictor, make_plan, measure_mean, save_predictor, wrap
+from amed_engine.adapters import Thresholded
 from amed_engine.engine import measure
 from amed_engine.engine.measure import EVALUATIONS, LATENTS
 
@@ -111,8 +112,11 @@ def test_each_bound_condition_has_a_mean_of_its_own():
     mean = measure_mean(model)
     assert mean.rows()[:, 0, 0, 0].tolist() == pytest.approx(list(range(-1, 40)))
     other = wrap(model.network, "x0", shape=SHAPE, conditions={"encoder_hidden_states": texts + 1})
-    with pytest.raises(ConfigError, match="measured on another model"):
-        Sampler(other, plan=make_plan(4, solver="euler", sigma_min=0.02, sigma_max=mean.sigma, mean=mean))
+    plan = make_plan(4, solver="euler", sigma_min=0.02, sigma_max=mean.sigma, mean=mean)
+    assert Sampler(Thresholded(model), plan=plan, verify=False).plan == plan
+    for network in (other, Thresholded(other)):
+        with pytest.raises(ConfigError, match="measured on another model"):
+            Sampler(network, plan=plan)
 
 
 # ---- the sampler

@@ -35,7 +35,7 @@ from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan, own_range
 
 FOLDER = Path(tempfile.gettempdir()) / "galaxygrad"  # the wheel and the fine solutions, kept from one run to the next
-GUIDED = {"digits-guided1.5": 1.5, "digits-guided3": 3.0}  # the bundled network at these guidance scales
+GUIDED = {"digits-g1.5": 1.5, "digits-g3": 3.0}  # the bundled network at these guidance scales
 NETWORKS = (*galaxygrad.NETWORKS, "digits", *GUIDED, flow_digits.NAME)
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 FIRSTS: dict[str, FirstStep] = {"plain": False, "zero": True, "mean": "mean"}

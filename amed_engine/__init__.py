@@ -33,6 +33,7 @@ _NAMES = {
     "solvers.plan": ("Plan", "make_plan"),
     "solvers.schedule": ("make_schedule",),
     "solvers.stage": ("Midpoint",),
+    "training.calibrate": ("calibrate",),
     "training.distill": ("distill",),
     "training.fit": ("fit",),
     "training.search": ("search_schedule",),
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from amed_engine.solvers.plan import make_plan as make_plan
     from amed_engine.solvers.schedule import make_schedule as make_schedule
     from amed_engine.solvers.stage import Midpoint as Midpoint
+    from amed_engine.training.calibrate import calibrate as calibrate
     from amed_engine.training.distill import distill as distill
     from amed_engine.training.fit import fit as fit
     from amed_engine.training.search import search_schedule as search_schedule

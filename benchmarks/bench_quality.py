@@ -1,4 +1,4 @@
-"""Quality of samples, solver x NFE: training-free solvers on every schedule with and without AFS, and predictors.
+"""Quality of samples, solver x NFE: training-free solvers on every schedule with each first step, and predictors.
 
     python benchmarks/bench_quality.py --network digits --nfe 3-10
     python benchmarks/bench_quality.py --network reference_digits --nfe 5 --only ipndm-2 --predictor "mine=p.safetensors"

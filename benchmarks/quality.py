@@ -103,7 +103,7 @@ def samplers(
     for name, (solver, options) in TRAINING_FREE.items():
         if only and name not in only:
             continue
-        for nfe, schedule, afs in ((n, s, a) for n in nfes for s in schedules for a in (True, False)):
+        for nfe, schedule, afs in ((n, s, a) for n in nfes for s in schedules for a in (True, False, "mean")):
             wish = {"solver": solver, "solver_options": options, "nfe": nfe, "schedule": schedule, "afs": afs}
             try:
                 yield name, yard.setting.sampler(yard.model, **wish)

@@ -2,6 +2,7 @@
 
     python benchmarks/real_networks.py sweep --jobs 2
     python benchmarks/real_networks.py fit --network hsc32 --nfe 5
+    python benchmarks/real_networks.py calibrate --network hsc32 --nfe 5
     python benchmarks/real_networks.py table --nfe 5
 
 The networks are the eight of galaxygrad 0.1.9, downloaded from PyPI into a temporary folder (see galaxygrad.py), and the
@@ -115,7 +116,7 @@ latents = click.option("--samples", type=click.IntRange(min=32), help="Latents; 
 def sweep(names: tuple[str, ...], nfe: str, samples: int | None, jobs: int, out: Path) -> None:
     """Measure what the file does not hold yet."""
     results, names = Results(out), names or real_sweep.NETWORKS
-    galaxygrad.download(real_sweep.FOLDER)
+    real_sweep.prepare(names)
     counts = {name: results.samples(name, samples) for name in names}
     fresh = [name for name in names if "samples" not in results.of(name)]
     in_turns(jobs, ((results.of(n).update, real_sweep.facts, (n, counts[n])) for n in fresh), results)
@@ -137,14 +138,32 @@ def sweep(names: tuple[str, ...], nfe: str, samples: int | None, jobs: int, out:
 @out
 def fit(names: tuple[str, ...], nfe: str, count: int, jobs: int, out: Path) -> None:
     """Fit a predictor where the file holds none yet, and measure it on the latents of the sweep."""
-    results = Results(out)
+    results, names = Results(out), names or real_sweep.NETWORKS
+    real_sweep.prepare(names)
     missing = [
         (results.of(name)["fit"], (name, results.samples(name, None), number, count))
         for number in parse_seeds(nfe, "numbers of evaluations")
-        for name in names or real_sweep.NETWORKS
+        for name in names
         if str(number) not in results.of(name)["fit"]
     ]
     in_turns(jobs, ((keep_as(into, str(wish[2])), real_sweep.fitted, wish) for into, wish in missing), results)
+
+
+@main.command()
+@networks
+@click.option("--nfe", default="5", show_default=True, help="E.g. 5 or 3-10.")
+@workers
+@out
+def calibrate(names: tuple[str, ...], nfe: str, jobs: int, out: Path) -> None:
+    """Calibrate where the file holds none yet, and measure what was chosen on the latents of the sweep."""
+    results = Results(out)
+    missing = [
+        (results.of(name).setdefault("calibrate", {}), (name, results.samples(name, None), number))
+        for number in parse_seeds(nfe, "numbers of evaluations")
+        for name in names or real_sweep.NETWORKS
+        if str(number) not in results.of(name).get("calibrate", {})
+    ]
+    in_turns(jobs, ((keep_as(into, str(wish[2])), real_sweep.calibrated, wish) for into, wish in missing), results)
 
 
 def keep_as(into: dict[str, Any], name: str) -> Callable[[Any], None]:

@@ -14,6 +14,8 @@ from amed_engine.solvers.plan import best_training_free
 
 # Five of galaxies up to 64² that the package offers by name, and the bundled one.
 YARDSTICK = ("hsc32", "hsc64", "ztf32", "ztf64", "lsst60", "digits")
+# Reported beside them, in tables of their own: the bundled one under guidance, and one that predicts a velocity.
+BESIDE = ("digits-g1.5", "digits-g3", "flow-digits")
 FIRSTS = ("mean", "plain", "zero")
 MEASURES = {"rmse": 0, "median": 1}
 Rule = tuple[str, str, str]
@@ -69,19 +71,19 @@ def left_out(found: Costs, first: str) -> dict[str, tuple[Rule, float]]:
 
 
 def report(networks: dict[str, Any], names: Sequence[str], nfes: Sequence[int], by: str, rows: int) -> str:
-    """All tables as text, of YARDSTICK unless names are given."""
-    chosen = {name: networks[name] for name in names or YARDSTICK if name in networks}
+    """All tables as text: of YARDSTICK, and beside it of BESIDE, unless names are given."""
     parts = []
     for nfe in nfes:
-        there = {name: network for name, network in chosen.items() if errors(network, nfe, by)}
-        if there:
-            parts.append("\n".join(_section(there, nfe, by, rows)))
+        for group in (names,) if names else (YARDSTICK, BESIDE):
+            there = {name: networks[name] for name in group if name in networks and errors(networks[name], nfe, by)}
+            if there:
+                parts.append("\n".join(_section(there, nfe, by, rows)))
     return "\n\n".join(parts) or "nothing is measured of these networks at these NFE"
 
 
 def _section(networks: dict[str, Any], nfe: int, by: str, rows: int) -> Iterator[str]:
     found = costs(networks, nfe, by)
-    yield f"NFE {nfe}, {by}" + " " * 36 + "".join(f"{name:>11}" for name in networks)
+    yield f"NFE {nfe}, {by}" + " " * 36 + "".join(f"{name:>12}" for name in networks)
     for first in FIRSTS:
         yield _line(f"best with first step {first}", [_least(network, nfe, by, first) for network in networks.values()])
     fits = [network["fit"].get(str(nfe)) for network in networks.values()]
@@ -100,16 +102,16 @@ def _least(network: dict[str, Any], nfe: int, by: str, first: str) -> float:
 
 
 def _line(title: str, values: Sequence[float]) -> str:
-    return f"{title:<49}" + "".join(f"{value:11.4f}" for value in values)
+    return f"{title:<49}" + "".join(f"{value:12.4f}" for value in values)
 
 
 def _cost(rule: Rule, found: Costs) -> str:
     mean, worst = score(found[rule])
-    return f"  {' '.join(rule):<35}{mean:6.2f}{worst:6.2f}" + "".join(f"{cost:11.2f}" for cost in found[rule].values())
+    return f"  {' '.join(rule):<35}{mean:6.2f}{worst:6.2f}" + "".join(f"{cost:12.2f}" for cost in found[rule].values())
 
 
 def _stranger(first: str, chosen: dict[str, tuple[Rule, float]]) -> str:
     mean, worst = score({name: cost for name, (_, cost) in chosen.items()})
     rules = "; ".join(f"{name} {' '.join(rule[1:])}" for name, (rule, _) in chosen.items())
-    values = "".join(f"{cost:11.2f}" for _, cost in chosen.values())
+    values = "".join(f"{cost:12.2f}" for _, cost in chosen.values())
     return f"  {f'{first}, each left out once':<35}{mean:6.2f}{worst:6.2f}{values}\n    {rules}"

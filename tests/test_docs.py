@@ -106,6 +106,13 @@ def described(names, printed):
         assert re.sub(r"\s+", " ", line).strip() in re.sub(r"\s+", " ", printed)
 
 
+def calibrated(names, printed):
+    images(4)(names, printed)
+    plan = names["calibration"].plan
+    assert plan.nfe == 4
+    assert plan.describe() in printed.splitlines()[1]
+
+
 def searched(names, printed):
     images(4)(names, printed)
     assert len(names["levels"]) == 6
@@ -172,7 +179,7 @@ PROGRAMS = {
     "docs/fitting.md": [Program(fitted)],
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=4)],
-    "docs/schedules.md": [Program(searched)],
+    "docs/schedules.md": [Program(calibrated), Program(searched)],
     "docs/solvers.md": [Program()],
     "docs/training.md": [Program(result), Program(result)],
 }

@@ -16,7 +16,8 @@ from amed_engine import AmedError
 # Module -> names that pages take from it.
 NAMES = {
     "amed_engine": (
-        *("AMEDPredictor", "ConfigError", "Sampler", "Stepper", "UnsafeFileError", "adapters", "convert", "distill"),
+        *("AMEDPredictor", "ConfigError", "Sampler", "Stepper", "UnsafeFileError", "adapters", "calibrate"),
+        *("convert", "distill"),
         *("fit", "from_pretrained", "get_cmake_dir", "get_include", "get_library", "get_pkgconfig_dir", "kernels"),
         *("load", "load_package", "load_predictor", "make_plan", "metrics", "read_plan", "read_schedule"),
         *("save_predictor", "save_pretrained", "search_schedule", "wrap", "write_plan", "write_schedule"),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 import amed_engine
+from amed_engine.cli.commands.calibrate import calibrate
 from amed_engine.cli.commands.compare import compare
 from amed_engine.cli.commands.convert import convert
 from amed_engine.cli.commands.distill import distill
@@ -42,5 +43,5 @@ def app(debug: bool) -> None:
     """Samples from a diffusion model in about five network evaluations."""
 
 
-for command in (compare, convert, distill, evaluate, export, fit, info, reproduce, sample, search_schedule):
+for command in (calibrate, compare, convert, distill, evaluate, export, fit, info, reproduce, sample, search_schedule):
     app.add_command(command)

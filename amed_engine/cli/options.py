@@ -96,7 +96,7 @@ sampler_options = options(
     click.option(
         "--plan",
         type=click.Path(exists=True, dir_okay=False),
-        help="A file that says all of these: a recipe of Plan.save or search-schedule.",
+        help="A file that says all of these: a recipe of calibrate, search-schedule or Plan.save.",
     ),
 )
 drawing_options = options(

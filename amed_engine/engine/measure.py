@@ -7,6 +7,7 @@ m = E[D(sigma_0 z; sigma_0)] the first evaluation of every sample is known befor
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import threading
@@ -16,18 +17,22 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import said
+from amed_engine.sampling.modules import module_of, said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
+
+logger = logging.getLogger("amed_engine")
 
 LATENTS = 32  # of one mean
 EVALUATIONS = 512  # in all
 MAX_CLASSES = 16  # that have a mean each
 _SEED = 0x0A3ED
+_AT_ONCE = 8  # rows, as few as a served batch
 _KEPT = 64
 
 _known: dict[tuple, Mean] = {}
@@ -78,6 +83,16 @@ def mean_of(model: Model, sigma: float) -> Mean:
     return known
 
 
+def mean_if_kept(model: Model, sigma: float) -> Mean | None:
+    """The mean answer; None, with a warning, where its numbers are more than are kept."""
+    if model.shape is not None and (count := math.prod(model.shape) * (2 if model.label_dim else 1)) > MAX_VALUES:
+        logger.warning(
+            'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept', count, MAX_VALUES
+        )
+        return None
+    return mean_of(model, sigma)
+
+
 @overload
 def measured(plan: Plan, model: Model, known: Mean | None = None) -> Plan: ...
 @overload
@@ -115,14 +130,21 @@ _ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
 
 def identify(model: Model) -> str | None:
     """The fingerprint of a model, and of the conditions bound to it; None for a callable without parameters."""
-    own, conditions = fingerprint(model.network), said(model.network, "conditions")
-    if own is None or not getattr(conditions, "count", 0):
+    own, tables = fingerprint(model.network), [table for bound in _bound(model) for table in bound.named_buffers()]
+    if own is None or not tables:
         return own
     digest = hashlib.sha256(own.encode())
-    for name, table in sorted(conditions.named_buffers()):  # type: ignore[union-attr]
+    for name, table in sorted(tables, key=lambda named: named[0]):
         digest.update(f"{name}:{tuple(table.shape)};".encode())
         digest.update(table.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _bound(model: Model) -> list[Conditions]:
+    """The conditions that are bound to a model, within whatever wraps it."""
+    network = module_of(model.network)
+    modules = () if network is None else network.modules()
+    return [module for module in modules if isinstance(module, Conditions) and module.count]
 
 
 def paired_latents(count: int, shape: Sequence[int]) -> Tensor:
@@ -144,9 +166,13 @@ def _measured(model: Model, sigma: float) -> tuple[Tensor, int]:
 
 
 def _answer(model: Model, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-    told = () if labels is None else (labels.expand(len(x), -1)[: len(x)] if len(labels) == 1 else labels[: len(x)],)
-    levels = x.new_full((len(x),), sigma)
-    return model.denoise(x, levels, *(label.to(x) for label in told)).x0.double().mean(0)
+    rows = None if labels is None else (labels.expand(len(x), -1) if len(labels) == 1 else labels[: len(x)]).to(x)
+    total = torch.zeros_like(x[0], dtype=torch.float64)
+    for start in range(0, len(x), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        told = () if rows is None else (rows[part],)
+        total += model.denoise(x[part], x.new_full((len(x[part]),), sigma), *told).x0.double().sum(0)
+    return total / len(x)
 
 
 def _label_rows(model: Model) -> list[Tensor | None]:
@@ -155,8 +181,7 @@ def _label_rows(model: Model) -> list[Tensor | None]:
     if not count:
         return [None]
     none = [torch.zeros(1, count)] if _knows_none(model) else []
-    bound = getattr(getattr(model.network, "conditions", None), "count", 0)
-    limit = min(EVALUATIONS - 1 if bound else MAX_CLASSES, MAX_VALUES // math.prod(model.shape) - 1)  # type: ignore[arg-type]
+    limit = min(EVALUATIONS - 1 if _bound(model) else MAX_CLASSES, MAX_VALUES // math.prod(model.shape) - 1)  # type: ignore[arg-type]
     if count <= limit:
         return [*none, *torch.eye(count)[:, None]]
     drawn = torch.randint(count, (LATENTS,), generator=torch.Generator().manual_seed(_SEED))
@@ -165,4 +190,4 @@ def _label_rows(model: Model) -> list[Tensor | None]:
 
 def _knows_none(model: Model) -> bool:
     """Whether a zero row of labels is no class to it, as far as it says."""
-    return getattr(model.network, "can_guide", True)
+    return said(model.network, "can_guide", True)

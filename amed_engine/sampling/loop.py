@@ -73,7 +73,8 @@ class Trajectory:
 
     def __init__(self, program: Program, denoiser: Denoiser, mean: Tensor | None = None):
         wrap = thresholded if program.solver.thresholds else lambda d: d
-        analytic = partial(analytic_first_step, mean=_only_row(program.mean) if mean is None else mean)
+        about = _only_row(program.mean) if mean is None or program.mean is None else mean
+        analytic = partial(analytic_first_step, mean=about)
         self.program, self.network = program, wrap(denoiser)
         self.first = wrap(analytic) if program.afs else self.network
         self.walk = Walk(program, program.sigmas)

@@ -119,7 +119,7 @@ class Plan:
     def _first_step(self) -> str:
         if self.afs != "mean":
             return ", AFS" if self.afs else ""
-        return f", AFS about the {'mean, not measured yet' if self.mean is None else self.mean.without_numbers()}"
+        return f", AFS about the {'mean' if self.mean is None else self.mean.without_numbers()}"
 
     def to_json(self) -> dict:
         """Every option in full, so that a file means the same wherever it is read."""
@@ -208,7 +208,7 @@ def make_plan(
     check_first_step(afs)
     draft = Plan(solver, (), options=tuple((options or {}).items()), midpoint=midpoint, guidance_scale=guidance_scale)
     per_interval = made.evaluations(midpoint)
-    nfe = None if nfe is None else _check_nfe(nfe)
+    nfe = None if nfe is None else check_nfe(nfe)
     choices: tuple[FirstStep, ...] = (afs,) if afs is not None else (False, True) if mean is None else ("mean", False)
     if isinstance(schedule, Tensor):
         plan = _with_levels(draft, schedule, nfe, choices, per_interval)
@@ -249,8 +249,9 @@ def _intervals(nfe: int, per_interval: int, choices: Sequence[FirstStep], solver
     )
 
 
-def _check_nfe(nfe: Any) -> int:
-    if not isinstance(nfe, Integral) or isinstance(nfe, bool) or nfe < 1:  # NumPy's integers too
+def check_nfe(nfe: Any) -> int:
+    """A number of evaluations, NumPy's integers too. Raises ConfigError."""
+    if not isinstance(nfe, Integral) or isinstance(nfe, bool) or nfe < 1:
         raise ConfigError(f"nfe must be a positive integer, got {nfe!r}")
     return int(nfe)
 
@@ -260,7 +261,7 @@ def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | N
 
     afs, mean: as `make_plan` takes them. options: its other arguments, in place of what is chosen here.
     """
-    _check_nfe(nfe)
+    check_nfe(nfe)
     measured = afs == "mean" or (afs is None and mean is not None)
     solver = "ipndm" if measured else "deis"
     own = {"solver": solver, "options": {"max_order": 3}, "schedule": "polynomial"}

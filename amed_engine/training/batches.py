@@ -66,6 +66,13 @@ def first_answer(plan: Plan, denoiser: Denoiser) -> Denoiser | None:
     return partial(analytic_first_step, mean=mean_answer(plan.mean, denoiser)) if plan.afs else None
 
 
+def known_shape(model: Model) -> tuple[int, ...]:
+    """The shape of one sample. Raises ConfigError where the model does not say."""
+    if model.shape is None:
+        raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+    return model.shape
+
+
 class Batches:
     """Endless batches: starting points x = sigma_0 · noise and a denoiser with its conditions bound.
 
@@ -75,11 +82,9 @@ class Batches:
     """
 
     def __init__(self, model: Model, plan: Plan, batch: int, generator: torch.Generator, conditions: Conditions = None):
-        if model.shape is None:
-            raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+        self.shape = known_shape(model)
         check_guidance(model, plan.guidance_scale)
         self.model, self.plan, self.batch, self.generator = model, plan, batch, generator
-        self.shape: tuple[int, ...] = model.shape
         self.conditions = None if conditions is None else _endless(conditions)
 
     def skip(self, rounds: int) -> None:
@@ -98,8 +103,13 @@ class Batches:
     def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
         """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
         batch = batch or self.batch
-        x, condition = self._noise(batch), self._condition(batch)
-        return [(self._bind(condition, part), x[part]) for part in parts]
+        x = self._noise(batch)
+        return list(zip(self.bind(parts, batch), (x[part] for part in parts), strict=True))
+
+    def bind(self, parts: list[slice], batch: int | None = None) -> list[Denoiser]:
+        """The denoisers of the next batch's parts alone, for starting points of the caller's own."""
+        condition = self._condition(batch or self.batch)
+        return [self._bind(condition, part) for part in parts]
 
     def _noise(self, batch: int) -> Tensor:
         x = torch.randn((batch, *self.shape), generator=self.generator)

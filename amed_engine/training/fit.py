@@ -6,15 +6,17 @@ samples, end to end. A few hundred latents and some minutes on a CPU do.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.engine.measure import mean_of
+from amed_engine.engine.measure import mean_if_kept, mean_of
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
@@ -25,19 +27,20 @@ from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
 from amed_engine.solvers.plan import Plan, make_plan
-from amed_engine.training.batches import Batches, Conditions, mean_answer
+from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, mean_answer
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
+from amed_engine.training.contenders import Contender, contenders
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
+from amed_engine.training.halving import halve
+from amed_engine.training.lockstep import together
 from amed_engine.training.presets import TEACHER, made_for, noise_range
+
+logger = logging.getLogger("amed_engine")
 
 Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)
-# Where a fit may start; the best on the first latents is taken.
-STARTS = (
-    *(("ipndm", {"max_order": order}, schedule) for order in (1, 2, 3) for schedule in ("time_uniform", "logsnr")),
-    *(("unipc", {"max_order": 3}, schedule) for schedule in ("time_uniform", "logsnr")),
-)
 FIRST = 128  # latents for the first iterations, when the coefficients are still far off
+COMPARED = 10_000  # evaluations that finding the best training-free plans may cost
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,9 @@ def fit(
     learns = (points, codes, ridge, learn_sigmas)
     task = Task(variant, numbers[0], solver, solver_options, schedule, rho, afs, guidance_scale, *learns)
     tasks = {number: replace(task, nfe=number) for number in numbers}
-    mean = _mean(resolved, task, conditions)
     for each in tasks.values():
-        plans_of(resolved, each, mean)  # what cannot be is refused before the teacher's work
+        check_task(resolved, each)  # what cannot be is refused before any network runs
+    mean = _mean(resolved, task, conditions)
     examples = draw_examples(resolved, task, effort, conditions, mean)
     fitted: dict[int, Fitted] = {}
     for number, each in tasks.items():
@@ -169,8 +172,10 @@ def _reporter(bar: tqdm) -> Progress:
 def _mean(model: Model, task: Task, conditions: Conditions) -> Mean | None:
     """What a first step "mean" would start about, where one may be chosen: conditions of the caller's own tell no class."""
     check_first_step(task.afs)
-    wanted = task.afs == "mean" or (task.afs is None and conditions is None and model.shape is not None)
-    return mean_of(model, noise_range(model)["sigma_max"]) if wanted else None
+    sigma = noise_range(model)["sigma_max"]
+    if task.afs == "mean":
+        return mean_of(model, sigma)
+    return mean_if_kept(model, sigma) if task.afs is None and conditions is None and model.shape is not None else None
 
 
 def learn(
@@ -183,7 +188,8 @@ def learn(
 ) -> Fitted:
     """`fit` for one task on examples that are drawn."""
     few = examples[: max(1, FIRST // effort.batch)]
-    starts = starts_of(model, task, examples, mean)[: effort.starts]
+    free = best_free(model, task, few, effort.batch, mean)
+    starts = starts_of(model, task, free, mean)[: effort.starts]
     tried = [gauss_newton(start, few, iterations=effort.early, report=report) for start in starts]
     candidate = min(tried, key=lambda candidate: loss_of(candidate, few))
     candidate = gauss_newton(candidate, examples, iterations=effort.late, report=report)
@@ -192,6 +198,8 @@ def learn(
         candidate = gauss_newton(candidate, examples, iterations=2, ridge=task.ridge)
     predictor = candidate.predictor
     predictor.plan = made_for(model, replace(candidate.plan, guidance_scale=task.guidance_scale))
+    predictor.report = Report.of(candidate, free[0], examples, effort.batch)
+    logger.info("NFE %d: %s", task.nfe, predictor.report)
     return predictor.eval()
 
 
@@ -206,42 +214,86 @@ def draw_examples(
     counts = [min(batch, effort.samples - start) for start in range(0, effort.samples, batch)]
     drawn = [data.draw([slice(0, count)], count)[0] for count in counts]
     means = [mean_answer(mean, denoiser) for denoiser, _ in drawn]
-    return [_solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)]
+    return [solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)]
 
 
 @torch.no_grad()
-def _solved(denoiser: Denoiser, x: Tensor, teacher: Plan, mean: Tensor | None) -> Example:
+def solved(denoiser: Denoiser, x: Tensor, teacher: Plan, mean: Tensor | None) -> Example:
     images = sample(denoiser, x, teacher.levels, teacher.make_solver())
     if not bool(images.isfinite().all()):
         raise ConfigError("the teacher's samples are not finite; look at what the model returns")
     return Example(denoiser, x, images, None if mean is None else mean.to(x))
 
 
-def plans_of(model: Model, task: Task, mean: Mean | None = None) -> list[Plan]:
-    """The plans the fit of a task may begin with: training-free ones with each first step that may be chosen, or for constants
-    the one to learn. Raises ConfigError."""
-    span = {**noise_range(model), "mean": mean}
+def best_free(
+    model: Model, task: Task, examples: list[Example], rows: int, mean: Mean | None = None
+) -> list[Contender]:
+    """Training-free plans with the first steps that a task may have, the best on these latents first."""
+    entered = contenders(model, task.nfe, _firsts(task, mean), mean, task.guidance_scale)
+    whole = 0 if isinstance(examples[0].denoiser, BoundDenoiser) else len(examples[0].x)  # it cannot be cut
+    budget = max(COMPARED, 2 * len(entered) * task.nfe * whole)
+    return [entrant.contender for entrant in halve(entered, examples, budget, rows)[0]]
+
+
+def _firsts(task: Task, mean: Mean | None) -> tuple[FirstStep, ...]:
+    every: tuple[FirstStep, ...] = (False, True) if mean is None else (False, True, "mean")
+    return every if task.afs is None else (task.afs,)
+
+
+def check_task(model: Model, task: Task) -> None:
+    """Raises ConfigError for what cannot be fitted."""
     if not task.learns_all:
-        options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
-        own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
-        return [make_plan(task.nfe, midpoint=True, afs=task.afs, **own, **span)]
-    firsts = (task.afs,) if task.afs is not None else (False, True) if mean is None else (False, "mean")
-    starts = [{"solver": name, "options": options, "schedule": schedule} for name, options, schedule in STARTS]
-    plans = [make_plan(task.nfe, afs=first, **start, **span) for first in firsts for start in starts]
-    if plans[0].intervals > MAX_INTERVALS:
+        _own_plan(model, task, None)
+        return
+    intervals = max(each.plan.intervals for each in contenders(model, task.nfe, _firsts(task, None)))
+    if intervals > MAX_INTERVALS:
         raise ConfigError(
-            f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {plans[0].intervals} for nfe={task.nfe}; "
+            f"coefficients are fitted for at most {MAX_INTERVALS} intervals, got {intervals} for nfe={task.nfe}; "
             "ask for fewer evaluations (afs=False has one interval less)"
         )
-    return plans
 
 
-def starts_of(model: Model, task: Task, examples: list[Example], mean: Mean | None = None) -> list[Candidate]:
-    """Where the fit of a task may begin, best on the first latents first: training-free solvers; for constants DPM-Solver-2."""
-    plans = plans_of(model, task, mean)
+def _own_plan(model: Model, task: Task, mean: Mean | None) -> Plan:
+    """Of constants: the solver that they serve."""
+    options = dict(task.solver_options or {}) | ({"points": task.points} if task.variant == "epd" else {})
+    own = {"solver": task.solver, "options": options, "schedule": task.schedule, "rho": task.rho}
+    return make_plan(task.nfe, midpoint=True, afs=task.afs, mean=mean, **own, **noise_range(model))
+
+
+def starts_of(model: Model, task: Task, free: Sequence[Contender], mean: Mean | None = None) -> list[Candidate]:
+    """Where the fit of a task may begin: training-free plans, in their order, that are linear in evaluations at falling noise
+    levels; for constants DPM-Solver-2."""
     if not task.learns_all:
-        constants = ConstantPredictor(plans[0].intervals, dict(plans[0].options).get("points", 1))
-        return [Constants(plans[0], constants, learn_sigmas=bool(task.learn_sigmas))]
+        plan = _own_plan(model, task, mean)
+        constants = ConstantPredictor(plan.intervals, dict(plan.options).get("points", 1))
+        return [Constants(plan, constants, learn_sigmas=bool(task.learn_sigmas))]
     learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
-    free = [replace(nonstationary(plan.program(), low, plan.mean), learn_sigmas=learn_sigmas) for plan in plans]
-    return sorted(free, key=lambda candidate: loss_of(candidate, examples[:1]))
+    # About the mean the same can be learned as about zero, and more.
+    plans = [contender.plan for contender in free if mean is None or contender.plan.afs is not True]
+    every = (nonstationary(plan.program(), low, plan.mean) for plan in plans)
+    return [replace(start, learn_sigmas=learn_sigmas) for start in every if not start.collisions]
+
+
+class Report(NamedTuple):
+    """How a predictor compares with the best training-free plan: RMSE to the teacher on the latents that it was fitted to."""
+
+    rmse: float
+    free_rmse: float
+    free: Plan
+    latents: int
+
+    @classmethod
+    def of(cls, candidate: Candidate, free: Contender, examples: Sequence[Example], rows: int) -> Report:
+        program = replace(free.plan.program(), mean=None)
+        ends = [together([program], example, rows)[0][0].double() for example in examples]
+        loss = sum((end - example.target).square().sum().item() for end, example in zip(ends, examples, strict=True))
+        count = sum(example.target.numel() for example in examples)
+        mine, theirs = (math.sqrt(total / count) for total in (loss_of(candidate, examples), loss))
+        return cls(mine, theirs, free.plan, sum(len(example.x) for example in examples))
+
+    def __str__(self) -> str:
+        share = self.rmse / self.free_rmse if self.free_rmse else math.inf
+        return (
+            f"RMSE {self.rmse:.4f} on the {self.latents} latents of the fit, {share:.2f} of the {self.free_rmse:.4f} of the "
+            f"best training-free plan there ({self.free.describe()})"
+        )

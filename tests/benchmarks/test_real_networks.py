@@ -1,5 +1,6 @@
 """The yardstick of networks that are not ours: their architecture, its sweep and its tables, by hand."""
 
+import functools
 import io
 import json
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import amed_engine
+from amed_engine import Sampler, measure_mean
 from amed_engine.evaluation.metrics import per_image_rmse
 from amed_engine.sampling.denoiser import Denoised, known_first
 from amed_engine.sampling.loop import sample
@@ -30,7 +33,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(real_sweep, "FOLDER", tmp_path)
     yield real_networks
     # The modules of benchmarks/ have everyday names; leave none behind.
-    for name in ("harness", "galaxygrad", "real_sweep", "real_tables", "real_networks"):
+    for name in ("harness", "flow_digits", "galaxygrad", "real_sweep", "real_tables", "real_networks"):
         sys.modules.pop(name, None)
 
 
@@ -161,6 +164,108 @@ def test_no_point_is_evaluated_twice(bench):
     assert len(calls) == 3
 
 
+class Classes(torch.nn.Module):
+    """D of data N(m_k, SPREAD²) with m = 1, 2 for two classes and 0 for none, as rows of labels choose."""
+
+    label_dim, sample_shape = 2, (1, 4, 4)
+
+    def forward(self, x, sigma, labels):
+        centre = (labels @ torch.tensor([1.0, 2.0])).reshape(-1, 1, 1, 1)
+        return centre + (x - centre) * (SPREAD**2 / (SPREAD**2 + sigma**2)).reshape(-1, 1, 1, 1)
+
+
+def guided_yard(bench):
+    labels = torch.eye(2)[torch.tensor([0, 1, 1])]
+    latents = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    return bench.real_sweep.Yard(Classes(), latents, labels, (0.002, 80.0), 3.0)
+
+
+def test_a_guided_network_is_asked_for_the_guided_answer(bench):
+    """D_u + 3 (D_c - D_u): as D is linear in the centre, that of data about 3 m_k."""
+    yard = guided_yard(bench)
+    part, sigma = yard.part(0), torch.full((3,), 2.0)
+    centre = 3 * torch.tensor([1.0, 2.0, 2.0]).reshape(-1, 1, 1, 1)
+    expected = centre + (yard.latents - centre) * SPREAD**2 / (SPREAD**2 + 4)
+    torch.testing.assert_close(part.denoise(yard.latents, sigma), expected)
+
+
+def test_a_guided_start_is_the_engine_s_own(bench):
+    yard = guided_yard(bench)
+    mean = measure_mean(yard.network)
+    plan = yard.plan(nfe=4, solver="ipndm", options={"max_order": 3}, schedule="polynomial", afs="mean", mean=mean)
+    own = Sampler(yard.network, plan=plan, backend="eager").run(
+        yard.latents, torch.tensor([0, 1, 1]), guidance_scale=3.0
+    )
+    made = bench.real_sweep.solve(plan, yard.part(0), mean.rows())
+    torch.testing.assert_close(made, own.images, rtol=1e-5, atol=1e-5)
+
+
+def test_the_flow_s_velocity_is_that_of_an_exact_one(bench):
+    """With F = (x_t - E[x0 | x_t]) / t for a data set of one image nothing is left of the loss, and D is that image."""
+    digits = pytest.importorskip("amed_engine.zoo.train_digits")
+    image = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    data, told = digits.Digits(image, torch.zeros(1, dtype=torch.int64)), []
+
+    def exact(x, time, labels):
+        told.append((time, labels))
+        return (x - image) / (time / 1000).reshape(-1, 1, 1, 1), None
+
+    flow = sys.modules["flow_digits"]
+    loss = flow.velocity_loss(exact, data, flow.Recipe(batch=256, label_dropout=0.5), 3, to_image=True)
+    assert loss.item() < 1e-5
+    (time, labels), *_ = told
+    assert [time.min().item(), time.mean().item(), time.max().item()] == pytest.approx([2, 500, 998], abs=3)
+    assert 0.4 < (labels == digits.UNLABELLED).float().mean() < 0.6
+    denoiser = amed_engine.wrap(lambda x, t: exact(x, t, None)[0], "flow", shape=(1, 8, 8))
+    x, sigma = 3 * torch.randn(2, 1, 8, 8), torch.tensor([0.5, 40.0])
+    torch.testing.assert_close(denoiser(x, sigma).x0, image.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def flow(bench, monkeypatch):
+    """The flow's training with two steps of a smaller network."""
+    pytest.importorskip("sklearn")
+    flow = sys.modules["flow_digits"]
+    monkeypatch.setattr(flow, "NETWORK", {**flow.NETWORK, "model_channels": 8, "attn_resolutions": []})
+    monkeypatch.setattr(flow, "HELD_OUT", 1)
+    threads = torch.get_num_threads()
+    yield flow
+    torch.set_num_threads(threads)
+
+
+def test_a_training_goes_on_where_it_was(flow, tmp_path):
+    recipe, file = flow.Recipe(steps=2, batch=8), tmp_path / "flow.safetensors"
+    data = flow.load_digits(torch.device("cpu"))
+    begun = flow.Run(recipe)
+    begun.advance(data)
+    begun.write(file)
+    resumed = flow.train(file, recipe)
+    at_once = flow.train(tmp_path / "another.safetensors", recipe)
+    for name, value in at_once.average.state_dict().items():
+        assert torch.equal(value, resumed.average.state_dict()[name]), name
+    assert not torch.equal(flow.Run(recipe).net.state_dict()["map_layer0.weight"], begun.net.map_layer0.weight)
+    with pytest.raises(ValueError, match="another recipe"):
+        flow.Run.read(file, flow.Recipe(steps=3, batch=8))
+
+
+def test_the_flow_is_trained_before_it_is_measured(bench, flow, monkeypatch):
+    monkeypatch.setattr(flow, "Recipe", functools.partial(flow.Recipe, steps=1, batch=8))
+    sweep = bench.real_sweep
+    sweep.prepare(["digits", "flow-digits"])  # without the wheel, which neither needs
+    assert [file.name for file in sweep.FOLDER.iterdir()] == ["flow-digits.safetensors"]
+    yard = sweep.yard("flow-digits", 32)
+    assert (yard.latents.shape, yard.range, yard.guidance) == ((32, 1, 8, 8), (0.002, 80.0), None)
+    assert torch.equal(yard.labels.sum(1), torch.ones(32))
+    said = sweep._own_facts("flow-digits", yard)["training"]
+    assert (said["steps"], said["step"], said["loss_to_velocity"] > 0) == (1, 1, True)
+
+
+def test_guided_digits_are_the_bundled_ones_at_their_scale(bench):
+    yard = bench.real_sweep.yard("digits-g3", 32)
+    assert yard.guidance == 3.0
+    assert bench.real_sweep._own_facts("digits-g3", yard) == {"guidance_scale": 3.0}
+
+
 RULES = {("mean", "a", "s"): {"one": 1.0, "two": 3.0}, ("mean", "b", "s"): {"one": 2.0, "two": 1.0}}
 
 
@@ -175,6 +280,16 @@ def test_a_rule_is_judged_by_the_best_of_every_network(bench):
     assert {rule: found[rule] for rule in RULES} == {rule: pytest.approx(cost) for rule, cost in RULES.items()}
     assert real_tables.ranked(found, "mean")[0] == ("mean", "b", "s")
     assert real_tables.score(RULES["mean", "a", "s"]) == pytest.approx((3**0.5, 3.0))
+
+
+def test_networks_beside_the_yardstick_have_a_table_of_their_own(bench):
+    import real_tables
+
+    sweep = {"5": {"s": {first: {"a": [0.5, 1], "b": [1.0, 1]} for first in ("mean", "plain", "zero")}}}
+    networks = {name: {"sweep": sweep, "fit": {}} for name in ("digits", "hsc32", "flow-digits")}
+    six, beside = real_tables.report(networks, (), [5], "rmse", 1).split("\n\n")
+    assert six.splitlines()[0].split() == ["NFE", "5,", "rmse", "hsc32", "digits"]
+    assert beside.splitlines()[0].split() == ["NFE", "5,", "rmse", "flow-digits"]
 
 
 def test_a_network_left_out_has_no_say(bench):

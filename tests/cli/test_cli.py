@@ -305,6 +305,33 @@ def test_fit_writes_a_predictor_per_number_of_evaluations(amed, tiny_model, tmp_
         predictor = load_predictor(tmp_path / "out" / f"nfe{nfe}.safetensors")
         assert predictor.plan.nfe == nfe
         assert amed_engine.Sampler(tiny_model, predictor).run(1).images.isfinite().all()
+    told = re.findall(r"^RMSE [\d.]+ on the 8 latents of the fit, [\d.]+ of the [\d.]+ of the best", out, re.MULTILINE)
+    assert len(told) == 2
+
+
+# ---- calibrate ----
+
+
+def test_calibrate_writes_a_recipe_that_sample_takes(amed, model, tmp_path):
+    where = ("--model", model, "--device", "cpu")
+    recipe = tmp_path / "new" / "recipe.json"
+    code, out, err = amed("calibrate", *where, "--nfe", 2, "--guidance", 2.0, "--class", 1, "--out", recipe)
+    assert (code, err) == (0, "")
+    found = amed_engine.calibrate(
+        str(model), 2, conditions=[torch.ones(64, dtype=torch.int64)], guidance_scale=2.0, progress=False
+    )
+    assert amed_engine.Plan.load(recipe) == found.plan
+    assert out == f"{found.table()}\n{found.plan.describe()}: wrote {recipe}\n"
+    asked = ("--plan", recipe, "--seeds", 3, "--class", 1, "--guidance", 2.0, "--out", tmp_path / "a.png")
+    code, _, err = amed("sample", *where, *asked)
+    assert code == 0, err
+
+
+def test_calibrate_writes_a_folder_for_several_numbers_of_evaluations(amed, model, tmp_path):
+    code, out, err = amed("calibrate", "--model", model, "--nfe", "1-2", "--device", "cpu", "--out", tmp_path / "o")
+    assert code == 0, out + err
+    plans = {path.name: amed_engine.Plan.load(path).nfe for path in (tmp_path / "o").iterdir()}
+    assert plans == {"nfe1.json": 1, "nfe2.json": 2}
 
 
 # ---- failure ----
@@ -318,6 +345,8 @@ USAGE = {
     "a picture of another kind": (("sample", "--out", "a.jpg"), "written as PNG, got a.jpg; name it a.png"),
     "a comparison of another kind": (("compare", "--out", "c.pdf"), "written as PNG, got c.pdf"),
     "several fits in one file": (("fit", "--nfe", "3-4", "--out", "p.safetensors"), "pass --out FOLDER"),
+    "several recipes in one file": (("calibrate", "--nfe", "3-4", "--out", "r.json"), "pass --out FOLDER, not r.json"),
+    "a calibration of no NFE": (("calibrate", "--nfe", "0", "--out", "r.json"), "from 1 to 16, got 0"),
     "an NFE that is none": (("fit", "--nfe", "x", "--out", "p.safetensors"), "cannot read NFE 'x'"),
     "a predictor for no evaluation": (
         ("sample", "--nfe", "0", "--out", "a.png"),

@@ -66,6 +66,7 @@ def test_no_option_travels_through_the_environment(amed, published, small, tmp_p
 
 # What each command needs beside a model and its weights, to end early.
 BRIEF = {
+    "calibrate": ("--nfe", 1, "--out", "{}/recipe.json"),
     "compare": ("--nfe", 3, "--seeds", 0, "--samples", 1, "--curve-samples", 0),
     "evaluate": ("--nfe", 3, "--solver", "euler", "--seeds", "0-4", "--reference", "heun-fine"),
     "export": ("--nfe", 3, "--solver", "euler", "--format", "schedule", "--out", "{}/schedule.json"),
@@ -139,7 +140,7 @@ def test_a_folder_without_the_model_says_what_to_fetch(amed, small, tmp_path):
     assert len(error.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["sample", "compare", "distill", "evaluate", "export", "fit", "search-schedule"])
+@pytest.mark.parametrize("command", ["sample", *BRIEF])
 def test_every_command_that_takes_a_model_by_name_has_it(amed, command):
     code, out, _ = amed(command, "--help")
     assert code == 0

@@ -482,3 +482,15 @@ def test_training_by_graph_ends_in_the_bits_of_training_without(tiny_conditional
     captured = distill(tiny_conditional, **run).state_dict()
     assert all(torch.equal(captured[name], value) for name, value in eager.items())
     assert [(c.batch_sizes, c.stats.captures, c.stats.replays) for c in caches] == [([2], 1, 4)]
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 2.0])
+def test_a_captured_loop_starts_about_the_mean_of_each_class(double, tiny_conditional, guidance_scale):
+    """Labels of a replay are others than those of the capture."""
+    sampler = Sampler(tiny_conditional, solver="ipndm", nfe=3, afs="mean")
+    eager = sampler.run([0, 1, 2], [3, 5, 7], guidance_scale=guidance_scale)
+    sampler._runner.cache = GraphCache(double, (4,), None, warmups=1)
+    sampler.warmup(guidance_scale=guidance_scale)
+    captured = sampler.run([0, 1, 2], [3, 5, 7], guidance_scale=guidance_scale)
+    assert (eager.backend, captured.backend) == ("eager", "graph")
+    torch.testing.assert_close(captured.images, eager.images, rtol=1e-5, atol=1e-5)

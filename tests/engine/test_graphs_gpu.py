@@ -183,6 +183,18 @@ def test_static_midpoints_are_captured(place, model, points):
             assert torch.equal(images, loop(x, None))
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_mean_of_each_class_is_captured(place, conditional, scale):
+    """Which mean a sample starts about follows from the labels of the replay."""
+    graph, plain = (made(conditional, solver="ipndm", afs="mean") for made in (place.graphed, place.eager))
+    assert graph.plan == plain.plan
+    for k in place.times(5):
+        x, labels = place.noise(4), torch.randint(10, (4,))
+        drawn = graph.run(x, labels, guidance_scale=scale)
+        assert drawn.backend == "graph"
+        assert torch.equal(drawn.images, plain.run(x, labels, guidance_scale=scale).images), k
+
+
 @pytest.mark.parametrize("guidance", [None, 1.0, 2.5])
 def test_labels_and_guidance_are_captured(place, conditional, guidance):
     graph, plain = place.graphed(conditional), place.eager(conditional)

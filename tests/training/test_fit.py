@@ -19,7 +19,7 @@ from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint, Row
 from amed_engine.training.candidate import Constants, nonstationary, unrolled
-from amed_engine.training.fit import Effort, Task, draw_examples, fit, learn, starts_of
+from amed_engine.training.fit import Effort, Task, best_free, draw_examples, fit, learn, starts_of
 from amed_engine.training.gauss_newton import Example, Normal, adaptive, gauss_newton, jacobian, loss_of
 
 SHAPE = (1, 4, 4)
@@ -201,7 +201,7 @@ def test_each_variant_beats_its_start_and_is_saved_whole(variant, tmp_path):
     assert loaded.plan.nfe == 5
     fresh = draw_examples(model, task, replace(effort, samples=64, batch=64, seed=4))[0]
     drawn = Sampler(mixture, loaded, shape=SHAPE).run(fresh.x / 80).images
-    start = starts_of(model, task, draw_examples(model, task, effort))[0]
+    start = starts_of(model, task, best_free(model, task, draw_examples(model, task, effort), 12))[0]
     assert (drawn - fresh.target).square().sum() < 0.5 * loss_of(start, [fresh])
 
 

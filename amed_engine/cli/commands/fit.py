@@ -43,3 +43,4 @@ def fit(model, weights, device, nfe, out, **options) -> None:
         path = Path(out) / f"nfe{number}.safetensors" if several else out
         amed_engine.save_predictor(predictor, path)
         click.echo(f"{predictor.plan.describe() if predictor.plan else number}: wrote {path}")
+        click.echo(str(predictor.report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class CoefficientPredictor(nn.Module):
                 f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {codes}, {inputs}"
             )
         self.plan: Plan | None = None
+        self.report: Any = None  # of `fit`: how it compares with the best training-free plan; not saved
         self.intervals, self.sigma_max, self.afs = intervals, float(sigma_max), bool(afs)
         self.codes, self.inputs = codes, inputs
         double = torch.float64

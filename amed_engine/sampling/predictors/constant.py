@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class ConstantPredictor(nn.Module):
         in_range("ConstantPredictor", "intervals", intervals, 1, MAX_INTERVALS)
         in_range("ConstantPredictor", "points", points, 1, 7)  # as many as `amed` takes
         self.plan: Plan | None = None
+        self.report: Any = None  # of `fit`: how it compares with the best training-free plan; not saved
         self.intervals, self.points = intervals, points
         # Points spread over the interval, together a step in the mean of their directions.
         spread = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)

@@ -389,3 +389,25 @@ def test_without_the_onnx_libraries_the_extra_is_named(sampler, tmp_path, monkey
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"ONNX needs onnxscript; pip install 'amed-engine\[onnx\]'"):
         sampler.export(tmp_path / "a.onnx", "onnx")
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 2.5])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_starts_about_the_mean_of_each_class(tmp_path, format, guidance_scale):
+    for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        pytest.importorskip(name)
+    if format == "pt2" and shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = TinyConv(3)
+    nn.init.constant_(model.decode.bias, 2.0)  # data about 1
+    levels = torch.tensor([80.0, 40.0, 20.0, 10.0])  # on which the start is not forgotten
+    sampler, zero = (Sampler(model, solver="unipc", schedule=levels, afs=afs) for afs in ("mean", True))
+    sampler.export(tmp_path / FORMATS[format], format, guidance_scale=guidance_scale)
+    package, labels = load_package(tmp_path / FORMATS[format]), torch.eye(3)[[2, 0, 1, 1, 2]]
+    expected = sampler.run(latents(5), labels, guidance_scale=guidance_scale).images
+    close(package.run(latents(5), labels).images, expected)
+    assert not torch.allclose(zero.run(latents(5), labels, guidance_scale=guidance_scale).images, expected, atol=1e-2)
+    # The numbers of the mean are in the graph, once.
+    assert (package.facts.plan.afs, package.facts.plan.mean) == ("mean", None)

@@ -136,7 +136,10 @@ def attach(network: Any, name: str, reader: object) -> Tap:
 
     The network may be wrapped, the name is that in the network itself. Raises ConfigError with the names that come near.
     """
-    if isinstance(bare(network), torch.jit.ScriptModule) or any(hasattr(part, "_orig_mod") for part in layers(network)):
+    compiled = any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in layers(network)
+    )
+    if isinstance(bare(network), torch.jit.ScriptModule) or compiled:
         raise ConfigError(
             f"bottleneck={name!r} cannot be read from a network that is already scripted or compiled: wrap the plain module, "
             "then trace or compile what wrap returns; or pass bottleneck=None, with which predictors read zeros"

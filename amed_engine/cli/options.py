@@ -53,7 +53,9 @@ where_options = options(
 )
 grid_options = options(
     click.option(
-        "--schedule", help="time_uniform, polynomial, logsnr, or a file of levels.", show_default="time_uniform"
+        "--schedule",
+        help="time_uniform, polynomial, logsnr, or a file of levels.",
+        show_default="time_uniform with a solver by name, else the best at hand",
     ),
     click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
 )

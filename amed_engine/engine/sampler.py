@@ -46,8 +46,8 @@ class Sampler:
     model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
         (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
     predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
-        schedule and NFE; arguments that contradict it raise. Without one, a zoo model brings its own for this NFE;
-        otherwise a training-free solver runs.
+        schedule and NFE; arguments that contradict it raise. Without one, a zoo model by name brings its own where nothing
+        but the NFE is asked for; otherwise a training-free solver runs.
     plan: a `Plan` or the path of one (`Plan.save`, `amed search-schedule`): the recipe, which decides solver, options, noise
         levels, NFE, afs and denoise_to_zero. What contradicts it raises, a predictor's own plan too.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -113,7 +114,8 @@ def _whole(value: Any, low: int) -> bool:
 def check_first_step(afs: Any) -> None:
     """Raises ConfigError unless it is None or a `FirstStep`."""
     if afs is not None and not isinstance(afs, bool) and afs != "mean":
-        raise ConfigError(f"afs must be True, False, 'mean' or None, got {afs!r}")
+        told = "; files' and commands' zero is True here" if afs == "zero" else ""
+        raise ConfigError(f"afs must be True, False, 'mean' or None, got {afs!r}{told}")
 
 
 def read_first_step(entry: Any) -> FirstStep:
@@ -121,4 +123,4 @@ def read_first_step(entry: Any) -> FirstStep:
     for step, name in NAMES.items():
         if type(entry) is type(name) and entry == name:
             return step
-    raise ConfigError(f"plan entry 'afs' must be false, zero or mean, got {str(entry)[:40]!r}")
+    raise ConfigError(f'plan entry \'afs\' must be false, "zero" or "mean", got {json.dumps(entry, default=str)[:40]}')

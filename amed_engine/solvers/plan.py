@@ -58,8 +58,8 @@ class Plan:
         object.__setattr__(self, "options", tuple(options))
         if self.mean is not None and (self.afs != "mean" or not self.mean.is_for(self.sigmas[0], None, None)):
             raise ConfigError(
-                f"a plan with afs={self.afs!r} from sigma {self.sigmas[0]:g} has no use for the mean answer at "
-                f"{self.mean.sigma:g}; leave mean out"
+                f"a plan with afs={NAMES[self.afs]!r} from sigma {self.sigmas[0]:g} has no use for the mean answer at "
+                f"{self.mean.sigma:g}; make it None, null in a file"
             )
 
     def make_solver(self) -> Solver:

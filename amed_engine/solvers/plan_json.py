@@ -57,17 +57,21 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
     if "version" not in data:
         said = _of_version_1(said, usual)
     if missing := [name for name in _TYPES if name not in said]:
-        raise ConfigError(f"plan lacks {', '.join(missing)}; version {VERSION} says everything")
+        raise ConfigError(f"plan lacks {', '.join(missing)}; version {VERSION} says everything, null for none")
     _check_types(said)
     if missing := [name for name in _options_of(said["solver"]) if "version" in data and name not in said["options"]]:
-        raise ConfigError(f"plan entry 'options' lacks {', '.join(missing)}; version {VERSION} says every option")
+        usual = {option.name: option.default for option in fields(SOLVERS[said["solver"]])}  # type: ignore[arg-type]
+        defaults = ", ".join(f"{name}={usual[name]}" for name in missing)
+        raise ConfigError(
+            f"plan entry 'options' lacks {', '.join(missing)}; version {VERSION} says every option, by default {defaults}"
+        )
     return said
 
 
 def _of_version_1(said: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """What plans without a version say, in the words of this one."""
     if "mean" in said:
-        raise ConfigError("plan has unknown entries mean; plans without a version have none")
+        raise ConfigError('plan has unknown entries mean; plans without a version have none: put "version": 2 back')
     afs, options = said.get("afs", False), said.get("options", {})
     if not isinstance(afs, bool):
         raise ConfigError(f"plan entry 'afs' has type {type(afs).__name__}, expected bool")

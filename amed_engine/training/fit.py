@@ -199,7 +199,8 @@ def learn(
     predictor = candidate.predictor
     predictor.plan = made_for(model, replace(candidate.plan, guidance_scale=task.guidance_scale))
     predictor.report = Report.of(candidate, free[0], examples, effort.batch)
-    logger.info("NFE %d: %s", task.nfe, predictor.report)
+    worse = predictor.report.rmse > predictor.report.free_rmse
+    logger.log(logging.WARNING if worse else logging.INFO, "NFE %d: %s", task.nfe, predictor.report)
     return predictor.eval()
 
 

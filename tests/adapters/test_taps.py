@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import amed_engine
-from amed_engine.adapters import wrap
+from amed_engine.adapters import taps, wrap
 from amed_engine.adapters.taps import Tap, find
 from amed_engine.errors import ConfigError
 from amed_engine.networks import EDMPrecond, OpenAIUNet
@@ -187,3 +187,10 @@ def test_openai_networks_return_theirs(make_unet):
     network = OpenAIUNet(8, 3, 32, 3, 1, [2], channel_mult=[1, 2]).eval()
     x = torch.randn(2, 3, 8, 8)
     assert tuple(wrap(network, "epsilon")(x, SIGMA).features.shape[1:]) == network.bottleneck_shape
+
+
+def test_a_network_that_was_compiled_in_place_is_refused_before_it_runs():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1))
+    network.compile(backend="eager")
+    with pytest.raises(ConfigError, match="cannot be read from a network that is already scripted or compiled"):
+        taps.attach(network, "0", object())

@@ -238,7 +238,7 @@ def test_a_measured_mean_is_started_about_where_the_nfe_allows(solver, nfe, afs)
     assert make_plan(nfe, solver="euler", mean=MEAN, afs=True).mean is None
 
 
-@pytest.mark.parametrize("afs", ["zero", "MEAN", 1, 0.0], ids=repr)
+@pytest.mark.parametrize("afs", ["MEAN", 1, 0.0], ids=repr)
 def test_a_first_step_that_is_none_is_refused(afs):
     with pytest.raises(ConfigError, match="afs must be True, False, 'mean' or None, got"):
         make_plan(5, solver="euler", afs=afs)
@@ -286,6 +286,13 @@ def test_a_plan_does_not_change():
     plan.to_json()["sigmas"].append(0.0)
     plan.levels[0] = 1
     assert plan == make_plan(5, solver="ipndm", options={"max_order": 2})
+
+
+def test_the_name_of_files_and_commands_is_explained():
+    with pytest.raises(ConfigError, match="got 'zero'; files' and commands' zero is True here"):
+        make_plan(5, solver="euler", afs="zero")
+    with pytest.raises(ConfigError, match='must be false, "zero" or "mean", got true'):
+        Plan.from_json({**make_plan(5, solver="euler").to_json(), "afs": True})
 
 
 def test_a_models_own_range_counts_and_the_published_one_where_it_has_no_end():
@@ -337,7 +344,9 @@ def test_a_file_says_every_option_and_is_read_by_no_default():
     assert data["version"] == 2
     assert data["options"] == {"lower_order_final": True, "max_order": 3, "predict_x0": True, "thresholding": False}
     del data["options"]["thresholding"]
-    with pytest.raises(ConfigError, match="plan entry 'options' lacks thresholding; version 2 says every option"):
+    with pytest.raises(
+        ConfigError, match="lacks thresholding; version 2 says every option, by default thresholding=False"
+    ):
         Plan.from_json(data)
     with pytest.raises(ConfigError, match="a plan of version 3 is not known here, where 2 is the newest"):
         Plan.from_json({**data, "version": 3})
@@ -431,7 +440,10 @@ def test_a_mean_of_too_many_numbers_is_refused():
 
 
 def test_a_mean_belongs_to_its_first_step_and_noise_level():
-    with pytest.raises(ConfigError, match="has no use for the mean answer"):
+    with pytest.raises(
+        ConfigError,
+        match="with afs='zero' from sigma 80 has no use for the mean answer at 80; make it None, null in a file",
+    ):
         Plan("euler", (80.0, 1.0), afs=True, mean=MEAN)
     with pytest.raises(ConfigError, match="from sigma 10 has no use for the mean answer at 80"):
         Plan("euler", (10.0, 1.0), afs="mean", mean=MEAN)

@@ -37,6 +37,7 @@ from amed_engine.engine.export.tableau import (
     check,
     refuse,
 )
+from amed_engine.errors import FileFormatError
 
 
 def loads(text: str) -> Tableau:
@@ -51,6 +52,10 @@ def read_plan(path: str | os.PathLike) -> Tableau:
 
 def from_json(data: Any) -> Tableau:
     """The table that `to_json` wrote; anything else raises FileFormatError."""
+    if isinstance(data, dict) and "solver" in data:
+        raise FileFormatError(
+            "this is a recipe, of Plan.save: for Plan.load, Sampler(plan=) and --plan; write_plan makes tables"
+        )
     if isinstance(data, dict) and data.get("version") == 1:
         data = _of_version_1(data)
     names = ("format", "version", "nfe", *(field.name for field in fields(Tableau)))

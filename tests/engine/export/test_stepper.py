@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amed_engine import Midpoint, Sampler, make_schedule, make_solver, sample
+from amed_engine import Midpoint, Sampler, make_plan, make_schedule, make_solver, sample
 from amed_engine.engine.export import read_plan as plan_file
 from amed_engine.engine.export import tableau
 from amed_engine.engine.export.stepper import Stepper, dynamic_thresholding
@@ -348,3 +348,9 @@ def test_a_host_s_mistakes_are_named(tools):
         stepper.advance(x)
     with pytest.raises(ConfigError, match="at its end"):
         stepper.advance(x)
+
+
+def test_a_recipe_in_the_place_of_a_table_is_named(tmp_path):
+    make_plan(5, solver="ipndm").save(tmp_path / "recipe.json")
+    with pytest.raises(FileFormatError, match=r"recipe\.json.*this is a recipe, of Plan\.save"):
+        plan_file.read_plan(tmp_path / "recipe.json")

@@ -215,10 +215,10 @@ def _check_against(request: PlanRequest, plan: Plan, made: str) -> None:
 
 
 def check_range(plan: Plan, request: PlanRequest, made: str) -> None:
-    """A range of noise levels that was named for must be the plan's."""
+    """A range of noise levels that was asked for must be the plan's."""
     for name, own in (("sigma_min", plan.sigmas[-1]), ("sigma_max", plan.sigmas[0])):
-        if (named := getattr(request, name)) is not None and not math.isclose(named, own, rel_tol=1e-6):
-            raise ConfigError(f"{made} for {name}={own:g}, got {name}={named:g}; leave {name} out")
+        if (asked := getattr(request, name)) is not None and not math.isclose(asked, own, rel_tol=1e-6):
+            raise ConfigError(f"{made} for {name}={own:g}, got {name}={asked:g}; leave {name} out")
 
 
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
@@ -227,7 +227,7 @@ def _same_levels(given: Tensor, levels: Tensor) -> bool:
 
 
 def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
-    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were named for."""
+    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were asked for."""
     if isinstance(request.schedule, Tensor):
         return
     low, high = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))

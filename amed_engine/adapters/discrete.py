@@ -76,6 +76,11 @@ class DiscreteSteps(Family):
         """The step of a noise level, (B,) -> (B,) float64; the inverse of `sigma`."""
         return DiscreteTime(self.log_alpha).time(sigma) * self.steps - 1
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha² of each training step, (steps,) float64 on the CPU."""
+        return (2 * self.log_alpha.cpu()).exp()
+
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
 

@@ -29,7 +29,7 @@ from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import rmse
 from amed_engine.solvers import SOLVERS, make_solver, solver_names
-from amed_engine.solvers.base import count_evaluations
+from amed_engine.solvers.base import count_evaluations, count_intervals
 from amed_engine.solvers.mean import FirstStep
 
 logger = logging.getLogger("amed_engine")
@@ -200,7 +200,7 @@ def _samplers(
         raise ConfigError(f"no solver spends {nfe} evaluations on these {len(setting.schedule)} noise levels")
     for (name, (solver, options)), n in itertools.product(takes.items(), nfes):
         per_interval = make_solver(solver, **options).evaluations(False)
-        if setting.afs is not None and (n + bool(setting.afs)) % per_interval:
+        if setting.afs is not None and not count_intervals(per_interval, n, afs=setting.afs):
             logger.info("%s cannot spend %d evaluations with afs=%s: left out", name, n, setting.afs)
             continue
         yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, **grid)

@@ -68,12 +68,12 @@ def advance(state: State, denoised: tuple[Tensor, ...], update: Update) -> State
 class Trajectory:
     """A program at work on one batch: the denoisers of its evaluations and the coefficients carried along.
 
-    mean: for a first step "mean" of a program with rows of several classes, each sample's (1 or B, ...).
+    mean: what a first step "mean" starts about, each sample's (1 or B, ...); None is the program's one row.
     """
 
     def __init__(self, program: Program, denoiser: Denoiser, mean: Tensor | None = None):
         wrap = thresholded if program.solver.thresholds else lambda d: d
-        about = _only_row(program.mean) if mean is None or program.mean is None else mean
+        about = None if program.afs != "mean" else _only_row(program.mean) if mean is None else mean
         analytic = partial(analytic_first_step, mean=about)
         self.program, self.network = program, wrap(denoiser)
         self.first = wrap(analytic) if program.afs else self.network

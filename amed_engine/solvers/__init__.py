@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +71,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     if name not in SOLVERS:
         raise ConfigError(f"unknown solver {name!r}; valid names: {', '.join(SOLVERS)}")
     solver = SOLVERS[name]
-    valid = [field.name for field in fields(solver)]  # type: ignore[arg-type]
+    valid = list(solver.defaults())
     unknown = sorted(set(options) - set(valid))
     if unknown:
         raise ConfigError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -37,6 +38,16 @@ class Solver(ABC):
     answer: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
     corrects: ClassVar[bool] = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All of them by name."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What each option is where it is not named."""
+        return {option.name: option.default for option in fields(cls)}  # type: ignore[arg-type]
 
     @property
     def memory(self) -> int:
@@ -79,6 +90,12 @@ def is_bool(solver: str, name: str, value: bool) -> None:
 def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
+
+
+def count_intervals(per_interval: int, nfe: int, *, afs: FirstStep) -> int:
+    """The intervals on which a trajectory spends `nfe` evaluations; 0 where no whole number does."""
+    intervals, rest = divmod(nfe + int(bool(afs)), per_interval)
+    return 0 if rest else intervals
 
 
 def count_evaluations(solver: Solver, intervals: int, *, midpoint: bool, afs: FirstStep = False) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
-from amed_engine.solvers.base import Solver, count_evaluations
+from amed_engine.solvers.base import Solver, count_evaluations, count_intervals
 from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.mean import NAMES, FirstStep, Mean, check_first_step, read_first_step
 from amed_engine.solvers.plan_json import VERSION, current
@@ -53,9 +53,7 @@ class Plan:
 
     def __post_init__(self):
         # In full: plans that say the same are equal, and mean the same where a default is another one.
-        made = self.make_solver()
-        options = sorted((option.name, getattr(made, option.name)) for option in fields(made))  # type: ignore[arg-type]
-        object.__setattr__(self, "options", tuple(options))
+        object.__setattr__(self, "options", tuple(sorted(self.make_solver().options.items())))
         if self.mean is not None and (self.afs != "mean" or not self.mean.is_for(self.sigmas[0], None, None)):
             raise ConfigError(
                 f"a plan with afs={NAMES[self.afs]!r} from sigma {self.sigmas[0]:g} has no use for the mean answer at "
@@ -107,7 +105,7 @@ class Plan:
 
     def describe(self) -> str:
         """One line for people: solver, options, schedule, intervals."""
-        usual = {option.name: option.default for option in fields(self.make_solver())}  # type: ignore[arg-type]
+        usual = self.make_solver().defaults()
         told = [(n, value) for n, value in self.options if n in _ALWAYS_TOLD or value != usual[n]]
         options = "".join(f" {name}={value}" for name, value in told)
         rho = "" if self.rho is None else f" rho={self.rho:g}"
@@ -225,7 +223,7 @@ def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, choices: Sequence
     plan = replace(draft, sigmas=tuple(check_sigmas(levels).tolist()))
     spends = {bool(choice): choice for choice in reversed(choices)}
     free = nfe is not None and plan.intervals * per_interval - 1 == nfe
-    plan = replace(plan, afs=spends.get(free, choices[0]) if len(choices) > 1 else choices[0])
+    plan = replace(plan, afs=spends.get(free, choices[0]))
     if nfe is not None and plan.nfe != nfe:
         raise ConfigError(
             f"{plan.intervals + 1} noise levels cost {plan.nfe} evaluations with {plan.solver}, but nfe={nfe} was asked; "
@@ -237,8 +235,7 @@ def _with_levels(draft: Plan, levels: Tensor, nfe: int | None, choices: Sequence
 def _intervals(nfe: int, per_interval: int, choices: Sequence[FirstStep], solver: str) -> tuple[FirstStep, int]:
     """The first of the choices that makes a whole number of intervals, and that number."""
     for choice in choices:
-        intervals, rest = divmod(nfe + int(bool(choice)), per_interval)
-        if rest == 0 and intervals:
+        if intervals := count_intervals(per_interval, nfe, afs=choice):
             return choice, intervals
     free = {int(bool(choice)) for choice in choices}
     # One interval's evaluations at least: fewer, plus a free one, would be no interval at all.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from amed_engine.errors import ConfigError
@@ -32,11 +31,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def as_first_meant(solver: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """A solver's options as files without a version mean them: thresholding was on where it was not named."""
-    return {**({"thresholding": True} if "thresholding" in _options_of(solver) else {}), **options}
+    return {**({"thresholding": True} if "thresholding" in _defaults_of(solver) else {}), **options}
 
 
-def _options_of(solver: str) -> list[str]:
-    return [option.name for option in fields(SOLVERS[solver])] if solver in SOLVERS else []  # type: ignore[arg-type]
+def _defaults_of(solver: str) -> dict[str, Any]:
+    return SOLVERS[solver].defaults() if solver in SOLVERS else {}
 
 
 def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,9 +58,9 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in _TYPES if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}; version {VERSION} says everything, null for none")
     _check_types(said)
-    if missing := [name for name in _options_of(said["solver"]) if "version" in data and name not in said["options"]]:
-        usual = {option.name: option.default for option in fields(SOLVERS[said["solver"]])}  # type: ignore[arg-type]
-        defaults = ", ".join(f"{name}={usual[name]}" for name in missing)
+    every = _defaults_of(said["solver"]) if "version" in data else {}
+    if missing := [name for name in every if name not in said["options"]]:
+        defaults = ", ".join(f"{name}={every[name]}" for name in missing)
         raise ConfigError(
             f"plan entry 'options' lacks {', '.join(missing)}; version {VERSION} says every option, by default {defaults}"
         )

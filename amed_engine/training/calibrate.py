@@ -19,10 +19,10 @@ from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.solvers.base import in_range
-from amed_engine.solvers.mean import FirstStep, Mean
+from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer
-from amed_engine.training.contenders import Contender, contenders
+from amed_engine.training.contenders import Contender, contenders, first_steps
 from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
 from amed_engine.training.halving import Entrant, halve, split
@@ -163,7 +163,7 @@ def _drawn(model: Model, plan: Plan, batch: int, conditions: Conditions) -> list
 
 def _check_rows(model: Model, nfe: int, batch: int) -> None:
     """Conditions that are denoisers cannot be cut: the first round is on one whole, of every plan. Raises ConfigError."""
-    each = nfe * len(contenders(model, nfe, (False, True)))
+    each = nfe * len(contenders(model, nfe, first_steps(None)))
     most = (EVALUATIONS - LATENTS * FINE) // (each + FINE // 2)
     if batch > most:
         raise ConfigError(
@@ -178,7 +178,6 @@ def _mean(model: Model, denoisers: list) -> Mean | None:
     if not all(_tells_class(denoiser, model.label_dim) for denoiser in denoisers):
         logger.info("conditions that tell no class: the first step about the mean answer is left out")
         return None
-    known_shape(model)
     return mean_if_kept(model, noise_range(model)["sigma_max"])
 
 
@@ -190,8 +189,7 @@ def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:
 
 
 def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch: int, progress: bool) -> Calibration:
-    firsts: tuple[FirstStep, ...] = (False, True) if mean is None else (False, True, "mean")
-    entered = contenders(model, nfe, firsts, mean, truth.plan.guidance_scale)
+    entered = contenders(model, nfe, first_steps(mean), mean, truth.plan.guidance_scale)
     budget = EVALUATIONS - truth.evaluations
     with tqdm(total=budget, desc=f"calibrate NFE {nfe}", unit="eval", disable=not progress) as bar:
         found, spent = halve(entered, truth.examples, budget, batch, bar.update)

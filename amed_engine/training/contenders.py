@@ -5,6 +5,7 @@ first step. None is thresholded dynamically, which is no approximation of the OD
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.engine.model import Model
 from amed_engine.evaluation.comparison import TRAINING_FREE
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.base import count_intervals
 from amed_engine.solvers.mean import FirstStep, Mean
 from amed_engine.solvers.plan import Plan, check_nfe, make_plan
+from amed_engine.solvers.program import Program
 from amed_engine.training.presets import noise_range
 
 # Schedule by name -> its exponents; None is its own. Those of time_uniform above 1 have more levels where there is least noise.
@@ -39,6 +42,15 @@ class Contender(NamedTuple):
     name: str
     plan: Plan
 
+    def program(self) -> Program:
+        """Its program without the numbers of the mean, which the examples bring for their own labels."""
+        return replace(self.plan.program(), mean=None)
+
+
+def first_steps(mean: Mean | None) -> tuple[FirstStep, ...]:
+    """Those that there are to choose from."""
+    return (False, True) if mean is None else (False, True, "mean")
+
 
 def contenders(
     model: Model, nfe: int, firsts: tuple[FirstStep, ...], mean: Mean | None = None, guidance_scale: float | None = None
@@ -51,8 +63,8 @@ def contenders(
         about = {"afs": first, "mean": mean if first == "mean" else None}
         for spacing in spacings(model):
             for name, (solver, options) in TRAINING_FREE.items():
-                intervals, rest = divmod(nfe + int(bool(first)), make_solver(solver, **options).evaluations(False))
-                if rest == 0 and intervals:
+                per_interval = make_solver(solver, **options).evaluations(False)
+                if intervals := count_intervals(per_interval, nfe, afs=first):
                     asked = {"solver": solver, "options": options, **spacing(intervals)}
                     found.append(Contender(name, make_plan(nfe, **asked, **about, **common)))
     return found
@@ -61,7 +73,7 @@ def contenders(
 def spacings(model: Model) -> Iterator[Spacing]:
     """Every schedule that needs no table, with the table too where the network knows its own betas; for flows, times."""
     family = family_of(model.network)
-    tables = {"alphas_cumprod": (2 * family.log_alpha).exp().cpu()} if isinstance(family, DiscreteSteps) else None
+    tables = {"alphas_cumprod": family.alphas_cumprod} if isinstance(family, DiscreteSteps) else None
     for schedule, exponents in RHOS.items():
         own = tables if schedule == "discrete" else {}
         if own is not None:

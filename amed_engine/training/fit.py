@@ -29,7 +29,7 @@ from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, mean_answer
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
-from amed_engine.training.contenders import Contender, contenders
+from amed_engine.training.contenders import Contender, contenders, first_steps
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.halving import halve
 from amed_engine.training.lockstep import together
@@ -237,8 +237,7 @@ def best_free(
 
 
 def _firsts(task: Task, mean: Mean | None) -> tuple[FirstStep, ...]:
-    every: tuple[FirstStep, ...] = (False, True) if mean is None else (False, True, "mean")
-    return every if task.afs is None else (task.afs,)
+    return first_steps(mean) if task.afs is None else (task.afs,)
 
 
 def check_task(model: Model, task: Task) -> None:
@@ -285,7 +284,7 @@ class Report(NamedTuple):
 
     @classmethod
     def of(cls, candidate: Candidate, free: Contender, examples: Sequence[Example], rows: int) -> Report:
-        program = replace(free.plan.program(), mean=None)
+        program = free.program()
         ends = [together([program], example, rows)[0][0].double() for example in examples]
         loss = sum((end - example.target).square().sum().item() for end, example in zip(ends, examples, strict=True))
         count = sum(example.target.numel() for example in examples)

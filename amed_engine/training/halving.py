@@ -52,7 +52,7 @@ def halve(
     budget: of evaluations, never exceeded. examples: latents with what an exact solver makes of them; the last round is on
     all. rows: of one network call, about. spent: told of every round's evaluations. Raises ConfigError.
     """
-    alive = [Entrant(each, replace(each.plan.program(), mean=None)) for each in contenders]
+    alive = [Entrant(each, each.program()) for each in contenders]
     nfe = max(contender.plan.nfe for contender in contenders)
     rounds, left, out = list(_rounds(examples, _first(len(alive) * nfe, budget))), budget, []
     for k, parts in enumerate(rounds):

@@ -46,6 +46,18 @@ def predictor(request) -> AMEDPredictor:
 
 
 @pytest.fixture
+def network(tiny_model):
+    """The raw network F(c_in·x, log(sigma)/4) inside EDM's preconditioning."""
+    return lambda scaled, t: tiny_model.model(scaled, t)[0].detach()
+
+
+@pytest.fixture
+def denoiser(tiny_model):
+    """The same model as a denoiser without features."""
+    return lambda x, sigma: tiny_model(x, sigma).x0.detach()
+
+
+@pytest.fixture
 def latents() -> torch.Tensor:
     return torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -30,18 +30,6 @@ def pipeline_loop(scheduler, network, latents, start=0):
     return x
 
 
-@pytest.fixture
-def network(tiny_model):
-    """The raw network F(c_in·x, log(sigma)/4) inside EDM's preconditioning."""
-    return lambda scaled, t: tiny_model.model(scaled, t)[0].detach()
-
-
-@pytest.fixture
-def denoiser(tiny_model):
-    """The same model as a denoiser without features."""
-    return lambda x, sigma: tiny_model(x, sigma).x0.detach()
-
-
 PLANS = {
     "amed": make_plan(6, solver="amed", afs=False),
     "amed-AFS": make_plan(5, solver="amed"),

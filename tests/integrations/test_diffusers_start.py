@@ -24,16 +24,6 @@ PLANS = {
 }
 
 
-@pytest.fixture
-def network(tiny_model):
-    return lambda scaled, t: tiny_model.model(scaled, t)[0].detach()
-
-
-@pytest.fixture
-def denoiser(tiny_model):
-    return lambda x, sigma: tiny_model(x, sigma).x0.detach()
-
-
 def walk(scheduler, network, latents):
     """Every sample that a pipeline meets: its first latents, and what each step returns."""
     samples = [latents * scheduler.init_noise_sigma]

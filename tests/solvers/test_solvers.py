@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,6 +292,17 @@ def test_the_mean_of_labels_is_the_expectation_of_guided_answers():
     assert torch.equal(mean_of_labels(rows, None, 3.0), rows[:1])
     any_class = mean_of_labels(rows[:2], labels, 3.0)
     torch.testing.assert_close(any_class, torch.stack([guided, rows[0], guided]))
+
+
+def test_a_mean_that_is_given_counts_before_the_program_s_own_and_without_one():
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 80
+    own, given = (torch.full((1, 1, 4, 4), value, dtype=torch.float64) for value in (2.0, -7.0))
+    program = Program.build(make_solver("euler"), SIGMAS[:2], afs="mean", mean=own)
+    expected = sample(curved, x, SIGMAS[:2], make_solver("euler"), afs="mean", mean=given)
+    for bare in (program, replace(program, mean=None)):
+        assert torch.equal(integrate(bare, curved, x, mean=given)[-1], expected)
+    zero = Program.build(make_solver("euler"), SIGMAS[:2], afs=True)
+    assert torch.equal(integrate(zero, curved, x, mean=given)[-1], integrate(zero, curved, x)[-1])
 
 
 def test_rows_of_several_classes_need_to_know_which():

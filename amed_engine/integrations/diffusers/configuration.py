@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from amed_engine.errors import ConfigError
@@ -49,8 +48,7 @@ def solver_of(config: Mapping[str, Any]) -> Solver:
 
 def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that say every option of the solver, so that a file means the same wherever it is read."""
-    made = solver_of(config)
-    options = {"solver_options": {field.name: getattr(made, field.name) for field in fields(made)}}  # type: ignore[arg-type]
+    options = {"solver_options": solver_of(config).options}
     if "_use_default_values" not in config:
         return options
     return options | {"_use_default_values": sorted({*config["_use_default_values"]} - {"solver_options"})}

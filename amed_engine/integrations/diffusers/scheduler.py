@@ -119,7 +119,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def alphas_cumprod(self) -> Tensor | None:
         """alpha² of each training step, (num_train_timesteps,) float64; None for a model without steps."""
         family = self.model.family
-        return (2 * family.log_alpha.cpu()).exp() if isinstance(family, DiscreteSteps) else None
+        return family.alphas_cumprod if isinstance(family, DiscreteSteps) else None
 
     @property
     def step_index(self) -> int | None:

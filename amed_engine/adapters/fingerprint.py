@@ -10,8 +10,10 @@ import json
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import Bound, as_module, gathered, plain_name, whole
@@ -87,14 +89,26 @@ def _settings(model: Any) -> dict[str, Tensor]:
     own = {plain_name(module, name): b for name, b in module.named_buffers() if name.rpartition(".")[2] == BUFFER}
     given = [(name, part) for name, part in module.named_modules() if isinstance(part, Bound)]
     return own | {
-        f"{plain_name(module, name)}({key})": _told(v) for name, part in given for key, v in part.keywords.items()
+        f"{plain_name(module, name)}({key}){place}": tensor
+        for name, part in given
+        for key, value in part.keywords.items()
+        for place, tensor in _told(value)
     }
 
 
-def _told(value: Any) -> Tensor:
-    """A keyword's value; of what is neither a tensor nor plain data, its type."""
-    if isinstance(value, Tensor):
-        return value
+def _told(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """A keyword's value; where it holds arrays, each of its parts by its place."""
+    leaves, _ = tree_flatten_with_path(value)
+    if not any(isinstance(leaf, (Tensor, numpy.ndarray)) for _, leaf in leaves):
+        leaves = [((), value)]
+    for place, leaf in leaves:
+        yield keystr(place), _bytes(leaf)
+
+
+def _bytes(value: Any) -> Tensor:
+    """A tensor; the text of plain data; of anything else, its type."""
+    if isinstance(value, (Tensor, numpy.ndarray)):
+        return torch.as_tensor(value)
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
     text = repr(value) if plain else type(value).__qualname__
     return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)

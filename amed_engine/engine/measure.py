@@ -11,14 +11,16 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.taps import Tap
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
@@ -52,7 +54,8 @@ def measure_mean(
     Over 32 latents in pairs z and -z, whose differences to the mean cancel to first order; for up to 16 classes one for each
     and one for none, from the same latents; for more one for all of them; for bound conditions at least one evaluation each;
     at most 512 evaluations in all. The latents are always the same, the global generators are untouched. Measured once a
-    process for each model. model, shape, label_dim, weights: as `Sampler` takes them. sigma_max: None is the model's own.
+    process for each model, and anew where its weights, buffers, hooks or attributes (but whole numbers) changed.
+    model, shape, label_dim, weights: as `Sampler` takes them. sigma_max: None is the model's own.
     Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_max=sigma_max, weights=weights)
@@ -68,7 +71,7 @@ def mean_of(model: Model, sigma: float) -> Mean:
         )
     sigma = float(f"{sigma:.9g}")  # the ends of schedules are rounded, each its own way
     identity = identify(model)
-    key = (identity, model.precision, model.shape, model.label_dim, sigma)
+    key = (identity, _settings(model), model.precision, model.shape, model.label_dim, sigma)
     known = None if identity is None else _known.get(key)
     if known is None:
         rows, latents = _measured(model, sigma)
@@ -76,11 +79,16 @@ def mean_of(model: Model, sigma: float) -> Mean:
             raise ConfigError(f"the model's answers at sigma {sigma:g} are not finite; look at what it returns")
         facts = {"classes": model.label_dim, "latents": latents, "model": identity, "dtype": model.precision}
         known = Mean.of(rows, sigma=sigma, **facts)
-        with _lock:
-            while len(_known) >= _KEPT:
-                del _known[next(iter(_known))]
-            _known[key] = known
+        if identity is not None:
+            _keep(key, known)
     return known
+
+
+def _keep(key: tuple, mean: Mean) -> None:
+    with _lock:
+        while len(_known) >= _KEPT:
+            del _known[next(iter(_known))]
+        _known[key] = mean
 
 
 def mean_if_kept(model: Model, sigma: float) -> Mean | None:
@@ -138,6 +146,41 @@ def identify(model: Model) -> str | None:
         digest.update(f"{name}:{tuple(table.shape)};".encode())
         digest.update(table.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(model: Model) -> tuple:
+    """What beside its weights a model's answer may depend on, as far as it shows: whose modules they are, hooks, buffers, and
+    attributes; but no whole numbers, which may count calls."""
+    module = module_of(model.network)
+    parts = () if module is None else module.modules()
+    return tuple(each for part in parts for each in (_whose(part), *_hooks(part), *_buffers(part), *_attributes(part)))
+
+
+def _whose(part: nn.Module) -> Any:
+    """A module of another's making itself, not kept alive; of torch's and this package's layers the class, which says all."""
+    known = type(part).__module__.startswith(("amed_engine.", "torch.nn.", "torch._dynamo."))
+    return type(part) if known else weakref.ref(part)
+
+
+def _hooks(part: nn.Module) -> Iterator[int]:
+    """Their numbers, which torch gives to one each; not of those that read the bottleneck."""
+    for number, hook in (*part._forward_pre_hooks.items(), *part._forward_hooks.items()):
+        if not isinstance(hook, Tap):
+            yield number
+
+
+def _buffers(part: nn.Module) -> Iterator[bytes]:
+    for buffer in part.buffers(recurse=False):
+        if buffer.device.type != "meta":
+            numbers = buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            yield hashlib.sha256(numbers.tobytes()).digest()
+
+
+def _attributes(part: nn.Module) -> Iterator[tuple[str, str]]:
+    for name, value in vars(part).items():
+        values = value.values() if isinstance(value, dict) else (value,)
+        if name != "training" and values and all(isinstance(each, (float, str, bool)) for each in values):
+            yield name, repr(value)
 
 
 def _bound(model: Model) -> list[Conditions]:

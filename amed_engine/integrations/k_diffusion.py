@@ -11,7 +11,7 @@ from tqdm.auto import trange
 
 from amed_engine.adapters.taps import Bottleneck, Tap
 from amed_engine.integrations.common import AnyPredictor, Recorder, make_program
-from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.denoiser import as_denoised, copied
 from amed_engine.sampling.loop import State, Trajectory, evaluate
 from amed_engine.solvers.mean import FirstStep
 
@@ -44,7 +44,11 @@ def sample_amed(
     program = make_program(predictor, sigmas, afs, x, mean)
     options = dict(extra_args or {})
     with Tap(model, bottleneck) as tap:
-        recorder = Recorder(tap.denoiser(lambda y, sigma: model(y, sigma, **options)))
+
+        def told(y: Tensor, sigma: Tensor) -> Any:  # copies: what is the host's is not for its model to write to
+            return model(y, sigma, **{name: copied(value) for name, value in options.items()})
+
+        recorder = Recorder(tap.denoiser(told))
         trajectory, state = Trajectory(program, recorder, program.mean), State(x)
         for i in trange(program.intervals, disable=disable):
             analytic = program.afs and not i

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import never_writes
+from amed_engine.sampling.modules import as_module, copied, never_writes
 
 
 class Denoised(NamedTuple):
@@ -57,14 +57,12 @@ def ask(network: Callable[..., Any], *inputs: Any, foreign: bool = True, **condi
     return Denoised(*map(copied, answer))
 
 
-def copied(value: Any) -> Any:
-    """A tensor's copy, differentiable; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def owned(denoiser: Denoiser) -> Denoiser:
     """A caller's denoiser asked as `ask` does; one that never writes stays as it is."""
-    return denoiser if never_writes(denoiser) else lambda x, sigma: ask(denoiser, x, sigma)
+    if never_writes(denoiser):
+        return denoiser
+    network = as_module(denoiser)
+    return lambda x, sigma: ask(network, x, sigma)
 
 
 def known_first(denoiser: Denoiser, answer: Denoised) -> Denoiser:

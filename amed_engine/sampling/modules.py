@@ -15,25 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amed_engine.errors import ConfigError
 
 OWN = "amed_engine"
-# Where wrappers keep what they wrap: torch.compile, DataParallel and its like, FSDP, activation checkpoints, peft.
-INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
+# Of a module: its __call__ has the name of what torch made it of.
+CALLS = ("forward", "__call__", nn.Module.__call__.__name__)
 
 
 def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
     """The child, by name, that a wrapper hands every call on to; None for a module that computes something itself.
 
-    A wrapper is torch.compile's, or a module of one child under one of the usual names whose forward takes anything at all:
-    DataParallel, DistributedDataParallel, FSDP, AveragedModel, peft's models.
+    A wrapper is torch.compile's, or a module of one child whose forward takes anything at all: DataParallel,
+    DistributedDataParallel, FSDP, AveragedModel, peft's models.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     for name, child in children:
-        if name == "_orig_mod" or (name in INNER and len(children) == 1 and _takes_anything(type(module).forward)):
+        if name == "_orig_mod" or (len(children) == 1 and _takes_anything(type(module).forward)):
             return name, child
     return None
 
@@ -57,7 +58,7 @@ def _within(network: Any) -> Any:
         return None if network.args else network.func
     if isinstance(network, MethodType):
         owner = network.__self__
-        return owner if isinstance(owner, nn.Module) and network.__name__ in ("forward", "__call__") else None
+        return owner if isinstance(owner, nn.Module) and network.__name__ in CALLS else None
     found = passed_on(network) if isinstance(network, nn.Module) else None
     return None if found is None else found[1]
 
@@ -74,6 +75,25 @@ def bound(network: Any) -> set[str]:
     return {name for layer in layers(network) if isinstance(layer, given) for name in layer.keywords}
 
 
+def copied(value: Any) -> Any:
+    """A tensor's copy, differentiable; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def lent(value: Any) -> Any:
+    """What a partial keeps for every call, its tensors copied, in dictionaries and lists too; without any, as it is."""
+    holds = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+    return tree_map_only(Tensor, Tensor.clone, value) if holds else value
+
+
+class Given(functools.partial):
+    """functools.partial whose callable may write to what it is given."""
+
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
+        given = {name: lent(value) for name, value in self.keywords.items()}
+        return self.func(*map(lent, self.args), *inputs, **given | keywords)
+
+
 class Bound(nn.Module):
     """functools.partial of a module as a module, whose weights move, and are known, with what wraps it."""
 
@@ -82,17 +102,20 @@ class Bound(nn.Module):
         self.module, self.keywords = module, keywords
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self.keywords.items()}
+        given = {name: lent(value) for name, value in self.keywords.items()}
         return self.module(*inputs, **given | keywords)
 
 
 def as_module(network: Any) -> Any:
-    """What calls a module and nothing else as a module: its own forward, functools.partial of it. Others as they are."""
+    """What calls a module and nothing else as a module: its own forward, functools.partial of it. Others as they are, but
+    what a partial gives them is lent.
+    """
     inner = None if isinstance(network, nn.Module) else _within(network)
     inner = None if inner is None else as_module(inner)
+    partial = isinstance(network, functools.partial)
     if not isinstance(inner, nn.Module):
-        return network
-    return Bound(inner, dict(network.keywords)) if isinstance(network, functools.partial) else inner
+        return Given(network.func, *network.args, **network.keywords) if partial else network
+    return Bound(inner, dict(network.keywords)) if partial else inner
 
 
 def said(network: Any, name: str, default: Any = None) -> Any:
@@ -138,12 +161,24 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def never_writes(network: Any) -> bool:
-    """Whether a network leaves what it is given as it is and answers in new memory: a U-Net of this package's own does."""
+    """Whether a network leaves what it is given as it is and answers in new memory: a U-Net of this package's own does.
+
+    Unless it has hooks, or a forward, that are not its own, or is compiled in place.
+    """
+    if isinstance(network, nn.Module) and _is_altered(network):
+        return False
     if getattr(type(network), "lends_copies", False):
         return True
-    modules = network.modules() if isinstance(network, nn.Module) and _is_ours(network) else ()
-    known = [_is_ours(module) or type(module).__module__.startswith("torch.nn.") for module in modules]
-    return bool(known) and all(known)
+    modules = list(network.modules()) if isinstance(network, nn.Module) and _is_ours(network) else []
+    known = (_is_ours(module) or type(module).__module__.startswith("torch.nn.") for module in modules)
+    return bool(modules) and all(known) and not any(map(_is_altered, modules))
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether a call of this module itself runs more, or other code, than its class says."""
+    if "forward" in vars(module) or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return not all(map(_is_ours, (*module._forward_pre_hooks.values(), *module._forward_hooks.values())))
 
 
 def _is_ours(value: Any) -> bool:
@@ -172,17 +207,25 @@ def plain_tensors() -> Iterator[None]:
 
 @contextmanager
 def differentiable(what: str) -> Iterator[None]:
-    """With gradients, under torch.inference_mode too. Raises ConfigError where `what` holds tensors that were made in it."""
+    """With gradients, under torch.inference_mode too. Raises ConfigError where `what` can have none, see `_NO_GRADIENT`."""
     with plain_tensors(), torch.enable_grad():
         try:
             yield
         except RuntimeError as error:
-            if "nference tensor" not in str(error):
+            why = next((why for sign, why in _NO_GRADIENT.items() if sign in str(error)), None)
+            if why is None:
                 raise
-            raise ConfigError(
-                f"{what} holds tensors that were made under torch.inference_mode, and no gradient goes through those: make or "
-                f"load it outside ({str(error).partition('.')[0]})"
-            ) from error
+            raise ConfigError(f"{what} {why} ({str(error).partition('.')[0]})") from error
+
+
+_NO_GRADIENT = {
+    "nference tensor": "holds tensors that were made under torch.inference_mode, and no gradient goes through those: make or "
+    "load it outside",
+    "modified by an inplace operation": "writes to tensors that its own gradients need: write to copies of them in it, or use "
+    "what needs no gradients, amed_engine.fit",
+    "backward through the graph a second time": "keeps tensors from one call to the next, its former answers with them: detach "
+    "them in it, or use what needs no gradients, amed_engine.fit",
+}
 
 
 # ---- where it runs ----

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from amed_engine.engine.graphs import GraphCache
@@ -19,7 +19,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.sampling.denoiser import as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.modules import differentiable
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
@@ -111,7 +111,8 @@ def distill(
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
     _check_gradients(resolved.module)
-    with differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
+    exact = torch.autocast(resolved.device.type, enabled=False)  # a caller's autocast is not for the predictor
+    with exact, differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
@@ -165,7 +166,7 @@ class _Reports:
             self.saved.write(trainer)
             report.save(self.out_dir, trainer.history, picture=False)
         if self.on_round is not None:
-            self.on_round(seen)
+            self.on_round(seen._replace(losses=[*seen.losses], midpoints=[*seen.midpoints]))  # they go into the history
 
     def end(self, trainer: Trainer) -> None:
         self.saved.write(trainer)
@@ -226,8 +227,7 @@ def _student_plan(
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:
     """A predictor for this model's bottleneck, found by one evaluation, with weights drawn from the seed."""
     denoiser, x = data.probe()
-    with torch.no_grad():
-        features = as_denoised(denoiser(x, torch.full((len(x),), data.plan.sigmas[0], device=x.device))).features
+    features = _differentiated(denoiser, x, x.new_full((len(x),), data.plan.sigmas[0])).features
     if features is not None and features.dim() != 4:
         raise ConfigError(
             f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
@@ -237,6 +237,25 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
         predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, bottleneck=size, scales=scales)
     return predictor.to(x.device)
+
+
+def _differentiated(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Denoised:
+    """An answer. Raises ConfigError where its gradient is false: that of the preconditioning round a network without one.
+
+    Which is a number times x for D·x, as that of Gaussian data is too; so what D becomes a step further on has the last word.
+    """
+    answer = as_denoised(denoiser(x.requires_grad_(), sigma))
+    at, x0 = x.detach(), answer.x0
+    gradient = torch.autograd.grad((x0 * at).sum(), x)[0] if x0.requires_grad else torch.zeros_like(x)
+    if torch.allclose(gradient, at * (gradient / at).flatten()[0], rtol=1e-4, atol=0):
+        with torch.no_grad():
+            moved = as_denoised(denoiser(1.1 * at, sigma)).x0 - x0
+        if not torch.allclose(moved, 0.1 * gradient, rtol=0.1, atol=0.1 * float(moved.abs().max())):
+            raise ConfigError(
+                "the model answers without gradients, as under torch.no_grad or after detach(), and a predictor is trained "
+                "through them; take that out of the model, or use amed_engine.fit, which needs none"
+            )
+    return answer
 
 
 @contextmanager

@@ -247,6 +247,63 @@ def test_a_partial_is_another_network_for_each_of_its_keywords():
     assert not torch.equal(*(prompted(value)(torch.ones(1, *SHAPE), torch.ones(1)).x0 for value in (1.0, 2.0)))
 
 
+@pytest.mark.parametrize("kind", [dict, list, tuple, "numpy"])
+def test_arrays_in_a_keyword_of_a_partial_count(kind):
+    def given(value):
+        long = torch.zeros(3000)  # of which a printed form shows the ends alone
+        long[1500] = value
+        told = long.numpy() if kind == "numpy" else kind([("name", long)])
+        return wrap(functools.partial(Writes(False), prompt=told), "epsilon", shape=SHAPE)
+
+    assert fingerprint(given(1.0)) == fingerprint(given(1.0)) != fingerprint(given(2.0))
+
+
+def test_a_partial_lends_what_its_keywords_hold():
+    class Told(Writes):
+        def forward(self, x, t, added):
+            answer = super().forward(x, t) + added["shift"]
+            added["shift"].add_(1)
+            return answer
+
+    shift = torch.zeros(1)
+    denoiser = wrap(functools.partial(Told(), added={"shift": shift}), "epsilon", shape=SHAPE)
+    answers = [denoiser(torch.ones(1, *SHAPE), torch.ones(1)).x0 for _ in range(2)]
+    assert torch.equal(*answers)
+    assert shift == 0
+
+
+def buffered(network):
+    """Answers in one buffer, by a hook."""
+    kept = []
+
+    def hook(module, inputs, answer):
+        kept[:] = kept or [torch.empty_like(answer.x0)]
+        return answer._replace(x0=kept[0].copy_(answer.x0))
+
+    network.register_forward_hook(hook)
+
+
+def replaced(network):
+    """Zeroes its input, by a forward of the caller's own."""
+    own = network.forward
+
+    def forward(x, *told):
+        answer = own(x, *told)
+        x.zero_()
+        return answer
+
+    network.forward = forward
+
+
+@pytest.mark.parametrize("alter", [buffered, replaced])
+def test_a_model_of_ours_that_a_caller_altered_is_anothers(alter):
+    options = {"solver": "unipc", "solver_options": {"thresholding": False}, "nfe": 5}
+    altered, x = load("digits"), torch.randn(2, 1, 8, 8)
+    alter(altered)
+    images = [Sampler(model, **options).run(x, class_labels=3).images for model in (altered, load("digits"))]
+    assert torch.equal(*images)
+
+
 def test_a_look_at_a_network_leaves_its_modes():
     network = Writes(False).train()
     network.label.eval()
@@ -313,6 +370,8 @@ def test_the_bundled_model_is_asked_without_copies(monkeypatch):
     x = torch.randn(2, 1, 8, 8)
     Model(model, (1, 8, 8), 10, 0.002, 80.0, foreign=False).denoise(x, torch.ones(2), torch.zeros(2, 10))
     assert seen == [x.data_ptr()]
+    assert Sampler(model, nfe=5).model.foreign  # whose forward is another's
+    monkeypatch.undo()
     assert not Sampler(model, nfe=5).model.foreign
     assert Sampler(nn.DataParallel(model), nfe=5).model.foreign
     assert not Sampler(labelled(True), nfe=5).model.foreign

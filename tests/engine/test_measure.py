@@ -4,7 +4,9 @@ Tolerances of 1e-4: sigma_0 is not infinite, and the mean answer of data about m
 """
 
 import dataclasses
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -82,6 +84,57 @@ def test_a_model_is_measured_once_and_again_where_its_weights_changed():
     with torch.no_grad():
         model.means += 1
     assert not torch.equal(measure_mean(model).rows(), first.rows())
+
+
+class Constant(nn.Module):
+    """Answers `value` everywhere; its one weight says nothing of it."""
+
+    sample_shape = SHAPE
+
+    def __init__(self, value, kept="attribute"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        if kept == "buffer":
+            self.register_buffer("value", torch.tensor(value))
+        else:
+            self.value = {"default": value} if kept == "dictionary" else value
+
+    def forward(self, x, sigma):
+        value = self.value["default"] if isinstance(self.value, dict) else self.value
+        return torch.zeros_like(x) + value
+
+
+@pytest.mark.parametrize("kept", ["attribute", "buffer"])
+def test_networks_of_the_same_weights_are_measured_each(kept):
+    for value in (1.0, 2.0, 1, 2):
+        assert measure_mean(Constant(value, kept)).rows().unique().tolist() == [value]
+
+
+@pytest.mark.parametrize("kept", ["attribute", "buffer", "dictionary"])
+def test_a_network_that_changed_is_measured_anew(kept):
+    model = Constant(1.0, kept)
+    first = measure_mean(model)
+    assert measure_mean(wrap(model, "denoised", shape=SHAPE)).rows().unique().tolist() == [1.0]
+    if kept == "dictionary":
+        model.value["default"] = 3.0
+    else:
+        model.value = torch.tensor(3.0) if kept == "buffer" else 3.0
+    assert measure_mean(model).rows().unique().tolist() == [3.0]
+    hook = model.register_forward_hook(lambda module, inputs, answer: 2 * answer)
+    assert measure_mean(model).rows().unique().tolist() == [6.0]
+    hook.remove()
+    model.register_forward_hook(lambda module, inputs, answer: 3 * answer)
+    assert measure_mean(model).rows().unique().tolist() == [9.0]
+    assert first.rows().unique().tolist() == [1.0]
+
+
+def test_what_is_known_of_a_network_does_not_keep_it():
+    model = Constant(1.0)
+    seen = weakref.ref(model)
+    measure_mean(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_the_global_generators_are_untouched():

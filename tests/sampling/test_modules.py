@@ -28,12 +28,13 @@ from amed_engine.sampling.modules import (
 class PassesOn(nn.Module):
     """As copies of weights on average, and other wrappers, are written."""
 
-    def __init__(self, module):
+    def __init__(self, module, name="module"):
         super().__init__()
-        self.module = module
+        self.add_module(name, module)
 
     def forward(self, *inputs, **keywords):
-        return self.module(*inputs, **keywords)
+        (inner,) = self.children()
+        return inner(*inputs, **keywords)
 
 
 class Computes(PassesOn):
@@ -68,6 +69,8 @@ WRAPPERS = {
     "compiled DataParallel": lambda module: torch.compile(nn.DataParallel(module), backend="eager"),
     "partial": functools.partial,
     "forward": lambda module: module.forward,
+    "__call__": lambda module: module.__call__,
+    "under a name of its own": lambda module: PassesOn(module, "unet"),
 }
 
 
@@ -90,7 +93,7 @@ def test_a_wrapped_network_is_the_network(tiny_conditional, wrapper, group):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward"})
+@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward", "__call__"})
 def test_a_wrapped_network_is_saved_without_its_wrapper(tiny_model, wrapper, group, tmp_path):
     amed_engine.save_pretrained(WRAPPERS[wrapper](copy.deepcopy(tiny_model)), tmp_path / "saved")
     assert fingerprint(amed_engine.from_pretrained(tmp_path / "saved")) == fingerprint(tiny_model)

@@ -1,5 +1,7 @@
 """The caller's tensors are the caller's: what networks, predictors and callbacks write to, and answer in, changes no result."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,41 @@ def test_k_diffusion_and_its_callbacks():
         return torch.stack([*seen, images])
 
     assert torch.equal(run(Writes(), spoil=True), run(clean, spoil=False))
+
+
+def test_what_k_diffusion_tells_its_model_besides():
+    def told(x, sigma, shift):
+        answer = clean(x, sigma) + shift
+        shift.add_(1)
+        return answer
+
+    x, levels, shift = noise() * 80, make_schedule("polynomial", 5, 0.002, 80.0), torch.full((1,), 0.1)
+    options = {"predictor": [Midpoint(0.5)] * 4, "disable": True}
+    got = sample_amed(told, x, levels, extra_args={"shift": shift}, **options)
+    assert torch.equal(got, sample_amed(lambda x, sigma: clean(x, sigma) + 0.1, x, levels, **options))
+    assert torch.equal(shift, torch.full((1,), 0.1))
+
+
+@pytest.mark.parametrize("place", ["keyword", "dictionary", "list", "argument"])
+def test_what_a_partial_gives_is_written_to_by_nobody(place):
+    def told(x, sigma, given=None):
+        shift = {"dictionary": lambda: given["shift"], "list": lambda: given[0]}.get(place, lambda: given)()
+        answer = clean(x, sigma) + shift
+        shift.add_(1)
+        return answer
+
+    shift = torch.full((1,), 0.1)
+    given = {"dictionary": {"shift": shift}, "list": [shift]}.get(place, shift)
+    bound = (
+        functools.partial(lambda given, x, sigma: told(x, sigma, given), given)
+        if place == "argument"
+        else functools.partial(told, given=given)
+    )
+    levels = make_schedule("polynomial", 5, 0.002, 80.0)
+    expected = plainly("ipndm", lambda x, sigma: clean(x, sigma) + 0.1).run(noise()).images
+    assert torch.equal(plainly("ipndm", bound).run(noise()).images, expected)
+    sample(bound, noise() * 80, levels, make_solver("ipndm"))
+    assert torch.equal(shift, torch.full((1,), 0.1))
 
 
 def test_a_right_hand_side_of_physicsnemo():

@@ -17,6 +17,7 @@ from amed_engine import (
     make_solver,
     sample,
     save_predictor,
+    wrap,
 )
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import files
@@ -236,6 +237,82 @@ def test_gradients_of_an_enclosing_no_grad_are_no_concern():
     expected = state(train())
     with torch.no_grad():
         assert equal(state(train()), expected)
+
+
+def test_a_callers_autocast_is_no_concern(tiny_model):
+    expected = train(tiny_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(state(train(tiny_model)), state(expected))
+
+
+def test_a_callback_may_write_to_what_it_gets():
+    def spoil(seen):
+        seen.losses[:] = [1e9 for _ in seen.losses]
+        seen.midpoints.clear()
+
+    spoiled, expected = train(on_round=spoil, total_kimg=0.064), train(total_kimg=0.064)
+    assert equal(state(spoiled), state(expected))
+
+
+class Detached(nn.Module):
+    """Answers without gradients."""
+
+    sample_shape = SHAPE
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.how = nn.Conv2d(1, 1, 3, padding=1), how
+
+    def forward(self, x, sigma):
+        if self.how == "detach":
+            return self.inner(x).detach()
+        with torch.no_grad() if self.how == "no_grad" else torch.inference_mode():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("how", ["detach", "no_grad", "inference_mode"])
+def test_a_network_without_gradients_is_refused(how, raw):
+    model = wrap(Detached(how), "epsilon", shape=SHAPE) if raw else Detached(how)
+    with pytest.raises(ConfigError, match=r"the model answers without gradients.*use amed_engine\.fit"):
+        train(model)
+
+
+def test_gradients_that_are_the_same_everywhere_may_be_true():
+    def gaussian(x, sigma):
+        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    for model in (gaussian, lambda x, sigma: torch.zeros_like(x)):
+        assert train(model, shape=SHAPE).plan is not None
+
+
+class Spoils(nn.Module):
+    """Writes to what its gradients need, or keeps its answers' history."""
+
+    sample_shape = SHAPE
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how, self.kept = nn.Conv2d(1, 1, 3, padding=1), how, torch.zeros(16, *SHAPE)
+
+    def forward(self, x, sigma):
+        answer = self.inner(x)
+        if self.how == "writes":
+            x.zero_()
+            return answer
+        if len(answer) != len(self.kept):
+            return answer
+        return self.kept.copy_(answer)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [("writes", "writes to tensors that its own gradients need"), ("keeps", "keeps tensors from one call")],
+)
+def test_networks_that_spoil_their_gradients_are_refused(how, why):
+    with pytest.raises(ConfigError, match=rf"the model {why}.*amed_engine\.fit"):
+        train(Spoils(how))
 
 
 def test_progress_goes_to_stderr_and_can_be_off(capsys):

@@ -136,8 +136,8 @@ def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram
             f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
         )
     device, label_dim = device_of(denoiser), int(getattr(denoiser, "label_dim", 0) or 0)
-    inputs = [torch.zeros((2, *shape), device=device), torch.ones(2, device=device)]
-    inputs += [torch.zeros((2, label_dim), device=device)] if label_dim else []
+    x = torch.zeros((2, *shape), dtype=torch.float32, device=device)
+    inputs = [x, x.new_ones(2)] + ([x.new_zeros(2, label_dim)] if label_dim else [])
     batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
     dynamic = {"x": batch, "sigma": batch} | ({"class_labels": (batch,)} if label_dim else {})
     return torch.export.export(_Positional(denoiser.eval()), tuple(inputs), dynamic_shapes=dynamic)

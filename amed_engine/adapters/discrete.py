@@ -30,15 +30,20 @@ def alphas_cumprod(betas: str, steps: int = 1000, start: float | None = None, en
     if betas not in BETAS:
         raise ConfigError(f"betas must be one of {', '.join(BETAS)} or a tensor alphas_cumprod, got {betas!r}")
     if betas == "cosine":
-        f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        f = (
+            torch.cos(
+                (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * math.pi / 2
+            )
+            ** 2
+        )
         return (1 - (1 - f[1:] / f[:-1]).clamp_max(0.999)).cumprod(0)
     own_start, own_end = RANGES[betas]
     low, high = own_start if start is None else start, own_end if end is None else end
     if not 0 < low <= high < 1:
         raise ConfigError(f"betas must stay or grow inside (0, 1), got {low} to {high}")
     if betas == "linear":
-        return (1 - torch.linspace(low, high, steps, dtype=torch.float64)).cumprod(0)
-    return (1 - torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64) ** 2).cumprod(0)
+        return (1 - torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")).cumprod(0)
+    return (1 - torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64, device="cpu") ** 2).cumprod(0)
 
 
 class DiscreteSteps(Family):

@@ -47,7 +47,7 @@ def keep_settings(module: nn.Module, **settings: Any) -> None:
 
 def summary(table: Tensor) -> list[str]:
     """A table by its length and nine of its values to three digits: float32 and float64 arithmetic give the same."""
-    places = torch.linspace(0, len(table) - 1, 9).round().long()
+    places = torch.linspace(0, len(table) - 1, 9, dtype=torch.float32, device="cpu").round().long()
     return [str(len(table)), *(f"{value:.2e}" for value in table[places].tolist())]
 
 
@@ -108,7 +108,7 @@ def _told(value: Any) -> Iterator[tuple[str, Tensor]]:
 def _bytes(value: Any) -> Tensor:
     """A tensor; the text of plain data; of anything else, its type."""
     if isinstance(value, (Tensor, numpy.ndarray)):
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, device=getattr(value, "device", "cpu"))
     plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
     text = repr(value) if plain else type(value).__qualname__
     return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)

@@ -52,5 +52,5 @@ def flow_levels(intervals: int, shift: float = 1.0, t_min: float = 0.001, t_max:
         raise ConfigError(
             f"need 0 < t_min < t_max < 1, a positive shift and an interval, got {t_min}, {t_max}, {shift}, {intervals}"
         )
-    t = torch.linspace(t_max, t_min, intervals + 1, dtype=torch.float64)
+    t = torch.linspace(t_max, t_min, intervals + 1, dtype=torch.float64, device="cpu")
     return shift * t / (1 - t)

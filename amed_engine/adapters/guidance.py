@@ -15,7 +15,8 @@ from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
-from amed_engine.sampling.modules import as_module, bare, differentiable, never_writes, said
+from amed_engine.sampling.modes import differentiable
+from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 

@@ -89,7 +89,7 @@ class VP(Family):
     def __init__(self, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 1000, epsilon_t: float = 1e-5):
         super().__init__()
         self.vp, self.steps = VPTime(beta_d, beta_min), steps
-        ends = self.vp.sigma(torch.tensor([epsilon_t, 1.0], dtype=torch.float64))
+        ends = self.vp.sigma(torch.tensor([epsilon_t, 1.0], dtype=torch.float64, device="cpu"))
         self.sigma_min, self.sigma_max = ends.tolist()
 
     def forward(self, sigma: Tensor) -> Coefficients:
@@ -138,7 +138,7 @@ class IDDPM(Family):
         levels = [0.0]
         for j in range(steps, 0, -1):
             levels.append(math.sqrt((levels[-1] ** 2 + 1) / max(alpha[j - 1] / alpha[j], c_1) - 1))
-        self.register_buffer("levels", torch.tensor(levels[::-1], dtype=torch.float32), persistent=False)
+        self.register_buffer("levels", torch.tensor(levels[::-1], dtype=torch.float32, device="cpu"), persistent=False)
         self.sigma_min, self.sigma_max = levels[1], levels[-1]
 
     def forward(self, sigma: Tensor) -> Coefficients:

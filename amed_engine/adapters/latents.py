@@ -164,5 +164,8 @@ def _scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]
             f"{kind} has latents_mean={given['latents_mean']}, latents_std={given['latents_std']} and shift_factor={shift}; "
             f"expected {latents.shape[1]} numbers in both of the former and none in the latter: call its decode yourself"
         )
-    mean, std = (torch.as_tensor(value).to(latents).reshape(-1, *[1] * (latents.dim() - 2)) for value in given.values())
+    mean, std = (
+        torch.as_tensor(value, device="cpu").to(latents).reshape(-1, *[1] * (latents.dim() - 2))
+        for value in given.values()
+    )
     return std / factor, mean

@@ -22,16 +22,8 @@ from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import (
-    as_module,
-    bare,
-    device_of,
-    dtype_of,
-    modes_kept,
-    module_of,
-    plain_tensors,
-    said,
-)
+from amed_engine.sampling.modes import modes_kept, plain_tensors
+from amed_engine.sampling.modules import as_module, bare, device_of, dtype_of, module_of, said
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
@@ -254,8 +246,9 @@ def _check_not_noise(adapter: Adapter) -> None:
     empty = module is not None and any(parameter.device.type == "meta" for parameter in module.parameters())
     if shape is None or not ready or empty or not math.isfinite(adapter.sigma_max):
         return
-    noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-    sigma = torch.full((2,), float(adapter.sigma_max), device=device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, *shape), generator=generator, dtype=torch.float32, device="cpu").to(device)
+    sigma = noise.new_full((2,), float(adapter.sigma_max))
     labels = torch.zeros(2, dtype=torch.int64, device=device) if adapter.label_dim else None
     c = adapter.family(sigma)
     with modes_kept(module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond, OpenAIClassifier, OpenAIUNet
+from amed_engine.sampling.modes import plain_defaults
 from amed_engine.sampling.modules import bare, gathered, whole
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -83,7 +84,7 @@ def load_model(path: str | os.PathLike) -> Any:
 def restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> M:
     """The module of these arguments with these tensors, and no others."""
     _check_fit(make, arguments, tensors, path)
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
+    with plain_defaults(), torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
         module = _build(make, arguments, path)
     module.load_state_dict(dict(tensors), strict=True)
     return module

@@ -91,7 +91,7 @@ def _storage(data: Any) -> Tensor:
     values = bytearray(stream.read())  # torch reads it in place, and wants to be able to write
     if count != flat.count or len(values) != count * flat.dtype.itemsize:
         raise Refused(f"a storage in it claims {flat.count} numbers and holds {len(values)} bytes")
-    return torch.frombuffer(values, dtype=flat.dtype) if count else torch.empty(0, dtype=flat.dtype)
+    return torch.frombuffer(values, dtype=flat.dtype) if count else torch.empty(0, dtype=flat.dtype, device="cpu")
 
 
 class _Claim:

@@ -192,8 +192,12 @@ def _bound(model: Model) -> list[Conditions]:
 
 def paired_latents(count: int, shape: Sequence[int]) -> Tensor:
     """The latents (count, *shape) of unit variance that a mean is measured on, z and -z, always the same."""
-    half = torch.randn(-(-count // 2), *shape, generator=torch.Generator().manual_seed(_SEED))
+    half = torch.randn(-(-count // 2), *shape, generator=_generator(), dtype=torch.float32, device="cpu")
     return torch.cat([half, -half])[:count] if count > 1 else half
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(_SEED)
 
 
 @torch.no_grad()
@@ -223,11 +227,11 @@ def _label_rows(model: Model) -> list[Tensor | None]:
     count = model.label_dim
     if not count:
         return [None]
-    none = [torch.zeros(1, count)] if _knows_none(model) else []
+    none = [torch.zeros(1, count, device="cpu")] if _knows_none(model) else []
     limit = min(EVALUATIONS - 1 if _bound(model) else MAX_CLASSES, MAX_VALUES // math.prod(model.shape) - 1)  # type: ignore[arg-type]
     if count <= limit:
-        return [*none, *torch.eye(count)[:, None]]
-    drawn = torch.randint(count, (LATENTS,), generator=torch.Generator().manual_seed(_SEED))
+        return [*none, *torch.eye(count, device="cpu")[:, None]]
+    drawn = torch.randint(count, (LATENTS,), generator=_generator(), device="cpu")
     return [*none, torch.nn.functional.one_hot(drawn, count).float()]
 
 

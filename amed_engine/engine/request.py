@@ -127,7 +127,7 @@ def _check_labels(labels: Any, label_dim: int, batch: int, look: bool) -> Tensor
     if not label_dim:
         raise ConfigError("class_labels were given, but the model is unconditional (label_dim 0); leave them out")
     try:
-        labels = torch.as_tensor(labels).detach()
+        labels = torch.as_tensor(labels, device=getattr(labels, "device", "cpu")).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(f"class_labels must be class numbers or vectors, got {labels!r}") from error
     look = look or labels.device.type == "cpu"

@@ -50,7 +50,7 @@ def constants(predictor: AMEDPredictor, sigmas: Tensor) -> list[Midpoint]:
 
 def without_zero(sigmas: Tensor) -> Tensor:
     """The noise levels without the level 0 that k-diffusion and its relatives append; no solver here evaluates there."""
-    sigmas = torch.as_tensor(sigmas)
+    sigmas = torch.as_tensor(sigmas, device=getattr(sigmas, "device", "cpu"))
     return sigmas[:-1] if sigmas.dim() == 1 and len(sigmas) > 2 and float(sigmas[-1]) == 0 else sigmas
 
 
@@ -129,7 +129,7 @@ def one_mean(plan: Plan) -> Mean | None:
         )
     if len(rows) == 1:
         return plan.mean
-    rows = mean_of_labels(rows, torch.ones(1, 1), plan.guidance_scale)
+    rows = mean_of_labels(rows, torch.ones(1, 1, device="cpu"), plan.guidance_scale)
     facts = {name: getattr(plan.mean, name) for name in ("sigma", "latents", "model", "dtype")}
     return Mean.of(rows, classes=0, **facts)
 

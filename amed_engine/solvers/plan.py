@@ -77,7 +77,7 @@ class Plan:
     @property
     def levels(self) -> Tensor:
         """The noise levels as a float64 tensor."""
-        return torch.tensor(self.sigmas, dtype=torch.float64)
+        return torch.tensor(self.sigmas, dtype=torch.float64, device="cpu")
 
     @property
     def intervals(self) -> int:
@@ -134,7 +134,7 @@ class Plan:
         usual = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
         said = current(data, usual)
         try:
-            sigmas = check_sigmas(torch.tensor([float(s) for s in said["sigmas"]], dtype=torch.float64))
+            sigmas = check_sigmas(torch.tensor([float(s) for s in said["sigmas"]], dtype=torch.float64, device="cpu"))
         except OverflowError as error:
             raise ConfigError(f"plan entry 'sigmas' holds a number beyond float64: {error}") from error
         options, afs = tuple(sorted(said["options"].items())), read_first_step(said["afs"])

@@ -141,7 +141,7 @@ def _is_learning(choice: Choice) -> bool:
 
 def _on_host(choice: Choice) -> Choice:
     # With the dtype, or a Python number would be rounded to float32 first.
-    return map_choice(lambda c: torch.as_tensor(c, dtype=torch.float64).detach().cpu(), choice)
+    return map_choice(lambda c: torch.as_tensor(c, dtype=torch.float64, device="cpu").detach(), choice)
 
 
 class Call(NamedTuple):

@@ -55,7 +55,7 @@ class DiscreteTime(NamedTuple):
 
     @classmethod
     def of(cls, alphas_cumprod: Tensor) -> DiscreteTime:
-        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+        alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device=getattr(alphas_cumprod, "device", "cpu"))
         if alphas.dim() != 1 or len(alphas) < 2 or not bool(((alphas > 0) & (alphas < 1)).all()):
             raise ConfigError(
                 f"alphas_cumprod must be a vector of at least 2 numbers inside (0, 1), got shape {tuple(alphas.shape)}; "
@@ -114,13 +114,13 @@ def time_uniform(num_steps: int, sigma_min: float, sigma_max: float, rho: float 
 def discrete(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0, *, alphas_cumprod: Tensor) -> Tensor:
     """t^(1/rho) equally spaced on the time axis of a discrete-step model (latent and Stable Diffusion)."""
     time = DiscreteTime.of(alphas_cumprod)
-    t_max, t_min = time.time(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    t_max, t_min = time.time(torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu")).tolist()
     t = (t_max ** (1 / rho) + _unit(num_steps) * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
     return time.sigma(t)
 
 
 def _unit(num_steps: int) -> Tensor:
-    return torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
+    return torch.arange(num_steps, dtype=torch.float64, device="cpu") / (num_steps - 1)
 
 
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
@@ -169,7 +169,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     k-diffusion and its relatives append a level 0. Dividing by it is undefined, and no solver here evaluates there, so
     a trailing zero is dropped, with a note in the log.
     """
-    sigmas = torch.as_tensor(sigmas).detach().to(device="cpu", dtype=torch.float64)
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach()
     if sigmas.dim() == 1 and len(sigmas) > 2 and sigmas[-1] == 0:
         logger.warning("dropped the trailing sigma = 0; sampling ends at sigmas[-2] = %g", sigmas[-2])
         sigmas = sigmas[:-1]

@@ -112,7 +112,7 @@ class Batches:
         return [self._bind(condition, part) for part in parts]
 
     def _noise(self, batch: int) -> Tensor:
-        x = torch.randn((batch, *self.shape), generator=self.generator)
+        x = torch.randn((batch, *self.shape), generator=self.generator, dtype=torch.float32, device="cpu")
         return x.to(self.model.device) * self.plan.sigmas[0]
 
     def _condition(self, batch: int) -> Condition | None:
@@ -120,7 +120,7 @@ class Batches:
             return next(self.conditions)
         if not self.model.label_dim:
             return None
-        return torch.randint(self.model.label_dim, (batch,), generator=self.generator)
+        return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 
     def _bind(self, condition: Condition | None, part: slice) -> Denoiser:
         if condition is None:

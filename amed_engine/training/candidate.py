@@ -14,6 +14,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised
 from amed_engine.sampling.loop import integrate
+from amed_engine.sampling.modes import plain_defaults
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.mean import Mean
@@ -179,7 +180,7 @@ def unrolled(program: Program) -> tuple[Tensor, list[float]]:
     """
     if program.updates is None:
         raise ConfigError("only a program of constants can be unrolled; freeze the predictor first")
-    basis = torch.eye(program.nfe + 1 + int(program.afs == "mean"), dtype=torch.float64)
+    basis = torch.eye(program.nfe + 1 + int(program.afs == "mean"), dtype=torch.float64, device="cpu")
     points: list[Tensor] = []
     levels: list[float] = []
 
@@ -201,7 +202,8 @@ def nonstationary(program: Program, sigma_min: float, mean: Mean | None = None) 
     start, about_zero = float(program.sigmas[0]), program.afs is True
     if not about_zero:  # the first evaluation is at x_0 itself
         rows, levels = rows[1:], levels[1:]
-    predictor = CoefficientPredictor(len(rows), start, afs=about_zero)
+    with plain_defaults():
+        predictor = CoefficientPredictor(len(rows), start, afs=about_zero)
     with torch.no_grad():
         for i, row in enumerate(rows):
             width = predictor.width(i)

@@ -20,7 +20,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
-from amed_engine.sampling.modules import differentiable
+from amed_engine.sampling.modes import differentiable, plain_defaults
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.mean import FirstStep
@@ -233,7 +233,7 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
             f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
         )
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
-    with torch.random.fork_rng(devices=[]):
+    with plain_defaults(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good
         predictor = AMEDPredictor(settings.scale_dir, settings.scale_time, bottleneck=size, scales=scales)
     return predictor.to(x.device)

@@ -22,7 +22,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
-from amed_engine.sampling.modules import plain_tensors
+from amed_engine.sampling.modes import plain_defaults, plain_tensors
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
@@ -265,7 +265,8 @@ def starts_of(model: Model, task: Task, free: Sequence[Contender], mean: Mean | 
     levels; for constants DPM-Solver-2."""
     if not task.learns_all:
         plan = _own_plan(model, task, mean)
-        constants = ConstantPredictor(plan.intervals, dict(plan.options).get("points", 1))
+        with plain_defaults():
+            constants = ConstantPredictor(plan.intervals, dict(plan.options).get("points", 1))
         return [Constants(plan, constants, learn_sigmas=bool(task.learn_sigmas))]
     learn_sigmas, low = task.learn_sigmas is None or task.learn_sigmas, noise_range(model)["sigma_min"]
     # About the mean the same can be learned as about zero, and more.

@@ -23,6 +23,7 @@ from torch import Tensor
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import State, Trajectory, integrate
+from amed_engine.sampling.modes import plain_defaults
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor, summary
 from amed_engine.solvers.program import Program
 from amed_engine.training.candidate import Candidate, Coefficients
@@ -105,8 +106,8 @@ def jacobian(candidate: Candidate, example: Example) -> tuple[Tensor, Tensor]:
 class Normal:
     """The normal equations of the least squares, added up over examples: JᵀJ (P, P) and Jᵀ residual (P,)."""
 
-    matrix: Tensor = field(default_factory=lambda: torch.zeros(()))
-    gradient: Tensor = field(default_factory=lambda: torch.zeros(()))
+    matrix: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
+    gradient: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
 
     def add(self, columns: Tensor, residual: Tensor) -> None:
         flat = columns.flatten(0, 1)
@@ -200,7 +201,8 @@ def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -
     width = next((len(part[0]) for part in inputs if part is not None), 0)
     if not width:
         raise ConfigError("this model returns no bottleneck features to adapt to; use the variant without offsets")
-    grown = CoefficientPredictor(**{**predictor.config, "codes": min(codes, width), "inputs": width})
+    with plain_defaults():
+        grown = CoefficientPredictor(**{**predictor.config, "codes": min(codes, width), "inputs": width})
     grown.coefficients.copy_(predictor.coefficients)
     for i, part in enumerate(inputs):
         if part is not None:

@@ -91,7 +91,7 @@ def snapshot(trainer: Trainer) -> dict[str, Tensor]:
     tensors |= {f"adam/{names[k]}/{key}": value for k, state in moments.items() for key, value in state.items()}
     rows = [seen.row() for seen in trainer.history]
     # As bits: a skipped step's loss is no number, which a file of ours may not hold.
-    tensors["history"] = torch.tensor(rows, dtype=torch.float64).view(torch.int64)
+    tensors["history"] = torch.tensor(rows, dtype=torch.float64, device="cpu").view(torch.int64)
     tensors["generator"] = trainer.data.generator.get_state()
     return tensors
 

@@ -83,7 +83,7 @@ def search_schedule(
     _check_numbers(samples, batch, coefficient)
     batch = min(batch, samples)
     data = Batches(resolved, plan, batch, torch.Generator().manual_seed(seed), conditions)
-    total = torch.zeros(len(levels), len(levels), dtype=torch.float64)
+    total = torch.zeros(len(levels), len(levels), dtype=torch.float64, device="cpu")
     count = math.ceil(samples / batch)
     with tqdm(total=count, desc=f"search NFE {nfe}", unit="batch", disable=not progress) as bar:
         for _ in range(count):
@@ -147,7 +147,7 @@ def step_of(solver: Solver) -> Step:
 def cost_matrix(path: TeacherPath, step: Step) -> Tensor:
     """c(i, j) for i < j, (levels, levels) float64 on the CPU; infinite elsewhere: no step goes up."""
     count = len(path.levels)
-    cost = torch.full((count, count), math.inf, dtype=torch.float64)
+    cost = torch.full((count, count), math.inf, dtype=torch.float64, device="cpu")
     if not bool(torch.isfinite(path.states).all()):
         raise ConfigError("the teacher's trajectory is not finite; look at what the model returns")
     for i in range(count - 1):

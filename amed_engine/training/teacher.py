@@ -103,7 +103,9 @@ def _refined(student: Plan, stride: int) -> Tensor:
 def _inside(student: Plan, stride: int, schedule: str, rho: float | None) -> Tensor:
     """Every interval of the student, cut by the named schedule between its ends."""
     parts = [
-        make_schedule(schedule, stride + 1, low, high, rho)[:-1] if stride > 1 else torch.tensor([high]).double()
+        make_schedule(schedule, stride + 1, low, high, rho)[:-1]
+        if stride > 1
+        else student.levels[:1].new_tensor([high])
         for high, low in itertools.pairwise(student.sigmas)
     ]
     return torch.cat([*parts, student.levels[-1:]])

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.loop import State, Trajectory
+from amed_engine.sampling.modes import plain_defaults
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
@@ -54,7 +55,7 @@ class Watched:
 
     def __init__(self, predictor: AMEDPredictor, intervals: int, device: torch.device):
         self.predictor, self.i = predictor, 0
-        self.sums = torch.zeros(intervals, 3, device=device)
+        self.sums = torch.zeros(intervals, 3, dtype=torch.float32, device=device)
 
     def __call__(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
         midpoint = self.predictor(features, sigma, sigma_next)
@@ -180,7 +181,8 @@ class Trainer:
         pieces = gradient.split([p.numel() for p in self.parameters])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).to(parameter.dtype)
-        self.optimizer.step()
+        with plain_defaults():  # Adam counts its steps in new tensors
+            self.optimizer.step()
 
 
 class StudentRun:

@@ -10,6 +10,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.sampling.modes import modes_kept
 from amed_engine.sampling.modules import (
     as_module,
     bare,
@@ -18,7 +19,6 @@ from amed_engine.sampling.modules import (
     device_of,
     dtype_of,
     dtypes_of,
-    modes_kept,
     never_writes,
     plain_name,
     said,

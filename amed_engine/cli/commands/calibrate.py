@@ -33,7 +33,7 @@ def calibrate(model, weights, device, nfe, class_label, batch, out, **options) -
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
     check_writable(Path(out) / "nfe" if several else out)
     network = open_network(model, weights, device)
-    conditions = None if class_label is None else [torch.full((batch,), class_label)]
+    conditions = None if class_label is None else [torch.full((batch,), class_label, device="cpu")]
     asked = {"conditions": conditions, "batch": batch, "progress": sys.stderr.isatty(), **options}
     found: Any = amed_engine.calibrate(network, numbers, **asked)
     for number, calibration in found.items():

@@ -146,7 +146,7 @@ def _mean(rows: Tensor, plan: Plan | None) -> MeanRows:
     rows, count = rows.float().cpu(), len(rows) - 1
     if count:
         scale = None if plan is None else plan.guidance_scale
-        rows = torch.cat([rows[:1], mean_of_labels(rows, torch.eye(count), scale)])
+        rows = torch.cat([rows[:1], mean_of_labels(rows, torch.eye(count, device="cpu"), scale)])
     classes = count if plan is None or plan.mean is None else plan.mean.classes
     return MeanRows.of(classes, rows.flatten(1).tolist())
 

@@ -51,7 +51,7 @@ def _levels(program: Program, alphas_cumprod: Tensor | None) -> dict[str, list]:
         raise ConfigError("a schedule has one noise level per evaluation, not parallel points; export format='plan'")
     last = program.sigmas[-1:].double()
     own, told = (
-        torch.cat([torch.tensor([getattr(e, name)[0] for e in steps], dtype=torch.float64), last])
+        torch.cat([torch.tensor([getattr(e, name)[0] for e in steps], dtype=torch.float64, device="cpu"), last])
         for name in ("sigma", "sigma_net")
     )
     midpoints: Any = program.predictor or [Midpoint(1.0)] * program.intervals

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import read, write
 from amed_engine.checkpoints.native import check_tensors
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.sampling.modes import plain_defaults
 
 FILE = Path(__file__).with_name("digit_classifier.safetensors")
 KIND = "digit_classifier"
@@ -62,7 +63,7 @@ def load_classifier(path: str | os.PathLike = FILE) -> tuple[DigitClassifier, di
     config, tensors = read(path, MAX_BYTES)
     if config.get("kind") != KIND or not isinstance(config.get("training"), dict):
         raise FileFormatError(f"{path} holds {config.get('kind')!r}, expected {KIND!r} with its training report")
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
+    with plain_defaults(), torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
         classifier = DigitClassifier()
     check_tensors(classifier, tensors, path)
     classifier.load_state_dict(tensors)

@@ -108,7 +108,7 @@ def of_classes(
     labels: int | Sequence[int] | Tensor, count: int, null_class: int | None, scale: float | None
 ) -> Conditions:
     """Class labels as conditions. count: the classes that the model has, 0 where it does not say. Raises ConfigError."""
-    labels = torch.as_tensor(labels).reshape(-1)
+    labels = torch.as_tensor(labels, device=getattr(labels, "device", "cpu")).reshape(-1)
     known = labels if labels.device.type == "cpu" else labels[:0]  # others are not waited for
     if labels.is_floating_point() or (count and bool(((known < 0) | (known >= count)).any())):
         known_range = f" in 0 .. {count - 1}" if count else ""

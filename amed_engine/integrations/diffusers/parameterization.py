@@ -148,7 +148,7 @@ def _alphas(config: Mapping[str, Any]) -> Tensor | None:
             raise ConfigError(
                 f"trained_betas are of {len(config['trained_betas'])} steps, num_train_timesteps is {steps}; make them the same"
             )
-        return (1 - torch.as_tensor(config["trained_betas"], dtype=torch.float64)).cumprod(0)
+        return (1 - torch.as_tensor(config["trained_betas"], dtype=torch.float64, device="cpu")).cumprod(0)
     if name is None:
         return None
     if name not in BETA_SCHEDULES:

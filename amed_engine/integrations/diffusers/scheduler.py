@@ -149,8 +149,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         if len(given) > 1 or not (given or self.config["noise_levels"]):
             raise ConfigError("pass one of num_inference_steps, timesteps and sigmas to set_timesteps")
         if timesteps is not None:
-            sigmas = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64))
-        told = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64)
+            sigmas = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64, device="cpu"))
+        told = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         levels = check_sigmas(self._steps(num_inference_steps) if told is None else without_zero(told))
         self.num_inference_steps = len(levels) - int(self._ends_low)
         self._use(device, levels, self.program(levels))
@@ -210,7 +210,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Where in `timesteps` this one stands."""
         timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        found = (timesteps == torch.as_tensor(timestep).to(timesteps)).nonzero()
+        found = (timesteps == torch.as_tensor(timestep, dtype=timesteps.dtype, device=timesteps.device)).nonzero()
         if not len(found):
             raise ConfigError(f"timestep {float(timestep):g} is none of scheduler.timesteps; pass one of them")
         return int(found[0])
@@ -222,7 +222,7 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         own = len(self.config["noise_levels"]) - int(self._ends_low)
         if count not in (None, own):
             raise ConfigError(f"these noise levels and midpoints are for {own} steps, got num_inference_steps={count}")
-        return torch.tensor(self.config["noise_levels"], dtype=torch.float64)
+        return torch.tensor(self.config["noise_levels"], dtype=torch.float64, device="cpu")
 
     def _levels(self, count: int) -> Tensor:
         if count < 2:

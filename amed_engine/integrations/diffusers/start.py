@@ -47,7 +47,7 @@ class Start:
         return self._state(x, mean).at(y)
 
     def _leads(self, x: float, mean: float) -> float:
-        told = torch.tensor([[x], [mean]], dtype=torch.float64)
+        told = torch.tensor([[x], [mean]], dtype=torch.float64, device="cpu")
         return self._state(told[:1], told[1:]).y[0].item()
 
     def _state(self, x: Tensor, mean: Tensor | None) -> State:

@@ -50,11 +50,11 @@ class CoefficientPredictor(nn.Module):
         self.report: Any = None  # of `fit`: how it compares with the best training-free plan; not saved
         self.intervals, self.sigma_max, self.afs = intervals, float(sigma_max), bool(afs)
         self.codes, self.inputs = codes, inputs
-        double = torch.float64
-        self.coefficients = nn.Parameter(torch.zeros(intervals, intervals + 1, dtype=double))
-        self.heads = nn.Parameter(torch.zeros(intervals, intervals + 1, codes, dtype=double)) if codes else None
-        self.register_buffer("centre", torch.zeros(intervals, inputs, dtype=double) if codes else None)
-        self.register_buffer("basis", torch.zeros(intervals, inputs, codes, dtype=double) if codes else None)
+        self.coefficients = nn.Parameter(torch.zeros(intervals, intervals + 1, dtype=torch.float64))
+        zeros = self.coefficients.detach().new_zeros
+        self.heads = nn.Parameter(zeros(intervals, intervals + 1, codes)) if codes else None
+        self.register_buffer("centre", zeros(intervals, inputs) if codes else None)
+        self.register_buffer("basis", zeros(intervals, inputs, codes) if codes else None)
 
     def extra_repr(self) -> str:
         return described(self.plan, self.config)

@@ -1,0 +1,70 @@
+"""In which of torch's modes a block runs, whatever the caller's are: gradients, training, the defaults of new tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from amed_engine.errors import ConfigError
+
+# The default dtype is the whole process's: one thread at a time sets it, and puts it back.
+_BUILDING = threading.RLock()
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """On the CPU in float32, as torch starts, for modules of this package that are built in the block."""
+    with _BUILDING, torch.device("cpu"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+@contextmanager
+def modes_kept(module: nn.Module | None) -> Iterator[None]:
+    """A module in evaluation mode for a while; every part of it is left in the mode that it was found in."""
+    modes = [] if module is None else [(part, part.training) for part in module.modules()]
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Out of torch.inference_mode, if in it: autograd refuses the tensors that are made there, for good."""
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        yield
+
+
+@contextmanager
+def differentiable(what: str) -> Iterator[None]:
+    """With gradients, under torch.inference_mode too. Raises ConfigError where `what` can have none, see `_NO_GRADIENT`."""
+    with plain_tensors(), torch.enable_grad():
+        try:
+            yield
+        except RuntimeError as error:
+            why = next((why for sign, why in _NO_GRADIENT.items() if sign in str(error)), None)
+            if why is None:
+                raise
+            raise ConfigError(f"{what} {why} ({str(error).partition('.')[0]})") from error
+
+
+_NO_GRADIENT = {
+    "nference tensor": "holds tensors that were made under torch.inference_mode, and no gradient goes through those: make or "
+    "load it outside",
+    "modified by an inplace operation": "writes to tensors that its own gradients need: write to copies of them in it, or use "
+    "what needs no gradients, amed_engine.fit",
+    "backward through the graph a second time": "keeps tensors from one call to the next, its former answers with them: detach "
+    "them in it, or use what needs no gradients, amed_engine.fit",
+}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import Bound, as_module, gathered, plain_name, whole
+from amed_engine.sampling.modules import Bound, as_module, gathered, is_lazy, plain_name, whole
 
 BUFFER = "amed_settings"
 
@@ -127,7 +127,7 @@ def _brought(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
 
 
 def _readable(parameters: dict[str, Tensor]) -> bool:
-    return all(parameter.device.type != "meta" for parameter in parameters.values())
+    return not any(parameter.device.type == "meta" or is_lazy(parameter) for parameter in parameters.values())
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
-from amed_engine.sampling.modules import brings_weights, device_of, dtype_of, module_of, never_writes, said
+from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
+from amed_engine.sampling.offloaded import awaited, brings_weights, brought
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Model:
         dtype = self.autocast or self._dtype
         return None if dtype is None else str(dtype).removeprefix("torch.")
 
+    @cached_property
+    def _awaited(self) -> list[nn.Module]:
+        return awaited(self.network)
+
     @property
     def device(self) -> torch.device:
         """Where it runs; see `device_of`."""
@@ -70,7 +77,8 @@ class Model:
         """The network's answer; its own errors say how it was called, which is the cause of most of them."""
         given = [copied(tensor) for tensor in inputs] if self.foreign else inputs  # as `ask` does it
         try:
-            answer = as_denoised(self.network(*given))
+            with brought(self._awaited) if self._awaited else nullcontext():
+                answer = as_denoised(self.network(*given))
         except (TypeError, RuntimeError) as error:
             names = ("x", "sigma", "labels")[: len(inputs)]
             named = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))

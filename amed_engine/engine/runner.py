@@ -19,7 +19,8 @@ from amed_engine.engine.result import Observer, non_finite
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import bind_labels, mean_of_labels
 from amed_engine.sampling.loop import integrate
-from amed_engine.sampling.modules import brings_weights
+from amed_engine.sampling.modes import evaluating
+from amed_engine.sampling.offloaded import brings_weights
 from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
@@ -70,8 +71,9 @@ class Runner:
         """Capture every batch size for requests like the example."""
         if self.cache is None:
             return WarmupReport("eager")
-        key = graph_key(scale, example.latents, example.labels, self.model.module)
-        return self.cache.warmup(key, BoundLoop(self.model, program, scale), example.latents, example.labels)
+        with evaluating(self.model.module):
+            key = graph_key(scale, example.latents, example.labels, self.model.module)
+            return self.cache.warmup(key, BoundLoop(self.model, program, scale), example.latents, example.labels)
 
     def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Drawn:
         """The whole batch, or pieces of half the size each time memory runs out."""
@@ -101,6 +103,10 @@ class Runner:
 
     @torch.no_grad()
     def _draw(self, loop: BoundLoop, request: Request, observe: Observer | None) -> tuple[Tensor, str]:
+        with evaluating(self.model.module):
+            return self._drawn(loop, request, observe)
+
+    def _drawn(self, loop: BoundLoop, request: Request, observe: Observer | None) -> tuple[Tensor, str]:
         look = self.may_wait()
         # Intervals can only be observed one by one.
         images = None if observe is not None else self._by_graph(loop, request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import nn
@@ -32,12 +32,19 @@ def modes_kept(module: nn.Module | None) -> Iterator[None]:
     """A module in evaluation mode for a while; every part of it is left in the mode that it was found in."""
     modes = [] if module is None else [(part, part.training) for part in module.modules()]
     if module is not None:
-        module.eval()
+        with suppress(NotImplementedError):  # exported programs have no modes
+            module.eval()
     try:
         yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def evaluating(module: nn.Module | None) -> AbstractContextManager[None]:
+    """`modes_kept` for a module that was in evaluation mode, and may be in training since."""
+    trains = module is not None and any(part.training for part in module.modules())
+    return modes_kept(module) if trains else nullcontext()
 
 
 @contextmanager

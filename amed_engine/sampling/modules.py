@@ -195,7 +195,7 @@ def device_of(network: Any) -> torch.device:
     if module is None:
         own = getattr(network, "device", None)
         return own if isinstance(own, torch.device) else torch.device("cpu")
-    told = next(_told_devices(module), None)
+    told = next(told_devices(module), None)
     if told is not None:
         return told
     devices = (tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors)
@@ -204,17 +204,7 @@ def device_of(network: Any) -> torch.device:
     return next((device for device in devices if device.type != "meta"), known)
 
 
-def brings_weights(network: Any) -> bool:
-    """Whether a network's weights come and go with its calls: offloaded, or stored in another dtype than they compute in."""
-    module = module_of(network)
-    if module is None:
-        return False
-    if any(True for _ in _told_devices(module)) or _cast_to(module) is not None:
-        return True
-    return any(tensor.device.type == "meta" for tensor in module.parameters())
-
-
-def _told_devices(module: nn.Module) -> Iterator[torch.device]:
+def told_devices(module: nn.Module) -> Iterator[torch.device]:
     """Those that hooks of accelerate, and of diffusers' group offloading, run the modules on."""
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
@@ -238,7 +228,7 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
 # ---- what it computes in ----
 
 
-def _cast_to(module: nn.Module) -> torch.dtype | None:
+def cast_to(module: nn.Module) -> torch.dtype | None:
     """What diffusers' layerwise casting brings weights to for the time of a call."""
     hooks = (_diffusers_hook(part, "layerwise_casting") for part in module.modules())
     return next((hook.compute_dtype for hook in hooks if hook is not None), None)
@@ -253,7 +243,7 @@ def dtypes_of(network: Any) -> list[torch.dtype]:
     module = module_of(network)
     if module is None:
         return []
-    cast = _cast_to(module)
+    cast = cast_to(module)
     if cast is not None:
         return [cast]
     counts = _counted(module.parameters())
@@ -266,9 +256,16 @@ def dtypes_of(network: Any) -> list[torch.dtype]:
 def _counted(tensors: Iterator[Any]) -> Counter[torch.dtype]:
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16:
+        if not isinstance(tensor, Tensor) or is_lazy(tensor):
+            continue
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16:
             counts[tensor.dtype] += max(tensor.numel(), 1)
     return counts
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer has no numbers before the first call."""
+    return nn.parameter.is_lazy(tensor)
 
 
 def dtype_of(network: Any) -> torch.dtype | None:

@@ -21,6 +21,7 @@ from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.modes import differentiable, plain_defaults
+from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.mean import FirstStep
@@ -261,7 +262,8 @@ def _differentiated(denoiser: Denoiser, x: Tensor, sigma: Tensor) -> Denoised:
 @contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
     """The denoiser's parameters without gradients, put back as they were afterwards; DistributedDataParallel waits for none."""
-    trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    own = () if module is None else (p for p in module.parameters() if not is_lazy(p) and not p.is_inference())
+    trainable = [parameter for parameter in own if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     with ExitStack() as stack:

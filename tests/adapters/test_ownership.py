@@ -357,6 +357,82 @@ def test_what_is_put_round_offloaded_weights_goes_where_they_run():
     assert {buffer.device.type for buffer in denoiser.family.buffers()} == {"meta"}
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_weights_that_nothing_brings_are_refused(raw):
+    """A convolution of torch takes weights on meta, and answers with what is in memory."""
+    network = Writes(writes=False).to("meta")
+    model = wrap(network, "epsilon", shape=SHAPE) if raw else Denoises(writes=False).to("meta")
+    sampler = Sampler(model, solver="euler", nfe=3, shape=SHAPE)
+    with pytest.raises(ConfigError, match=r"the weights of (Conv2d|Linear) are on 'meta', .*load them, or offload"):
+        sampler.run(1)
+    assert not any(part._forward_pre_hooks for part in network.modules())
+
+
+class BroughtByItself(Brought):
+    """Without a hook that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = self._hf_hook.weights_map
+        del self._hf_hook
+
+    def forward(self, x, t):
+        return torch.func.functional_call(Writes(writes=False), self.kept, (x, t))
+
+
+def test_weights_that_a_network_brings_itself_are_its_own_affair():
+    denoisers = [
+        wrap(network, "epsilon", shape=SHAPE, bottleneck=None) for network in (BroughtByItself(), Writes(False))
+    ]
+    got, expected = (Sampler(denoiser, solver="euler", nfe=3).run([1]).images for denoiser in denoisers)
+    assert torch.equal(got, expected)
+
+
+class Lazy(nn.Module):
+    """Its weights are made by its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle_block = nn.LazyConv2d(3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.middle_block(x)
+
+
+def test_weights_that_the_first_call_makes():
+    torch.manual_seed(0)
+    denoiser = wrap(Lazy(), "epsilon", shape=SHAPE)
+    assert fingerprint(denoiser) is None
+    images = Sampler(denoiser, solver="euler", nfe=3).run([1]).images
+    assert torch.equal(images, Sampler(denoiser, solver="euler", nfe=3).run([1]).images)
+    assert fingerprint(denoiser) is not None
+    assert distill(wrap(Lazy(), "epsilon", shape=SHAPE), **DISTILL).plan.model is None
+
+
+class Drops(Writes):
+    """Drops half of its answer, and counts statistics, while it trains."""
+
+    def __init__(self):
+        super().__init__(writes=False)
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm2d(3)
+
+    def forward(self, x, t):
+        return self.norm(self.dropout(super().forward(x, t)))
+
+
+@pytest.mark.parametrize("how", ["network", "a part"])
+def test_a_network_that_trains_on_is_sampled_as_it_is_evaluated(how):
+    network, x = Drops(), torch.randn(2, *SHAPE)
+    sampler = Sampler(wrap(network, "epsilon", shape=SHAPE), solver="euler", nfe=3)
+    expected = sampler.run(x).images
+    (network if how == "network" else network.dropout).train()
+    modes = [part.training for part in network.modules()]
+    before = copy.deepcopy(network.state_dict())
+    assert torch.equal(sampler.run(x).images, expected)
+    assert [part.training for part in network.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
 def test_weights_that_come_and_go_are_not_captured():
     model = Model(wrap(Brought(), "epsilon", shape=SHAPE, bottleneck=None), SHAPE, 0, 0.002, 80.0)
     with pytest.raises(ConfigError, match="backend='graph' needs weights that stay where they are"):

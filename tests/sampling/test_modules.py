@@ -15,7 +15,6 @@ from amed_engine.sampling.modules import (
     as_module,
     bare,
     bound,
-    brings_weights,
     device_of,
     dtype_of,
     dtypes_of,
@@ -23,6 +22,7 @@ from amed_engine.sampling.modules import (
     plain_name,
     said,
 )
+from amed_engine.sampling.offloaded import brings_weights
 
 
 class PassesOn(nn.Module):

@@ -27,6 +27,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import BoundLoop
 from amed_engine.errors import AmedError, ConfigError, require
+from amed_engine.sampling.modes import evaluating
 from amed_engine.sampling.modules import passed_on
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
@@ -182,8 +183,9 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
         file = Path(folder, path.name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
-            FORMATS[format](job, file)
-        differences = _compare(job, file) if verify and format in LOOPS else {}
+            with evaluating(job.model.module):
+                FORMATS[format](job, file)
+                differences = _compare(job, file) if verify and format in LOOPS else {}
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)
     return Exported(path, format, differences, job.plan)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from amed_engine.sampling.denoiser import (
     owned,
     thresholded,
 )
+from amed_engine.sampling.modes import exactly
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.program import PredictorLike, Program, Walk
@@ -102,16 +103,24 @@ class Trajectory:
         choice = predictor[i] if isinstance(predictor, Sequence) else predictor
         if callable(choice):
             sigma, sigma_next = (program.sigmas[k].expand(batch) for k in (i, i + 1))
-            fused = getattr(choice, "fused", None)
-            said, updates = fused(program.solver, features, sigma, sigma_next) if fused else (None, None)
+            with exactly(sigma.device):
+                choice, updates = _said(program.solver, choice, features, sigma, sigma_next)
             if updates is not None:
                 return updates
-            if said is None:  # a caller's own function may write to what it is given
-                levels = (sigma, sigma_next) if fused else (copied(sigma), copied(sigma_next))
-                said = choice(features, *levels)
-            choice = said
         dtype = program.sigmas.dtype
         return self.walk.updates(i, map_choice(lambda c: c.to(dtype) if isinstance(c, Tensor) else c, choice))  # type: ignore[arg-type]
+
+
+def _said(
+    solver: Solver, predictor: Any, features: Tensor | None, sigma: Tensor, sigma_next: Tensor
+) -> tuple[Any, tuple[Update, ...] | None]:
+    """What a predictor says, or the updates that it makes of it."""
+    fused = getattr(predictor, "fused", None)
+    said, updates = fused(solver, features, sigma, sigma_next) if fused else (None, None)
+    if said is None and updates is None:  # a caller's own function may write to what it is given
+        levels = (sigma, sigma_next) if fused else (copied(sigma), copied(sigma_next))
+        said = predictor(features, *levels)
+    return said, updates
 
 
 def _only_row(rows: Tensor | None) -> Tensor | None:

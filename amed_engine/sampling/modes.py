@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,13 @@ def plain_defaults() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+def exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Out of a caller's autocast, if in it: it is for networks, and predictors' few numbers are not to be rounded."""
+    known = device.type != "meta"  # which autocast does not know
+    inside = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if inside else nullcontext()
 
 
 @contextmanager

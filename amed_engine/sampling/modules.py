@@ -28,19 +28,21 @@ def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
     A wrapper is torch.compile's, or a module of one child whose forward takes anything at all: DataParallel,
     DistributedDataParallel, FSDP, AveragedModel, peft's models.
     """
-    if isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         return None
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     for name, child in children:
-        if name == "_orig_mod" or (len(children) == 1 and _takes_anything(type(module).forward)):
+        if name == "_orig_mod" or (len(children) == 1 and _takes_anything(type(module))):
             return name, child
     return None
 
 
-def _takes_anything(forward: Any) -> bool:
-    kinds = [parameter.kind for parameter in inspect.signature(forward).parameters.values()][1:]
+def _takes_anything(kind: type[nn.Module]) -> bool:
+    if kind.forward is nn.Module.forward:  # a list or dictionary of modules has none
+        return False
+    kinds = [parameter.kind for parameter in inspect.signature(kind.forward).parameters.values()][1:]
     return bool(kinds) and all(
-        kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds
+        each in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for each in kinds
     )
 
 

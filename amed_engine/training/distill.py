@@ -20,7 +20,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
-from amed_engine.sampling.modes import differentiable, plain_defaults
+from amed_engine.sampling.modes import differentiable, exactly, plain_defaults
 from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
@@ -112,7 +112,7 @@ def distill(
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
     _check_gradients(resolved.module)
-    exact = torch.autocast(resolved.device.type, enabled=False)  # a caller's autocast is not for the predictor
+    exact = exactly(resolved.device)  # in the backward pass too
     with exact, differentiable("the model"), _frozen(resolved.module), join(resolved.device) as ranks:
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))

@@ -106,6 +106,15 @@ def test_what_computes_is_no_wrapper(tiny_model):
     assert plain_name(network, "module.model.map_layer0.weight") == "module.model.map_layer0.weight"
 
 
+def test_a_list_of_one_module_is_no_wrapper():
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Linear(1, 1)])
+    assert plain_name(network, "blocks.0.weight") == "blocks.0.weight"
+    assert bare(network) is network
+    exported = torch.export.export(nn.Sequential(nn.Linear(1, 1)), (torch.ones(1, 1),)).module()
+    assert bare(exported) is exported
+
+
 def test_the_outermost_wrapper_that_says_something_counts(tiny_model):
     wrapped = PassesOn(PassesOn(tiny_model))
     assert said(wrapped, "sigma_max") == 80.0

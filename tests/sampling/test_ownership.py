@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import amed_engine
-from amed_engine import Sampler, make_schedule, make_solver, sample
+from amed_engine import AMEDPredictor, Sampler, make_schedule, make_solver, sample
 from amed_engine.evaluation.metrics import read_features
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.integrations.physicsnemo import AMEDSolver
@@ -176,6 +176,27 @@ def test_what_k_diffusion_tells_its_model_besides():
     got = sample_amed(told, x, levels, extra_args={"shift": shift}, **options)
     assert torch.equal(got, sample_amed(lambda x, sigma: clean(x, sigma) + 0.1, x, levels, **options))
     assert torch.equal(shift, torch.full((1,), 0.1))
+
+
+@pytest.mark.parametrize("scales", ["bounded", "wide"])
+@pytest.mark.parametrize("host", ["sample", "k-diffusion", "physicsnemo"])
+def test_a_callers_autocast_is_not_for_predictors(host, scales):
+    """What answers here computes nothing that autocast would round."""
+    torch.manual_seed(0)
+    predictor = AMEDPredictor(0.01, 0.01, bottleneck=(4, 4), scales=scales)
+    x, levels = 80 * noise(), make_schedule("polynomial", 4, 0.002, 80.0)
+    hosts = {
+        "sample": lambda: sample(lambda x, sigma: (clean(x, sigma), x), x, levels, make_solver("amed"), predictor),
+        "k-diffusion": lambda: sample_amed(
+            lambda x, sigma: (clean(x, sigma), x), x, levels, predictor=predictor, disable=True
+        ),
+        "physicsnemo": lambda: AMEDSolver(
+            lambda x, t: (x - clean(x, t)) / t.reshape(-1, 1, 1, 1), predictor, lambda: noise()
+        ).step(x, torch.full((2,), 80.0), torch.full((2,), 5.0)),
+    }
+    expected = hosts[host]()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hosts[host](), expected)
 
 
 @pytest.mark.parametrize("place", ["keyword", "dictionary", "list", "argument"])

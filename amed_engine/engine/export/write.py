@@ -95,7 +95,10 @@ class LoopModule(nn.Module):
 def _unwrapped(network: Any) -> Any:
     """AOTInductor compiles by itself, and a file runs on one device: what torch.compile or DataParallel wraps."""
     found = passed_on(network) if isinstance(network, nn.Module) else None
-    return network if found is None or found[0] not in ("_orig_mod", "module") else _unwrapped(found[1])
+    torchs = found is not None and (
+        found[0] == "_orig_mod" or type(network).__module__.startswith("torch.nn.parallel.")
+    )
+    return _unwrapped(found[1]) if torchs else network  # type: ignore[index]
 
 
 def trace(job: Job) -> torch.export.ExportedProgram:

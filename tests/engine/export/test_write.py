@@ -53,6 +53,27 @@ class TinyConv(nn.Module):
         return Denoised(x / (1 + sigma**2) + sigma / (1 + sigma**2).sqrt() * detail.tanh(), bottleneck)
 
 
+class Halves(nn.Module):
+    """Under a name that wrappers have, but it computes."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return Denoised(0.5 * self.module(*inputs).x0)
+
+
+def test_a_wrapper_that_computes_is_part_of_the_file(tmp_path):
+    sampler = Sampler(Halves(TinyConv(3)), solver="euler", nfe=2)
+    sampler.export(tmp_path / "loop.pt2", "exported", verify=False)
+    x, labels = torch.randn(2, *SHAPE), torch.eye(3)[:2]
+    expected = sampler.run(x, labels).images
+    torch.testing.assert_close(
+        load_package(tmp_path / "loop.pt2").run(x, labels).images, expected, rtol=1e-4, atol=1e-4
+    )
+
+
 def make_sampler(label_dim: int = 3, solver: str = "amed", nfe: int = 3, **options) -> Sampler:
     """With random weights, and a predictor that matters."""
     with torch.random.fork_rng(devices=[]):

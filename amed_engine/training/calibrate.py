@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import EVALUATIONS as OF_MEAN
@@ -22,10 +21,10 @@ from amed_engine.solvers.base import in_range
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer
-from amed_engine.training.contenders import Contender, contenders, first_steps
+from amed_engine.training.contenders import contenders, first_steps
 from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
-from amed_engine.training.halving import Entrant, halve, split
+from amed_engine.training.halving import Entrant, halve, some_of
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -39,7 +38,7 @@ MAX_NFE = FINE // 2
 
 @dataclass(frozen=True)
 class Rating:
-    """One plan's distance to the fine solution over its latents: RMSE, and the median of the samples' own RMSE."""
+    """One plan's distance to the fine solution, as known from `latents`: RMSE, and the median of the samples' own RMSE."""
 
     name: str
     plan: Plan
@@ -56,7 +55,7 @@ class Rating:
 @dataclass(frozen=True)
 class Calibration:
     """plan: the best, for `Sampler(model, plan=...)` and `Plan.save`. rows: all, those that were kept longest first, then the
-    best; RMSEs are comparable where they are over as many latents.
+    best; the RMSE of those that went early are estimates, from few of the latents, the hardest ones among them.
 
     reference: the fine solution; reference_error: how far half its evaluations end from it, RMSE, above its own error.
     evaluations: of the network, a row each; a guided one counts as one, as in every NFE.
@@ -102,8 +101,8 @@ def calibrate(
     """Find the training-free plan that comes nearest to the exact solution of this model's ODE at `nfe` evaluations.
 
     Every solver, schedule and first step ("mean" measured) on the latents of seeds 0 to 63, against DEIS-4 with 32
-    evaluations: all on the first few latents, the better half on twice as many, until some run on all 64. At most 10,000
-    evaluations for each NFE, the fine solution and the mean included.
+    evaluations: all on a few latents, some of the hardest among them, the better half on twice as many, until some run on
+    all. At most 10,000 evaluations for each NFE, the fine solution and the mean included.
     model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them. nfe: up to 16; several share the fine solution and
     give a dict. conditions: None takes the labels that the seeds draw; else one entry per batch, as `fit` takes them, of
     `batch` latents, which divides 64; denoisers are not cut, so a few at most. batch: rows of one network call too.
@@ -142,7 +141,7 @@ class _Truth:
             for denoiser, x in drawn:
                 examples.append(solved(denoiser, x, plan, mean_answer(mean, denoiser)))
                 bar.update(len(x) * FINE)
-        some, _ = split(examples[0], CHECKED)
+        some = some_of(examples[0], torch.arange(min(CHECKED, len(examples[0].x))))
         coarse = make_plan(FINE // 2, afs=False, **noise_range(model), **TEACHER)
         error = (solved(some.denoiser, some.x, coarse, None).target - some.target).square().mean().sqrt().item()
         spent = LATENTS * FINE + len(some.x) * coarse.nfe + (0 if mean is None else OF_MEAN)
@@ -200,6 +199,5 @@ def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch:
 
 
 def _rating(entrant: Entrant) -> Rating:
-    contender: Contender = entrant.contender
-    errors: Tensor = entrant.errors
-    return Rating(contender.name, contender.plan, entrant.rmse, errors.quantile(0.5).item(), len(errors))
+    contender = entrant.contender
+    return Rating(contender.name, contender.plan, entrant.rmse, entrant.median, int(entrant.measured.sum()))

@@ -12,6 +12,7 @@ import torch
 
 from amed_engine.checkpoints.files import MAX_HEADER
 from amed_engine.errors import FileFormatError
+from amed_engine.sampling.modes import plain_defaults
 
 MAX_CONFIG = 64 * MAX_HEADER  # an entry per tensor
 # Files of constants that are no tensors: scripted objects and pickled ones.
@@ -27,7 +28,8 @@ def load_program(path: str | os.PathLike) -> torch.export.ExportedProgram:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, path)
-        return torch.export.load(path)
+        with plain_defaults():  # torch makes the weights as new tensors first
+            return torch.export.load(path)
     except FileFormatError:
         raise
     except Exception as error:  # the readers raise what their parts happen to raise

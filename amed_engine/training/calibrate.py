@@ -143,7 +143,7 @@ class _Truth:
             for denoiser, x in drawn:
                 examples.append(solved(denoiser, x, plan, mean_answer(mean, denoiser)))
                 bar.update(len(x) * FINE)
-        some = some_of(examples[0], torch.arange(min(CHECKED, len(examples[0].x))))
+        some = some_of(examples[0], torch.arange(min(CHECKED, len(examples[0].x)), device="cpu"))
         coarse = make_plan(FINE // 2, afs=False, **noise_range(model), **TEACHER)
         error = (solved(some.denoiser, some.x, coarse, None).target - some.target).square().mean().sqrt().item()
         spent = LATENTS * FINE + len(some.x) * coarse.nfe + (0 if mean is None else OF_MEAN)

@@ -100,7 +100,7 @@ def halve(
     hard, cost = _hard(contenders, examples, budget, rows)
     left = budget - cost
     spent(cost)
-    unknown = torch.full(hard.shape, -1.0, dtype=torch.float64)
+    unknown = torch.full(hard.shape, -1.0, dtype=torch.float64, device="cpu")
     alive = [Entrant(each, each.program(), unknown.clone(), hard) for each in contenders]
     rounds, out = list(_rounds(examples, _turns(hard), _first(len(alive) * nfe, left))), []
     for k, parts in enumerate(rounds):
@@ -130,7 +130,7 @@ def _hard(contenders: Sequence[Contender], examples: Sequence[Example], budget: 
     """Which latents are hard, (latents,) bool, and what finding out cost; none where that is much of the budget, or latents
     cannot be cut out of their examples anyway."""
     pilots = _pilots(contenders)
-    hard = torch.zeros(sum(len(example.x) for example in examples), dtype=torch.bool)
+    hard = torch.zeros(sum(len(example.x) for example in examples), dtype=torch.bool, device="cpu")
     cost = len(hard) * sum(pilot.plan.nfe for pilot in pilots)
     if cost > budget * MOST or not all(isinstance(example.denoiser, BoundDenoiser) for example in examples):
         return hard, 0
@@ -151,9 +151,9 @@ def _pilots(contenders: Sequence[Contender]) -> list[Contender]:
 
 def _turns(hard: Tensor) -> Tensor:
     """The numbers of all latents, (latents,): a hard one, another, a hard one, and so on, then what is left."""
-    numbers = torch.arange(len(hard))
-    turn = torch.empty(len(hard))
-    turn[hard], turn[~hard] = 2.0 * numbers[: int(hard.sum())], 2.0 * numbers[: int((~hard).sum())] + 1
+    numbers = torch.arange(len(hard), device="cpu")
+    turn = torch.empty_like(numbers)
+    turn[hard], turn[~hard] = 2 * numbers[: int(hard.sum())], 2 * numbers[: int((~hard).sum())] + 1
     return turn.argsort()
 
 
@@ -178,7 +178,7 @@ def _pieces(examples: Sequence[Example]) -> Iterator[Tensor]:
     """Numbers of latents that stay together: one, or all of a denoiser with conditions of its own bound."""
     done = 0
     for example in examples:
-        numbers = torch.arange(done, done + len(example.x))
+        numbers = torch.arange(done, done + len(example.x), device="cpu")
         yield from numbers.split(1 if isinstance(example.denoiser, BoundDenoiser) else len(numbers))
         done += len(numbers)
 

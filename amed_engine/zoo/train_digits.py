@@ -67,8 +67,8 @@ def load_digits(device: torch.device) -> Digits:
     from sklearn import datasets
 
     pixels, labels = datasets.load_digits(return_X_y=True)  # 0 .. 16
-    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    return Digits(images.to(device), torch.tensor(labels).to(device))
+    images = torch.tensor(pixels, dtype=torch.float32, device=device).reshape(-1, 1, 8, 8) / 8 - 1
+    return Digits(images, torch.tensor(labels, device=device))
 
 
 def posterior_mean(noisy: Tensor, sigma: Tensor, labels: Tensor, data: Digits) -> Tensor:

@@ -8,12 +8,13 @@ from torch import nn
 
 import amed_engine
 import amed_engine.zoo as zoo
-from amed_engine import Sampler, load, make_schedule, make_solver, sample, wrap
+from amed_engine import Sampler, load, load_package, make_schedule, make_solver, sample, wrap
 from amed_engine.adapters import ClassifierFree, ClassifierGuided
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.evaluation.metrics.classifier import load_classifier
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.solvers.stage import Midpoint
+from amed_engine.zoo.train_digits import load_digits
 
 SHAPE = (3, 8, 8)
 FIT = {"nfe": 3, "samples": 8, "batch": 8, "starts": 1, "early": 1, "late": 1, "progress": False}
@@ -73,6 +74,10 @@ TASKS = {
     "noise levels": lambda: (
         amed_engine.distill(plain(), objective="end_to_end", learn_sigmas=True, **DISTILL).plan.levels
     ),
+    "calibrate": lambda: torch.tensor(
+        [row.rmse for row in amed_engine.calibrate(plain(), 4, progress=False).rows], dtype=torch.float64, device="cpu"
+    ),
+    "digits": lambda: load_digits(torch.device("cpu")).images,
     "search": lambda: amed_engine.search_schedule(plain(), nfe=4, samples=8, grid=12, progress=False),
 }
 
@@ -104,6 +109,15 @@ def test_defaults_change_nothing(task, default):
         got = TASKS[task]()
     assert (got.dtype, got.device) == (expected.dtype, expected.device)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("default", [default_dtype, default_device])
+def test_a_file_is_read_under_any_default(default, tmp_path):
+    sampler = Sampler(wrap(NETWORK, "epsilon", shape=SHAPE, bottleneck=None), solver="euler", nfe=2)
+    sampler.export(tmp_path / "loop.pt2", "exported")
+    with default():
+        images = load_package(tmp_path / "loop.pt2").run(LATENTS).images
+    torch.testing.assert_close(images, sampler.run(LATENTS).images)
 
 
 @pytest.mark.parametrize("default", [default_dtype, default_device])

@@ -38,7 +38,8 @@ def exactly(device: torch.device) -> AbstractContextManager[Any]:
 @contextmanager
 def modes_kept(module: nn.Module | None) -> Iterator[None]:
     """A module in evaluation mode for a while; every part of it is left in the mode that it was found in."""
-    modes = [] if module is None else [(part, part.training) for part in module.modules()]
+    parts = () if module is None else module.modules()
+    modes = [(part, part.training) for part in parts if hasattr(part, "training")]  # frozen TorchScript has none
     if module is not None:
         with suppress(NotImplementedError):  # exported programs have no modes
             module.eval()
@@ -51,7 +52,7 @@ def modes_kept(module: nn.Module | None) -> Iterator[None]:
 
 def evaluating(module: nn.Module | None) -> AbstractContextManager[None]:
     """`modes_kept` for a module that was in evaluation mode, and may be in training since."""
-    trains = module is not None and any(part.training for part in module.modules())
+    trains = module is not None and any(getattr(part, "training", False) for part in module.modules())
     return modes_kept(module) if trains else nullcontext()
 
 

@@ -311,6 +311,14 @@ def test_a_look_at_a_network_leaves_its_modes():
     assert [part.training for part in network.modules()] == [True, True, True, False, True]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_frozen_torchscript_has_no_mode():
+    network, inputs = Writes(False).eval(), (torch.randn(2, *SHAPE), torch.ones(2))
+    frozen = torch.jit.freeze(torch.jit.trace(network, inputs))
+    samplers = [Sampler(wrap(each, "v", shape=SHAPE), solver="euler", nfe=3) for each in (frozen, network)]
+    torch.testing.assert_close(*(sampler.run([1]).images for sampler in samplers))
+
+
 def test_a_family_stays_where_it_is():
     family = EDM(sigma_data=1.0)
     denoiser = wrap(Writes(False), family, shape=SHAPE)

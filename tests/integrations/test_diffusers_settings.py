@@ -138,6 +138,44 @@ def test_what_is_not_understood_is_named(config, match):
         AMEDScheduler.from_config(config)
 
 
+@pytest.mark.parametrize("name", sorted(set(READ.split()) - {"DDIMInverse", "DPMSolverMultistepInverse"}))
+def test_what_a_configuration_leaves_out_is_its_class_s(name):
+    """Those of old name few fields; Heun's betas, say, are others than DDIM's."""
+    said = {"_class_name": f"{name}Scheduler", "num_train_timesteps": 500}
+    scheduler, own = AMEDScheduler.from_config(said), make(f"{name}Scheduler", num_train_timesteps=500)
+    family = wrap(network, scheduler=own, bottleneck=None, verify=False).family
+    assert type(scheduler.model.family) is type(family)
+    sigma = torch.tensor([0.5, 3.0])
+    torch.testing.assert_close(scheduler.model.timestep(sigma), family.time(sigma).float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr=True, expected False"),
+        ({"thresholding": True}, "has thresholding=True, expected False"),
+        ({"clip_sample": True}, "has clip_sample=True, expected False"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"use_flow_sigmas": True}, "is of a flow-matching model"),
+        ({"fresh": 1}, "has fresh=1, which is not understood"),
+    ],
+)
+def test_what_is_changed_is_understood_or_named_too(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        AMEDScheduler.from_config(SD, **changes)
+    assert AMEDScheduler.from_config(SD, return_unused_kwargs=True, **changes)[1] == changes
+    assert AMEDScheduler.from_config(SD, timestep_spacing="trailing").alphas_cumprod is not None
+
+
+def test_settings_of_the_other_kind_of_model_are_refused():
+    """Of none would anything be seen in the samples."""
+    for options in ({"beta_end": 0.012}, {"beta_start": 0.00085}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* without a beta_schedule or trained_betas"):
+            AMEDScheduler(**options)
+    with pytest.raises(ConfigError, match=r"sigma_data=1\.0 says nothing of a model with a beta_schedule"):
+        AMEDScheduler(**SD, sigma_data=1.0)
+
+
 def test_stable_video_diffusion_is_an_edm_model_of_v():
     """What the refusal says to do: the times and D of its own scheduler."""
     options = {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True}

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.schedulers import KINDS, NAMES, READ, check_fields, edm_of
+from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
@@ -42,6 +43,7 @@ class Parameterization:
         if told not in PREDICTIONS:
             raise ConfigError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {told!r}")
         alphas = _alphas(config)
+        _check_one_kind(config, discrete=alphas is not None)
         if alphas is not None:
             return cls(told, DiscreteSteps(NAMES[told], alphas))
         trained = "epsilon" if told == "sample" else told  # of D itself there is nothing to precondition but the input
@@ -90,18 +92,28 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def translated(config: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
-    """A scheduler's configuration for a class with these parameters. Raises ConfigError where it would mean something else.
+def translated(config: Any, changes: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> Any:
+    """A scheduler's configuration for a class with these parameters. Raises ConfigError where it, or what is changed in it,
+    would mean something else.
 
     diffusers puts the defaults of the new class in the place of those of the old one. These say, too, what a network was
     trained for, so only those that agree may be replaced. What is no configuration is for diffusers to refuse.
     """
     if not isinstance(config, Mapping):
         return config
-    _check_understood(config, parameters)
+    config = {**_unsaid_by_its_class(config), **config}
+    _check_understood({**config, **changes}, parameters)
     defaults = config.get("_use_default_values", [])
     agree = [name for name in defaults if name not in parameters or config.get(name) == parameters[name].default]
     return {**config, "_use_default_values": agree}
+
+
+def _unsaid_by_its_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class that a configuration names says of the model by default; configurations of old leave some of it out."""
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None) if name in KINDS else None
+    own = {} if kind is None else inspect.signature(kind.__init__).parameters
+    return {field: own[field].default for field in MODEL if field in own}
 
 
 def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -128,6 +140,18 @@ def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspec
             f"{name} is CosineDPMSolverMultistepScheduler's, whose network is told 2/pi·atan(sigma): not known"
         )
     check_fields(str(name), config, (READ["discrete"] - UNREAD) | set(parameters))
+
+
+def _check_one_kind(config: Mapping[str, Any], *, discrete: bool) -> None:
+    """Raise ConfigError for a setting of the other kind of model, which would say nothing of this one."""
+    others = {"sigma_data": 0.5} if discrete else {"beta_start": 0.0001, "beta_end": 0.02}
+    for field, default in others.items():
+        if config[field] != default:
+            instead = "leave it out, or these" if discrete else "pass one of these as well"
+            raise ConfigError(
+                f"{field}={config[field]} says nothing of a model with{'' if discrete else 'out'} a beta_schedule or "
+                f"trained_betas; {instead}"
+            )
 
 
 def given_back(config: Mapping[str, Any], changed: Iterable[str]) -> dict[str, list[str]]:

@@ -96,7 +96,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         """As every scheduler has it; another solver in `changes` starts from its own options, and classes made of its
         configuration have their own range again. Raises ConfigError for what it cannot mean the same by.
         """
-        config = translated(as_saved(config), inspect.signature(cls.__init__).parameters)
+        told = {} if return_unused_kwargs else changes  # others are given back then
+        config = translated(as_saved(config), told, inspect.signature(cls.__init__).parameters)
         if isinstance(config, dict) and changes.get("solver", config.get("solver")) != config.get("solver"):
             config.pop("solver_options", None)
         made: Any = super().from_config(config, True, **changes)

@@ -1,5 +1,6 @@
 """Configurations of every scheduler of diffusers for AMEDScheduler: the same model, or refused; and back as they were."""
 
+import copy
 import inspect
 
 import pytest
@@ -241,3 +242,31 @@ def test_latents_that_are_scaled_otherwise_are_refused(options, match):
     vae.register_to_config(scaling_factor=None)
     with pytest.raises(ConfigError, match="AutoencoderKL has scaling_factor=None"):
         decode_latents(vae, X)
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_overflows_in_half_precision_is_run_in_float32():
+    vae = autoencoder(force_upcast=True)
+    vae.decoder.conv_in.weight.mul_(1e3)  # float16 ends at 65504
+    vae.decoder.conv_in.bias.fill_(1e5).mul_(0.6)
+    half, latents = copy.deepcopy(vae).half(), 100 * X
+    expected = copy.deepcopy(half).float().decode(latents / 0.3).sample.clamp(-1, 1)
+    torch.testing.assert_close(decode_latents(half, latents), expected)
+    assert half.dtype == torch.float16
+    half.register_to_config(force_upcast=False)
+    assert not decode_latents(half, latents).isfinite().all()
+
+
+@torch.no_grad()
+def test_an_autoencoder_may_keep_its_mean_beside_its_configuration():
+    """As LTX's, of videos."""
+    torch.manual_seed(0)
+    coder = {"block_out_channels": (4,) * 4, "layers_per_block": (1,) * 5, "spatio_temporal_scaling": (False,) * 4}
+    decoder = {f"decoder_{name}": value for name, value in coder.items()}
+    plain = {"decoder_inject_noise": (False,) * 5, "upsample_residual": (False,) * 4, "upsample_factor": (1,) * 4}
+    vae = diffusers.AutoencoderKLLTXVideo(latent_channels=4, patch_size=1, **coder, **decoder, **plain).eval()
+    vae.latents_mean.copy_(torch.tensor(MEAN))
+    vae.latents_std.copy_(torch.tensor(STD))
+    video = X[:, :, None]
+    scaled = video * torch.tensor(STD).view(-1, 1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1, 1)
+    torch.testing.assert_close(decode_latents(vae, video), vae.decode(scaled).sample.clamp(-1, 1))

@@ -67,8 +67,11 @@ _CLIP = (
     "D is the network's own here, which no step clips: pass scheduler=type(scheduler).from_config(scheduler.config, "
     "clip_sample=False); what keeps D in -1 .. 1 is amed_engine.adapters.Thresholded round the denoiser"
 )
-_ZERO = "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"
-_SHIFTED = "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"
+_ZERO = (
+    "a zero terminal signal-to-noise ratio has no highest noise level; pass rescale_betas_zero_snr=False and trained_betas, "
+    "the last of them below 1, or sample with amed_engine.adapters.wrap_pipeline and Sampler"
+)
+_SHIFTED = "its betas are shifted; pass snr_shift_scale=None and trained_betas, those of the scheduler's alphas_cumprod"
 _LEVELS = "pass the noise levels themselves, as Sampler(schedule=...)"
 # Fields that only one value of is understood, and what to do about another.
 NEUTRAL: dict[str, tuple[Any, str]] = {

@@ -23,6 +23,7 @@ NAMES = [name for name in NAMES if "dummy" not in getattr(diffusers, name).__mod
 READ = """DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse
     DPMSolverSinglestep EDMDPMSolverMultistep EDMEuler EulerAncestralDiscrete EulerDiscrete HeunDiscrete
     KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete PNDM SASolver UnCLIP UniPCMultistep"""
+READ += " DPMSolverSDE" if "DPMSolverSDEScheduler" in NAMES else ""  # with torchsde
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -270,3 +271,21 @@ def test_an_autoencoder_may_keep_its_mean_beside_its_configuration():
     video = X[:, :, None]
     scaled = video * torch.tensor(STD).view(-1, 1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1, 1)
     torch.testing.assert_close(decode_latents(vae, video), vae.decode(scaled).sample.clamp(-1, 1))
+
+
+def test_a_predictor_of_another_range_is_told(predictor, caplog):
+    def lines(config, low, high):
+        caplog.clear()
+        predictor.plan = make_plan(predictor.plan.nfe, solver="amed", sigma_min=low, sigma_max=high)
+        AMEDScheduler.from_predictor(predictor, config)
+        return [record.getMessage() for record in caplog.records if "noise levels" in record.getMessage()]
+
+    model = diffusers.EulerDiscreteScheduler(**SD).config  # 14.6 to 0.029
+    assert not lines(model, 0.0292, 14.6)
+    assert not lines(None, 0.05, 10.0)  # nothing says what the model's are
+    (left_out,) = lines(model, 0.0292, 10.0)
+    assert left_out.startswith("the model's noise levels are 14.6146 to 0.0291672, this predictor's 10 to 0.0292")
+    assert len(lines(model, 0.002, 80.0)) == 1
+    large = diffusers.EDMEulerScheduler(sigma_data=16.0, sigma_max=2560.0).config
+    assert len(lines(large, 0.002, 80.0)) == 1
+    assert not lines(large, 0.002, 2560.0)

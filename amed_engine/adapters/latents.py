@@ -48,8 +48,8 @@ def wrap_pipeline(
     if not prompts:
         raise ConfigError("prompts are empty; pass a text or a list of them")
     is_flux = kind == "FluxTransformer2DModel"
-    if guidance is not None and not getattr(network.config, "guidance_embeds", False):
-        raise ConfigError(f"this {kind} is not told a guidance; pass guidance_scale={guidance} to Sampler.run")
+    if guidance is not None and not is_flux:
+        raise ConfigError(f"{kind} is not told a guidance; pass guidance_scale={guidance} to Sampler.run")
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:

@@ -215,9 +215,10 @@ def edm_of(name: str, config: Mapping[str, Any]) -> EDM:
     told = config.get("prediction_type", "epsilon")
     if told not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name} has prediction_type={told!r} of EDM's, expected epsilon or v_prediction")
-    given = {field: config.get(field) for field in ("sigma_data", "sigma_min", "sigma_max")}
-    known = {field: float(value) for field, value in given.items() if value is not None}
-    return EDM(**known, v_prediction=told == "v_prediction")
+    ends = {field: config.get(field) for field in ("sigma_min", "sigma_max")}
+    known = {field: float(value) for field, value in ends.items() if value is not None}
+    data = {"sigma_data": config["sigma_data"]} if "sigma_data" in config else {}
+    return EDM(**data, **known, v_prediction=told == "v_prediction")
 
 
 def has_betas(scheduler: Any) -> bool:
@@ -248,8 +249,8 @@ def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:
         raise ConfigError(f"a shift is that of a flow-matching scheduler of diffusers, got {type(scheduler).__name__}")
     _check_shifted(type(scheduler).__name__, config)
     if not config.get("use_dynamic_shifting"):
-        fixed = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
-        return float(getattr(scheduler, "_shift", fixed) or 1.0)  # what set_shift sets is not in the configuration
+        fixed = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+        return float(getattr(scheduler, "_shift", fixed))  # what set_shift sets is not in the configuration
     if config.get("time_shift_type", "exponential") != "exponential" or len(shape) != 3:
         raise ConfigError(
             f"need an exponential shift and a shape (C, H, W), got {config.get('time_shift_type')!r}, {tuple(shape)}"

@@ -161,18 +161,6 @@ def test_flux_makes_what_its_own_pipeline_makes(flux):
     torch.testing.assert_close(decode_latents(flux.vae, got), decoded, rtol=1e-4, atol=1e-4)
 
 
-def test_only_a_distilled_flux_is_told_a_guidance(flux):
-    def wrapped(**guidance):
-        return wrap_pipeline(flux, "a cat", shape=(4, 8, 6), **guidance).network.guidance
-
-    if flux.transformer.config.guidance_embeds:
-        assert (wrapped(), wrapped(guidance=2.0)) == (3.5, 2.0)
-        return
-    assert wrapped() is None
-    with pytest.raises(ConfigError, match=r"FluxTransformer2DModel is not told a guidance; pass guidance_scale=2\.0"):
-        wrapped(guidance=2.0)
-
-
 def test_shifts_are_those_of_the_scheduler():
     assert shift_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), (16, 128, 128)) == 3.0
     with pytest.raises(ConfigError, match="flow-matching scheduler of diffusers, got DDIMScheduler"):

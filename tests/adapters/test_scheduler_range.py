@@ -60,6 +60,13 @@ def test_a_saved_scheduler_that_clips_is_taken_as_its_error_says(name, tmp_path)
     assert torch.equal(got(X, torch.tensor(2.0)).x0, expected(X, torch.tensor(2.0)).x0)
 
 
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), None])
+def test_data_without_a_spread_are_refused(sigma_data):
+    """With 0, say, D would be 0 whatever the network says."""
+    with pytest.raises(ConfigError, match=f"sigma_data must be a positive number.*, got {sigma_data}"):
+        wrap(Network(), scheduler=make("EDMEuler", sigma_data=sigma_data))
+
+
 def test_a_field_of_a_later_version_is_refused():
     class DDIMScheduler(diffusers.DDIMScheduler):
         def __init__(self, fresh=3):
@@ -104,6 +111,7 @@ def test_shifts_are_read_or_refused(options):
         )
         == 3.0
     )
+    assert shift_of(make("FlowMatchEulerDiscrete", shift=0.0), (16, 8, 8)) == 0.0  # which flow_levels refuses
     scheduler.set_shift(5.0)
     assert shift_of(scheduler, (16, 8, 8)) == 5.0
     for more in ({"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"invert_sigmas": True}):

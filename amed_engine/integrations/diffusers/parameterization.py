@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import diffusers
@@ -65,6 +67,8 @@ class Parameterization:
         """`count` noise levels, (count,) float64: "karras" or "exponential"."""
         if schedule not in ("karras", "exponential"):
             raise ConfigError(f"sigma_schedule must be karras or exponential, got {schedule!r}; pass sigmas for others")
+        if not isinstance(rho, Real) or not 0 < rho < math.inf:
+            raise ConfigError(f"rho must be a positive number, got {rho!r}")
         return polynomial(count, low, high, rho) if schedule == "karras" else logsnr(count, low, high)
 
     def timestep(self, sigma: Tensor) -> Tensor:

@@ -143,12 +143,28 @@ def test_what_is_not_understood_is_named(config, match):
 @pytest.mark.parametrize("name", sorted(set(READ.split()) - {"DDIMInverse", "DPMSolverMultistepInverse"}))
 def test_what_a_configuration_leaves_out_is_its_class_s(name):
     """Those of old name few fields; Heun's betas, say, are others than DDIM's."""
-    said = {"_class_name": f"{name}Scheduler", "num_train_timesteps": 500}
+    said = {"_class_name": f"{name}Scheduler", "num_train_timesteps": 500, "_diffusers_version": "0.1.1"}
     scheduler, own = AMEDScheduler.from_config(said), make(f"{name}Scheduler", num_train_timesteps=500)
     family = wrap(network, scheduler=own, bottleneck=None, verify=False).family
     assert type(scheduler.model.family) is type(family)
     sigma = torch.tensor([0.5, 3.0])
     torch.testing.assert_close(scheduler.model.timestep(sigma), family.time(sigma).float(), rtol=1e-4, atol=1e-3)
+
+
+def test_what_another_class_left_in_a_configuration_says_nothing():
+    """A pipeline names the class of its scheduler; here through others before."""
+    discrete, edm = diffusers.DDIMScheduler(**SD), diffusers.EDMEulerScheduler(sigma_data=1.0, sigma_max=50.0)
+    flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for scheduler in (
+        diffusers.EDMEulerScheduler.from_config(discrete.config),
+        diffusers.EulerDiscreteScheduler.from_config(edm.config, **SD),
+        diffusers.DDIMScheduler.from_config(flow.config, prediction_type="epsilon", clip_sample=False),
+    ):
+        made = AMEDScheduler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__}).model.family
+        own = wrap(network, scheduler=scheduler, bottleneck=None).family
+        sigma = torch.tensor([0.5, 3.0])
+        assert type(made) is type(own)
+        torch.testing.assert_close(made.time(sigma), own.time(sigma), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, READ, check_fields, edm_of
+from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, NEUTRAL, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
@@ -24,6 +24,9 @@ BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squared
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # What `wrap` reads of a scheduler itself, and a configuration alone does not tell.
 UNREAD = {"rescale_betas_zero_snr", "snr_shift_scale", "timestep_type"}
+# Fields of a model of discrete steps alone, or of EDM's.
+ONE_KIND = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "sigma_data"}
+KNOWN = set(NEUTRAL).union(*READ.values())
 # Fields by the names of other classes that say where this one begins and ends, not what the network is.
 OWN = {"final_sigmas_type", "rho", "sigma_max", "sigma_min", "sigma_schedule"}
 
@@ -101,23 +104,26 @@ def translated(config: Any, changes: Mapping[str, Any], parameters: Mapping[str,
     would mean something else.
 
     diffusers puts the defaults of the new class in the place of those of the old one. These say, too, what a network was
-    trained for, so only those that agree may be replaced. What is no configuration is for diffusers to refuse.
+    trained for, so only those that agree may be replaced. What a configuration leaves out is the default of the class that it
+    names; what other classes left in it says nothing. What is no configuration is for diffusers to refuse.
     """
     if not isinstance(config, Mapping):
         return config
-    config = {**_unsaid_by_its_class(config), **config}
-    _check_understood({**config, **changes}, parameters)
+    own = _parameters_of(config)
+    left = (KNOWN - set(own)) if own else set()  # from classes that the configuration has been through before
+    unsaid = {name: own[name].default for name in MODEL if name in own}
+    config = {**unsaid, **config, **{name: parameters[name].default for name in left & ONE_KIND}}
+    _check_understood({**{name: config[name] for name in config if name not in left}, **changes}, parameters)
     defaults = config.get("_use_default_values", [])
     agree = [name for name in defaults if name not in parameters or config.get(name) == parameters[name].default]
     return {**config, "_use_default_values": agree}
 
 
-def _unsaid_by_its_class(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the class that a configuration names says of the model by default; configurations of old leave some of it out."""
+def _parameters_of(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    """Those of the class that a configuration names; none where that is not known, or lacks a package that it needs."""
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None) if name in KINDS else None
-    own = {} if kind is None else inspect.signature(kind.__init__).parameters
-    return {field: own[field].default for field in MODEL if field in own}
+    return {} if kind is None or "dummy" in kind.__module__ else inspect.signature(kind.__init__).parameters
 
 
 def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline  # type: ignore[attr-defined]
-from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor
 
 from amed_engine.adapters.facts import facts_of

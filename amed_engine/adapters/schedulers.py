@@ -207,7 +207,10 @@ def _flow(name: str, config: Mapping[str, Any]) -> Flow:
         raise ConfigError(
             f"{name} has num_train_timesteps={steps!r}, expected a positive number: a network is told steps·t"
         )
-    return Flow(steps)
+    flow = Flow(steps)
+    flow.sigma_min = config.get("sigma_min") or flow.sigma_min
+    flow.sigma_max = config.get("sigma_max") or flow.sigma_max
+    return flow
 
 
 def edm_of(name: str, config: Mapping[str, Any]) -> EDM:

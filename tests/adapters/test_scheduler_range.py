@@ -35,6 +35,9 @@ def test_the_range_is_the_configuration_s():
     assert ends(make("EDMEuler", sigma_min=0.01, sigma_max=120.0)) == (0.01, 120.0)
     assert ends(make("EulerDiscrete", **SVD)) == (0.002, 700.0)
     assert ends(make("EulerDiscrete", **SD, sigma_max=10.0)) == pytest.approx((0.0292, 10.0), rel=1e-2)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # of sigma = t/(1 - t)
+    assert ends(make("UniPCMultistep", **flow)) == (0.0, float("inf"))
+    assert ends(make("UniPCMultistep", **flow, sigma_min=0.01, sigma_max=200.0)) == (0.01, 200.0)
     assert ends(make("DDIM", **SD, rescale_betas_zero_snr=True))[1] == pytest.approx(4096, rel=1e-3)
     assert ends(make("DDIM", rescale_betas_zero_snr=True))[1] > 4096
 

@@ -175,28 +175,10 @@ def show(found: Any, json_file: str | None) -> None:
 
 
 def make_sampler(model: str, predictor: str | None, plan: str | None = None, **asked: Any) -> Any:
-    """The sampler of a command's options; predictor "none" keeps the bundled one away, a schedule may be a file of noise
-    levels, and a plan one that says all of them."""
-    import amed_engine.zoo as zoo
+    """The sampler of a command's options; a schedule may be a file of noise levels, and a plan one that says all of them."""
     from amed_engine.engine.sampler import Sampler
-    from amed_engine.solvers.plan import Plan, best_training_free
 
-    asked, recipe = typed(asked), None if plan is None else Plan.load(plan)
-    if predictor == "none":
-        predictor = None
-        if recipe is not None and recipe.midpoint:
-            raise ConfigError(f"{plan} needs a predictor, which --predictor none keeps away; leave one of them out")
-        # A solver by name keeps the bundled predictor away, and so does a plan without one.
-        if not (recipe or asked["solver"] or asked["solver_options"]):
-            mean = zoo.bundled_mean(model) if model in zoo.names() else None
-            best = best_training_free(asked["nfe"] or 5, afs=asked["afs"], mean=mean)
-            own = {
-                "solver": best.solver,
-                "solver_options": dict(best.options),
-                "schedule": asked["schedule"] or best.schedule,
-            }
-            asked = {**asked, **own}
-    return Sampler(model, predictor, plan=recipe, **asked)
+    return Sampler(model, predictor, plan=plan, **typed(asked))
 
 
 def with_levels(asked: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from amed_engine.solvers.plan import Plan, best_training_free, make_plan
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Row
 
-logger = logging.getLogger("amed_engine")
+NO_PREDICTOR = "none"  # keeps a bundled predictor away
 
 # How an error speaks of the plan that rules.
 TRAINED, MADE = "this predictor was trained", "this plan was made"
@@ -83,14 +82,19 @@ class Pairing(NamedTuple):
 
 
 def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, autocast: torch.dtype | None) -> Pairing:
-    """A model, what was asked for and a predictor (or a path, or None); see `Sampler`. Raises ConfigError where they differ."""
+    """A model, what was asked for and a predictor (or a path, None, "none"); see `Sampler`. Raises ConfigError where they
+    differ."""
     bundled = predictor is None and request.open and request.sigma_min is request.sigma_max is None
-    predictor = choose_predictor(model, request, bundled) if predictor is None else open_predictor(predictor)
+    if predictor is None:
+        predictor = choose_predictor(model, request, bundled)
+    elif predictor == NO_PREDICTOR:
+        predictor = None
+    else:
+        predictor = open_predictor(predictor)
     plan = choose_plan(request, predictor)
     rules = ruling(request.recipe, predictor)
     for rule, made in rules:
         check_range(rule, request, made)
-    warn_of_range(model, plan, request)
     if predictor is not None and not rules:
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
@@ -224,21 +228,6 @@ def check_range(plan: Plan, request: PlanRequest, made: str) -> None:
 def _same_levels(given: Tensor, levels: Tensor) -> bool:
     given = check_sigmas(given)
     return given.shape == levels.shape and torch.allclose(given, levels, rtol=1e-6, atol=0)
-
-
-def warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
-    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were asked for."""
-    if isinstance(request.schedule, Tensor):
-        return
-    low, high = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))
-    # A hundredth is rounding of the tables of discrete steps.
-    cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
-    if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):
-        logger.warning(
-            "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
-            "sigma_min= if that is meant, or a plan for all of them",
-            *(high, low, plan.sigmas[0], plan.sigmas[-1]),
-        )
 
 
 def check_bottleneck(model: Model, predictor: Predictor) -> None:

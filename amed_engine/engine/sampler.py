@@ -19,6 +19,7 @@ from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.measure import check_mean, measured
 from amed_engine.engine.model import Model, check_guidance, place, tune
+from amed_engine.engine.notices import announce
 from amed_engine.engine.pairing import PlanRequest, open_plan, pair
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
@@ -32,11 +33,6 @@ from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
 
-_HOW_TO_TRAIN = (
-    "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one, "
-    'amed_engine.calibrate finds the best without, afs="mean" measures a first step that costs nothing'
-)
-_HOW_TO_MEASURE = 'sampling with %s; afs="mean" measures a first step that costs nothing'
 _NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
 
 
@@ -46,8 +42,8 @@ class Sampler:
     model: a zoo name, a path, an nn.Module (torch.compile'd and TorchScript ones too), an ExportedProgram, or a callable
         (x, sigma (B,)[, labels (B, label_dim)]) -> D or (D, features).
     predictor: an AMEDPredictor, ConstantPredictor or CoefficientPredictor, or a path to one. Its plan decides solver,
-        schedule and NFE; arguments that contradict it raise. Without one, a zoo model by name brings its own where nothing
-        but the NFE is asked for; otherwise a training-free solver runs.
+        schedule and NFE; arguments that contradict it raise. For None, a zoo model by name brings its own where nothing but
+        the NFE is asked for, and otherwise, as for "none", a training-free solver runs.
     plan: a `Plan` or the path of one (`Plan.save`, `amed search-schedule`): the recipe, which decides solver, options, noise
         levels, NFE, afs and denoise_to_zero. What contradicts it raises, a predictor's own plan too.
     solver, solver_options: a name and options of `make_solver`. nfe: network evaluations per sample, 5 unless the
@@ -107,7 +103,9 @@ class Sampler:
         request = PlanRequest(
             solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
         )
-        plan, chosen, fallback = pair(self.model, predictor, request, verify=verify, autocast=autocast)
+        pairing = pair(self.model, predictor, request, verify=verify, autocast=autocast)
+        announce(self.model, predictor, request, pairing)
+        plan, chosen, fallback = pairing
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         for made in (plan, fallback):
             if made is not None and made.mean is not None:
@@ -115,10 +113,6 @@ class Sampler:
         self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
-        if chosen is None and request.open:
-            logger.warning(_HOW_TO_TRAIN, self.plan.nfe, self.plan.describe(), self.plan.nfe)
-        elif chosen is recipe is afs is None and self.plan.afs != "mean":
-            logger.info(_HOW_TO_MEASURE, self.plan.describe())
         self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)
 
     def __repr__(self) -> str:

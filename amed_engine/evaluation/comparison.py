@@ -193,7 +193,7 @@ def _samplers(
     else:
         samplers = [] if predictor in (None, "none") else [setting.sampler(model, predictor, nfe=nfe)]
     yield from ((learned_name(sampler), sampler) for sampler in samplers)
-    grid = {"schedule": setting.schedule, "rho": setting.rho, "afs": setting.afs}
+    grid = {"schedule": setting.schedule, "rho": setting.rho}
     # With an analytic first step where it takes one, every solver can spend any number from 2 on.
     takes = {name: free for name, free in TRAINING_FREE.items() if _spends(setting.schedule, *free, nfe)}
     if not takes and isinstance(setting.schedule, Tensor):
@@ -203,7 +203,10 @@ def _samplers(
         if setting.afs is not None and not count_intervals(per_interval, n, afs=setting.afs):
             logger.info("%s cannot spend %d evaluations with afs=%s: left out", name, n, setting.afs)
             continue
-        yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, **grid)
+        afs = setting.afs
+        if afs is None and not isinstance(setting.schedule, Tensor):
+            afs = not count_intervals(per_interval, n, afs=False)
+        yield name, setting.sampler(model, solver=solver, solver_options=options, nfe=n, afs=afs, **grid)
 
 
 def _spends(schedule: str | Tensor | None, solver: str, options: dict[str, Any], nfe: int) -> bool:

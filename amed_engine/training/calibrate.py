@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import EVALUATIONS as OF_MEAN
@@ -22,10 +21,10 @@ from amed_engine.solvers.base import in_range
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer
-from amed_engine.training.contenders import Contender, contenders, first_steps
+from amed_engine.training.contenders import contenders, first_steps
 from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
-from amed_engine.training.halving import Entrant, halve, split
+from amed_engine.training.halving import Entrant, halve, some_of
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -39,16 +38,18 @@ MAX_NFE = FINE // 2
 
 @dataclass(frozen=True)
 class Rating:
-    """One plan's distance to the fine solution over its latents: RMSE, and the median of the samples' own RMSE."""
+    """One plan's distance to the fine solution, as known from `latents`: RMSE, the median of the samples' own RMSE, and what
+    plans are ranked by, upper = sqrt(MSE + its standard error)."""
 
     name: str
     plan: Plan
     rmse: float
     median: float
+    upper: float
     latents: int
 
     def to_json(self) -> dict:
-        errors = {"rmse": self.rmse, "median": self.median}
+        errors = {"rmse": self.rmse, "median": self.median, "upper": self.upper}
         known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
         return {"name": self.name, "plan": self.plan.describe(), **known, "latents": self.latents}
 
@@ -56,7 +57,7 @@ class Rating:
 @dataclass(frozen=True)
 class Calibration:
     """plan: the best, for `Sampler(model, plan=...)` and `Plan.save`. rows: all, those that were kept longest first, then the
-    best; RMSEs are comparable where they are over as many latents.
+    best, by `upper`; the errors of those that went early are estimates, from few of the latents, the hardest ones among them.
 
     reference: the fine solution; reference_error: how far half its evaluations end from it, RMSE, above its own error.
     evaluations: of the network, a row each; a guided one counts as one, as in every NFE.
@@ -78,10 +79,10 @@ class Calibration:
         """The rows as text, and what they are measured against."""
         width = max(len(row.name) for row in self.rows)
         lines = [
-            f"{row.name:<{width}}  {row.latents:7}  {row.rmse:7.4f}  {row.median:7.4f}  {row.plan.describe()}"
+            f"{row.name:<{width}}  {row.latents:7}  {row.rmse:7.4f}  {row.median:7.4f}  {row.upper:7.4f}  {row.plan.describe()}"
             for row in self.rows
         ]
-        head = f"{'solver':<{width}}  {'latents':>7}  {'RMSE':>7}  {'median':>7}  plan"
+        head = f"{'solver':<{width}}  {'latents':>7}  {'RMSE':>7}  {'median':>7}  {'upper':>7}  plan"
         told = f"against {self.reference}, half its evaluations being {self.reference_error:.4f} away"
         return "\n".join([head, *lines, f"{told}; {self.evaluations} evaluations spent"])
 
@@ -102,8 +103,8 @@ def calibrate(
     """Find the training-free plan that comes nearest to the exact solution of this model's ODE at `nfe` evaluations.
 
     Every solver, schedule and first step ("mean" measured) on the latents of seeds 0 to 63, against DEIS-4 with 32
-    evaluations: all on the first few latents, the better half on twice as many, until some run on all 64. At most 10,000
-    evaluations for each NFE, the fine solution and the mean included.
+    evaluations: all on a few latents, some of the hardest among them, the better half on twice as many, until some run on
+    all. At most 10,000 evaluations for each NFE, the fine solution and the mean included.
     model, sigma_min, sigma_max, shape, label_dim: as `Sampler` takes them. nfe: up to 16; several share the fine solution and
     give a dict. conditions: None takes the labels that the seeds draw; else one entry per batch, as `fit` takes them, of
     `batch` latents, which divides 64; denoisers are not cut, so a few at most. batch: rows of one network call too.
@@ -142,7 +143,7 @@ class _Truth:
             for denoiser, x in drawn:
                 examples.append(solved(denoiser, x, plan, mean_answer(mean, denoiser)))
                 bar.update(len(x) * FINE)
-        some, _ = split(examples[0], CHECKED)
+        some = some_of(examples[0], torch.arange(min(CHECKED, len(examples[0].x))))
         coarse = make_plan(FINE // 2, afs=False, **noise_range(model), **TEACHER)
         error = (solved(some.denoiser, some.x, coarse, None).target - some.target).square().mean().sqrt().item()
         spent = LATENTS * FINE + len(some.x) * coarse.nfe + (0 if mean is None else OF_MEAN)
@@ -200,6 +201,5 @@ def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch:
 
 
 def _rating(entrant: Entrant) -> Rating:
-    contender: Contender = entrant.contender
-    errors: Tensor = entrant.errors
-    return Rating(contender.name, contender.plan, entrant.rmse, errors.quantile(0.5).item(), len(errors))
+    name, plan = entrant.contender
+    return Rating(name, plan, entrant.rmse, entrant.median, entrant.upper, int(entrant.measured.sum()))

@@ -1,13 +1,18 @@
 """The best of many plans for few evaluations: all on a few latents, the better half on twice as many, and so on.
 
 Jamieson and Talwalkar 2016 (arXiv:1502.07943). Every round has as large a share of what is left to spend.
+
+On trained networks half of a plan's squared error can lie in one latent of a hundred, and these are about the same of all
+plans: few latents drawn evenly tell nothing of them. So a handful of plans, the pilots, run on all latents first; the latents
+that are hardest for them are in every round, and count for their own number, the others for theirs (stratified sampling).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,28 +25,67 @@ from amed_engine.training.gauss_newton import Example
 from amed_engine.training.lockstep import together
 
 FIRST = 8  # latents of the first round, or fewer
+HARD = 16  # one latent in so many is hard
+PILOT = "deis-3"  # on each schedule
+MOST = 0.25  # of the budget, for the pilots
 
 Spent = Callable[[int], object]  # told of evaluations
 
 
 @dataclass
 class Entrant:
-    """A contender, its program, and the mean square error of every latent it ran on so far, (B,) a part."""
+    """A contender, its program, and the mean square error of every latent, (latents,) float64: below 0 where it did not run.
+
+    hard: the latents that are, (latents,) bool.
+    """
 
     contender: Contender
     program: Program
-    squares: list[Tensor] = field(default_factory=list)
+    squares: Tensor
+    hard: Tensor
 
     @property
-    def errors(self) -> Tensor:
-        """RMSE of every latent, (latents,) float64."""
-        return torch.cat(self.squares).sqrt()
+    def measured(self) -> Tensor:
+        """The latents that it ran on, (latents,) bool. A square that is no number is one of these."""
+        return ~(self.squares < 0)
 
     @property
     def rmse(self) -> float:
-        """Over all its latents; infinite where a sample is not finite."""
-        mean = torch.cat(self.squares).mean().sqrt().item()
+        """Over all latents, as far as it is known; infinite where a sample is not finite."""
+        mean = (self._weights * self.squares)[self.measured].sum().sqrt().item()
         return mean if math.isfinite(mean) else math.inf
+
+    @property
+    def upper(self) -> float:
+        """What contenders are ranked by: the root of the mean square error plus its standard error. Errors have long tails, of
+        which few latents show too little, and the less the longer they are."""
+        weights, squares = self._weights[self.measured], self.squares[self.measured]
+        mean = (weights * squares).sum()
+        upper = (mean + (weights * (squares - mean)).square().sum().sqrt()).sqrt().item()
+        return upper if math.isfinite(upper) else math.inf
+
+    @property
+    def median(self) -> float:
+        """Of every latent's own RMSE, as far as it is known."""
+        errors, order = self.squares[self.measured].sqrt().sort()
+        below = self._weights[self.measured][order].cumsum(0)
+        return errors[below >= 0.5 - 1e-9][0].item()  # sums of weights are rounded
+
+    @property
+    def _weights(self) -> Tensor:
+        """What each latent counts for, (latents,): all that are hard, or not, over those of them that it ran on."""
+        weights = torch.zeros_like(self.squares)
+        for kind in (self.hard, ~self.hard):
+            ran = kind & self.measured
+            weights[ran] = int(kind.sum()) / max(1, int(ran.sum()))
+        return weights / weights.sum()
+
+
+class Part(NamedTuple):
+    """Some latents of an example, and their numbers among all."""
+
+    example: Example
+    numbers: Tensor
 
 
 def halve(
@@ -52,24 +96,65 @@ def halve(
     budget: of evaluations, never exceeded. examples: latents with what an exact solver makes of them; the last round is on
     all. rows: of one network call, about. spent: told of every round's evaluations. Raises ConfigError.
     """
-    alive = [Entrant(each, each.program()) for each in contenders]
     nfe = max(contender.plan.nfe for contender in contenders)
-    rounds, left, out = list(_rounds(examples, _first(len(alive) * nfe, budget))), budget, []
+    hard, cost = _hard(contenders, examples, budget, rows)
+    left = budget - cost
+    spent(cost)
+    unknown = torch.full(hard.shape, -1.0, dtype=torch.float64)
+    alive = [Entrant(each, each.program(), unknown.clone(), hard) for each in contenders]
+    rounds, out = list(_rounds(examples, _turns(hard), _first(len(alive) * nfe, left))), []
     for k, parts in enumerate(rounds):
-        cost = nfe * sum(len(part.x) for part in parts)
+        cost = nfe * sum(len(part.numbers) for part in parts)
         count = min(left // (len(rounds) - k) // cost, -(-len(alive) // 2)) if k else len(alive)
         _check_budget(count, cost, left)
         alive, out = alive[:count], alive[count:] + out
         for part in parts:
-            ends, evaluations = together([entrant.program for entrant in alive], part, rows)
+            squares, evaluations = _squares([entrant.program for entrant in alive], part.example, rows)
             left -= evaluations
             spent(evaluations)
-            for entrant, end in zip(alive, ends, strict=True):
-                entrant.squares.append((end.double() - part.target.double()).square().flatten(1).mean(1).cpu())
-        alive.sort(key=lambda entrant: entrant.rmse)
+            for entrant, found in zip(alive, squares, strict=True):
+                entrant.squares[part.numbers] = found
+        alive.sort(key=lambda entrant: entrant.upper)
     if not math.isfinite(alive[0].rmse):
         raise ConfigError("no training-free plan ends in finite samples; look at what the model returns")
     return alive + out, budget - left
+
+
+def _squares(programs: Sequence[Program], example: Example, rows: int) -> tuple[list[Tensor], int]:
+    """The mean square error of each latent, (B,) float64 a program, and how many evaluations they cost."""
+    ends, evaluations = together(programs, example, rows)
+    return [(end.double() - example.target.double()).square().flatten(1).mean(1).cpu() for end in ends], evaluations
+
+
+def _hard(contenders: Sequence[Contender], examples: Sequence[Example], budget: int, rows: int) -> tuple[Tensor, int]:
+    """Which latents are hard, (latents,) bool, and what finding out cost; none where that is much of the budget, or latents
+    cannot be cut out of their examples anyway."""
+    pilots = _pilots(contenders)
+    hard = torch.zeros(sum(len(example.x) for example in examples), dtype=torch.bool)
+    cost = len(hard) * sum(pilot.plan.nfe for pilot in pilots)
+    if cost > budget * MOST or not all(isinstance(example.denoiser, BoundDenoiser) for example in examples):
+        return hard, 0
+    runs = [_squares([pilot.program() for pilot in pilots], example, rows) for example in examples]
+    errors = torch.cat([torch.stack(squares) for squares, _ in runs], dim=1)
+    shares = (
+        (errors / errors.mean(1, keepdim=True)).nan_to_num(1).sum(0)
+    )  # of each pilot's error: none outweighs others
+    hard[shares.topk(-(-len(shares) // HARD)).indices] = True
+    return hard, sum(evaluations for _, evaluations in runs)
+
+
+def _pilots(contenders: Sequence[Contender]) -> list[Contender]:
+    """Those that tell which latents are hard: one a schedule."""
+    known = [contender for contender in contenders if contender.name == PILOT] or contenders[:1]
+    return list({contender.plan.schedule: contender for contender in reversed(known)}.values())
+
+
+def _turns(hard: Tensor) -> Tensor:
+    """The numbers of all latents, (latents,): a hard one, another, a hard one, and so on, then what is left."""
+    numbers = torch.arange(len(hard))
+    turn = torch.empty(len(hard))
+    turn[hard], turn[~hard] = 2.0 * numbers[: int(hard.sum())], 2.0 * numbers[: int((~hard).sum())] + 1
+    return turn.argsort()
 
 
 def _first(cost: int, budget: int) -> int:
@@ -77,34 +162,46 @@ def _first(cost: int, budget: int) -> int:
     return next((n for n in (FIRST, FIRST // 2, FIRST // 4) if 2 * n * cost <= budget), 1)
 
 
-def _rounds(examples: Sequence[Example], first: int) -> Iterator[list[Example]]:
-    """The latents that each round adds: `first`, then as many as before, cut where a denoiser may be."""
-    round_, done, stop = [], 0, first
+def _rounds(examples: Sequence[Example], turns: Tensor, first: int) -> Iterator[list[Part]]:
+    """The latents that each round adds, in their turns: `first`, then as many as before."""
+    added, done, stop = [], 0, first
+    for piece in sorted(_pieces(examples), key=lambda numbers: int(turns.argsort()[numbers].min())):
+        if done >= stop:
+            yield list(_parts(examples, torch.cat(added)))
+            added, stop = [], 2 * done
+        added.append(piece)
+        done += len(piece)
+    yield list(_parts(examples, torch.cat(added)))
+
+
+def _pieces(examples: Sequence[Example]) -> Iterator[Tensor]:
+    """Numbers of latents that stay together: one, or all of a denoiser with conditions of its own bound."""
+    done = 0
     for example in examples:
-        rest: Example | None = example
-        while rest is not None:
-            if done >= stop:
-                yield round_
-                round_, stop = [], 2 * done
-            part, rest = split(rest, stop - done)
-            round_.append(part)
-            done += len(part.x)
-    yield round_
+        numbers = torch.arange(done, done + len(example.x))
+        yield from numbers.split(1 if isinstance(example.denoiser, BoundDenoiser) else len(numbers))
+        done += len(numbers)
 
 
-def split(example: Example, count: int) -> tuple[Example, Example | None]:
-    """Its first latents and the others; all of it and none where it is as short, or its denoiser has its conditions bound."""
-    if len(example.x) <= count or not isinstance(example.denoiser, BoundDenoiser):
-        return example, None
-    return _rows(example, slice(count)), _rows(example, slice(count, None))
+def _parts(examples: Sequence[Example], numbers: Tensor) -> Iterator[Part]:
+    """These latents, an example each of those that have some."""
+    done = 0
+    for example in examples:
+        own = numbers[(numbers >= done) & (numbers < done + len(example.x))].sort().values
+        if len(own):
+            yield Part(some_of(example, own - done), own)
+        done += len(example.x)
 
 
-def _rows(example: Example, part: slice) -> Example:
+def some_of(example: Example, numbers: Tensor) -> Example:
+    """Some of its latents; all where its denoiser has conditions of its own bound."""
     denoiser, x, target, mean = example
-    assert isinstance(denoiser, BoundDenoiser)
-    labels = None if denoiser.labels is None else denoiser.labels[part]
-    own = mean if mean is None or len(mean) == 1 else mean[part]
-    return Example(replace(denoiser, labels=labels), x[part], target[part], own)
+    if not isinstance(denoiser, BoundDenoiser):
+        return example
+    numbers = numbers.to(x.device)
+    labels = None if denoiser.labels is None else denoiser.labels[numbers.to(denoiser.labels.device)]
+    own = mean if mean is None or len(mean) == 1 else mean[numbers]
+    return Example(replace(denoiser, labels=labels), x[numbers], target[numbers], own)
 
 
 def _check_budget(count: int, cost: int, left: int) -> None:

@@ -1,6 +1,7 @@
 """Every scheduler of diffusers, at every field of its configuration: D is its own, or a ConfigError names what is not read."""
 
 import inspect
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -79,6 +80,8 @@ OWN = {
     **dict.fromkeys(("DDPMWuerstchen", "Helios", "HeliosDMD", "IPNDM", "KarrasVe", "MiniMaxH3"), REFUSED),
     **dict.fromkeys(("RFD4Proteina", "ScoreSdeVe"), REFUSED),
 }
+if find_spec("torchsde"):  # diffusers makes these with it alone
+    OWN |= {"DPMSolverSDE": by_step, "CosineDPMSolverMultistep": REFUSED}
 NEEDED: dict[str, dict] = {"Amused": {"mask_token_id": 1}, "VQDiffusion": {"num_vec_classes": 5}}
 NEEDED["RFD4Proteina"] = {"schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0, "tsr_sigma": 1.0}
 
@@ -187,6 +190,7 @@ FIELDS = {
     "noise_sampler_seed": (3,),
     "max_shift": (2.0,),
     "num_train_timesteps": (50, 500, 2000),
+    "noise_sampler_seed": (3,),
     "predict_x0": SWITCH,
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction", "trigflow"),
     "predictor_order": (1,),

@@ -343,4 +343,4 @@ def test_a_plan_for_a_predictor_goes_with_one(amed, files, learned, tmp_path):
     assert (code, "this plan needs a predictor" in err) == (2, True)
     code, _, err = amed("sample", *options, "--predictor", "none")
     assert code == 2
-    assert "recipe.json needs a predictor, which --predictor none keeps away" in err
+    assert "and there is none; pass predictor= as well" in err

@@ -14,6 +14,7 @@ from torch import nn
 
 from amed_engine import (
     AMEDPredictor,
+    ConfigError,
     NonFiniteError,
     Sampler,
     load_predictor,
@@ -626,6 +627,37 @@ def test_for_another_nfe_it_goes_without_and_says_so(zoo, caplog):
 
 def test_a_chosen_solver_goes_before_the_bundled_predictor(zoo):
     assert Sampler("toy", solver="euler", nfe=5).plan == make_plan(5, solver="euler")
+
+
+def test_none_keeps_the_bundled_predictor_away_without_a_word(zoo, tiny_conditional, caplog):
+    assert Sampler("toy", "none", solver="heun", nfe=6).plan == make_plan(6, solver="heun")
+    sampler = Sampler("toy", "none", nfe=5)
+    assert caplog.records == []
+    assert sampler.plan == Sampler(tiny_conditional, nfe=5).plan
+    with pytest.raises(ConfigError, match="there is none; pass predictor="):
+        Sampler("toy", "none", plan=load_predictor(zoo / "toy/predictors/nfe5.safetensors").plan)
+
+
+@pytest.mark.parametrize("asked", [{"afs": False}, {"schedule": "logsnr"}, {"rho": 3.0}, {"sigma_max": 40.0}])
+def test_levels_and_first_steps_that_keep_the_bundled_predictor_away_say_so(zoo, asked, caplog):
+    assert Sampler("toy", **asked).plan.solver != "amed"
+    (record,) = caplog.records
+    assert "others are asked for: sampling without it" in record.message
+    assert 'predictor="none"' in record.message
+    caplog.clear()
+    Sampler("toy", "none", **asked)
+    Sampler("toy", nfe=6, solver="euler", **asked)
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_a_first_step_about_zero_that_the_nfe_forces_is_said(tiny_model, caplog):
+    assert Sampler(tiny_model, solver="heun", nfe=5).plan.afs is True
+    (record,) = caplog.records
+    assert "no other first step lets heun spend 5 evaluations" in record.message
+    caplog.clear()
+    for asked in ({"afs": True}, {"afs": "mean"}, {"nfe": 6}):
+        Sampler(tiny_model, solver="heun", **({"nfe": 5} | asked))
+    assert caplog.records == []
 
 
 def test_guidance_that_the_bundled_predictor_was_not_trained_for_goes_without_it(zoo, tiny_conditional, caplog):

@@ -1,0 +1,62 @@
+"""What a Sampler says in the log of the plan that runs, where nobody asked for all of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from torch import Tensor
+
+import amed_engine.zoo as zoo
+from amed_engine.engine.model import Model
+from amed_engine.engine.pairing import Pairing, PlanRequest
+from amed_engine.sampling.modules import said
+from amed_engine.solvers.plan import Plan
+
+logger = logging.getLogger("amed_engine")
+
+_HOW_TO_TRAIN = (
+    "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one, "
+    'amed_engine.calibrate finds the best without, afs="mean" measures a first step that costs nothing'
+)
+_HOW_TO_MEASURE = 'sampling with %s; afs="mean" measures a first step that costs nothing'
+_LEFT_OUT = (
+    "the bundled predictor has noise levels and a first step of its own, others are asked for: sampling without it, with %s; "
+    'predictor="none" says so'
+)
+_ABOUT_ZERO = (
+    "no other first step lets %s spend %d evaluations: it is the analytic one of data about zero, and wrong of others; "
+    'afs="mean" measures theirs, another NFE needs none'
+)
+
+
+def announce(model: Model, predictor: Any, request: PlanRequest, pairing: Pairing) -> None:
+    """predictor: what was given."""
+    plan = pairing.plan
+    _warn_of_range(model, plan, request)
+    if pairing.predictor is not None or request.recipe is not None:
+        return
+    if predictor is None and request.solver is None and model.name and zoo.bundled_predictor(model.name, plan.nfe):
+        logger.warning(_LEFT_OUT, plan.describe())
+    elif predictor is None and request.open:
+        logger.warning(_HOW_TO_TRAIN, plan.nfe, plan.describe(), plan.nfe)
+    elif request.afs is None and plan.afs is True:
+        logger.warning(_ABOUT_ZERO, plan.solver, plan.nfe)
+    elif request.afs is None and plan.afs != "mean":
+        logger.info(_HOW_TO_MEASURE, plan.describe())
+
+
+def _warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
+    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were asked for."""
+    if isinstance(request.schedule, Tensor):
+        return
+    low, high = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))
+    # A hundredth is rounding of the tables of discrete steps.
+    cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
+    if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):
+        logger.warning(
+            "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
+            "sigma_min= if that is meant, or a plan for all of them",
+            *(high, low, plan.sigmas[0], plan.sigmas[-1]),
+        )

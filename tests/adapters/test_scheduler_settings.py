@@ -93,10 +93,6 @@ def exported():
     return {name: kind for name, kind in classes.items() if "dummy" not in kind.__module__}
 
 
-OF_TORCHSDE = {"DPMSolverSDE": by_step, "CosineDPMSolverMultistep": REFUSED}
-OWN |= {name: own for name, own in OF_TORCHSDE.items() if name in exported()}
-
-
 def make(name, **options):
     """With what would clip D off; a default that no configuration says is not read."""
     kind = getattr(diffusers, f"{name}Scheduler")
@@ -187,7 +183,6 @@ FIELDS = {
     "lambda_min_clipped": (-5.1,),
     "lower_order_final": SWITCH,
     "max_image_seq_len": (900,),
-    "noise_sampler_seed": (3,),
     "max_shift": (2.0,),
     "num_train_timesteps": (50, 500, 2000),
     "noise_sampler_seed": (3,),

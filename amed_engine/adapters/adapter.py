@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.conditions import Conditions, class_index
-from amed_engine.adapters.facts import NetworkFacts
+from amed_engine.adapters.facts import ADDED, NetworkFacts
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.precision import Handed, Precision
@@ -247,8 +247,8 @@ def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of a diffusers model; those of SDXL come in a dictionary of their own."""
-    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    """The arguments of a diffusers model; some come in a dictionary of their own."""
+    added = {name: given[name] for name in ADDED if name in given}
     keywords: dict[str, Any] = {name: value for name, value in given.items() if name not in added}
     if added:
         keywords["added_cond_kwargs"] = added

@@ -14,6 +14,9 @@ from torch import nn
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import bare, bound
 
+# Conditions that diffusers takes in a dictionary, added_cond_kwargs: SDXL's, and those of networks that are told a picture.
+ADDED = ("text_embeds", "time_ids", "image_embeds")
+
 
 @dataclass(frozen=True)
 class NetworkFacts:
@@ -46,7 +49,7 @@ def facts_of(network: Any) -> NetworkFacts:
     if not given:
         return facts
     # What functools.partial gives already is nothing that a call could choose.
-    given |= {"text_embeds", "time_ids"} if "added_cond_kwargs" in given else set()
+    given |= set(ADDED) if "added_cond_kwargs" in given else set()
     conditions = {name: width for name, width in facts.conditions.items() if name not in given}
     classes = {"label_dim": 0, "null_class": None} if "class_labels" in given else {}
     return replace(facts, conditions=conditions, **classes)
@@ -123,6 +126,8 @@ def _diffusers_conditional(network: Any) -> NetworkFacts:
         conditions |= {"text_embeds": None, "time_ids": None}
     else:
         _refuse(network, addition_embed_type=None)
+    if getattr(config, "encoder_hid_dim_type", None) not in (None, "text_proj"):
+        conditions["image_embeds"] = None
     return _of_diffusers(network, conditions=conditions, betas="scaled_linear", reduction=_reduction(network))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.fingerprint import summary
+from amed_engine.errors import ConfigError
 from amed_engine.solvers.schedule import VPTime
 
 
@@ -30,7 +32,8 @@ class Denoising(Family):
 class EDM(Family):
     """skip = sd²/(sigma² + sd²), out = sigma·sd/sqrt(sigma² + sd²), scale = 1/sqrt(sigma² + sd²), time = log(sigma)/4.
 
-    v_prediction: out has the other sign, as diffusers means it by that name; with sd = 1 F is v = alpha·n - s·x0.
+    v_prediction: out has the other sign, as diffusers means it by that name; with sd = 1 F is v = alpha·n - s·x0. Raises
+    ConfigError for a sigma_data that is no standard deviation.
     """
 
     name = "edm"
@@ -42,6 +45,10 @@ class EDM(Family):
         self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, *, v_prediction: bool = False
     ):
         super().__init__()
+        if not (isinstance(sigma_data, (Real, Tensor)) and 0 < float(sigma_data) < math.inf):
+            raise ConfigError(
+                f"sigma_data must be a positive number, the standard deviation of the data, got {sigma_data!r}"
+            )
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.v_prediction = v_prediction
 

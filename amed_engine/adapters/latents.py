@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.wrapping import wrap
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import bare
+
+NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+# Of a pipeline's components those that the denoiser holds, and those that have no say in it.
+COMPONENTS = {
+    *("unet", "transformer", "scheduler", "vae", "predictor", "safety_checker", "feature_extractor", "image_encoder"),
+    *(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")),
+}
 
 
 @torch.no_grad()
@@ -33,20 +43,13 @@ def wrap_pipeline(
     guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
     """
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    if network is None or not hasattr(pipeline, "encode_prompt"):
-        raise ConfigError(
-            "pipeline must be a text-to-image pipeline of diffusers with a U-Net or a transformer, got "
-            f"{type(pipeline).__name__}"
-        )
+    network, kind = _network_of(pipeline)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ConfigError("prompts are empty; pass a text or a list of them")
-    is_flux = type(network).__name__ == "FluxTransformer2DModel"
+    is_flux = kind == "FluxTransformer2DModel"
     if guidance is not None and not is_flux:
-        raise ConfigError(
-            f"{type(network).__name__} is not told a guidance; pass guidance_scale={guidance} to Sampler.run"
-        )
+        raise ConfigError(f"{kind} is not told a guidance; pass guidance_scale={guidance} to Sampler.run")
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
@@ -58,6 +61,41 @@ def wrap_pipeline(
     else:
         conditions, null = _encode(pipeline, network, prompts, negative_prompt, None if shape is None else shape[1:])
     return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
+
+
+def _network_of(pipeline: Any) -> tuple[Any, str]:
+    """The network, and the class of diffusers that it is. Raises ConfigError for a pipeline of another kind."""
+    given = [part for name in ("unet", "transformer") if (part := getattr(pipeline, name, None)) is not None]
+    if not given or not hasattr(pipeline, "encode_prompt"):
+        raise ConfigError(
+            "pipeline must be a text-to-image pipeline of diffusers with a U-Net or a transformer, got "
+            f"{type(pipeline).__name__}"
+        )
+    names = [ancestor.__name__ for ancestor in type(bare(given[0])).__mro__]
+    known = [name for name in names if name in NETWORKS]
+    if not known:
+        raise ConfigError(
+            f"{type(pipeline).__name__} has a {names[0]}, known are {', '.join(NETWORKS)}; wrap a function "
+            "(x, t, **conditions) -> prediction that calls it, with conditions={...}"
+        )
+    _check_components(pipeline, given[0])
+    return given[0], known[0]
+
+
+def _check_components(pipeline: Any, network: Any) -> None:
+    """Raise ConfigError for a part that its own call would ask, and the denoiser would not."""
+    parts = getattr(pipeline, "components", {})
+    if others := sorted(name for name, part in parts.items() if part is not None and name not in COMPONENTS):
+        raise ConfigError(
+            f"{type(pipeline).__name__} has {', '.join(others)}, which the denoiser would leave out; pass the text-to-image "
+            "pipeline of the same network, such as StableDiffusionPipeline.from_pipe(pipeline), or wrap a function "
+            "(x, t, **conditions) -> prediction that asks all of them"
+        )
+    if "image_embeds" in facts_of(network).conditions:
+        raise ConfigError(
+            "the network needs image_embeds, of an IP adapter, say, and is told texts alone here; call "
+            "pipeline.unload_ip_adapter(), or wrap(pipeline.unet, conditions={...}) with image_embeds among them"
+        )
 
 
 def _encode(
@@ -75,7 +113,7 @@ def _encode(
     positive, negatives, *pooled = encoded
     conditions, null = {"encoder_hidden_states": positive}, {"encoder_hidden_states": negatives[:1]}
     if pooled:
-        name = "pooled_projections" if type(network).__name__.startswith("SD3") else "text_embeds"
+        name = "pooled_projections" if type(bare(network)).__name__.startswith("SD3") else "text_embeds"
         conditions[name], null[name] = pooled[0], pooled[1][:1]
     if "text_embeds" in conditions:
         ids = time_ids(pipeline, network, pooled[0], size)
@@ -129,16 +167,30 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
 
         z/scaling_factor + shift_factor,   or   z·latents_std/scaling_factor + latents_mean
 
-    vae: an AutoencoderKL of diffusers, in its own dtype. Raises ConfigError for another number of channels, or a VAE whose
-    configuration scales its latents otherwise.
+    vae: an AutoencoderKL of diffusers, in its own dtype, but one in float16 with force_upcast in float32, as SDXL's overflows.
+    Raises ConfigError for another number of channels, or a VAE whose configuration scales its latents otherwise.
     """
     if not hasattr(vae, "decode") or not hasattr(vae, "config"):
         raise ConfigError(f"vae must be an autoencoder of diffusers, got {type(vae).__name__}")
     _check_latent_channels(vae, latents.shape[1], "the latents have")
     scale, shift = _scaling(vae, latents)
     scaled = latents * scale + shift
-    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    with _upcast(vae):
+        images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
     return images.to(latents.dtype).clamp(-1, 1)
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """A VAE that overflows in float16 in float32, and back, which changes no number of it."""
+    forced = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if forced:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if forced:
+            vae.to(torch.float16)
 
 
 def _check_latent_channels(vae: Any, channels: int, who: str) -> None:
@@ -156,7 +208,8 @@ def _scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]
             f"{kind} has scaling_factor={factor!r} and batch_norm_eps={getattr(config, 'batch_norm_eps', None)!r}, expected a "
             "factor and no normalization: how its latents are scaled is not known; call its decode yourself"
         )
-    given = {name: getattr(config, name, None) for name in ("latents_mean", "latents_std")}
+    kept = getattr(vae, "_buffers", {})  # where those of videos have them
+    given = {name: getattr(config, name, kept.get(name)) for name in ("latents_mean", "latents_std")}
     if all(value is None for value in given.values()):
         return 1 / factor, shift or 0.0
     if shift or any(value is None or len(value) != latents.shape[1] for value in given.values()):

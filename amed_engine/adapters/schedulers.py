@@ -67,8 +67,11 @@ _CLIP = (
     "D is the network's own here, which no step clips: pass scheduler=type(scheduler).from_config(scheduler.config, "
     "clip_sample=False); what keeps D in -1 .. 1 is amed_engine.adapters.Thresholded round the denoiser"
 )
-_ZERO = "a zero terminal signal-to-noise ratio has no highest noise level; pass trained_betas"
-_SHIFTED = "its betas are shifted; pass trained_betas instead, those of the scheduler's alphas_cumprod"
+_ZERO = (
+    "a zero terminal signal-to-noise ratio has no highest noise level; pass rescale_betas_zero_snr=False and trained_betas, "
+    "the last of them below 1, or sample with amed_engine.adapters.wrap_pipeline and Sampler"
+)
+_SHIFTED = "its betas are shifted; pass snr_shift_scale=None and trained_betas, those of the scheduler's alphas_cumprod"
 _LEVELS = "pass the noise levels themselves, as Sampler(schedule=...)"
 # Fields that only one value of is understood, and what to do about another.
 NEUTRAL: dict[str, tuple[Any, str]] = {
@@ -204,7 +207,10 @@ def _flow(name: str, config: Mapping[str, Any]) -> Flow:
         raise ConfigError(
             f"{name} has num_train_timesteps={steps!r}, expected a positive number: a network is told steps·t"
         )
-    return Flow(steps)
+    flow = Flow(steps)
+    flow.sigma_min = config.get("sigma_min") or flow.sigma_min
+    flow.sigma_max = config.get("sigma_max") or flow.sigma_max
+    return flow
 
 
 def edm_of(name: str, config: Mapping[str, Any]) -> EDM:
@@ -212,9 +218,10 @@ def edm_of(name: str, config: Mapping[str, Any]) -> EDM:
     told = config.get("prediction_type", "epsilon")
     if told not in ("epsilon", "v_prediction"):
         raise ConfigError(f"{name} has prediction_type={told!r} of EDM's, expected epsilon or v_prediction")
-    given = {field: config.get(field) for field in ("sigma_data", "sigma_min", "sigma_max")}
-    known = {field: float(value) for field, value in given.items() if value is not None}
-    return EDM(**known, v_prediction=told == "v_prediction")
+    ends = {field: config.get(field) for field in ("sigma_min", "sigma_max")}
+    known = {field: float(value) for field, value in ends.items() if value is not None}
+    data = {"sigma_data": config["sigma_data"]} if "sigma_data" in config else {}
+    return EDM(**data, **known, v_prediction=told == "v_prediction")
 
 
 def has_betas(scheduler: Any) -> bool:
@@ -245,8 +252,8 @@ def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:
         raise ConfigError(f"a shift is that of a flow-matching scheduler of diffusers, got {type(scheduler).__name__}")
     _check_shifted(type(scheduler).__name__, config)
     if not config.get("use_dynamic_shifting"):
-        fixed = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift")
-        return float(getattr(scheduler, "_shift", fixed) or 1.0)  # what set_shift sets is not in the configuration
+        fixed = config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0)
+        return float(getattr(scheduler, "_shift", fixed))  # what set_shift sets is not in the configuration
     if config.get("time_shift_type", "exponential") != "exponential" or len(shape) != 3:
         raise ConfigError(
             f"need an exponential shift and a shape (C, H, W), got {config.get('time_shift_type')!r}, {tuple(shape)}"

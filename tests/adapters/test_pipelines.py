@@ -1,12 +1,13 @@
 """Pipelines of diffusers, tiny and with random weights: from a text to an image, as they make it themselves."""
 
+import functools
 import string
 
 import pytest
 import torch
 
 import amed_engine
-from amed_engine.adapters import ClassifierFree, decode_latents, flow_levels, shift_of, wrap_pipeline
+from amed_engine.adapters import ClassifierFree, decode_latents, flow_levels, shift_of, wrap, wrap_pipeline
 from amed_engine.adapters.flux import pack, unpack
 from amed_engine.errors import ConfigError
 
@@ -178,3 +179,74 @@ def test_pipelines_that_do_not_fit_together_are_refused(pipeline):
         wrap_pipeline(pipeline, [])
     with pytest.raises(ConfigError, match="the latents have 3 channels, the VAE 4"):
         decode_latents(pipeline.vae, torch.zeros(1, 3, 8, 8))
+
+
+def controlnet(net):
+    return diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(4, 8))
+
+
+def test_parts_that_the_denoiser_would_not_ask_are_refused(pipeline):
+    made = diffusers.StableDiffusionControlNetPipeline.from_pipe(pipeline, controlnet=controlnet(pipeline.unet))
+    with pytest.raises(ConfigError, match=r"ControlNetPipeline has controlnet, .*StableDiffusionPipeline\.from_pipe"):
+        wrap_pipeline(made, "a cat")
+    plain = wrap_pipeline(diffusers.StableDiffusionPipeline.from_pipe(made), "a cat")
+    x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([2.0])
+    expected = wrap_pipeline(pipeline, "a cat")(x, sigma, torch.tensor([0])).x0
+    assert torch.equal(plain(x, sigma, torch.tensor([0])).x0, expected)
+
+
+def test_networks_that_are_not_known_are_refused_by_name():
+    encoder, tokenizer = t5()
+    network = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, cross_attention_dim=8,
+        sample_size=8, caption_channels=12,
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    made = diffusers.PixArtAlphaPipeline(tokenizer, encoder, autoencoder(), network, scheduler)
+    with pytest.raises(ConfigError, match="has a PixArtTransformer2DModel, known are UNet2DConditionModel"):
+        wrap_pipeline(made, "a cat")
+
+
+@torch.no_grad()
+def test_a_compiled_transformer_is_the_one_inside(flux):
+    x, sigma, first = torch.randn(1, 4, 8, 6), torch.tensor([2.0]), torch.tensor([0])
+    expected = wrap_pipeline(flux, "a cat", shape=(4, 8, 6))(x, sigma, first).x0
+    inside = flux.transformer
+    flux.transformer = torch.compile(inside, backend="eager")
+    try:
+        compiled = wrap_pipeline(flux, "a cat", shape=(4, 8, 6))
+        torch.testing.assert_close(compiled(x, sigma, first).x0, expected, rtol=1e-4, atol=1e-4)
+    finally:
+        flux.transformer = inside
+
+
+@torch.no_grad()
+def test_a_network_that_is_told_a_picture_asks_for_it(pipeline):
+    """As `load_ip_adapter` leaves it; what it is told then comes from conditions, or from functools.partial."""
+    embeddings = diffusers.models.embeddings
+    net = unet()
+    projection = embeddings.ImageProjection(image_embed_dim=6, cross_attention_dim=16, num_image_text_embeds=2)
+    net.encoder_hid_proj = embeddings.MultiIPAdapterImageProjection([projection])
+    net.config.encoder_hid_dim_type = "ip_image_proj"
+    net.set_attn_processor({name: ip_processor(net, name) for name in net.attn_processors})
+    made = diffusers.StableDiffusionPipeline(**{**pipeline.components, "unet": net}, requires_safety_checker=False)
+    with pytest.raises(ConfigError, match=r"needs image_embeds.*unload_ip_adapter"):
+        wrap_pipeline(made, "a cat")
+    text, picture = torch.randn(1, 8, 16), torch.randn(1, 1, 6)
+    x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([2.0])
+    given = functools.partial(net, added_cond_kwargs={"image_embeds": [picture]})
+    told = wrap(given, scheduler=pipeline.scheduler, conditions={"encoder_hidden_states": text}, bottleneck=None)
+    c = told.family(sigma)
+    raw = given(c.scale * x, c.time, encoder_hidden_states=text).sample
+    torch.testing.assert_close(told(x, sigma, torch.tensor([0])).x0, x - sigma * raw)
+    with pytest.raises(ConfigError, match="conditions lack image_embeds"):
+        wrap(net, scheduler=pipeline.scheduler, conditions={"encoder_hidden_states": text})
+
+
+def ip_processor(net, name):
+    """Attention to text and picture where a block attends to texts."""
+    if not name.endswith("attn2.processor"):
+        return net.attn_processors[name]
+    torch.manual_seed(0)
+    width = net.get_submodule(name.removesuffix(".processor")).to_q.out_features
+    return diffusers.models.attention_processor.IPAdapterAttnProcessor2_0(width, 16, num_tokens=(2,))

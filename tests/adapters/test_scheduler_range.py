@@ -35,6 +35,9 @@ def test_the_range_is_the_configuration_s():
     assert ends(make("EDMEuler", sigma_min=0.01, sigma_max=120.0)) == (0.01, 120.0)
     assert ends(make("EulerDiscrete", **SVD)) == (0.002, 700.0)
     assert ends(make("EulerDiscrete", **SD, sigma_max=10.0)) == pytest.approx((0.0292, 10.0), rel=1e-2)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # of sigma = t/(1 - t)
+    assert ends(make("UniPCMultistep", **flow)) == (0.0, float("inf"))
+    assert ends(make("UniPCMultistep", **flow, sigma_min=0.01, sigma_max=200.0)) == (0.01, 200.0)
     assert ends(make("DDIM", **SD, rescale_betas_zero_snr=True))[1] == pytest.approx(4096, rel=1e-3)
     assert ends(make("DDIM", rescale_betas_zero_snr=True))[1] > 4096
 
@@ -58,6 +61,13 @@ def test_a_saved_scheduler_that_clips_is_taken_as_its_error_says(name, tmp_path)
     expected = wrap(Network(), scheduler=make(name), shape=(3, 4, 4))
     got = wrap(Network(), scheduler=scheduler, shape=(3, 4, 4))
     assert torch.equal(got(X, torch.tensor(2.0)).x0, expected(X, torch.tensor(2.0)).x0)
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -0.5, float("nan"), None])
+def test_data_without_a_spread_are_refused(sigma_data):
+    """With 0, say, D would be 0 whatever the network says."""
+    with pytest.raises(ConfigError, match=f"sigma_data must be a positive number.*, got {sigma_data}"):
+        wrap(Network(), scheduler=make("EDMEuler", sigma_data=sigma_data))
 
 
 def test_a_field_of_a_later_version_is_refused():
@@ -104,6 +114,7 @@ def test_shifts_are_read_or_refused(options):
         )
         == 3.0
     )
+    assert shift_of(make("FlowMatchEulerDiscrete", shift=0.0), (16, 8, 8)) == 0.0  # which flow_levels refuses
     scheduler.set_shift(5.0)
     assert shift_of(scheduler, (16, 8, 8)) == 5.0
     for more in ({"shift_terminal": 0.1}, {"use_karras_sigmas": True}, {"invert_sigmas": True}):

@@ -1,5 +1,6 @@
 """Configurations of every scheduler of diffusers for AMEDScheduler: the same model, or refused; and back as they were."""
 
+import copy
 import inspect
 
 import pytest
@@ -22,6 +23,7 @@ NAMES = [name for name in NAMES if "dummy" not in getattr(diffusers, name).__mod
 READ = """DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse
     DPMSolverSinglestep EDMDPMSolverMultistep EDMEuler EulerAncestralDiscrete EulerDiscrete HeunDiscrete
     KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete PNDM SASolver UnCLIP UniPCMultistep"""
+READ += " DPMSolverSDE" if "DPMSolverSDEScheduler" in NAMES else ""  # with torchsde
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -138,6 +140,60 @@ def test_what_is_not_understood_is_named(config, match):
         AMEDScheduler.from_config(config)
 
 
+@pytest.mark.parametrize("name", sorted(set(READ.split()) - {"DDIMInverse", "DPMSolverMultistepInverse"}))
+def test_what_a_configuration_leaves_out_is_its_class_s(name):
+    """Those of old name few fields; Heun's betas, say, are others than DDIM's."""
+    said = {"_class_name": f"{name}Scheduler", "num_train_timesteps": 500, "_diffusers_version": "0.1.1"}
+    scheduler, own = AMEDScheduler.from_config(said), make(f"{name}Scheduler", num_train_timesteps=500)
+    family = wrap(network, scheduler=own, bottleneck=None, verify=False).family
+    assert type(scheduler.model.family) is type(family)
+    sigma = torch.tensor([0.5, 3.0])
+    torch.testing.assert_close(scheduler.model.timestep(sigma), family.time(sigma).float(), rtol=1e-4, atol=1e-3)
+
+
+def test_what_another_class_left_in_a_configuration_says_nothing():
+    """A pipeline names the class of its scheduler; here through others before."""
+    discrete, edm = diffusers.DDIMScheduler(**SD), diffusers.EDMEulerScheduler(sigma_data=1.0, sigma_max=50.0)
+    flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    for scheduler in (
+        diffusers.EDMEulerScheduler.from_config(discrete.config),
+        diffusers.EulerDiscreteScheduler.from_config(edm.config, **SD),
+        diffusers.DDIMScheduler.from_config(flow.config, prediction_type="epsilon", clip_sample=False),
+    ):
+        made = AMEDScheduler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__}).model.family
+        own = wrap(network, scheduler=scheduler, bottleneck=None).family
+        sigma = torch.tensor([0.5, 3.0])
+        assert type(made) is type(own)
+        torch.testing.assert_close(made.time(sigma), own.time(sigma), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr=True, expected False"),
+        ({"thresholding": True}, "has thresholding=True, expected False"),
+        ({"clip_sample": True}, "has clip_sample=True, expected False"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"use_flow_sigmas": True}, "is of a flow-matching model"),
+        ({"fresh": 1}, "has fresh=1, which is not understood"),
+    ],
+)
+def test_what_is_changed_is_understood_or_named_too(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        AMEDScheduler.from_config(SD, **changes)
+    assert AMEDScheduler.from_config(SD, return_unused_kwargs=True, **changes)[1] == changes
+    assert AMEDScheduler.from_config(SD, timestep_spacing="trailing").alphas_cumprod is not None
+
+
+def test_settings_of_the_other_kind_of_model_are_refused():
+    """Of none would anything be seen in the samples."""
+    for options in ({"beta_end": 0.012}, {"beta_start": 0.00085}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* without a beta_schedule or trained_betas"):
+            AMEDScheduler(**options)
+    with pytest.raises(ConfigError, match=r"sigma_data=1\.0 says nothing of a model with a beta_schedule"):
+        AMEDScheduler(**SD, sigma_data=1.0)
+
+
 def test_stable_video_diffusion_is_an_edm_model_of_v():
     """What the refusal says to do: the times and D of its own scheduler."""
     options = {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True}
@@ -203,3 +259,49 @@ def test_latents_that_are_scaled_otherwise_are_refused(options, match):
     vae.register_to_config(scaling_factor=None)
     with pytest.raises(ConfigError, match="AutoencoderKL has scaling_factor=None"):
         decode_latents(vae, X)
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_overflows_in_half_precision_is_run_in_float32():
+    vae = autoencoder(force_upcast=True)
+    vae.decoder.conv_in.weight.mul_(1e3)  # float16 ends at 65504
+    vae.decoder.conv_in.bias.fill_(1e5).mul_(0.6)
+    half, latents = copy.deepcopy(vae).half(), 100 * X
+    expected = copy.deepcopy(half).float().decode(latents / 0.3).sample.clamp(-1, 1)
+    torch.testing.assert_close(decode_latents(half, latents), expected)
+    assert half.dtype == torch.float16
+    half.register_to_config(force_upcast=False)
+    assert not decode_latents(half, latents).isfinite().all()
+
+
+@torch.no_grad()
+def test_an_autoencoder_may_keep_its_mean_beside_its_configuration():
+    """As LTX's, of videos."""
+    torch.manual_seed(0)
+    coder = {"block_out_channels": (4,) * 4, "layers_per_block": (1,) * 5, "spatio_temporal_scaling": (False,) * 4}
+    decoder = {f"decoder_{name}": value for name, value in coder.items()}
+    plain = {"decoder_inject_noise": (False,) * 5, "upsample_residual": (False,) * 4, "upsample_factor": (1,) * 4}
+    vae = diffusers.AutoencoderKLLTXVideo(latent_channels=4, patch_size=1, **coder, **decoder, **plain).eval()
+    vae.latents_mean.copy_(torch.tensor(MEAN))
+    vae.latents_std.copy_(torch.tensor(STD))
+    video = X[:, :, None]
+    scaled = video * torch.tensor(STD).view(-1, 1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1, 1)
+    torch.testing.assert_close(decode_latents(vae, video), vae.decode(scaled).sample.clamp(-1, 1))
+
+
+def test_a_predictor_of_another_range_is_told(predictor, caplog):
+    def lines(config, low, high):
+        caplog.clear()
+        predictor.plan = make_plan(predictor.plan.nfe, solver="amed", sigma_min=low, sigma_max=high)
+        AMEDScheduler.from_predictor(predictor, config)
+        return [record.getMessage() for record in caplog.records if "noise levels" in record.getMessage()]
+
+    model = diffusers.EulerDiscreteScheduler(**SD).config  # 14.6 to 0.029
+    assert not lines(model, 0.0292, 14.6)
+    assert not lines(None, 0.05, 10.0)  # nothing says what the model's are
+    (left_out,) = lines(model, 0.0292, 10.0)
+    assert left_out.startswith("the model's noise levels are 14.6146 to 0.0291672, this predictor's 10 to 0.0292")
+    assert len(lines(model, 0.002, 80.0)) == 1
+    large = diffusers.EDMEulerScheduler(sigma_data=16.0, sigma_max=2560.0).config
+    assert len(lines(large, 0.002, 80.0)) == 1
+    assert not lines(large, 0.002, 2560.0)

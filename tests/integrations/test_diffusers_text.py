@@ -1,5 +1,6 @@
 """AMEDPipeline with prompts, classes, guidance and an autoencoder, against the engine and against diffusers itself."""
 
+import copy
 import string
 
 import numpy as np
@@ -151,6 +152,18 @@ def test_prompts_and_their_embeddings_are_the_same(stable_diffusion, pipe):
         **{**options, "num_images_per_prompt": 1},
     )
     assert close(texts[2:3], alone.images)
+
+
+@ONE
+def test_a_learned_word_may_be_several_tokens(stable_diffusion, predictor):
+    """As textual inversion leaves tokenizer and encoder; here of copies."""
+    own = {name: copy.deepcopy(getattr(stable_diffusion, name)) for name in ("tokenizer", "text_encoder")}
+    own["tokenizer"].add_tokens(["<cat>", "<cat>_1"])
+    own["text_encoder"].resize_token_embeddings(len(own["tokenizer"]))
+    learned = type(stable_diffusion)(**{**stable_diffusion.components, **own}, requires_safety_checker=False)
+    made = AMEDPipeline.from_pipe(learned, predictor=predictor, verify=False)
+    encode = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    torch.testing.assert_close(made.encode_prompt("a <cat>", **encode), learned.encode_prompt("a <cat>", **encode))
 
 
 @ONE

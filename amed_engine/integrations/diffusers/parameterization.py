@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.schedulers import KINDS, NAMES, READ, check_fields, edm_of
+from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, NEUTRAL, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
@@ -21,6 +24,9 @@ BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squared
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # What `wrap` reads of a scheduler itself, and a configuration alone does not tell.
 UNREAD = {"rescale_betas_zero_snr", "snr_shift_scale", "timestep_type"}
+# Fields of a model of discrete steps alone, or of EDM's.
+ONE_KIND = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "sigma_data"}
+KNOWN = set(NEUTRAL).union(*READ.values())
 # Fields by the names of other classes that say where this one begins and ends, not what the network is.
 OWN = {"final_sigmas_type", "rho", "sigma_max", "sigma_min", "sigma_schedule"}
 
@@ -42,6 +48,7 @@ class Parameterization:
         if told not in PREDICTIONS:
             raise ConfigError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {told!r}")
         alphas = _alphas(config)
+        _check_one_kind(config, discrete=alphas is not None)
         if alphas is not None:
             return cls(told, DiscreteSteps(NAMES[told], alphas))
         trained = "epsilon" if told == "sample" else told  # of D itself there is nothing to precondition but the input
@@ -63,6 +70,8 @@ class Parameterization:
         """`count` noise levels, (count,) float64: "karras" or "exponential"."""
         if schedule not in ("karras", "exponential"):
             raise ConfigError(f"sigma_schedule must be karras or exponential, got {schedule!r}; pass sigmas for others")
+        if not isinstance(rho, Real) or not 0 < rho < math.inf:
+            raise ConfigError(f"rho must be a positive number, got {rho!r}")
         return polynomial(count, low, high, rho) if schedule == "karras" else logsnr(count, low, high)
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -90,18 +99,31 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma if sigma.dim() == 0 else sigma.to(x.device, x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def translated(config: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
-    """A scheduler's configuration for a class with these parameters. Raises ConfigError where it would mean something else.
+def translated(config: Any, changes: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> Any:
+    """A scheduler's configuration for a class with these parameters. Raises ConfigError where it, or what is changed in it,
+    would mean something else.
 
     diffusers puts the defaults of the new class in the place of those of the old one. These say, too, what a network was
-    trained for, so only those that agree may be replaced. What is no configuration is for diffusers to refuse.
+    trained for, so only those that agree may be replaced. What a configuration leaves out is the default of the class that it
+    names; what other classes left in it says nothing. What is no configuration is for diffusers to refuse.
     """
     if not isinstance(config, Mapping):
         return config
-    _check_understood(config, parameters)
+    own = _parameters_of(config)
+    left = (KNOWN - set(own)) if own else set()  # from classes that the configuration has been through before
+    unsaid = {name: own[name].default for name in MODEL if name in own}
+    config = {**unsaid, **config, **{name: parameters[name].default for name in left & ONE_KIND}}
+    _check_understood({**{name: config[name] for name in config if name not in left}, **changes}, parameters)
     defaults = config.get("_use_default_values", [])
     agree = [name for name in defaults if name not in parameters or config.get(name) == parameters[name].default]
     return {**config, "_use_default_values": agree}
+
+
+def _parameters_of(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
+    """Those of the class that a configuration names; none where that is not known, or lacks a package that it needs."""
+    name = config.get("_class_name")
+    kind = getattr(diffusers, str(name), None) if name in KINDS else None
+    return {} if kind is None or "dummy" in kind.__module__ else inspect.signature(kind.__init__).parameters
 
 
 def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
@@ -128,6 +150,18 @@ def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspec
             f"{name} is CosineDPMSolverMultistepScheduler's, whose network is told 2/pi·atan(sigma): not known"
         )
     check_fields(str(name), config, (READ["discrete"] - UNREAD) | set(parameters))
+
+
+def _check_one_kind(config: Mapping[str, Any], *, discrete: bool) -> None:
+    """Raise ConfigError for a setting of the other kind of model, which would say nothing of this one."""
+    others = {"sigma_data": 0.5} if discrete else {"beta_start": 0.0001, "beta_end": 0.02}
+    for field, default in others.items():
+        if config[field] != default:
+            instead = "leave it out, or these" if discrete else "pass one of these as well"
+            raise ConfigError(
+                f"{field}={config[field]} says nothing of a model with{'' if discrete else 'out'} a beta_schedule or "
+                f"trained_betas; {instead}"
+            )
 
 
 def given_back(config: Mapping[str, Any], changed: Iterable[str]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import open_predictor, without_zero
+from amed_engine.integrations.diffusers.components import warn_of_range
 from amed_engine.integrations.diffusers.configuration import as_saved, in_full, mean_of_config, of_predictor, solver_of
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
 from amed_engine.integrations.diffusers.parameterization import Parameterization, given_back, translated
@@ -87,16 +88,20 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
         """The scheduler that works as this predictor does without a bottleneck, in the setting it was trained for.
 
         predictor: an AMEDPredictor with a plan, or a path to one. config: of the pipeline's present scheduler, which says
-        what the model predicts. Raises ConfigError.
+        what the model predicts; a warning where its noise levels are others. Raises ConfigError.
         """
-        return cls.from_config(dict(config or {}), **of_predictor(predictor))
+        predictor = open_predictor(predictor)
+        scheduler = cls.from_config(dict(config or {}), **of_predictor(predictor))
+        warn_of_range(predictor.plan, scheduler)  # type: ignore[union-attr]
+        return scheduler
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """As every scheduler has it; another solver in `changes` starts from its own options, and classes made of its
         configuration have their own range again. Raises ConfigError for what it cannot mean the same by.
         """
-        config = translated(as_saved(config), inspect.signature(cls.__init__).parameters)
+        told = {} if return_unused_kwargs else changes  # others are given back then
+        config = translated(as_saved(config), told, inspect.signature(cls.__init__).parameters)
         if isinstance(config, dict) and changes.get("solver", config.get("solver")) != config.get("solver"):
             config.pop("solver_options", None)
         made: Any = super().from_config(config, True, **changes)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline  # type: ignore[attr-defined]
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from torch import Tensor
 
 from amed_engine.adapters.facts import facts_of
@@ -119,4 +120,6 @@ def _encoded(tokenizer: Any, text_encoder: Any, prompts: list[str], device: torc
         raise ConfigError(
             "prompts need the pipeline's tokenizer and text_encoder; build it with both, or pass prompt_embeds"
         )
-    return encode_texts(tokenizer, text_encoder, prompts, device)
+    # A word of textual inversion may stand for several tokens.
+    words: Any = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
+    return encode_texts(tokenizer, text_encoder, words, device)

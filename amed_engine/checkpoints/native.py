@@ -14,7 +14,7 @@ from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond, OpenAIClassifier, OpenAIUNet
 from amed_engine.sampling.modes import plain_defaults
-from amed_engine.sampling.modules import bare, gathered, whole
+from amed_engine.sampling.modules import bare, gathered, unknown_wrapper, whole
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
@@ -58,8 +58,15 @@ def load_predictor(path: str | os.PathLike) -> Predictor:
 def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None:
     """Save a network of `amed_engine.networks`; notes (training time, loss ...) go into its configuration.
 
-    What wraps it (torch.compile, AveragedModel, DistributedDataParallel, FSDP) is no part of the file.
+    What wraps it (torch.compile, AveragedModel, DistributedDataParallel, FSDP) is no part of the file. Raises ConfigError for
+    another wrapper, which may compute something that the file would lose.
     """
+    if (unknown := unknown_wrapper(model)) is not None:
+        wrapper, child = unknown
+        raise ConfigError(
+            f"{type(wrapper).__name__} may compute something, which a file of the network alone would lose; if it passes its "
+            f"calls on as they are, pass its .{child} instead"
+        )
     with gathered(model):
         network = bare(model)
         tensors = {name: whole(tensor) for name, tensor in network.state_dict().items()}

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 OWN = "amed_engine"
+# Where wrappers that compute nothing keep what they wrap: torch.compile, DataParallel and its like, FSDP, activation
+# checkpoints, peft.
+INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
 # Of a module: its __call__ has the name of what torch made it of.
 CALLS = ("forward", "__call__", nn.Module.__call__.__name__)
 
@@ -67,6 +70,12 @@ def bare(network: Any) -> Any:
     """The network itself, without the wrappers that pass its calls on."""
     *_, innermost = layers(network)
     return innermost
+
+
+def unknown_wrapper(network: Any) -> tuple[nn.Module, str] | None:
+    """A wrapper that is none of the usual ones, so that it may compute something, and what it calls its child; None without."""
+    found = ((layer, passed_on(layer)) for layer in layers(network) if isinstance(layer, nn.Module))
+    return next(((layer, child[0]) for layer, child in found if child is not None and child[0] not in INNER), None)
 
 
 def bound(network: Any) -> set[str]:

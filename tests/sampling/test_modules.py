@@ -93,10 +93,16 @@ def test_a_wrapped_network_is_the_network(tiny_conditional, wrapper, group):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward", "__call__"})
+@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward", "__call__", "under a name of its own"})
 def test_a_wrapped_network_is_saved_without_its_wrapper(tiny_model, wrapper, group, tmp_path):
     amed_engine.save_pretrained(WRAPPERS[wrapper](copy.deepcopy(tiny_model)), tmp_path / "saved")
     assert fingerprint(amed_engine.from_pretrained(tmp_path / "saved")) == fingerprint(tiny_model)
+
+
+def test_a_wrapper_that_may_compute_is_not_lost_in_a_file(tiny_model, tmp_path):
+    with pytest.raises(amed_engine.ConfigError, match=r"PassesOn may compute .* pass its \.unet instead"):
+        amed_engine.save_pretrained(nn.DataParallel(PassesOn(tiny_model, "unet")), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_what_computes_is_no_wrapper(tiny_model):

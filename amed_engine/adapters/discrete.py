@@ -30,12 +30,8 @@ def alphas_cumprod(betas: str, steps: int = 1000, start: float | None = None, en
     if betas not in BETAS:
         raise ConfigError(f"betas must be one of {', '.join(BETAS)} or a tensor alphas_cumprod, got {betas!r}")
     if betas == "cosine":
-        f = (
-            torch.cos(
-                (torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps + 0.008) / 1.008 * math.pi / 2
-            )
-            ** 2
-        )
+        t = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - (1 - f[1:] / f[:-1]).clamp_max(0.999)).cumprod(0)
     own_start, own_end = RANGES[betas]
     low, high = own_start if start is None else start, own_end if end is None else end

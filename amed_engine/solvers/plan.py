@@ -260,8 +260,7 @@ def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | N
     """
     check_nfe(nfe)
     measured = afs == "mean" or (afs is None and mean is not None)
-    solver = "ipndm" if measured else "deis"
-    own = {"solver": solver, "options": {"max_order": 3}, "schedule": "polynomial"}
+    own = {"solver": "unipc", "options": {"max_order": 2}, "schedule": "polynomial" if measured else "time_uniform"}
     return make_plan(nfe, afs=afs, mean=mean, **{**own, **options})
 
 

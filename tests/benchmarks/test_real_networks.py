@@ -282,6 +282,18 @@ def test_a_rule_is_judged_by_the_best_of_every_network(bench):
     assert real_tables.score(RULES["mean", "a", "s"]) == pytest.approx((3**0.5, 3.0))
 
 
+@pytest.mark.parametrize(("first", "mean", "worst"), [("mean", 1.4, 2.4), ("plain", 1.8, 4.2)])
+def test_the_default_keeps_near_to_the_best_of_every_network(bench, first, mean, worst):
+    """In what is committed: at 5 evaluations, over six networks, times the best combination of solver, schedule and first step."""
+    tables = sys.modules["real_tables"]
+    networks = json.loads((BENCHMARKS / "results/real-networks-cpu.json").read_text("utf-8"))["networks"]
+    found = tables.costs({name: networks[name] for name in tables.YARDSTICK}, 5, "rmse")
+    rule = next(rule for rule in tables.defaults(5) if rule[0] == first)
+    geometric_mean, largest = tables.score(found[rule])
+    assert geometric_mean <= mean
+    assert largest <= worst
+
+
 def test_networks_beside_the_yardstick_have_a_table_of_their_own(bench):
     import real_tables
 

@@ -113,12 +113,12 @@ def test_subdirs_are_those_of_edm(amed, model, tmp_path):
 
 
 def test_class_and_guidance_reach_the_model(amed, model, tmp_path):
-    args = ("--model", model, "--seeds", "5", "--nfe", 3, "--class", 2, "--guidance", 4.0, "--device", "cpu")
+    args = ("--model", model, "--seeds", "5", "--nfe", 3, "--class", 2, "--guidance", 30.0, "--device", "cpu")
     assert amed("sample", *args, "--outdir", tmp_path)[0] == 0
     sampler = amed_engine.Sampler(str(model), nfe=3)
-    expected = rounded(sampler.run([5], class_labels=2, guidance_scale=4.0).images)[0]
+    expected = rounded(sampler.run([5], class_labels=2, guidance_scale=30.0).images)[0]
     assert np.array_equal(read(tmp_path / "000005.png"), expected)
-    assert not np.array_equal(expected, rounded(sampler.run([5], class_labels=1, guidance_scale=4.0).images)[0])
+    assert not np.array_equal(expected, rounded(sampler.run([5], class_labels=1, guidance_scale=30.0).images)[0])
 
 
 def test_the_grid_holds_all_seeds_whatever_the_batch(amed, model, tmp_path):
@@ -158,7 +158,7 @@ def test_training_free_sampling_is_said_once_and_in_one_line(amed, model, tmp_pa
     assert re.fullmatch(r"amed: warning: no predictor .* NFE 3.*\n", err)
     _, out, err = amed("sample", *args, "--predictor", "none", "--out", tmp_path / "s.png")
     assert err == ""
-    assert out.startswith("deis max_order=3, polynomial, 3 intervals, NFE 3")
+    assert out.startswith("unipc max_order=2 thresholding=False, time_uniform, 3 intervals, NFE 3")
 
 
 def test_the_log_is_left_as_it_was(amed):

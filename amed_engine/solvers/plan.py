@@ -260,7 +260,10 @@ def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | N
     """
     check_nfe(nfe)
     measured = afs == "mean" or (afs is None and mean is not None)
-    own = {"solver": "unipc", "options": {"max_order": 2}, "schedule": "polynomial" if measured else "time_uniform"}
+    if measured or nfe <= 5:
+        own = {"solver": "unipc", "options": {"max_order": 2}, "schedule": "polynomial" if measured else "time_uniform"}
+    else:
+        own = {"solver": "ipndm", "options": {"max_order": 3}, "schedule": "polynomial"}
     return make_plan(nfe, afs=afs, mean=mean, **{**own, **options})
 
 

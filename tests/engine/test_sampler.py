@@ -587,7 +587,7 @@ def test_without_a_predictor_one_line_says_so_and_how_to_train_one(tiny_model, c
         sampler.run(1)
         sampler.run(2)
     (record,) = caplog.records
-    assert "no predictor for this model at NFE 6: sampling with unipc" in record.message
+    assert "no predictor for this model at NFE 6: sampling with ipndm" in record.message
     assert "amed_engine.distill(model, nfe=6)" in record.message
     assert "\n" not in record.message
 
@@ -621,7 +621,7 @@ def test_a_bundled_model_brings_its_predictor(zoo, caplog):
 def test_for_another_nfe_it_goes_without_and_says_so(zoo, caplog):
     with caplog.at_level(logging.INFO, logger="amed_engine"):
         sampler = Sampler("toy", nfe=6)
-    assert (sampler.plan.solver, sampler.nfe) == ("unipc", 6)
+    assert (sampler.plan.solver, sampler.nfe) == ("ipndm", 6)
     assert "no predictor for this model at NFE 6" in caplog.text
 
 

@@ -273,6 +273,23 @@ def test_an_nfe_that_is_no_count_is_refused(nfe):
         make_plan(nfe, solver="euler")
 
 
+@pytest.mark.parametrize(
+    ("nfe", "afs", "solver"),
+    [
+        (5, False, ("unipc", 2, "time_uniform")),
+        (5, None, ("unipc", 2, "time_uniform")),
+        (6, False, ("ipndm", 3, "polynomial")),
+        (5, "mean", ("unipc", 2, "polynomial")),
+        (8, "mean", ("unipc", 2, "polynomial")),
+    ],
+)
+def test_the_default_solver_depends_on_the_first_step_and_the_nfe(nfe, afs, solver):
+    plan = best_training_free(nfe, afs=afs)
+    assert (plan.solver, dict(plan.options)["max_order"], plan.schedule) == solver
+    assert (plan.nfe, plan.afs) == (nfe, afs or False)
+    assert best_training_free(nfe, afs=afs, schedule="logsnr").schedule == "logsnr"
+
+
 @pytest.mark.parametrize("nfe", [0, True, 5.0, "5"], ids=repr)
 def test_also_by_the_default_solver(nfe):
     with pytest.raises(ConfigError, match="nfe must be a positive integer, got"):

@@ -1,8 +1,10 @@
 """docs/results.md: every table has its command and says what the files in benchmarks/results say."""
 
 import json
+import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def test_a_table_stands_below_its_commands(title):
 
 
 def test_only_tables_of_measurements_are_on_the_page():
-    assert len(TABLE.findall(PAGE)) == 4
+    assert len(TABLE.findall(PAGE)) == 6
 
 
 DIGITS = {
@@ -113,3 +115,58 @@ def test_variants_are_shown_as_measured():
         numbers += [row["fresh"]["rmse"], row["fresh"]["fd"]]
         evaluations = f"{round(row['evaluations'], -3):,}" if "evaluations" in row else "about 200,000"
         assert shown[label] == [*(f"{n:.4f}" for n in numbers), evaluations, f"{row['fit_seconds']:.0f}"], label
+
+
+# ---- networks of others
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import real_tables
+
+    yield real_tables
+    sys.modules.pop("real_tables")
+
+
+def networks(names) -> dict[str, dict]:
+    measured = load("real-networks-cpu.json")["networks"]
+    return {name: measured[name] for name in names}
+
+
+def test_networks_of_others_are_shown_as_measured(tables):
+    shown = cells("Networks of others")
+    (head,) = re.findall(r"^\| NFE 5: RMSE / median \| (.+) \|$", SECTIONS["Networks of others"], flags=re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", head)
+    assert set(names) == {*tables.YARDSTICK, *tables.BESIDE}
+    for column, (name, network) in enumerate(networks(names).items()):
+        rmse, median = (tables.errors(network, 5, by) for by in ("rmse", "median"))
+        best = min(rmse, key=rmse.get)
+        rows = {"best of the sweep, in hindsight": best}
+        titles = ('default, `afs="mean"`', "default, plain", "iPNDM-2, `time_uniform`, zero")
+        rows |= dict(zip(titles, tables.defaults(5), strict=True))
+        pairs = {title: (rmse[rule], median[rule]) for title, rule in rows.items()}
+        pairs |= {f"`{kind}`": network[kind]["5"]["error"] for kind in ("calibrate", "fit") if "5" in network[kind]}
+        pairs["best of its first 12, in hindsight"] = network["calibrate"]["5"]["best"]
+        got = {title: numbers[column] for title, numbers in shown.items() if numbers[column]}
+        assert got == {title: f"{a:.3f} / {b:.3f}" for title, (a, b) in pairs.items()}, name
+
+
+def test_the_default_is_shown_as_measured(tables):
+    shown, six = cells("The default on networks of others"), networks(tables.YARDSTICK)
+    numbers = {nfe for nfe in range(3, 11) if all(tables.errors(network, nfe, "rmse") for network in six.values())}
+    assert set(shown) == {str(nfe) for nfe in numbers}
+    for nfe in numbers:
+        by = {name: tables.costs(six, nfe, name) for name in ("rmse", "median")}
+        own = {rule[0]: rule for rule in tables.defaults(nfe)}
+        asked = [("rmse", "mean"), ("rmse", "plain"), ("rmse", "zero"), ("median", "mean"), ("median", "plain")]
+        pairs = [tables.score(by[name][own[first]]) for name, first in asked]
+        assert shown[str(nfe)] == [f"{mean:.2f} / {worst:.2f}" for mean, worst in pairs]
+
+
+def test_a_stranger_would_choose_about_the_same(tables):
+    found = tables.costs(networks(tables.YARDSTICK), 5, "rmse")
+    for first, words in (("mean", "about the mean"), ("plain", "plain")):
+        costs = [cost for _, cost in tables.left_out(found, first).values()]
+        said = f"{math.prod(costs) ** (1 / len(costs)):.2f} / {max(costs):.2f} {words}"
+        assert said in SECTIONS["The default on networks of others"].replace("\n", " ")

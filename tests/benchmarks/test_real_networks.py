@@ -284,7 +284,7 @@ def test_a_rule_is_judged_by_the_best_of_every_network(bench):
 
 @pytest.mark.parametrize(("first", "mean", "worst"), [("mean", 1.4, 2.4), ("plain", 1.8, 4.2)])
 def test_the_default_keeps_near_to_the_best_of_every_network(bench, first, mean, worst):
-    """In what is committed: at 5 evaluations, over six networks, times the best combination of solver, schedule and first step."""
+    """In what is committed: at 5 evaluations, over six networks, times the best combination."""
     tables = sys.modules["real_tables"]
     networks = json.loads((BENCHMARKS / "results/real-networks-cpu.json").read_text("utf-8"))["networks"]
     found = tables.costs({name: networks[name] for name in tables.YARDSTICK}, 5, "rmse")

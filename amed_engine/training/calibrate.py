@@ -38,18 +38,16 @@ MAX_NFE = FINE // 2
 
 @dataclass(frozen=True)
 class Rating:
-    """One plan's distance to the fine solution, as known from `latents`: RMSE, the median of the samples' own RMSE, and what
-    plans are ranked by, upper = sqrt(MSE + its standard error)."""
+    """One plan's distance to the fine solution, as known from `latents`: RMSE, and the median of the samples' own RMSE."""
 
     name: str
     plan: Plan
     rmse: float
     median: float
-    upper: float
     latents: int
 
     def to_json(self) -> dict:
-        errors = {"rmse": self.rmse, "median": self.median, "upper": self.upper}
+        errors = {"rmse": self.rmse, "median": self.median}
         known = {name: error if math.isfinite(error) else None for name, error in errors.items()}
         return {"name": self.name, "plan": self.plan.describe(), **known, "latents": self.latents}
 
@@ -57,7 +55,7 @@ class Rating:
 @dataclass(frozen=True)
 class Calibration:
     """plan: the best, for `Sampler(model, plan=...)` and `Plan.save`. rows: all, those that were kept longest first, then the
-    best, by `upper`; the errors of those that went early are estimates, from few of the latents, the hardest ones among them.
+    best; the RMSE of those that went early are estimates, from few of the latents, the hardest ones among them.
 
     reference: the fine solution; reference_error: how far half its evaluations end from it, RMSE, above its own error.
     evaluations: of the network, a row each; a guided one counts as one, as in every NFE.
@@ -79,10 +77,10 @@ class Calibration:
         """The rows as text, and what they are measured against."""
         width = max(len(row.name) for row in self.rows)
         lines = [
-            f"{row.name:<{width}}  {row.latents:7}  {row.rmse:7.4f}  {row.median:7.4f}  {row.upper:7.4f}  {row.plan.describe()}"
+            f"{row.name:<{width}}  {row.latents:7}  {row.rmse:7.4f}  {row.median:7.4f}  {row.plan.describe()}"
             for row in self.rows
         ]
-        head = f"{'solver':<{width}}  {'latents':>7}  {'RMSE':>7}  {'median':>7}  {'upper':>7}  plan"
+        head = f"{'solver':<{width}}  {'latents':>7}  {'RMSE':>7}  {'median':>7}  plan"
         told = f"against {self.reference}, half its evaluations being {self.reference_error:.4f} away"
         return "\n".join([head, *lines, f"{told}; {self.evaluations} evaluations spent"])
 
@@ -201,5 +199,5 @@ def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch:
 
 
 def _rating(entrant: Entrant) -> Rating:
-    name, plan = entrant.contender
-    return Rating(name, plan, entrant.rmse, entrant.median, entrant.upper, int(entrant.measured.sum()))
+    contender = entrant.contender
+    return Rating(contender.name, contender.plan, entrant.rmse, entrant.median, int(entrant.measured.sum()))

@@ -56,15 +56,6 @@ class Entrant:
         return mean if math.isfinite(mean) else math.inf
 
     @property
-    def upper(self) -> float:
-        """What contenders are ranked by: the root of the mean square error plus its standard error. Errors have long tails, of
-        which few latents show too little, and the less the longer they are."""
-        weights, squares = self._weights[self.measured], self.squares[self.measured]
-        mean = (weights * squares).sum()
-        upper = (mean + (weights * (squares - mean)).square().sum().sqrt()).sqrt().item()
-        return upper if math.isfinite(upper) else math.inf
-
-    @property
     def median(self) -> float:
         """Of every latent's own RMSE, as far as it is known."""
         errors, order = self.squares[self.measured].sqrt().sort()
@@ -114,7 +105,7 @@ def halve(
             spent(evaluations)
             for entrant, found in zip(alive, squares, strict=True):
                 entrant.squares[part.numbers] = found
-        alive.sort(key=lambda entrant: entrant.upper)
+        alive.sort(key=lambda entrant: entrant.rmse)
     if not math.isfinite(alive[0].rmse):
         raise ConfigError("no training-free plan ends in finite samples; look at what the model returns")
     return alive + out, budget - left

@@ -4,7 +4,7 @@ Jamieson and Talwalkar 2016 (arXiv:1502.07943). Every round has as large a share
 
 On trained networks half of a plan's squared error can lie in one latent of a hundred, and these are about the same of all
 plans: few latents drawn evenly tell nothing of them. So a handful of plans, the pilots, run on all latents first; the latents
-that are hardest for them are in every round, and count for their own number, the others for theirs (stratified sampling).
+that are hardest for them come first, and count for their own number, the others for theirs (stratified sampling).
 """
 
 from __future__ import annotations
@@ -127,10 +127,8 @@ def _hard(contenders: Sequence[Contender], examples: Sequence[Example], budget: 
         return hard, 0
     runs = [_squares([pilot.program() for pilot in pilots], example, rows) for example in examples]
     errors = torch.cat([torch.stack(squares) for squares, _ in runs], dim=1)
-    shares = (
-        (errors / errors.mean(1, keepdim=True)).nan_to_num(1).sum(0)
-    )  # of each pilot's error: none outweighs others
-    hard[shares.topk(-(-len(shares) // HARD)).indices] = True
+    shares = errors / errors.mean(1, keepdim=True)  # of each pilot's error, so that none outweighs the others
+    hard[shares.nan_to_num(1).sum(0).topk(-(-len(hard) // HARD)).indices] = True
     return hard, sum(evaluations for _, evaluations in runs)
 
 

@@ -102,7 +102,9 @@ def told_by(scheduler: Any) -> Told:
     """What a scheduler tells of its network. Raises ConfigError for one that is not known, or a field that is not."""
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
-        raise ConfigError(f"scheduler must be a diffusers scheduler with a config, got {type(scheduler).__name__}")
+        raise ConfigError(
+            f"scheduler must be a diffusers scheduler itself, not its config, got {type(scheduler).__name__}"
+        )
     kind, name, own = _kind(scheduler), type(scheduler).__name__, _own_fields(scheduler, config)
     if kind == "flow":
         check_fields(name, own, READ["flow"])

@@ -16,18 +16,19 @@ from amed_engine.solvers.plan import Plan
 
 logger = logging.getLogger("amed_engine")
 
-_HOW_TO_TRAIN = (
-    "no predictor for this model at NFE %d: sampling with %s; amed_engine.distill(model, nfe=%d) trains one, "
-    'amed_engine.calibrate finds the best without, afs="mean" measures a first step that costs nothing'
+_HOW_TO_FIT = (
+    "no predictor for this model at NFE %d: sampling with %s; amed_engine.fit(model, nfe=%d) fits one, "
+    "amed_engine.calibrate finds the best plan without"
 )
-_HOW_TO_MEASURE = 'sampling with %s; afs="mean" measures a first step that costs nothing'
+_MEASURE = 'afs="mean" measures a first step that needs no evaluation'
+_HOW_TO_MEASURE = f"sampling with %s; {_MEASURE}"
 _LEFT_OUT = (
     "the bundled predictor has noise levels and a first step of its own, others are asked for: sampling without it, with %s; "
-    'predictor="none" says so'
+    'predictor="none" (--predictor none) says so'
 )
 _ABOUT_ZERO = (
-    "no other first step lets %s spend %d evaluations: it is the analytic one of data about zero, and wrong of others; "
-    'afs="mean" measures theirs, another NFE needs none'
+    "%s spends %d evaluations only where the first step is analytic, and that takes the data to lie about zero; "
+    'afs="mean" measures where they lie, and one evaluation more or less needs no such step'
 )
 
 
@@ -40,7 +41,8 @@ def announce(model: Model, predictor: Any, request: PlanRequest, pairing: Pairin
     if predictor is None and request.solver is None and model.name and zoo.bundled_predictor(model.name, plan.nfe):
         logger.warning(_LEFT_OUT, plan.describe())
     elif predictor is None and request.open:
-        logger.warning(_HOW_TO_TRAIN, plan.nfe, plan.describe(), plan.nfe)
+        told = _HOW_TO_FIT if plan.afs == "mean" else f"{_HOW_TO_FIT}, {_MEASURE}"
+        logger.warning(told, plan.nfe, plan.describe(), plan.nfe)
     elif request.afs is None and plan.afs is True:
         logger.warning(_ABOUT_ZERO, plan.solver, plan.nfe)
     elif request.afs is None and plan.afs != "mean":

@@ -260,10 +260,8 @@ def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | N
     """
     check_nfe(nfe)
     measured = afs == "mean" or (afs is None and mean is not None)
-    if measured or nfe <= 5:
-        own = {"solver": "unipc", "options": {"max_order": 2}, "schedule": "polynomial" if measured else "time_uniform"}
-    else:
-        own = {"solver": "ipndm", "options": {"max_order": 3}, "schedule": "polynomial"}
+    solver, order = ("unipc", 2) if measured else ("deis", 3)
+    own = {"solver": solver, "options": {"max_order": order}, "schedule": "polynomial"}
     return make_plan(nfe, afs=afs, mean=mean, **{**own, **options})
 
 

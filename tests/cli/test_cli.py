@@ -158,7 +158,7 @@ def test_training_free_sampling_is_said_once_and_in_one_line(amed, model, tmp_pa
     assert re.fullmatch(r"amed: warning: no predictor .* NFE 3.*\n", err)
     _, out, err = amed("sample", *args, "--predictor", "none", "--out", tmp_path / "s.png")
     assert err == ""
-    assert out.startswith("unipc max_order=2 thresholding=False, time_uniform, 3 intervals, NFE 3")
+    assert out.startswith("deis max_order=3, polynomial, 3 intervals, NFE 3")
 
 
 def test_the_log_is_left_as_it_was(amed):

@@ -273,21 +273,26 @@ def test_an_nfe_that_is_no_count_is_refused(nfe):
         make_plan(nfe, solver="euler")
 
 
+ONE_MEAN = Mean.of(torch.zeros(1, 1, 2, 2), sigma=80.0, classes=0, latents=32, model=None, dtype=None)
+
+
 @pytest.mark.parametrize(
-    ("nfe", "afs", "solver"),
+    ("nfe", "afs", "mean", "first", "solver"),
     [
-        (5, False, ("unipc", 2, "time_uniform")),
-        (5, None, ("unipc", 2, "time_uniform")),
-        (6, False, ("ipndm", 3, "polynomial")),
-        (5, "mean", ("unipc", 2, "polynomial")),
-        (8, "mean", ("unipc", 2, "polynomial")),
+        (5, False, None, False, ("deis", 3)),
+        (5, None, None, False, ("deis", 3)),
+        (8, False, ONE_MEAN, False, ("deis", 3)),
+        (8, None, ONE_MEAN, "mean", ("unipc", 2)),
+        (5, "mean", None, "mean", ("unipc", 2)),
+        (8, "mean", ONE_MEAN, "mean", ("unipc", 2)),
     ],
 )
-def test_the_default_solver_depends_on_the_first_step_and_the_nfe(nfe, afs, solver):
-    plan = best_training_free(nfe, afs=afs)
-    assert (plan.solver, dict(plan.options)["max_order"], plan.schedule) == solver
-    assert (plan.nfe, plan.afs) == (nfe, afs or False)
-    assert best_training_free(nfe, afs=afs, schedule="logsnr").schedule == "logsnr"
+def test_the_default_solver_depends_on_the_first_step(nfe, afs, mean, first, solver):
+    plan = best_training_free(nfe, afs=afs, mean=mean)
+    assert (plan.solver, dict(plan.options)["max_order"], plan.schedule) == (*solver, "polynomial")
+    assert (plan.nfe, plan.afs) == (nfe, first)
+    assert plan.mean == (mean if first == "mean" else None)
+    assert best_training_free(nfe, afs=afs, mean=mean, schedule="logsnr").schedule == "logsnr"
 
 
 @pytest.mark.parametrize("nfe", [0, True, 5.0, "5"], ids=repr)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
+from amed_engine.engine.pairing import NO_PREDICTOR
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
@@ -191,7 +192,7 @@ def _samplers(
         learned = [p for p in bundled if p and p.plan and p.plan.guidance_scale == setting.guidance_scale]
         samplers = [setting.sampler(model, p) for p in learned]
     else:
-        samplers = [] if predictor in (None, "none") else [setting.sampler(model, predictor, nfe=nfe)]
+        samplers = [] if predictor in (None, NO_PREDICTOR) else [setting.sampler(model, predictor, nfe=nfe)]
     yield from ((learned_name(sampler), sampler) for sampler in samplers)
     grid = {"schedule": setting.schedule, "rho": setting.rho}
     # With an analytic first step where it takes one, every solver can spend any number from 2 on.

@@ -139,11 +139,11 @@ def _pilots(contenders: Sequence[Contender]) -> list[Contender]:
 
 
 def _turns(hard: Tensor) -> Tensor:
-    """The numbers of all latents, (latents,): a hard one, another, a hard one, and so on, then what is left."""
+    """When each latent's turn comes, (latents,): a hard one, another, a hard one, and so on, then what is left."""
     numbers = torch.arange(len(hard), device="cpu")
-    turn = torch.empty_like(numbers)
-    turn[hard], turn[~hard] = 2 * numbers[: int(hard.sum())], 2 * numbers[: int((~hard).sum())] + 1
-    return turn.argsort()
+    turns = torch.empty_like(numbers)
+    turns[hard], turns[~hard] = 2 * numbers[: int(hard.sum())], 2 * numbers[: int((~hard).sum())] + 1
+    return turns
 
 
 def _first(cost: int, budget: int) -> int:
@@ -154,7 +154,7 @@ def _first(cost: int, budget: int) -> int:
 def _rounds(examples: Sequence[Example], turns: Tensor, first: int) -> Iterator[list[Part]]:
     """The latents that each round adds, in their turns: `first`, then as many as before."""
     added, done, stop = [], 0, first
-    for piece in sorted(_pieces(examples), key=lambda numbers: int(turns.argsort()[numbers].min())):
+    for piece in sorted(_pieces(examples), key=lambda numbers: int(turns[numbers].min())):
         if done >= stop:
             yield list(_parts(examples, torch.cat(added)))
             added, stop = [], 2 * done

@@ -73,16 +73,20 @@ class Calibration:
         rows = [row.to_json() for row in self.rows]
         return {"plan": self.plan.to_json(), **{name: getattr(self, name) for name in told}, "rows": rows}
 
-    def table(self) -> str:
-        """The rows as text, and what they are measured against."""
-        width = max(len(row.name) for row in self.rows)
+    def table(self, rows: int | None = None) -> str:
+        """The first rows as text, None: all, and what they are measured against. Raises ConfigError."""
+        if rows is not None and (type(rows) is not int or rows < 1):
+            raise ConfigError(f"rows must be a positive integer, or None for all, got {rows!r}")
+        shown = self.rows[:rows]
+        width = max(len(row.name) for row in shown)
         lines = [
             f"{row.name:<{width}}  {row.latents:7}  {row.rmse:7.4f}  {row.median:7.4f}  {row.plan.describe()}"
-            for row in self.rows
+            for row in shown
         ]
         head = f"{'solver':<{width}}  {'latents':>7}  {'RMSE':>7}  {'median':>7}  plan"
         told = f"against {self.reference}, half its evaluations being {self.reference_error:.4f} away"
-        return "\n".join([head, *lines, f"{told}; {self.evaluations} evaluations spent"])
+        count = f"{len(self.rows)} plans" if len(shown) == len(self.rows) else f"{len(shown)} of {len(self.rows)} plans"
+        return "\n".join([head, *lines, f"{count}, {told}; {self.evaluations} evaluations spent"])
 
 
 def calibrate(

@@ -315,13 +315,15 @@ def test_fit_writes_a_predictor_per_number_of_evaluations(amed, tiny_model, tmp_
 def test_calibrate_writes_a_recipe_that_sample_takes(amed, model, tmp_path):
     where = ("--model", model, "--device", "cpu")
     recipe = tmp_path / "new" / "recipe.json"
-    code, out, err = amed("calibrate", *where, "--nfe", 2, "--guidance", 2.0, "--class", 1, "--out", recipe)
+    code, out, err = amed(
+        "calibrate", *where, "--nfe", 2, "--guidance", 2.0, "--class", 1, "--rows", 2, "--out", recipe
+    )
     assert (code, err) == (0, "")
     found = amed_engine.calibrate(
         str(model), 2, conditions=[torch.ones(64, dtype=torch.int64)], guidance_scale=2.0, progress=False
     )
     assert amed_engine.Plan.load(recipe) == found.plan
-    assert out == f"{found.table()}\n{found.plan.describe()}: wrote {recipe}\n"
+    assert out == f"{found.table(rows=2)}\n{found.plan.describe()}: wrote {recipe}\n"
     asked = ("--plan", recipe, "--seeds", 3, "--class", 1, "--guidance", 2.0, "--out", tmp_path / "a.png")
     code, _, err = amed("sample", *where, *asked)
     assert code == 0, err

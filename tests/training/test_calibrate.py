@@ -151,7 +151,19 @@ def test_the_table_and_the_json_say_the_same():
         numbers = (str(row["latents"]), f"{row['rmse']:.4f}", f"{row['median']:.4f}")
         assert line.removeprefix(row["name"]).split()[:3] == list(numbers)
         assert line.endswith(row["plan"])
+    assert lines[-1].startswith(f"{len(found.rows)} plans, against {found.reference}")
     assert f"{found.evaluations} evaluations spent" in lines[-1]
+
+
+def test_the_table_may_be_cut_to_its_best():
+    found = calibrated(Gaussian())
+    _, *best, last = found.table(rows=3).splitlines()
+    assert [line.split()[-6:] for line in best] == [line.split()[-6:] for line in found.table().splitlines()[1:4]]
+    assert last.startswith(f"3 of {len(found.rows)} plans, against {found.reference}")
+    assert found.table(rows=len(found.rows) + 1) == found.table()
+    for rows in (0, -1, 2.5, True):
+        with pytest.raises(ConfigError, match="rows"):
+            found.table(rows=rows)
 
 
 # ---- what it costs

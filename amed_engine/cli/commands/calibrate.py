@@ -17,8 +17,9 @@ from amed_engine.cli.options import check_writable, open_network, where_options
 @click.option("--class", "class_label", type=int, help="Class of all samples.", show_default="drawn by each seed")
 @click.option("--guidance", "guidance_scale", type=float, help="Calibrate for this guidance.", show_default="none")
 @click.option("--batch", type=int, default=64, help="Samples computed at once, of 64.")
+@click.option("--rows", type=click.IntRange(min=1), help="Plans of the table, the best.", show_default="all")
 @click.option("--out", type=click.Path(), required=True, help="A file; for several NFE a folder, of nfe5.json etc.")
-def calibrate(model, weights, device, nfe, class_label, batch, out, **options) -> None:
+def calibrate(model, weights, device, nfe, class_label, batch, rows, out, **options) -> None:
     """Find the best solver, schedule and first step of a model, and save them for --plan.
 
     It takes up to 10,000 network evaluations for each NFE: on a CPU minutes for a small network, hours for a large one.
@@ -39,5 +40,5 @@ def calibrate(model, weights, device, nfe, class_label, batch, out, **options) -
     for number, calibration in found.items():
         path = Path(out) / f"nfe{number}.json" if several else out
         calibration.plan.save(path)
-        click.echo(calibration.table())
+        click.echo(calibration.table(rows))
         click.echo(f"{calibration.plan.describe()}: wrote {path}")

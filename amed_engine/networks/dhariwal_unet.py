@@ -63,6 +63,7 @@ class DhariwalUNet(nn.Module):
         # (resolution, channels), finest level first.
         levels = [(img_resolution >> i, model_channels * mult) for i, mult in enumerate(channel_mult)]
         self.enc = self._build_encoder(levels, in_channels)
+        self.bottleneck_channels = width(list(self.enc.values())[-1])
         self.dec = self._build_decoder(levels)
         self.out_norm = GroupNorm(levels[0][1])
         self.out_conv = Conv2d(levels[0][1], out_channels, 3, INIT_ZERO)
@@ -120,8 +121,9 @@ class DhariwalUNet(nn.Module):
         """
         emb = self._embed(noise_labels, class_labels, augment_labels)
         skips: list[Tensor] = []
-        for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+        for name, block in self.enc.items():
+            # By name: a block may be wrapped since (compiled, sharded, checkpointed).
+            x = block(x) if name.endswith("_conv") else block(x, emb)
             skips.append(x)
         bottleneck = x
         for name, block in self.dec.items():

@@ -196,9 +196,14 @@ def zero(layer: nn.Conv1d | nn.Conv2d) -> nn.Module:
 class Stack(nn.Sequential):
     """Layers in sequence; the residual blocks among them get the embedding."""
 
+    def __init__(self, *layers: nn.Module):
+        super().__init__(*layers)
+        # Kept by place: a block may be wrapped later (compiled, sharded, checkpointed).
+        self.residual = [isinstance(layer, ResBlock) for layer in self]
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        for layer, residual in zip(self, self.residual, strict=True):
+            x = layer(x, emb) if residual else layer(x)
         return x
 
 

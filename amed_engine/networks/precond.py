@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
 from amed_engine.networks.dhariwal_unet import DhariwalUNet
-from amed_engine.networks.layers import width
 from amed_engine.networks.song_unet import SongUNet
 from amed_engine.sampling.denoiser import Denoised, is_tracing
 
@@ -74,9 +73,8 @@ class EDMPrecond(nn.Module):
     @property
     def bottleneck_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the features that `forward` returns."""
-        name, block = list(self.model.enc.items())[-1]
-        size = int(name.split("x")[0])
-        return width(block), size, size
+        size = int(list(self.model.enc)[-1].split("x")[0])
+        return self.model.bottleneck_channels, size, size
 
     @property
     def bottleneck_size(self) -> tuple[int, int]:

@@ -86,6 +86,7 @@ class SongUNet(nn.Module):
         # (resolution, channels), finest level first.
         levels = [(img_resolution >> i, model_channels * mult) for i, mult in enumerate(channel_mult)]
         self.enc = self._build_encoder(levels, in_channels, model_channels)
+        self.bottleneck_channels = width(list(self.enc.values())[-1])
         self.dec = self._build_decoder(levels, out_channels)
 
     def _build_mapping(self, channels: int, label_dim: int, augment_dim: int, embedding_type: str) -> None:
@@ -181,7 +182,8 @@ class SongUNet(nn.Module):
             elif name.endswith("aux_residual"):
                 x = skips[-1] = aux = (x + block(aux)) * math.sqrt(0.5)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                # By name: a block may be wrapped since (compiled, sharded, checkpointed).
+                x = block(x) if name.endswith("_conv") else block(x, emb)
                 skips.append(x)
         return skips
 

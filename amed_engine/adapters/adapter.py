@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.conditions import Conditions, class_index
-from amed_engine.adapters.facts import ADDED, NetworkFacts
+from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.precision import Handed, Precision
@@ -47,6 +47,7 @@ class Adapter(nn.Module):
         self.bottleneck = bottleneck
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
+        self._form = as_tuple(network)
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
@@ -130,7 +131,8 @@ class Adapter(nn.Module):
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
-            return self.network(x, timestep=t, **keywords(labels, given), return_dict=False)
+            output = self.network(x, timestep=t, **keywords(labels, given), **self._form)
+            return getattr(output, "sample", output)
         return self.network(x, t, *(() if labels is None else (labels,)), **given)
 
     def __setstate__(self, state: Any) -> None:

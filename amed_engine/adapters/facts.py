@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import bare, bound
+from amed_engine.sampling.modules import bare, bound, unknown_wrapper
+from amed_engine.sampling.wrappers import takes_more
 
 # Conditions that diffusers takes in a dictionary, added_cond_kwargs: SDXL's, and those of networks that are told a picture.
 ADDED = ("text_embeds", "time_ids", "image_embeds")
@@ -64,6 +65,33 @@ def _read(network: Any) -> NetworkFacts:
     if hasattr(network, "round_sigma") and hasattr(network, "img_channels"):  # EDM's classes for iDDPM, VP and VE
         return _edm(network)
     return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0))
+
+
+def as_tuple(network: Any) -> dict[str, Any]:
+    """How a network of diffusers is told to answer a tuple; nothing where a wrapper may take the answer apart itself."""
+    return {} if unknown_wrapper(network) is not None else {"return_dict": False}
+
+
+def check_classes_known(network: Any) -> None:
+    """Raises ConfigError for a module without classes of its own that hands unnamed inputs to one that has some, perhaps."""
+    module = bare(network)
+    told = getattr(module, "label_dim", None) is not None or "class_labels" in bound(network)
+    if told or not isinstance(module, nn.Module) or not takes_more(module):
+        return
+    for name, part in module.named_modules():
+        if part is not module and _has_classes(part):
+            raise ConfigError(
+                f"{type(module).__name__} takes any inputs, so it cannot be known whether labels reach its .{name}, which has "
+                f"classes; pass the module that is to be sampled (.{name}, say), or say label_dim=: the number of classes, 0 "
+                "for none"
+            )
+
+
+def _has_classes(part: nn.Module) -> bool:
+    config = getattr(part, "config", None)
+    classes = getattr(part, "num_classes", None) if hasattr(part, "label_emb") else None
+    counts = (getattr(part, "label_dim", None), classes, getattr(config, "num_class_embeds", None))
+    return any(isinstance(count, int) and count > 0 for count in counts)
 
 
 def _ours(network: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy
@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from amed_engine.adapters.weights import OnDisk, readable, weights_of
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import Bound, as_module, gathered, is_lazy, plain_name, whole
+from amed_engine.sampling.modules import Bound, as_module, gathered, placed, plain_name
+from amed_engine.sampling.modules import whole as in_one_piece
+from amed_engine.sampling.wrappers import computes_nothing, passed_on
 
 BUFFER = "amed_settings"
+WRAPPED = "(wrapper)"
 
 
 class Settled(nn.Module):
@@ -59,41 +63,46 @@ def fingerprint(model: Any) -> str | None:
     has one that accelerate offloads.
     """
     with gathered(model):
-        parameters = _parameters(model)
-        return _digest(parameters | _settings(model)) if parameters and _readable(parameters) else None
+        weights = _weights(model)
+        return _digest(weights | _settings(model)) if weights and readable(weights) else None
 
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
     with gathered(model):
-        parameters, settings = _parameters(model), _settings(model)
+        weights, settings = _weights(model), _settings(model)
         # Hashing reads every weight: the older form only where it differs and the newer one did not match.
-        return recorded == _digest(parameters | settings) or (bool(settings) and recorded == _digest(parameters))
+        older = bool(settings) and not any(name.endswith(WRAPPED) for name in settings)
+        return recorded == _digest(weights | settings) or (older and recorded == _digest(weights))
 
 
 def can_tell(model: Any) -> bool:
-    """Whether a model is a module, and all of its parameters can be read."""
-    return isinstance(as_module(model), nn.Module) and _readable(_parameters(model))
+    """Whether a model is a module, and all of its weights can be read."""
+    return isinstance(as_module(model), nn.Module) and readable(_weights(model))
 
 
-def _parameters(model: Any) -> dict[str, Tensor]:
+def _weights(model: Any) -> dict[str, Tensor | OnDisk]:
     module = as_module(model)
-    named = module.named_parameters() if isinstance(module, nn.Module) else ()
-    return {plain_name(module, name): _brought(module, name, parameter) for name, parameter in named}
+    return weights_of(module) if isinstance(module, nn.Module) else {}
 
 
 def _settings(model: Any) -> dict[str, Tensor]:
-    module = as_module(model)
-    if not isinstance(module, nn.Module):
-        return {}
-    own = {plain_name(module, name): b for name, b in module.named_buffers() if name.rpartition(".")[2] == BUFFER}
-    given = [(name, part) for name, part in module.named_modules() if isinstance(part, Bound)]
-    return own | {
-        f"{plain_name(module, name)}({key}){place}": tensor
-        for name, part in given
-        for key, value in part.keywords.items()
-        for place, tensor in _told(value)
-    }
+    """Those of this package's parts, what partials give, and the names of wrappers that may compute something."""
+    module, settings = as_module(model), {}
+    for prefix, part, whole in placed(module) if isinstance(module, nn.Module) else ():
+        for name, buffer in part.named_buffers(recurse=whole):
+            if name.rpartition(".")[2] == BUFFER:
+                settings[prefix + plain_name(part, name)] = buffer
+        if passed_on(part) is not None and not computes_nothing(part):
+            settings[f"{prefix}{type(part).__name__}{WRAPPED}"] = _bytes(type(part).__name__)
+        for name, inner in part.named_modules() if whole else (("", part),):
+            settings |= _given((prefix + plain_name(part, name)).rstrip("."), inner)
+    return settings
+
+
+def _given(name: str, part: nn.Module) -> dict[str, Tensor]:
+    keywords = part.keywords if isinstance(part, Bound) else {}
+    return {f"{name}({key}){place}": told for key, value in keywords.items() for place, told in _told(value)}
 
 
 def _told(value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -114,26 +123,12 @@ def _bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
 
 
-def _brought(module: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """A parameter, that of an offloaded module from where accelerate keeps it."""
-    if parameter.device.type != "meta":
-        return parameter
-    owner, _, own = name.rpartition(".")
-    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if (kept := getattr(each, "weights_map", None)) is not None:
-            return kept[own]
-    return parameter
-
-
-def _readable(parameters: dict[str, Tensor]) -> bool:
-    return not any(parameter.device.type == "meta" or is_lazy(parameter) for parameter in parameters.values())
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor | OnDisk]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        for part, value in _plain_parts(name, whole(tensor).detach()):
+    for name in sorted(tensors):
+        kept = tensors[name]
+        tensor = kept.read() if isinstance(kept, OnDisk) else in_one_piece(kept)
+        for part, value in _plain_parts(name, tensor.detach()):
             value = value.cpu().contiguous()
             digest.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
@@ -142,9 +137,20 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor, or the tensors that a quantised one consists of."""
+    if tensor.is_quantized:
+        yield f"{name}.integers", tensor.int_repr()
+        yield from ((f"{name}.{part}", value) for part, value in _scales(tensor))
+        return
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield name, tensor
         return
     for part in flatten()[0]:
         yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))
+
+
+def _scales(tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Scale and zero of a tensor of torch.quantize_per_tensor, those of each channel of torch.quantize_per_channel."""
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [("scale", torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64))]
+    return [("scales", tensor.q_per_channel_scales()), ("zeros", tensor.q_per_channel_zero_points())]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.facts import as_tuple
 from amed_engine.adapters.fingerprint import Settled
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import is_tracing
@@ -35,6 +36,7 @@ class Flux(Settled):
         if guidance is not None and not math.isfinite(guidance):
             raise ConfigError(f"guidance must be a finite number or None, got {guidance}")
         self.transformer, self.channels = transformer, config.in_channels // 4
+        self._form = as_tuple(transformer)
         self.guidance = guidance if config.guidance_embeds else None
         if config.guidance_embeds and guidance is None:
             raise ConfigError("this Flux is distilled for guidance and must be told one; pass guidance=3.5, say")
@@ -45,7 +47,7 @@ class Flux(Settled):
                 f"latents of Flux must be (B, {self.channels}, H, W) with even H and W, got {tuple(x.shape)}"
             )
         height, width = x.shape[2:]
-        tokens = self.transformer(
+        output = self.transformer(
             hidden_states=pack(x),
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
@@ -53,9 +55,10 @@ class Flux(Settled):
             guidance=None if self.guidance is None else x.new_full((x.shape[0],), self.guidance),
             img_ids=positions(height // 2, width // 2, x),
             txt_ids=x.new_zeros(encoder_hidden_states.shape[1], 3),
-            return_dict=False,
-        )[0]
-        return unpack(tokens, height, width)
+            **self._form,
+        )
+        output = getattr(output, "sample", output)
+        return unpack(output[0] if isinstance(output, tuple) else output, height, width)
 
 
 def pack(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, facts_of
+from amed_engine.adapters.facts import NetworkFacts, check_classes_known, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
@@ -76,6 +76,8 @@ def wrap(
     _check_callable(model)
     model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
+    if label_dim is None:
+        check_classes_known(model)
     facts = _with_given(facts_of(model), shape, label_dim, null_class)
     told = None if scheduler is None else told_by(scheduler)
     family, why = _choose_family(prediction, facts, scheduler, told, betas)

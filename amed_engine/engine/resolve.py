@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
+from amed_engine.adapters.facts import check_classes_known
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -53,6 +54,8 @@ def resolve(
     if isinstance(check := said(network, "check_ready"), MethodType):  # an adapter knows what it lacks
         check()
     own_labels = 0 if "class_labels" in bound(network) else int(said(network, "label_dim", 0))
+    if label_dim is None and not own_labels:
+        check_classes_known(network)
     return Model(
         network=network,
         shape=_sample_shape(shape, _image_shape(network)),

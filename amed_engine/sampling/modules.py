@@ -6,7 +6,6 @@ Read from modules as they stand, by the names that torch, diffusers and accelera
 from __future__ import annotations
 
 import functools
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,36 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from amed_engine.sampling.wrappers import computes_nothing, only_child, passed_on
+
 OWN = "amed_engine"
-# Where wrappers that compute nothing keep what they wrap: torch.compile, DataParallel and its like, FSDP, activation
-# checkpoints, peft.
-INNER = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
 # Of a module: its __call__ has the name of what torch made it of.
 CALLS = ("forward", "__call__", nn.Module.__call__.__name__)
-
-
-def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The child, by name, that a wrapper hands every call on to; None for a module that computes something itself.
-
-    A wrapper is torch.compile's, or a module of one child whose forward takes anything at all: DataParallel,
-    DistributedDataParallel, FSDP, AveragedModel, peft's models.
-    """
-    if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
-        return None
-    children = [(name, child) for name, child in module._modules.items() if child is not None]
-    for name, child in children:
-        if name == "_orig_mod" or (len(children) == 1 and _takes_anything(type(module))):
-            return name, child
-    return None
-
-
-def _takes_anything(kind: type[nn.Module]) -> bool:
-    if kind.forward is nn.Module.forward:  # a list or dictionary of modules has none
-        return False
-    kinds = [parameter.kind for parameter in inspect.signature(kind.forward).parameters.values()][1:]
-    return bool(kinds) and all(
-        each in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for each in kinds
-    )
 
 
 def layers(network: Any) -> Iterator[Any]:
@@ -73,9 +47,25 @@ def bare(network: Any) -> Any:
 
 
 def unknown_wrapper(network: Any) -> tuple[nn.Module, str] | None:
-    """A wrapper that is none of the usual ones, so that it may compute something, and what it calls its child; None without."""
-    found = ((layer, passed_on(layer)) for layer in layers(network) if isinstance(layer, nn.Module))
-    return next(((layer, child[0]) for layer, child in found if child is not None and child[0] not in INNER), None)
+    """A wrapper that may compute something, and what it calls its child; None without."""
+    modules = (layer for layer in layers(network) if isinstance(layer, nn.Module))
+    found = ((layer, passed_on(layer)) for layer in modules if not computes_nothing(layer))
+    return next(((layer, child[0]) for layer, child in found if child is not None), None)
+
+
+def placed(module: nn.Module, prefix: str = "", within: bool = False) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The modules that wrappers and this package's own lead to, by their dotted names as if no wrapper were there.
+
+    A network of another's making is one of them as a whole (True), the others are without what they hold. within: the
+    module is a part of this package's.
+    """
+    *wrappers, inner = layers(module)
+    yield from ((prefix, wrapper, False) for wrapper in wrappers)
+    whole = not _is_ours(inner) and not (within and type(inner).__module__ == nn.ModuleList.__module__)
+    yield prefix, inner, whole
+    for name, child in () if whole else inner._modules.items():
+        if child is not None:
+            yield from placed(child, f"{prefix}{name}.", True)
 
 
 def bound(network: Any) -> set[str]:
@@ -147,7 +137,7 @@ def plain_name(root: nn.Module, name: str) -> str:
     parts, module = [], root
     for part in name.split("."):
         found = passed_on(module)
-        if found is None or found[0] != part:
+        if found is None or found[0] != part or only_child(module) is None:
             parts.append(part)
         child = getattr(module, part, None)
         module = child if isinstance(child, nn.Module) else module
@@ -234,6 +224,12 @@ def _device(device: Any) -> torch.device:
 def _diffusers_hook(module: nn.Module, name: str) -> Any:
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(name)
+
+
+def disk_group(part: nn.Module) -> Any:
+    """The group of diffusers' offloading whose weights are in a file between calls, while its parameters hold nothing."""
+    group = getattr(_diffusers_hook(part, "group_offloading"), "group", None)
+    return group if getattr(group, "_is_offloaded_to_disk", False) else None
 
 
 # ---- what it computes in ----

@@ -23,18 +23,45 @@ from amed_engine.sampling.modules import (
     said,
 )
 from amed_engine.sampling.offloaded import brings_weights
+from amed_engine.sampling.wrappers import computes_nothing, passed_on
 
 
 class PassesOn(nn.Module):
     """As copies of weights on average, and other wrappers, are written."""
 
-    def __init__(self, module, name="module"):
+    def __init__(self, module):
         super().__init__()
-        self.add_module(name, module)
+        self.module = module
 
     def forward(self, *inputs, **keywords):
-        (inner,) = self.children()
-        return inner(*inputs, **keywords)
+        return self.module(*inputs, **keywords)
+
+
+class Average(nn.Module):
+    """The same under a name of its own, beside the network that it is an average of; without forward, as some are."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.online = copy.deepcopy(module)
+        self.ema = module
+        with torch.no_grad():
+            self.online.model.map_layer0.weight += 1
+
+    @torch.no_grad()
+    def __call__(self, *inputs, **keywords):
+        """A call of the average."""
+        return self.ema(*inputs, **keywords)
+
+
+class MayCompute(nn.Module):
+    """Takes anything, and what it does with it is not to be read of its code."""
+
+    def __init__(self, unet, change=lambda answer: answer):
+        super().__init__()
+        self.unet, self.change = unet, change
+
+    def forward(self, *inputs, **keywords):
+        return self.change(self.unet(*inputs, **keywords))
 
 
 class Computes(PassesOn):
@@ -70,7 +97,7 @@ WRAPPERS = {
     "partial": functools.partial,
     "forward": lambda module: module.forward,
     "__call__": lambda module: module.__call__,
-    "under a name of its own": lambda module: PassesOn(module, "unet"),
+    "average": Average,
 }
 
 
@@ -93,16 +120,129 @@ def test_a_wrapped_network_is_the_network(tiny_conditional, wrapper, group):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward", "__call__", "under a name of its own"})
+@pytest.mark.parametrize("wrapper", set(WRAPPERS) - {"partial", "forward", "__call__"})
 def test_a_wrapped_network_is_saved_without_its_wrapper(tiny_model, wrapper, group, tmp_path):
     amed_engine.save_pretrained(WRAPPERS[wrapper](copy.deepcopy(tiny_model)), tmp_path / "saved")
     assert fingerprint(amed_engine.from_pretrained(tmp_path / "saved")) == fingerprint(tiny_model)
 
 
 def test_a_wrapper_that_may_compute_is_not_lost_in_a_file(tiny_model, tmp_path):
-    with pytest.raises(amed_engine.ConfigError, match=r"PassesOn may compute .* pass its \.unet instead"):
-        amed_engine.save_pretrained(nn.DataParallel(PassesOn(tiny_model, "unet")), tmp_path / "saved")
+    with pytest.raises(amed_engine.ConfigError, match=r"MayCompute may compute .* pass its \.unet instead"):
+        amed_engine.save_pretrained(nn.DataParallel(MayCompute(tiny_model)), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_wrapper_that_may_compute_is_asked_as_its_network_and_known_for_another(tiny_conditional):
+    sampler = amed_engine.Sampler(MayCompute(tiny_conditional), solver="euler", nfe=3)
+    assert (sampler.model.shape, sampler.model.label_dim) == ((1, 8, 8), 10)
+    expected = amed_engine.Sampler(tiny_conditional, solver="euler", nfe=3).run([1, 2], class_labels=3).images
+    torch.testing.assert_close(sampler.run([1, 2], class_labels=3).images, expected)
+    inside = copy.deepcopy(tiny_conditional)
+    inside.model = MayCompute(inside.model)
+    assert len({fingerprint(model) for model in (tiny_conditional, MayCompute(tiny_conditional), inside)}) == 3
+    assert fingerprint(nn.DataParallel(MayCompute(tiny_conditional))) == fingerprint(MayCompute(tiny_conditional))
+
+
+def test_a_predictor_of_the_network_is_refused_by_a_wrapper_that_computes():
+    halved = MayCompute(amed_engine.load("digits"), lambda answer: answer._replace(x0=answer.x0 / 2))
+    predictor = amed_engine.zoo.bundled_predictor("digits", 5)
+    with pytest.raises(amed_engine.ConfigError, match="the fingerprints differ"):
+        amed_engine.Sampler(halved, predictor)
+    amed_engine.Sampler(halved, predictor, verify=False)
+
+
+def test_a_block_that_takes_anything_leaves_its_networks_fingerprint():
+    # A part of a network of another's making: predictors for it are there already.
+    network = nn.Sequential(MayCompute(nn.Conv2d(1, 1, 1)))
+    plain = nn.Sequential(network[0].unet)
+    assert fingerprint(network) == fingerprint(plain)
+
+
+class Choice(nn.Module):
+    """Several networks, of which its code says which one answers."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.first, self.second = module, copy.deepcopy(module)
+
+    def forward(self, *inputs):
+        chosen = self.second if len(inputs) > 2 else self.first
+        return chosen(*inputs)
+
+
+@pytest.mark.parametrize("ask", [amed_engine.Sampler, functools.partial(amed_engine.wrap, prediction="denoised")])
+def test_classes_that_may_be_reached_are_not_left_out_silently(tiny_conditional, tiny_model, ask):
+    choice = Choice(tiny_conditional)
+    with pytest.raises(amed_engine.ConfigError, match=r"Choice takes any inputs.*its \.first.*pass the module"):
+        ask(choice, shape=(1, 8, 8))
+    for count in (0, 10):
+        made = ask(choice, shape=(1, 8, 8), label_dim=count)
+        assert getattr(made, "model", made).label_dim == count
+    labels = nn.functional.one_hot(torch.tensor([3]), 10)
+    ask(functools.partial(choice, class_labels=labels), shape=(1, 8, 8))
+    ask(Choice(tiny_model), shape=(1, 8, 8))
+
+
+def lightning(module, precision):
+    """As lightning_fabric's: the module under two names, and a setting that says in which precision it computes."""
+
+    def forward(self, *args, **kwargs):
+        answer = self._forward_module(*args, **kwargs)
+        return answer
+
+    kind = type("_FabricModule", (nn.Module,), {"forward": forward, "__module__": "lightning_fabric.wrappers"})
+    wrapped = kind()
+    wrapped._forward_module = wrapped._original_module = module
+    wrapped._strategy = SimpleNamespace(precision=SimpleNamespace(precision=precision))
+    return wrapped
+
+
+def test_lightnings_wrapper_is_the_network_unless_it_rounds(tiny_conditional):
+    plain, mixed = (lightning(tiny_conditional, precision) for precision in ("32-true", "bf16-mixed"))
+    assert bare(plain) is bare(mixed) is tiny_conditional
+    assert fingerprint(plain) == fingerprint(tiny_conditional) != fingerprint(mixed)
+
+
+def plain_call(self, *inputs, **keywords):
+    """A docstring changes nothing."""
+    return self.net(*inputs, **keywords)
+
+
+def first_alone(self, *inputs, **keywords):
+    return self.net(*inputs[:1], **keywords)
+
+
+def without_keywords(self, *inputs, **keywords):
+    return self.net(*inputs)
+
+
+def of_the_answer(self, *inputs, **keywords):
+    return self.net(*inputs, **keywords).sample
+
+
+def of_an_attribute(self, *inputs, **keywords):
+    return self.net.other(*inputs, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("call", "plain"),
+    [
+        (plain_call, True),
+        (torch.no_grad()(plain_call), True),
+        (torch.inference_mode()(plain_call), True),
+        (torch.autocast("cpu")(plain_call), False),
+        (first_alone, False),
+        (without_keywords, False),
+        (of_the_answer, False),
+        (of_an_attribute, False),
+    ],
+)
+def test_code_alone_says_that_a_wrapper_computes_nothing(call, plain):
+    for name in ("forward", "__call__"):
+        wrapper = type("Wrapper", (nn.Module,), {name: call})()
+        wrapper.net = nn.Linear(1, 1)
+        assert computes_nothing(wrapper) is plain
+        assert passed_on(wrapper) == ("net", wrapper.net)
 
 
 def test_what_computes_is_no_wrapper(tiny_model):

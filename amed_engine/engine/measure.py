@@ -69,6 +69,11 @@ def mean_of(model: Model, sigma: float) -> Mean:
             "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
             "shape=(C, H, W), or another afs than 'mean'"
         )
+    if _numbers(model) > MAX_VALUES:
+        raise ConfigError(
+            f"the mean answer of samples {tuple(model.shape)} has {_numbers(model)} numbers, more than the {MAX_VALUES} "
+            "that are kept; pass another afs than 'mean'"
+        )
     sigma = float(f"{sigma:.9g}")  # the ends of schedules are rounded, each its own way
     identity = identify(model)
     key = (identity, _settings(model), model.precision, model.shape, model.label_dim, sigma)
@@ -93,12 +98,16 @@ def _keep(key: tuple, mean: Mean) -> None:
 
 def mean_if_kept(model: Model, sigma: float) -> Mean | None:
     """The mean answer; None, with a warning, where its numbers are more than are kept."""
-    if model.shape is not None and (count := math.prod(model.shape) * (2 if model.label_dim else 1)) > MAX_VALUES:
-        logger.warning(
-            'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept', count, MAX_VALUES
-        )
+    if model.shape is not None and _numbers(model) > MAX_VALUES:
+        told = 'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept'
+        logger.warning(told, _numbers(model), MAX_VALUES)
         return None
     return mean_of(model, sigma)
+
+
+def _numbers(model: Model) -> int:
+    """Of a mean answer at least: one for all samples, and one for no class where there are any."""
+    return math.prod(model.shape or ()) * (2 if model.label_dim else 1)
 
 
 @overload

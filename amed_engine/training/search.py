@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import measured
+from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
@@ -78,6 +79,7 @@ def search_schedule(
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     span = noise_range(resolved)
     plan = make_plan(nfe, solver=solver, options=solver_options, afs=afs, guidance_scale=guidance_scale, **span)
+    tell_of_zero(afs, plan)
     plan = measured(plan, resolved)
     levels, step = _grid(grid, plan, span), _step(cost, plan)
     _check_numbers(samples, batch, coefficient)

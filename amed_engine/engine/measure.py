@@ -24,6 +24,7 @@ from amed_engine.adapters.taps import Tap
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.sampling.modules import module_of, said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
@@ -41,6 +42,7 @@ _known: dict[tuple, Mean] = {}
 _lock = threading.Lock()
 
 
+@leaving_modes
 def measure_mean(
     model: Any,
     *,

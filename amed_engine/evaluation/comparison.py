@@ -29,6 +29,7 @@ from amed_engine.engine.sampler import Sampler
 from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import Distances, per_image_rmse, rmse
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers import SOLVERS, make_solver, solver_names
 from amed_engine.solvers.base import count_evaluations, count_intervals
 from amed_engine.solvers.mean import FirstStep
@@ -117,6 +118,7 @@ class Comparison:
         return "\n".join([f"{'solver':<{width}}  {'RMSE':>7}  {'median':>7}  plan", *lines])
 
 
+@leaving_modes
 def compare(
     model: Any,
     nfe: int = 5,

@@ -15,6 +15,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers.base import in_range
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
@@ -85,6 +86,7 @@ class Calibration:
         return "\n".join([head, *lines, f"{count}, {told}; {self.evaluations} evaluations spent"])
 
 
+@leaving_modes
 def calibrate(
     model: object,
     nfe: int | Sequence[int] = 5,

@@ -22,7 +22,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
-from amed_engine.sampling.modes import differentiable, exactly, plain_defaults
+from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
 from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
@@ -39,6 +39,7 @@ from amed_engine.training.trainer import Round, Trainer
 OBJECTIVES = ("greedy", "end_to_end")
 
 
+@leaving_modes
 def distill(
     model: Any,
     *,

@@ -22,7 +22,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
-from amed_engine.sampling.modes import plain_defaults, plain_tensors
+from amed_engine.sampling.modes import leaving_modes, plain_defaults, plain_tensors
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
@@ -100,6 +100,7 @@ class Task:
         return self.variant in ("nonstationary", "adaptive")
 
 
+@leaving_modes
 @plain_tensors()
 def fit(
     model: Any,

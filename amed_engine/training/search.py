@@ -28,6 +28,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver, in_range
 from amed_engine.solvers.mean import FirstStep
@@ -43,6 +44,7 @@ COSTS = ("euler", "solver")
 COEFFICIENT = 1.15  # the paper's for pixels; 1.2 for Stable Diffusion
 
 
+@leaving_modes
 def search_schedule(
     model: Any,
     *,

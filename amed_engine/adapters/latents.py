@@ -14,7 +14,7 @@ from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.wrapping import wrap
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import bare
+from amed_engine.sampling.modules import bare, device_of
 
 NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 # Of a pipeline's components those that the denoiser holds, and those that have no say in it.
@@ -104,7 +104,7 @@ def _encode(
     """The conditions of the prompts, a row each, and those of the negative prompt, one row. size: of the latents."""
     encoded = pipeline.encode_prompt(
         prompt=prompts,
-        device=network.device,
+        device=device_of(network),
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
         negative_prompt=None if negative is None else [negative] * len(prompts),
@@ -123,7 +123,7 @@ def _encode(
 
 def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str | None) -> tuple[dict, dict]:
     """The same for Flux, whose encoder knows no negative prompts: they are prompts like any other."""
-    text, pooled, _ = pipeline.encode_prompt([*prompts, negative or ""], device=network.device)
+    text, pooled, _ = pipeline.encode_prompt([*prompts, negative or ""], device=device_of(network))
     rows = {"encoder_hidden_states": text, "pooled_projections": pooled}
     return {name: value[:-1] for name, value in rows.items()}, {name: value[-1:] for name, value in rows.items()}
 

@@ -1,15 +1,15 @@
-"""Latent diffusion: prompts of a diffusers pipeline as bound conditions, and latents back to images through its VAE."""
+"""Latent diffusion: prompts of a diffusers pipeline as bound conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.autoencoders import check_latent_channels
 from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.wrapping import wrap
@@ -53,7 +53,7 @@ def wrap_pipeline(
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
-        _check_latent_channels(vae, channels, "the network takes")
+        check_latent_channels(vae, channels, "the network takes")
     if is_flux:
         size = pipeline.default_sample_size  # the transformer itself takes any
         conditions, null = _encode_flux(pipeline, network, prompts, negative_prompt)
@@ -159,66 +159,3 @@ def encode_texts(tokenizer: Any, text_encoder: Any, texts: list[str], device: to
     masked = getattr(text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(device) if masked else None
     return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in -1 .. 1 from latents (B, C, h, w) in the scale that the network was trained in.
-
-        z/scaling_factor + shift_factor,   or   z·latents_std/scaling_factor + latents_mean
-
-    vae: an AutoencoderKL of diffusers, in its own dtype, but one in float16 with force_upcast in float32, as SDXL's overflows.
-    Raises ConfigError for another number of channels, or a VAE whose configuration scales its latents otherwise.
-    """
-    if not hasattr(vae, "decode") or not hasattr(vae, "config"):
-        raise ConfigError(f"vae must be an autoencoder of diffusers, got {type(vae).__name__}")
-    _check_latent_channels(vae, latents.shape[1], "the latents have")
-    scale, shift = _scaling(vae, latents)
-    scaled = latents * scale + shift
-    with _upcast(vae):
-        images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    return images.to(latents.dtype).clamp(-1, 1)
-
-
-@contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
-    """A VAE that overflows in float16 in float32, and back, which changes no number of it."""
-    forced = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if forced:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if forced:
-            vae.to(torch.float16)
-
-
-def _check_latent_channels(vae: Any, channels: int, who: str) -> None:
-    expected = getattr(vae.config, "latent_channels", channels)
-    if expected != channels:
-        raise ConfigError(f"{who} {channels} channels, the VAE {expected}: they belong to different models")
-
-
-def _scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What latents (B, C, ...) are multiplied with, and what is added. Raises ConfigError."""
-    config, kind = vae.config, type(vae).__name__
-    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
-    if not factor or getattr(config, "batch_norm_eps", None) is not None:
-        raise ConfigError(
-            f"{kind} has scaling_factor={factor!r} and batch_norm_eps={getattr(config, 'batch_norm_eps', None)!r}, expected a "
-            "factor and no normalization: how its latents are scaled is not known; call its decode yourself"
-        )
-    kept = getattr(vae, "_buffers", {})  # where those of videos have them
-    given = {name: getattr(config, name, kept.get(name)) for name in ("latents_mean", "latents_std")}
-    if all(value is None for value in given.values()):
-        return 1 / factor, shift or 0.0
-    if shift or any(value is None or len(value) != latents.shape[1] for value in given.values()):
-        raise ConfigError(
-            f"{kind} has latents_mean={given['latents_mean']}, latents_std={given['latents_std']} and shift_factor={shift}; "
-            f"expected {latents.shape[1]} numbers in both of the former and none in the latter: call its decode yourself"
-        )
-    mean, std = (
-        torch.as_tensor(value, device="cpu").to(latents).reshape(-1, *[1] * (latents.dim() - 2))
-        for value in given.values()
-    )
-    return std / factor, mean

@@ -32,6 +32,7 @@ def wrap_pipeline(
     negative_prompt: str | None = None,
     shape: tuple[int, ...] | None = None,
     guidance: float | None = None,
+    bottleneck: str | None = "auto",
 ) -> Adapter:
     """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
 
@@ -40,7 +41,8 @@ def wrap_pipeline(
     or zeros where SDXL has force_zeros_for_empty_prompt. shape: (C, H, W) of the latents, where it is not the network's own;
     SDXL is told its size. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
     `flow_levels(n, shift=shift_of(pipeline.scheduler, denoiser.sample_shape))`. Guidance is the sampler's:
-    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
+    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given. bottleneck: as `wrap` has
+    it; None for a network that is compiled already.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
     """
     network, kind = _network_of(pipeline)
@@ -60,7 +62,14 @@ def wrap_pipeline(
         network, shape = Flux(network, 3.5 if guidance is None else guidance), shape or (channels, size, size)
     else:
         conditions, null = _encode(pipeline, network, prompts, negative_prompt, None if shape is None else shape[1:])
-    return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
+    return wrap(
+        network,
+        scheduler=pipeline.scheduler,
+        conditions=conditions,
+        null_conditions=null,
+        shape=shape,
+        bottleneck=bottleneck,
+    )
 
 
 def _network_of(pipeline: Any) -> tuple[Any, str]:

@@ -157,6 +157,24 @@ def test_a_compiled_transformer_is_the_one_inside(flux):
         flux.transformer = inside
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_unet_runs_without_a_bottleneck(in_place):
+    """As the message says that refuses to read one."""
+    made, (x, sigma, first) = stable_diffusion(), (torch.randn(1, 4, 8, 8), torch.tensor([2.0]), torch.tensor([0]))
+    plain = wrap_pipeline(made, "a cat")
+    expected = plain(x, sigma, first).x0
+    assert plain.bottleneck == "mid_block"
+    if in_place:
+        made.unet.compile(backend="eager")
+    else:
+        made.unet = torch.compile(made.unet, backend="eager")
+    with pytest.raises(ConfigError, match="or pass bottleneck=None"):
+        wrap_pipeline(made, "a cat")
+    denoised = wrap_pipeline(made, "a cat", bottleneck=None)(x, sigma, first)
+    assert denoised.features is None
+    torch.testing.assert_close(denoised.x0, expected, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_network_that_is_told_a_picture_asks_for_it(pipeline):
     """As `load_ip_adapter` leaves it; what it is told then comes from conditions, or from functools.partial."""

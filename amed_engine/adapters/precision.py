@@ -1,4 +1,4 @@
-"""In which dtypes a raw network is handed its state, and its time and labels: what its own layers take decides."""
+"""In which dtypes a network is handed its state, and its time and labels: what its own layers take decides."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ class Precision:
         self._states = dtypes_of(network)
         self._found: dict[Any, Handed] = {}
 
-    def call(self, network: Any, wide: torch.dtype, ask: Callable[[Handed], A]) -> A:
-        """ask's answer for the dtypes that this network takes; wide: that of the sampler's state. Raises what ask raises."""
+    def call(self, network: Any, wide: torch.dtype, ask: Callable[[Handed], A], first: Handed | None = None) -> A:
+        """ask's answer for the dtypes that this network takes; wide: that of the sampler's state. first: what comes before its
+        own dtypes, and is all where its parameters tell none. Raises what ask raises."""
         parameter = None if (module := module_of(network)) is None else next(module.parameters(), None)
         key = (wide, None if parameter is None else parameter.dtype)  # a network converted since is asked anew
         known = self._found.get(key)
         if torch.compiler.is_compiling() or is_tracing():
-            return ask(known or self._untried(*key))
+            return ask(known or first or self._untried(*key))
         if known is not None:
             try:
                 return ask(known)
             except RuntimeError as error:
                 if not _MISMATCH.search(str(error)):
                     raise
-        return self._tried(network, key, ask)
+        return self._tried(network, key, ask, first)
 
-    def _tried(self, network: Any, key: Any, ask: Callable[[Handed], A]) -> A:
+    def _tried(self, network: Any, key: Any, ask: Callable[[Handed], A], first: Handed | None) -> A:
         """The first of the candidates that the layers take; where none is, the error of the first."""
         self._states = dtypes_of(network)
         refused: list[RuntimeError] = []
-        for handed in self._candidates(key[0]):
+        for handed in self._candidates(key[0], first):
             try:
                 answer = ask(handed)
             except RuntimeError as error:
@@ -69,9 +70,11 @@ class Precision:
                 return answer
         raise refused[0]
 
-    def _candidates(self, wide: torch.dtype) -> list[Handed]:
-        states = sorted(self._states, key=lambda dtype: -torch.finfo(dtype).bits) or [wide, *reversed(_COMPUTE)]
-        return list(dict.fromkeys(Handed(state, rest) for state in states for rest in (wide, state)))
+    def _candidates(self, wide: torch.dtype, first: Handed | None) -> list[Handed]:
+        told = sorted(self._states, key=lambda dtype: -torch.finfo(dtype).bits)
+        states = told or ([] if first else [wide, *reversed(_COMPUTE)])
+        others = (Handed(state, rest) for state in states for rest in (wide, state))
+        return list(dict.fromkeys([first, *others] if first else others))
 
     def _untried(self, wide: torch.dtype, first: torch.dtype | None) -> Handed:
         """For a look of torch.compile, jit.trace or export, which can try nothing."""

@@ -176,14 +176,19 @@ def show(found: Any, json_file: str | None) -> None:
 
 def make_sampler(model: str, predictor: str | None, plan: str | None = None, **asked: Any) -> Any:
     """The sampler of a command's options; a schedule may be a file of noise levels, and a plan one that says all of them."""
+    from amed_engine.engine.notices import warn_of_range
     from amed_engine.engine.sampler import Sampler
 
-    return Sampler(model, predictor, plan=plan, **typed(asked))
+    given = typed(asked)
+    sampler = Sampler(model, predictor, plan=plan, **given)
+    if not isinstance(given["schedule"], (str, type(None))):
+        warn_of_range(sampler.model, sampler.plan)  # levels of a file are no wish to leave others out
+    return sampler
 
 
 def with_levels(asked: dict[str, Any]) -> dict[str, Any]:
-    """The options with a schedule that is a file read: its levels, and its solver and analytic first step where none were
-    asked for. Raises FileFormatError and ConfigError."""
+    """The options with a schedule that is a file read: its levels, its solver where none was asked for, its first step where
+    neither that was nor another number of evaluations. Raises FileFormatError and ConfigError."""
     from amed_engine.checkpoints.levels import read_levels
 
     if (name := asked["schedule"]) is None or not (name.endswith(".json") or Path(name).is_file()):
@@ -192,10 +197,8 @@ def with_levels(asked: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("rho is the exponent of a schedule by name, not of noise levels in a file; leave it out")
     plan, asked = read_levels(name), dict(asked)
     asked["schedule"] = plan.levels
-    if "solver" not in asked:  # compare has all of them
-        return asked
-    if asked["solver"] is None:
-        asked |= {"solver": plan.solver, "solver_options": asked["solver_options"] or dict(plan.options)}
-    if asked["afs"] is None and asked["nfe"] is None:
+    if asked["afs"] is None and asked.get("nfe") in (None, plan.nfe):
         asked["afs"] = plan.afs
+    if asked.get("solver", plan.solver) is None:  # compare has all of them
+        asked |= {"solver": plan.solver, "solver_options": asked["solver_options"] or dict(plan.options)}
     return asked

@@ -24,6 +24,7 @@ from amed_engine.adapters.taps import Tap
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.sampling.modules import module_of, said
 from amed_engine.solvers.mean import MAX_VALUES, Mean
 from amed_engine.solvers.plan import Plan, own_range
@@ -41,6 +42,7 @@ _known: dict[tuple, Mean] = {}
 _lock = threading.Lock()
 
 
+@leaving_modes
 def measure_mean(
     model: Any,
     *,
@@ -69,6 +71,11 @@ def mean_of(model: Model, sigma: float) -> Mean:
             "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
             "shape=(C, H, W), or another afs than 'mean'"
         )
+    if _numbers(model) > MAX_VALUES:
+        raise ConfigError(
+            f"the mean answer of samples {tuple(model.shape)} has {_numbers(model)} numbers, more than the {MAX_VALUES} "
+            "that are kept; pass another afs than 'mean'"
+        )
     sigma = float(f"{sigma:.9g}")  # the ends of schedules are rounded, each its own way
     identity = identify(model)
     key = (identity, _settings(model), model.precision, model.shape, model.label_dim, sigma)
@@ -93,12 +100,16 @@ def _keep(key: tuple, mean: Mean) -> None:
 
 def mean_if_kept(model: Model, sigma: float) -> Mean | None:
     """The mean answer; None, with a warning, where its numbers are more than are kept."""
-    if model.shape is not None and (count := math.prod(model.shape) * (2 if model.label_dim else 1)) > MAX_VALUES:
-        logger.warning(
-            'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept', count, MAX_VALUES
-        )
+    if model.shape is not None and _numbers(model) > MAX_VALUES:
+        told = 'afs="mean" is left out: its mean answer has %d numbers, more than the %d that are kept'
+        logger.warning(told, _numbers(model), MAX_VALUES)
         return None
     return mean_of(model, sigma)
+
+
+def _numbers(model: Model) -> int:
+    """Of a mean answer at least: one for all samples, and one for no class where there are any."""
+    return math.prod(model.shape or ()) * (2 if model.label_dim else 1)
 
 
 @overload

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
@@ -57,19 +58,28 @@ class Model:
     def _awaited(self) -> list[nn.Module]:
         return awaited(self.network)
 
+    @cached_property
+    def _precision(self) -> Precision:
+        return Precision(self.network)
+
     @property
     def device(self) -> torch.device:
         """Where it runs; see `device_of`."""
         return device_of(self.network)
 
     def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
-        """The network's answer in x's precision. Networks get float32 unless they compute in float64."""
+        """The network's answer in x's precision. Networks get float32 unless they compute in float64, those of half precision
+        that refuse it get what their layers take."""
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
-        inputs = (x.contiguous(memory_format=self.memory_format), sigma, *labels)
+        usual, state = Handed(dtype, dtype), x.contiguous(memory_format=self.memory_format)
+
+        def ask(handed: Handed) -> Denoised:
+            return self._call(state.to(handed.state), *(tensor.to(handed.rest) for tensor in (sigma, *labels)))
+
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
         # after they changed.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            denoised = self._call(*(tensor.to(dtype) for tensor in inputs))
+            denoised = self._precision.call(self.network, dtype, ask, usual) if self.foreign else ask(usual)
         _check_answer(denoised.x0, x)
         return denoised._replace(x0=denoised.x0.to(x.dtype))
 

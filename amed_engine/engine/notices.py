@@ -1,4 +1,4 @@
-"""What a Sampler says in the log of the plan that runs, where nobody asked for all of it."""
+"""What the log says of the plan that runs, where nobody asked for all of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import Pairing, PlanRequest
 from amed_engine.sampling.modules import said
+from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
 
 logger = logging.getLogger("amed_engine")
@@ -34,31 +35,38 @@ _ABOUT_ZERO = (
 
 def announce(model: Model, predictor: Any, request: PlanRequest, pairing: Pairing) -> None:
     """predictor: what was given."""
-    plan = pairing.plan
-    _warn_of_range(model, plan, request)
-    if pairing.predictor is not None or request.recipe is not None:
+    plan, own = pairing.plan, pairing.predictor
+    if not isinstance(request.schedule, Tensor):  # the caller's own levels were asked for
+        warn_of_range(model, plan, low=request.sigma_min is None, high=request.sigma_max is None)
+    if request.recipe is not None or (own is not None and own.plan is not None):
         return
-    if predictor is None and request.solver is None and model.name and zoo.bundled_predictor(model.name, plan.nfe):
+    if own is not None:
+        tell_of_zero(request.afs, plan)
+    elif predictor is None and request.solver is None and model.name and zoo.bundled_predictor(model.name, plan.nfe):
         logger.warning(_LEFT_OUT, plan.describe())
     elif predictor is None and request.open:
         told = _HOW_TO_FIT if plan.afs == "mean" else f"{_HOW_TO_FIT}, {_MEASURE}"
         logger.warning(told, plan.nfe, plan.describe(), plan.nfe)
-    elif request.afs is None and plan.afs is True:
-        logger.warning(_ABOUT_ZERO, plan.solver, plan.nfe)
-    elif request.afs is None and plan.afs != "mean":
+    elif request.afs is None and plan.afs is False:
         logger.info(_HOW_TO_MEASURE, plan.describe())
+    else:
+        tell_of_zero(request.afs, plan)
 
 
-def _warn_of_range(model: Model, plan: Plan, request: PlanRequest) -> None:
-    """Noise levels that the model states and a plan leaves out are not cut off in silence, unless they were asked for."""
-    if isinstance(request.schedule, Tensor):
-        return
-    low, high = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))
+def tell_of_zero(afs: FirstStep | None, plan: Plan, level: int = logging.WARNING) -> None:
+    """A first step about zero that nobody asked for, where the number of evaluations leaves no other. afs: what was asked."""
+    if afs is None and plan.afs is True:
+        logger.log(level, _ABOUT_ZERO, plan.solver, plan.nfe)
+
+
+def warn_of_range(model: Model, plan: Plan, *, low: bool = True, high: bool = True) -> None:
+    """Noise levels that the model states and a plan leaves out are not cut off in silence; low, high: at which end."""
+    least, most = (said(model.network, name) or 0 for name in ("sigma_min", "sigma_max"))
     # A hundredth is rounding of the tables of discrete steps.
-    cut_above = request.sigma_max is None and math.isfinite(high) and plan.sigmas[0] < 0.99 * high
-    if cut_above or (request.sigma_min is None and low and plan.sigmas[-1] > 1.01 * low):
+    cut_above = high and math.isfinite(most) and plan.sigmas[0] < 0.99 * most
+    if cut_above or (low and least and plan.sigmas[-1] > 1.01 * least):
         logger.warning(
             "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
             "sigma_min= if that is meant, or a plan for all of them",
-            *(high, low, plan.sigmas[0], plan.sigmas[-1]),
+            *(most, least, plan.sigmas[0], plan.sigmas[-1]),
         )

@@ -66,11 +66,12 @@ class PlanRequest:
             )
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
-        if self.solver is None and not midpoint and nfe is not None:
+        if self.solver is None and not midpoint:
             own = {} if self.schedule is None else {"schedule": schedule}
             return best_training_free(nfe, **own, **common)
-        solver = self.solver or ("amed" if midpoint else "ipndm")
-        return make_plan(nfe, solver=solver, options=self.options, schedule=schedule, midpoint=midpoint, **common)
+        return make_plan(
+            nfe, solver=self.solver or "amed", options=self.options, schedule=schedule, midpoint=midpoint, **common
+        )
 
 
 class Pairing(NamedTuple):

@@ -28,7 +28,8 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
 from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
-from amed_engine.evaluation.metrics.distances import rmse
+from amed_engine.evaluation.metrics.distances import Distances, per_image_rmse, rmse
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers import SOLVERS, make_solver, solver_names
 from amed_engine.solvers.base import count_evaluations, count_intervals
 from amed_engine.solvers.mean import FirstStep
@@ -82,11 +83,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Score:
-    """One solver: its error over all samples, and its images (seeds, C, H, W)."""
+    """One solver: its error over all samples, the median of the samples' own, and its images (seeds, C, H, W)."""
 
     name: str
     plan: str
     rmse: float
+    median: float
     images: Tensor
 
 
@@ -106,16 +108,17 @@ class Comparison:
     def to_json(self) -> dict:
         """All of it but the images."""
         data = {name: getattr(self, name) for name in ("model", "nfe", "seeds", "samples", "curve_samples", "curves")}
-        rows = [{"name": row.name, "plan": row.plan, "rmse": row.rmse} for row in self.rows]
+        rows = [{"name": row.name, "plan": row.plan, "rmse": row.rmse, "median": row.median} for row in self.rows]
         return {**data, "reference": self.reference.plan, "rows": rows}
 
     def table(self) -> str:
         """The rows as text, best first."""
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{row.name:<{width}}  {row.rmse:7.4f}  {row.plan}" for row in self.rows]
-        return "\n".join([f"{'solver':<{width}}  {'RMSE':>7}  plan", *lines])
+        lines = [f"{row.name:<{width}}  {row.rmse:7.4f}  {row.median:7.4f}  {row.plan}" for row in self.rows]
+        return "\n".join([f"{'solver':<{width}}  {'RMSE':>7}  {'median':>7}  plan", *lines])
 
 
+@leaving_modes
 def compare(
     model: Any,
     nfe: int = 5,
@@ -151,8 +154,9 @@ def compare(
         for name, sampler in runs:
             images = setting.images(sampler, drawn[sampler.nfe], bar)
             if sampler.nfe == nfe:
-                error = rmse(images, truth[: len(images)])
-                rows.append(Score(name, sampler.plan.describe(), error, images[: len(seeds)].clone()))
+                errors = Distances.of(per_image_rmse(images, truth[: len(images)]))
+                shown = images[: len(seeds)].clone()
+                rows.append(Score(name, sampler.plan.describe(), errors.rmse, errors.median, shown))
             if curve_samples:
                 curves.setdefault(name, {})[sampler.nfe] = rmse(images[:curve_samples], truth[:curve_samples])
     return Comparison(
@@ -161,7 +165,7 @@ def compare(
         seeds=seeds,
         samples=len(everyone),
         curve_samples=curve_samples,
-        reference=Score("reference", reference.plan.describe(), 0.0, truth[: len(seeds)]),
+        reference=Score("reference", reference.plan.describe(), 0.0, 0.0, truth[: len(seeds)]),
         rows=sorted(rows, key=lambda row: row.rmse),
         curves=curves,
     )

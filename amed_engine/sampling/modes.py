@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import module_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The default dtype is the whole process's: one thread at a time sets it, and puts it back.
 _BUILDING = threading.RLock()
@@ -56,6 +61,18 @@ def evaluating(module: nn.Module | None) -> AbstractContextManager[None]:
     return modes_kept(module) if trains else nullcontext()
 
 
+def leaving_modes(work: Callable[P, R]) -> Callable[P, R]:
+    """For functions of a model, their first argument: where it is a module, all of it is left in the modes it came in."""
+
+    @functools.wraps(work)
+    def with_model(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        with modes_kept(module_of(model)):
+            return work(*args, **kwargs)
+
+    return with_model
+
+
 @contextmanager
 def plain_tensors() -> Iterator[None]:
     """Out of torch.inference_mode, if in it: autograd refuses the tensors that are made there, for good."""
@@ -81,6 +98,8 @@ _NO_GRADIENT = {
     "load it outside",
     "modified by an inplace operation": "writes to tensors that its own gradients need: write to copies of them in it, or use "
     "what needs no gradients, amed_engine.fit",
+    "does not require grad": "gives an answer that no gradient comes from: it runs under torch.no_grad, detaches it or leaves "
+    "torch",
     "backward through the graph a second time": "keeps tensors from one call to the next, its former answers with them: detach "
     "them in it, or use what needs no gradients, amed_engine.fit",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -239,10 +239,15 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
 # ---- what it computes in ----
 
 
-def cast_to(module: nn.Module) -> torch.dtype | None:
-    """What diffusers' layerwise casting brings weights to for the time of a call."""
-    hooks = (_diffusers_hook(part, "layerwise_casting") for part in module.modules())
-    return next((hook.compute_dtype for hook in hooks if hook is not None), None)
+def is_cast(module: nn.Module) -> bool:
+    """Whether diffusers' layerwise casting brings weights of it to another dtype for the time of a call."""
+    return any(_cast_to(part) is not None for part in module.modules())
+
+
+def _cast_to(part: nn.Module) -> torch.dtype | None:
+    """The dtype that one layer's own weights are brought to."""
+    hook = _diffusers_hook(part, "layerwise_casting")
+    return None if hook is None else hook.compute_dtype
 
 
 def dtypes_of(network: Any) -> list[torch.dtype]:
@@ -254,23 +259,23 @@ def dtypes_of(network: Any) -> list[torch.dtype]:
     module = module_of(network)
     if module is None:
         return []
-    cast = cast_to(module)
-    if cast is not None:
-        return [cast]
-    counts = _counted(module.parameters())
+    parts = list(module.modules())
+    counts = _counted((each, _cast_to(part)) for part in parts for each in part.parameters(recurse=False))
     if not counts and next(module.parameters(), None) is not None:
-        foreign = (part for part in module.modules() if not _is_ours(part))
-        counts = _counted(buffer for part in foreign for buffer in part.buffers(recurse=False))
+        foreign = (part for part in parts if not _is_ours(part))
+        counts = _counted((buffer, None) for part in foreign for buffer in part.buffers(recurse=False))
     return [dtype for dtype, _ in counts.most_common()]
 
 
-def _counted(tensors: Iterator[Any]) -> Counter[torch.dtype]:
+def _counted(tensors: Iterable[tuple[Any, torch.dtype | None]]) -> Counter[torch.dtype]:
+    """Numbers by dtype; of each tensor with the dtype that it is brought to, None for its own."""
     counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
+    for tensor, cast in tensors:
         if not isinstance(tensor, Tensor) or is_lazy(tensor):
             continue
-        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16:
-            counts[tensor.dtype] += max(tensor.numel(), 1)
+        dtype = cast or tensor.dtype
+        if dtype.is_floating_point and torch.finfo(dtype).bits >= 16:
+            counts[dtype] += max(tensor.numel(), 1)
     return counts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import cast_to, module_of, told_devices
+from amed_engine.sampling.modules import is_cast, module_of, told_devices
 
 
 def brings_weights(network: Any) -> bool:
@@ -17,7 +17,7 @@ def brings_weights(network: Any) -> bool:
     module = module_of(network)
     if module is None:
         return False
-    if any(True for _ in told_devices(module)) or cast_to(module) is not None:
+    if any(True for _ in told_devices(module)) or is_cast(module):
         return True
     return any(tensor.device.type == "meta" for tensor in module.parameters())
 

@@ -166,8 +166,11 @@ def _plan_of_file(data: Any) -> Plan:
 
 def plan_of_levels(data: Any) -> Plan:
     """The plan that `amed search-schedule` wrote. Raises ConfigError."""
-    if not isinstance(data, Mapping) or any(data.get(name) != value for name, value in LEVELS.items()):
+    told = {name: data.get(name) for name in LEVELS} if isinstance(data, Mapping) else {}
+    if told != LEVELS or isinstance(told["version"], bool):
         raise ConfigError("expected format 'amed_levels', version 1; write one with `amed search-schedule`")
+    if unknown := sorted(set(map(str, data)) - {*LEVELS, "plan"}):
+        raise ConfigError(f"noise levels have unknown entries {', '.join(unknown)}; the plan says everything")
     return Plan.from_json(data.get("plan"))
 
 
@@ -253,12 +256,13 @@ def check_nfe(nfe: Any) -> int:
     return int(nfe)
 
 
-def best_training_free(nfe: int, *, afs: FirstStep | None = None, mean: Mean | None = None, **options: Any) -> Plan:
+def best_training_free(
+    nfe: int | None, *, afs: FirstStep | None = None, mean: Mean | None = None, **options: Any
+) -> Plan:
     """The training-free plan that came nearest to the exact solution over networks of all kinds; see docs/solvers.md.
 
     afs, mean: as `make_plan` takes them. options: its other arguments, in place of what is chosen here.
     """
-    check_nfe(nfe)
     measured = afs == "mean" or (afs is None and mean is not None)
     solver, order = ("unipc", 2) if measured else ("deis", 3)
     own = {"solver": solver, "options": {"max_order": order}, "schedule": "polynomial"}

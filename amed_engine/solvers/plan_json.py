@@ -44,11 +44,8 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError.
     """
     said = {name: value for name, value in data.items() if name != "version"}
-    if data.get("version", VERSION) != VERSION or isinstance(data.get("version"), bool):
-        raise ConfigError(
-            f"a plan of version {str(data['version'])[:40]} is not known here, where {VERSION} is the newest; a newer "
-            "amed_engine wrote it: update this one"
-        )
+    if "version" in data:
+        _check_version(data["version"])
     if missing := [name for name in ("solver", "sigmas") if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}")
     if unknown := sorted(set(map(str, said)) - set(_TYPES)):
@@ -65,6 +62,18 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
             f"plan entry 'options' lacks {', '.join(missing)}; version {VERSION} says every option, by default {defaults}"
         )
     return said
+
+
+def _check_version(version: Any) -> None:
+    if type(version) is int and version > VERSION:
+        raise ConfigError(
+            f"a plan of version {version} is not known here, where {VERSION} is the newest; a newer amed_engine wrote it: "
+            "update this one"
+        )
+    if type(version) is not int or version != VERSION:
+        raise ConfigError(
+            f"plan entry 'version' must be the number {VERSION}, got {str(version)[:40]!r}; plans of the first have none"
+        )
 
 
 def _of_version_1(said: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amed_engine.engine.measure import mean_if_kept
 from amed_engine.engine.model import Model, check_guidance, vectors
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import (
@@ -24,6 +26,8 @@ from amed_engine.sampling.denoiser import (
 )
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan
+
+logger = logging.getLogger("amed_engine")
 
 Condition = Tensor | Denoiser
 Conditions = Iterable[Condition] | None
@@ -59,6 +63,22 @@ def mean_answer(mean: Mean | None, denoiser: Denoiser) -> Tensor | None:
             )
         return rows
     return mean_of_labels(rows.to(denoiser.model.device), denoiser.labels, denoiser.guidance_scale)
+
+
+def mean_where_told(model: Model, denoisers: Iterable[Denoiser], sigma: float) -> Mean | None:
+    """What a first step "mean" of batches with these denoisers starts about; None where one tells no class of its samples, and
+    where the mean has more numbers than are kept. Both are logged."""
+    if not all(_tells_class(denoiser, model.label_dim) for denoiser in denoisers):
+        logger.info("conditions that tell no class: the first step about the mean answer is left out")
+        return None
+    return mean_if_kept(model, sigma)
+
+
+def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:
+    """Whether its conditions are rows over the classes, or there are none."""
+    if not isinstance(denoiser, BoundDenoiser):
+        return False
+    return denoiser.labels is None or tuple(denoiser.labels.shape[1:]) == (label_dim,)
 
 
 def first_answer(plan: Plan, denoiser: Denoiser) -> Denoiser | None:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from tqdm import tqdm
 
 from amed_engine.engine.measure import EVALUATIONS as OF_MEAN
-from amed_engine.engine.measure import mean_if_kept
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoiser
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers.base import in_range
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
-from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer
+from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer, mean_where_told
 from amed_engine.training.contenders import contenders, first_steps
 from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
 from amed_engine.training.halving import Entrant, halve, some_of
 from amed_engine.training.presets import TEACHER, made_for, noise_range
-
-logger = logging.getLogger("amed_engine")
 
 LATENTS = 64  # seeds 0 to 63
 EVALUATIONS = 10_000  # at most, for one NFE: of the fine solution, of its check, of the mean answer and of all plans
@@ -89,6 +86,7 @@ class Calibration:
         return "\n".join([head, *lines, f"{count}, {told}; {self.evaluations} evaluations spent"])
 
 
+@leaving_modes
 def calibrate(
     model: object,
     nfe: int | Sequence[int] = 5,
@@ -113,7 +111,8 @@ def calibrate(
     The global generators are untouched. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
-    numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
+    asked = list(nfe) if isinstance(nfe, Sequence) else [nfe]
+    numbers = [int(number) if isinstance(number, numpy.integer) else number for number in asked]
     if not numbers:
         raise ConfigError("nfe is empty; pass a number of evaluations, or several")
     for number in numbers:
@@ -123,7 +122,7 @@ def calibrate(
     if not all(isinstance(denoiser, BoundDenoiser) for denoiser, _ in drawn):
         for number in numbers:
             _check_rows(resolved, number, batch)
-    mean = _mean(resolved, [denoiser for denoiser, _ in drawn])
+    mean = mean_where_told(resolved, [denoiser for denoiser, _ in drawn], fine.sigmas[0])
     truth = _Truth.of(resolved, fine, drawn, mean, progress)
     found = {number: _calibrated(resolved, number, truth, mean, batch, progress) for number in numbers}
     return found if isinstance(nfe, Sequence) else found[numbers[0]]
@@ -174,21 +173,6 @@ def _check_rows(model: Model, nfe: int, batch: int) -> None:
             f"{each * batch} evaluations at nfe={nfe}; pass denoisers of at most {most} samples, and "
             f"batch={2 ** int(math.log2(most))}"
         )
-
-
-def _mean(model: Model, denoisers: list) -> Mean | None:
-    """What a first step "mean" would start about; None for conditions that tell no class, and where it has too many numbers."""
-    if not all(_tells_class(denoiser, model.label_dim) for denoiser in denoisers):
-        logger.info("conditions that tell no class: the first step about the mean answer is left out")
-        return None
-    return mean_if_kept(model, noise_range(model)["sigma_max"])
-
-
-def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:
-    """Whether its conditions are rows over the classes, or there are none."""
-    if not isinstance(denoiser, BoundDenoiser):
-        return False
-    return denoiser.labels is None or tuple(denoiser.labels.shape[1:]) == (label_dim,)
 
 
 def _calibrated(model: Model, nfe: int, truth: _Truth, mean: Mean | None, batch: int, progress: bool) -> Calibration:

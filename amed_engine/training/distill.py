@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,12 @@ from tqdm import tqdm
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.measure import measured
 from amed_engine.engine.model import Model
+from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
-from amed_engine.sampling.modes import differentiable, exactly, plain_defaults
+from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
 from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver, solver_names
@@ -37,6 +39,7 @@ from amed_engine.training.trainer import Round, Trainer
 OBJECTIVES = ("greedy", "end_to_end")
 
 
+@leaving_modes
 def distill(
     model: Any,
     *,
@@ -222,7 +225,9 @@ def _student_plan(
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
     rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
-    return made_for(model, measured(make_plan(nfe, midpoint=True, **own, **rest), model))
+    plan = make_plan(nfe, midpoint=True, **own, **rest)
+    tell_of_zero(afs, plan, logging.INFO)  # training learns to make up for it
+    return made_for(model, measured(plan, model))
 
 
 def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) -> AMEDPredictor:

@@ -7,32 +7,32 @@ samples, end to end. A few hundred latents and some minutes on a CPU do.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.engine.measure import mean_if_kept, mean_of
+from amed_engine.engine.measure import mean_of
 from amed_engine.engine.model import Model
+from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import sample
-from amed_engine.sampling.modes import plain_defaults, plain_tensors
+from amed_engine.sampling.modes import leaving_modes, plain_defaults, plain_tensors
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
 from amed_engine.solvers.plan import Plan, make_plan
-from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, mean_answer
+from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, mean_answer, mean_where_told
 from amed_engine.training.candidate import Candidate, Constants, Fitted, nonstationary
 from amed_engine.training.contenders import Contender, contenders, first_steps
+from amed_engine.training.fit_report import Report
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.halving import halve
-from amed_engine.training.lockstep import together
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -100,6 +100,7 @@ class Task:
         return self.variant in ("nonstationary", "adaptive")
 
 
+@leaving_modes
 @plain_tensors()
 def fit(
     model: Any,
@@ -152,8 +153,7 @@ def fit(
     tasks = {number: replace(task, nfe=number) for number in numbers}
     for each in tasks.values():
         check_task(resolved, each)  # what cannot be is refused before any network runs
-    mean = _mean(resolved, task, conditions)
-    examples = draw_examples(resolved, task, effort, conditions, mean)
+    examples, mean = draw_examples(resolved, task, effort, conditions)
     fitted: dict[int, Fitted] = {}
     for number, each in tasks.items():
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
@@ -169,13 +169,12 @@ def _reporter(bar: tqdm) -> Progress:
     return report
 
 
-def _mean(model: Model, task: Task, conditions: Conditions) -> Mean | None:
-    """What a first step "mean" would start about, where one may be chosen: conditions of the caller's own tell no class."""
-    check_first_step(task.afs)
+def _mean(model: Model, task: Task, denoisers: list[Denoiser]) -> Mean | None:
+    """What a first step "mean" would start about, where one is asked for or may be chosen."""
     sigma = noise_range(model)["sigma_max"]
     if task.afs == "mean":
         return mean_of(model, sigma)
-    return mean_if_kept(model, sigma) if task.afs is None and conditions is None and model.shape is not None else None
+    return mean_where_told(model, denoisers, sigma) if task.afs is None else None
 
 
 def learn(
@@ -205,17 +204,19 @@ def learn(
 
 
 def draw_examples(
-    model: Model, task: Task, effort: Effort, conditions: Conditions = None, mean: Mean | None = None
-) -> list[Example]:
-    """Latents with conditions, solved by the teacher, `batch` at a time; all conditions are looked at before."""
+    model: Model, task: Task, effort: Effort, conditions: Conditions = None
+) -> tuple[list[Example], Mean | None]:
+    """Latents with conditions, solved by the teacher, `batch` at a time, and the mean answer that a first step may start about;
+    all conditions are looked at before."""
     span = {**noise_range(model), "guidance_scale": task.guidance_scale}
     teacher = make_plan(effort.teacher_nfe, afs=False, **span, **TEACHER)
     batch = min(effort.batch, effort.samples)
     data = Batches(model, teacher, batch, torch.Generator().manual_seed(effort.seed), conditions)
     counts = [min(batch, effort.samples - start) for start in range(0, effort.samples, batch)]
     drawn = [data.draw([slice(0, count)], count)[0] for count in counts]
+    mean = _mean(model, task, [denoiser for denoiser, _ in drawn])
     means = [mean_answer(mean, denoiser) for denoiser, _ in drawn]
-    return [solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)]
+    return [solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)], mean
 
 
 @torch.no_grad()
@@ -242,6 +243,7 @@ def _firsts(task: Task, mean: Mean | None) -> tuple[FirstStep, ...]:
 
 def check_task(model: Model, task: Task) -> None:
     """Raises ConfigError for what cannot be fitted."""
+    check_first_step(task.afs)
     if not task.learns_all:
         _own_plan(model, task, None)
         return
@@ -265,6 +267,7 @@ def starts_of(model: Model, task: Task, free: Sequence[Contender], mean: Mean | 
     levels; for constants DPM-Solver-2."""
     if not task.learns_all:
         plan = _own_plan(model, task, mean)
+        tell_of_zero(task.afs, plan)
         with plain_defaults():
             constants = ConstantPredictor(plan.intervals, dict(plan.options).get("points", 1))
         return [Constants(plan, constants, learn_sigmas=bool(task.learn_sigmas))]
@@ -273,28 +276,3 @@ def starts_of(model: Model, task: Task, free: Sequence[Contender], mean: Mean | 
     plans = [contender.plan for contender in free if mean is None or contender.plan.afs is not True]
     every = (nonstationary(plan.program(), low, plan.mean) for plan in plans)
     return [replace(start, learn_sigmas=learn_sigmas) for start in every if not start.collisions]
-
-
-class Report(NamedTuple):
-    """How a predictor compares with the best training-free plan: RMSE to the teacher on the latents that it was fitted to."""
-
-    rmse: float
-    free_rmse: float
-    free: Plan
-    latents: int
-
-    @classmethod
-    def of(cls, candidate: Candidate, free: Contender, examples: Sequence[Example], rows: int) -> Report:
-        program = free.program()
-        ends = [together([program], example, rows)[0][0].double() for example in examples]
-        loss = sum((end - example.target).square().sum().item() for end, example in zip(ends, examples, strict=True))
-        count = sum(example.target.numel() for example in examples)
-        mine, theirs = (math.sqrt(total / count) for total in (loss_of(candidate, examples), loss))
-        return cls(mine, theirs, free.plan, sum(len(example.x) for example in examples))
-
-    def __str__(self) -> str:
-        share = self.rmse / self.free_rmse if self.free_rmse else math.inf
-        return (
-            f"RMSE {self.rmse:.4f} on the {self.latents} latents of the fit, {share:.2f} of the {self.free_rmse:.4f} of the "
-            f"best training-free plan there ({self.free.describe()})"
-        )

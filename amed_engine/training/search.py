@@ -23,10 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import measured
+from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
+from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver, in_range
 from amed_engine.solvers.mean import FirstStep
@@ -42,6 +44,7 @@ COSTS = ("euler", "solver")
 COEFFICIENT = 1.15  # the paper's for pixels; 1.2 for Stable Diffusion
 
 
+@leaving_modes
 def search_schedule(
     model: Any,
     *,
@@ -78,6 +81,7 @@ def search_schedule(
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     span = noise_range(resolved)
     plan = make_plan(nfe, solver=solver, options=solver_options, afs=afs, guidance_scale=guidance_scale, **span)
+    tell_of_zero(afs, plan)
     plan = measured(plan, resolved)
     levels, step = _grid(grid, plan, span), _step(cost, plan)
     _check_numbers(samples, batch, coefficient)

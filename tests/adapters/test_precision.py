@@ -186,6 +186,61 @@ def test_layerwise_casting_computes_in_its_compute_dtype(compute):
     assert Sampler(wrap(networks[0], "epsilon")).model.precision == str(compute).removeprefix("torch.")
 
 
+class CastsItself(Seeded):
+    """A body in half precision beside a float32 layer: it casts between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(3, 3, 1)
+        self.body.bfloat16()
+        self.requires_grad_(False).eval()
+
+    def forward(self, x, t):
+        return self.body(self.enter(x).tanh().bfloat16())
+
+
+def test_layerwise_casting_of_a_part_speaks_for_that_part():
+    from diffusers.hooks import apply_layerwise_casting
+
+    plain, cast = CastsItself(), CastsItself()
+    for parameter in plain.body.parameters():
+        parameter.copy_(parameter.to(torch.float8_e4m3fn))  # what the storage leaves of it
+    apply_layerwise_casting(cast.body, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    expected = images(wrapped(lambda x, t: plain(x, t).float()))
+    assert not torch.equal(images(wrapped(CastsItself())), expected)
+    assert torch.equal(images(wrapped(cast)), expected)
+
+
+class Denoiser(Seeded):
+    """The caller's own (x, sigma) -> D. inside: it casts to its layers' dtype by itself."""
+
+    def __init__(self, dtype, inside=False):
+        super().__init__()
+        self.inside = inside
+        self.to(dtype)
+
+    def forward(self, x, sigma):
+        self.seen = x.dtype, sigma.dtype
+        return self.body(x.to(self.body.weight.dtype) if self.inside else x) / (1 + sigma.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_denoiser_given_as_it_is_gets_what_its_layers_take(dtype):
+    network = Denoiser(dtype)
+    found = Sampler(network, solver="euler", nfe=3, shape=(3, 8, 8)).run([1, 2]).images
+    levels = torch.float64 if dtype == torch.float64 else torch.float32
+    assert network.seen == (dtype, levels)
+    plain = lambda x, sigma: Denoiser(dtype)(x.to(dtype), sigma.to(levels)).float()  # noqa: E731
+    expected = Sampler(plain, solver="euler", nfe=3, shape=(3, 8, 8)).run([1, 2]).images
+    assert torch.equal(found, expected)
+
+
+def test_a_denoiser_of_half_precision_that_takes_float32_keeps_it():
+    network = Denoiser(torch.bfloat16, inside=True)
+    Sampler(network, solver="euler", nfe=3, shape=(3, 8, 8)).run([1])
+    assert network.seen == (torch.float32, torch.float32)
+
+
 def test_group_offloading_runs():
     pytest.importorskip("accelerate")
     network = unet()
@@ -253,6 +308,18 @@ def test_a_network_whose_weights_are_no_parameters_gets_what_they_take(dtype, bu
     network = Unlisted(dtype, buffer)
     expected = images(wrapped(lambda x, t: network(x.to(dtype), t)))
     assert torch.equal(images(wrapped(network)), expected)
+
+
+class Silent(Classifier):
+    @torch.no_grad()
+    def forward(self, x, t):
+        return super().forward(x, t)
+
+
+def test_a_classifier_without_a_gradient_is_refused():
+    guided = ClassifierGuided(wrapped(Body()), Silent(), 1.0, label_dim=10)
+    with pytest.raises(ConfigError, match="the classifier gives an answer that no gradient comes from: it runs under"):
+        guided(torch.ones(2, 3, 8, 8), torch.ones(2), torch.tensor([1, 2]))
 
 
 def test_a_classifier_made_under_inference_mode_is_refused():

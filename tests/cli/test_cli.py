@@ -305,7 +305,7 @@ def test_fit_writes_a_predictor_per_number_of_evaluations(amed, tiny_model, tmp_
         predictor = load_predictor(tmp_path / "out" / f"nfe{nfe}.safetensors")
         assert predictor.plan.nfe == nfe
         assert amed_engine.Sampler(tiny_model, predictor).run(1).images.isfinite().all()
-    told = re.findall(r"^RMSE [\d.]+ on the 8 latents of the fit, [\d.]+ of the [\d.]+ of the best", out, re.MULTILINE)
+    told = re.findall(r"^RMSE [\d.]+, median [\d.]+, on the 8 latents of the fit, [\d.]+ of the", out, re.MULTILINE)
     assert len(told) == 2
 
 

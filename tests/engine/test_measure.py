@@ -296,6 +296,16 @@ def test_the_zoo_s_own_is_what_would_be_measured():
 # ---- what is refused
 
 
+@pytest.mark.parametrize(("classes", "shape"), [(0, (1, 1024, 1025)), (4, (1, 1024, 513))])
+def test_a_mean_that_is_too_large_to_keep_costs_no_evaluation(classes, shape):
+    def never(x, sigma, labels=None):
+        raise AssertionError("the network ran")
+
+    for work in (measure_mean, lambda model, **facts: Sampler(model, afs="mean", **facts)):
+        with pytest.raises(ConfigError, match="numbers, more than the 1048576 that are kept; pass another afs"):
+            work(never, shape=shape, label_dim=classes)
+
+
 def test_a_model_without_a_shape_cannot_be_measured():
     with pytest.raises(
         ConfigError, match=r"does not say what shape its samples have; pass shape=\(C, H, W\), or another afs"

@@ -90,6 +90,18 @@ PLAN = '"solver": "euler", "sigmas": [2, 1]'
         ('{"version": 3, "stages": []}', "plan of version 3 is not known here.*update this one"),
         ('{"solver": "euler"}', "plan lacks sigmas"),
         ('{"format": "amed_levels", "version": 3}', "expected format 'amed_levels', version 1"),
+        ('{"format": "amed_levels", "version": true}', "expected format 'amed_levels', version 1"),
+        (
+            f'{{"format": "amed_levels", "version": 1, "afs": "mean", "plan": {{{PLAN}}}}}',
+            "noise levels have unknown entries afs; the plan says everything",
+        ),
+        *(
+            (
+                f'{{{PLAN}, "version": {version}}}',
+                f"'version' must be the number 2, got {said}; plans of the first have none",
+            )
+            for version, said in (("1", "'1'"), ("0", "'0'"), ("null", "'None'"), ("true", "'True'"), ('"2"', "'2'"))
+        ),
         (f'{{"format": "amed_levels", "version": 1, "plan": {{{PLAN}, "version": 3}}}}', "plan of version 3"),
         (
             '{"format": "amed_plan", "version": 1}',

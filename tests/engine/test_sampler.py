@@ -15,6 +15,7 @@ from torch import nn
 from amed_engine import (
     AMEDPredictor,
     ConfigError,
+    ConstantPredictor,
     NonFiniteError,
     Sampler,
     load_predictor,
@@ -650,6 +651,14 @@ def test_levels_and_first_steps_that_keep_the_bundled_predictor_away_say_so(zoo,
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
 
 
+def test_levels_alone_are_stepped_by_the_best_training_free_solver(tiny_model):
+    levels = make_schedule("polynomial", 6, 0.002, 80.0)
+    for afs, solver, nfe in ((None, "deis", 5), ("mean", "unipc", 4)):
+        sampler = Sampler(tiny_model, schedule=levels, afs=afs)
+        assert (sampler.plan.solver, sampler.nfe) == (solver, nfe)
+        assert sampler.plan == Sampler(tiny_model, schedule=levels, afs=afs, nfe=nfe).plan
+
+
 def test_a_first_step_about_zero_that_the_nfe_forces_is_said(tiny_model, caplog):
     assert Sampler(tiny_model, solver="heun", nfe=5).plan.afs is True
     (record,) = caplog.records
@@ -658,6 +667,9 @@ def test_a_first_step_about_zero_that_the_nfe_forces_is_said(tiny_model, caplog)
     for asked in ({"afs": True}, {"afs": "mean"}, {"nfe": 6}):
         Sampler(tiny_model, solver="heun", **({"nfe": 5} | asked))
     assert caplog.records == []
+    Sampler(tiny_model, ConstantPredictor(3), nfe=5)  # two evaluations an interval
+    (record,) = caplog.records
+    assert "amed spends 5 evaluations only where the first step is analytic" in record.message
 
 
 def test_guidance_that_the_bundled_predictor_was_not_trained_for_goes_without_it(zoo, tiny_conditional, caplog):

@@ -8,6 +8,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine import AMEDPredictor, Sampler, make_schedule, make_solver, sample
+from amed_engine.evaluation.comparison import compare
 from amed_engine.evaluation.metrics import read_features
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.integrations.physicsnemo import AMEDSolver
@@ -346,3 +347,36 @@ def test_what_wrap_makes_under_inference_mode_serves_outside():
 def test_conditions_made_under_inference_mode():
     rows = inside(lambda: torch.rand(8, 3))
     assert amed_engine.distill(Labelled(), conditions=[rows], **DISTILL).plan is not None
+
+
+# ---- modes
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.drop, self.frozen = nn.Conv2d(2, 2, 1), nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x, t):
+        return self.frozen(self.drop(self.scale(x)))
+
+
+@pytest.mark.parametrize(
+    ("work", "options"),
+    [
+        (amed_engine.fit, FIT),
+        (amed_engine.distill, DISTILL),
+        (amed_engine.calibrate, {"nfe": 3, "progress": False}),
+        (amed_engine.search_schedule, {"nfe": 3, "samples": 8, "grid": 9, "progress": False}),
+        (amed_engine.measure_mean, {}),
+        (compare, {"samples": 2, "curve_samples": 0, "nfe": 3}),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_network_in_training_goes_on_training_after_work_on_it(work, options, named):
+    network = Drops().train()
+    network.frozen.eval()
+    denoiser = amed_engine.wrap(network, "epsilon", shape=SHAPE)
+    work(model=denoiser, **options) if named else work(denoiser, **options)
+    assert (network.training, network.drop.training, network.frozen.training) == (True, True, False)

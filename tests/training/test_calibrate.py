@@ -408,15 +408,23 @@ def test_a_fit_says_how_it_compares_with_the_best_plan(caplog):
     assert report.latents == 32
     assert report.rmse < report.free_rmse
     assert str(report) in caplog.text
-    assert f"{report.rmse / report.free_rmse:.2f} of the {report.free_rmse:.4f}" in str(report)
+    assert f"RMSE {report.rmse:.4f}, median {report.median:.4f}" in str(report)
+    assert f"{report.rmse / report.free_rmse:.2f} of the {report.free_rmse:.4f}, {report.free_median:.4f}" in str(
+        report
+    )
     teacher = make_plan(24, solver="deis", options={"max_order": 4}, schedule="polynomial", afs=False)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(32, *SHAPE, generator=generator)
     exact = Sampler(mixture, plan=teacher, shape=SHAPE).run(z).images
-    for plan, rmse in ((report.free, report.free_rmse), (None, report.rmse)):
+    for plan, rmse, median in (
+        (report.free, report.free_rmse, report.free_median),
+        (None, report.rmse, report.median),
+    ):
         given = {"predictor": predictor} if plan is None else {"plan": plan}
         images = Sampler(mixture, shape=SHAPE, **given).run(z).images
-        assert (images - exact).square().mean().sqrt().item() == pytest.approx(rmse, rel=1e-3)
+        squares = (images - exact).square().flatten(1).mean(1)
+        assert squares.mean().sqrt().item() == pytest.approx(rmse, rel=1e-3)
+        assert squares.median().sqrt().item() == pytest.approx(median, rel=1e-3)
 
 
 @pytest.mark.parametrize("afs", [False, True, "mean"])
@@ -425,6 +433,28 @@ def test_a_fit_keeps_to_the_first_step_that_was_asked_for(afs):
     predictor = fit(mixture, nfe=3, afs=afs, shape=SHAPE, **options)
     assert predictor.plan.afs == predictor.report.free.afs == afs
     assert type(predictor.plan.afs) is type(afs)
+
+
+@pytest.mark.parametrize("given", ["numbers", "rows"])
+def test_a_fit_with_classes_of_the_callers_own_may_start_about_their_mean(given):
+    labels = torch.arange(8) % 3
+    conditions = [labels if given == "numbers" else nn.functional.one_hot(labels, 3).float()]
+    options = {"samples": 8, "batch": 8, "starts": 1, "early": 0, "late": 1, "teacher_nfe": 12, "progress": False}
+    found = fit(Gaussian(3), nfe=2, conditions=conditions, **options)
+    assert found.plan.afs == found.report.free.afs == "mean"
+    assert (
+        found.report.free_rmse
+        < 0.1 * fit(Gaussian(3), nfe=2, conditions=conditions, afs=True, **options).report.free_rmse
+    )
+
+
+def test_a_fit_with_denoisers_that_tell_no_class_starts_about_none():
+    model = Gaussian(3)
+    bound = [lambda x, sigma: model(x, sigma, torch.eye(3)[[0] * len(x)])]
+    options = {"samples": 8, "batch": 8, "starts": 1, "early": 0, "late": 1, "teacher_nfe": 12, "progress": False}
+    found = fit(model, nfe=2, conditions=bound, **options)
+    assert found.plan.afs != "mean"
+    assert model.rows % 8 == 0  # nothing was measured
 
 
 # ---- bad input

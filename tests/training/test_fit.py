@@ -194,14 +194,15 @@ def test_each_variant_beats_its_start_and_is_saved_whole(variant, tmp_path):
     model = resolve(mixture, shape=SHAPE)
     effort = Effort(samples=24, batch=12, early=2, late=2, teacher_nfe=20, seed=3)
     task = Task(variant, nfe=5, codes=2)
-    predictor = learn(model, task, effort, draw_examples(model, task, effort))
+    examples, mean = draw_examples(model, task, effort)
+    predictor = learn(model, task, effort, examples, mean=mean)
     save_predictor(predictor, tmp_path / "p.safetensors")
     loaded = load_predictor(tmp_path / "p.safetensors")
     assert loaded.plan == predictor.plan
     assert loaded.plan.nfe == 5
-    fresh = draw_examples(model, task, replace(effort, samples=64, batch=64, seed=4))[0]
+    (fresh,), _ = draw_examples(model, task, replace(effort, samples=64, batch=64, seed=4))
     drawn = Sampler(mixture, loaded, shape=SHAPE).run(fresh.x / 80).images
-    start = starts_of(model, task, best_free(model, task, draw_examples(model, task, effort), 12))[0]
+    start = starts_of(model, task, best_free(model, task, examples, 12))[0]
     assert (drawn - fresh.target).square().sum() < 0.5 * loss_of(start, [fresh])
 
 
@@ -263,7 +264,7 @@ def test_latents_come_before_labels_from_one_generator(tiny_conditional):
     model, effort = resolve(tiny_conditional), Effort(samples=10, batch=4, teacher_nfe=4, seed=5)
     task = Task("nonstationary", guidance_scale=2.0)
     generator = torch.Generator().manual_seed(5)
-    for example, count in zip(draw_examples(model, task, effort), (4, 4, 2), strict=True):
+    for example, count in zip(draw_examples(model, task, effort)[0], (4, 4, 2), strict=True):
         x = torch.randn((count, 1, 8, 8), generator=generator) * 80.0
         labels = torch.nn.functional.one_hot(
             torch.randint(model.label_dim, (count,), generator=generator), model.label_dim
@@ -292,7 +293,7 @@ def test_conditions_may_be_classes_tensors_or_denoisers(tiny_conditional):
     classes = [torch.arange(4) % dim, torch.zeros(4, dtype=torch.int64)]
     rows = [torch.nn.functional.one_hot(c, dim).float() for c in classes]
     bound = [lambda x, sigma, r=r: tiny_conditional(x, sigma, r) for r in rows]
-    drawn = [draw_examples(model, Task("constants"), effort, c) for c in (classes, rows, bound, classes[1:])]
+    drawn = [draw_examples(model, Task("constants"), effort, c)[0] for c in (classes, rows, bound, classes[1:])]
     targets = [torch.cat([example.target for example in examples]) for examples in drawn]
     assert torch.equal(targets[0], targets[1])
     assert torch.equal(targets[0], targets[2])

@@ -8,7 +8,16 @@ from functools import partial
 import pytest
 import torch
 
-from amed_engine import ConfigError, FileFormatError, Sampler, make_schedule, make_solver, sample, search_schedule
+from amed_engine import (
+    ConfigError,
+    FileFormatError,
+    Sampler,
+    make_schedule,
+    make_solver,
+    measure_mean,
+    sample,
+    search_schedule,
+)
 from amed_engine.checkpoints import save_model
 from amed_engine.checkpoints.levels import read_levels, write_levels
 from amed_engine.sampling.denoiser import analytic_first_step
@@ -317,3 +326,39 @@ def test_a_plan_with_a_predictor_is_not_written(tmp_path):
 def test_those_that_extrapolate_in_log_sigma_are_warned_of(solver, caplog):
     search(solver=solver, samples=2, batch=2, grid=9)
     assert ("extrapolates in log sigma" in caplog.text) == (solver in ("dpmpp", "unipc"))
+
+
+def test_levels_searched_about_the_mean_run_about_it_by_every_command(amed, tmp_path, tiny_conditional):
+    save_model(tiny_conditional, tmp_path / "m.safetensors")
+    common = ("--model", tmp_path / "m.safetensors", "--device", "cpu")
+    levels = tmp_path / "levels.json"
+    wished = ("--nfe", 3, "--solver", "euler", "--afs", "mean", "--grid", 9, "--samples", 4, "--out", levels)
+    code, _, err = amed("search-schedule", *common, *wished)
+    assert (code, err) == (0, "")
+    plan = read_levels(levels)
+    assert (plan.afs, plan.nfe, plan.mean) == ("mean", 3, measure_mean(tiny_conditional))
+    assert Sampler(tiny_conditional, plan=levels).program.intervals == 4
+    for nfe in ((), ("--nfe", 3)):
+        code, out, _ = amed("sample", *common, "--schedule", levels, *nfe, "--seeds", 0, "--out", tmp_path / "o.png")
+        assert code == 0
+        assert out.startswith("euler, custom, 4 intervals, AFS about the mean")
+    asked = ("--nfe", 3, "--seeds", 0, "--samples", 2, "--json", "-")
+    code, out, _ = amed("compare", *common, "--schedule", levels, *asked)
+    assert code == 0
+    assert all("AFS about the mean" in row["plan"] for row in json.loads(out)["rows"])
+
+
+def test_levels_of_a_file_that_leave_some_of_the_model_out_say_so(found, amed, tmp_path, tiny_conditional):
+    tiny_conditional.sigma_max = 2560.0
+    save_model(tiny_conditional, tmp_path / "wide.safetensors")
+    common = ("--model", tmp_path / "wide.safetensors", "--device", "cpu", "--seeds", 0, "--out", tmp_path / "o.png")
+    code, _, err = amed("sample", *common, "--schedule", found[1])
+    assert code == 0
+    assert "the model's noise levels are 2560 to" in err
+    assert "this plan's 80 to" in err
+
+
+def test_a_search_whose_nfe_forces_a_step_about_zero_says_so(caplog):
+    search(mixture, nfe=3, solver="heun")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "heun spends 3 evaluations only where the first step is analytic" in record.message

@@ -41,15 +41,16 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
     if out:
         figure.import_matplotlib()
     check_writable(out, None if json_file == "-" else json_file)
+    given = typed({**shared, "nfe": nfe})
     comparison = work.compare(
         model,
-        nfe,
+        given.pop("nfe"),
         numbers,
         samples=samples,
         curve_samples=curve_samples,
         predictor=predictor,
         weights=weights,
-        setting=work.Setting(**typed(shared)),
+        setting=work.Setting(**given),
         progress=sys.stderr.isatty(),
     )
     if out:

@@ -31,13 +31,15 @@ def search_schedule(
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
     from amed_engine.checkpoints.levels import write_levels
+    from amed_engine.engine.measure import measured
+    from amed_engine.engine.resolve import resolve
 
     network = open_network(model, weights, device)
     wished = {"solver": solver, "afs": afs, "guidance_scale": guidance_scale}
     levels = amed_engine.search_schedule(
         network, nfe=nfe, solver_options=solver_options, progress=sys.stderr.isatty(), **wished, **options
     )
-    plan = amed_engine.make_plan(nfe, options=solver_options, schedule=levels, **wished)
+    plan = measured(amed_engine.make_plan(nfe, options=solver_options, schedule=levels, **wished), resolve(network))
     write_levels(plan, out)
     click.echo(plan.describe())
     click.echo(f"noise levels {' '.join(f'{level:.4g}' for level in plan.sigmas)}")

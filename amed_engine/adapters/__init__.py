@@ -1,6 +1,7 @@
 """Adapters: networks of every family as denoisers (x, sigma (B,)) -> Denoised(D, bottleneck)."""
 
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.autoencoders import decode_latents
 from amed_engine.adapters.compiled import Compiled, is_package, load_compiled, save_package
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.family import Coefficients, Family
@@ -8,7 +9,7 @@ from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
-from amed_engine.adapters.latents import decode_latents, encode_texts, wrap_pipeline
+from amed_engine.adapters.latents import encode_texts, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.schedulers import shift_of
 from amed_engine.adapters.signature import Signature

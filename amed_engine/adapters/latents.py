@@ -1,20 +1,20 @@
-"""Latent diffusion: prompts of a diffusers pipeline as bound conditions, and latents back to images through its VAE."""
+"""Latent diffusion: prompts of a diffusers pipeline as bound conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.autoencoders import check_latent_channels
 from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.wrapping import wrap
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import bare
+from amed_engine.sampling.modules import bare, device_of
 
 NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 # Of a pipeline's components those that the denoiser holds, and those that have no say in it.
@@ -32,6 +32,7 @@ def wrap_pipeline(
     negative_prompt: str | None = None,
     shape: tuple[int, ...] | None = None,
     guidance: float | None = None,
+    bottleneck: str | None = "auto",
 ) -> Adapter:
     """The denoiser of a text-to-image pipeline with its prompts bound; `class_labels` choose among them.
 
@@ -40,7 +41,8 @@ def wrap_pipeline(
     or zeros where SDXL has force_zeros_for_empty_prompt. shape: (C, H, W) of the latents, where it is not the network's own;
     SDXL is told its size. Prediction and betas are read from the pipeline's scheduler, the noise levels of a flow are
     `flow_levels(n, shift=shift_of(pipeline.scheduler, denoiser.sample_shape))`. Guidance is the sampler's:
-    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given.
+    guidance_scale=7.5; guidance is what a Flux distilled for it is told instead, 3.5 unless given. bottleneck: as `wrap` has
+    it; None for a network that is compiled already.
     Raises ConfigError for a pipeline of another kind, or a VAE with other latent channels than the network.
     """
     network, kind = _network_of(pipeline)
@@ -53,14 +55,21 @@ def wrap_pipeline(
     channels = network.config.in_channels // (4 if is_flux else 1)
     vae = getattr(pipeline, "vae", None)
     if vae is not None:
-        _check_latent_channels(vae, channels, "the network takes")
+        check_latent_channels(vae, channels, "the network takes")
     if is_flux:
         size = pipeline.default_sample_size  # the transformer itself takes any
         conditions, null = _encode_flux(pipeline, network, prompts, negative_prompt)
         network, shape = Flux(network, 3.5 if guidance is None else guidance), shape or (channels, size, size)
     else:
         conditions, null = _encode(pipeline, network, prompts, negative_prompt, None if shape is None else shape[1:])
-    return wrap(network, scheduler=pipeline.scheduler, conditions=conditions, null_conditions=null, shape=shape)
+    return wrap(
+        network,
+        scheduler=pipeline.scheduler,
+        conditions=conditions,
+        null_conditions=null,
+        shape=shape,
+        bottleneck=bottleneck,
+    )
 
 
 def _network_of(pipeline: Any) -> tuple[Any, str]:
@@ -104,7 +113,7 @@ def _encode(
     """The conditions of the prompts, a row each, and those of the negative prompt, one row. size: of the latents."""
     encoded = pipeline.encode_prompt(
         prompt=prompts,
-        device=network.device,
+        device=device_of(network),
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
         negative_prompt=None if negative is None else [negative] * len(prompts),
@@ -123,7 +132,7 @@ def _encode(
 
 def _encode_flux(pipeline: Any, network: Any, prompts: list[str], negative: str | None) -> tuple[dict, dict]:
     """The same for Flux, whose encoder knows no negative prompts: they are prompts like any other."""
-    text, pooled, _ = pipeline.encode_prompt([*prompts, negative or ""], device=network.device)
+    text, pooled, _ = pipeline.encode_prompt([*prompts, negative or ""], device=device_of(network))
     rows = {"encoder_hidden_states": text, "pooled_projections": pooled}
     return {name: value[:-1] for name, value in rows.items()}, {name: value[-1:] for name, value in rows.items()}
 
@@ -159,66 +168,3 @@ def encode_texts(tokenizer: Any, text_encoder: Any, texts: list[str], device: to
     masked = getattr(text_encoder.config, "use_attention_mask", False)
     mask = tokens.attention_mask.to(device) if masked else None
     return text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in -1 .. 1 from latents (B, C, h, w) in the scale that the network was trained in.
-
-        z/scaling_factor + shift_factor,   or   z·latents_std/scaling_factor + latents_mean
-
-    vae: an AutoencoderKL of diffusers, in its own dtype, but one in float16 with force_upcast in float32, as SDXL's overflows.
-    Raises ConfigError for another number of channels, or a VAE whose configuration scales its latents otherwise.
-    """
-    if not hasattr(vae, "decode") or not hasattr(vae, "config"):
-        raise ConfigError(f"vae must be an autoencoder of diffusers, got {type(vae).__name__}")
-    _check_latent_channels(vae, latents.shape[1], "the latents have")
-    scale, shift = _scaling(vae, latents)
-    scaled = latents * scale + shift
-    with _upcast(vae):
-        images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    return images.to(latents.dtype).clamp(-1, 1)
-
-
-@contextmanager
-def _upcast(vae: Any) -> Iterator[None]:
-    """A VAE that overflows in float16 in float32, and back, which changes no number of it."""
-    forced = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if forced:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if forced:
-            vae.to(torch.float16)
-
-
-def _check_latent_channels(vae: Any, channels: int, who: str) -> None:
-    expected = getattr(vae.config, "latent_channels", channels)
-    if expected != channels:
-        raise ConfigError(f"{who} {channels} channels, the VAE {expected}: they belong to different models")
-
-
-def _scaling(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What latents (B, C, ...) are multiplied with, and what is added. Raises ConfigError."""
-    config, kind = vae.config, type(vae).__name__
-    factor, shift = getattr(config, "scaling_factor", None), getattr(config, "shift_factor", None)
-    if not factor or getattr(config, "batch_norm_eps", None) is not None:
-        raise ConfigError(
-            f"{kind} has scaling_factor={factor!r} and batch_norm_eps={getattr(config, 'batch_norm_eps', None)!r}, expected a "
-            "factor and no normalization: how its latents are scaled is not known; call its decode yourself"
-        )
-    kept = getattr(vae, "_buffers", {})  # where those of videos have them
-    given = {name: getattr(config, name, kept.get(name)) for name in ("latents_mean", "latents_std")}
-    if all(value is None for value in given.values()):
-        return 1 / factor, shift or 0.0
-    if shift or any(value is None or len(value) != latents.shape[1] for value in given.values()):
-        raise ConfigError(
-            f"{kind} has latents_mean={given['latents_mean']}, latents_std={given['latents_std']} and shift_factor={shift}; "
-            f"expected {latents.shape[1]} numbers in both of the former and none in the latter: call its decode yourself"
-        )
-    mean, std = (
-        torch.as_tensor(value, device="cpu").to(latents).reshape(-1, *[1] * (latents.dim() - 2))
-        for value in given.values()
-    )
-    return std / factor, mean

@@ -62,6 +62,9 @@ READ = {
     "flow": STEPPING | SHIFTING | {"num_train_timesteps", "eta", "s_noise", "stochastic_sampling", "upscale_mode"},
 }
 
+# The entry of AMEDScheduler's configuration that holds for it in the place of what other classes read there.
+OWN_SETTINGS = "_amed"
+
 _THRESHOLD = "D is the network's own here: set it to False, and put amed_engine.adapters.Thresholded round the denoiser"
 _CLIP = (
     "D is the network's own here, which no step clips: pass scheduler=type(scheduler).from_config(scheduler.config, "
@@ -138,10 +141,21 @@ def _own_fields(scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     ancestors = type(scheduler).__mro__
     if not any(ancestor.__name__ == "SchedulerMixin" for ancestor in ancestors):
         return dict(config)
+    if any(ancestor.__name__ == "AMEDScheduler" for ancestor in ancestors):
+        config = in_effect(config)
     own = {"_use_default_values"}.union(*(inspect.signature(ancestor.__init__).parameters for ancestor in ancestors))
     if type(scheduler).__name__.startswith("CogVideoX"):
         own.remove("clip_sample")  # which its step does not look at
     return {name: value for name, value in config.items() if name in own}
+
+
+def in_effect(config: Any) -> Any:
+    """AMEDScheduler's configuration as it holds for AMEDScheduler itself; what is none as it is."""
+    if not isinstance(config, Mapping):
+        return config
+    own = config.get(OWN_SETTINGS, {})
+    defaults = [name for name in config.get("_use_default_values", ()) if name not in own]
+    return {**config, **own, "_use_default_values": defaults}
 
 
 def check_fields(name: str, config: Mapping[str, Any], read: Collection[str]) -> None:

@@ -79,7 +79,8 @@ class Model:
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
         # after they changed.
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            denoised = self._precision.call(self.network, dtype, ask, usual) if self.foreign else ask(usual)
+            tells = self.foreign and self.module is not None
+            denoised = self._precision.call(self.network, dtype, ask, usual) if tells else ask(usual)
         _check_answer(denoised.x0, x)
         return denoised._replace(x0=denoised.x0.to(x.dtype))
 

@@ -1,7 +1,6 @@
 """Pipelines of diffusers, tiny and with random weights: from a text to an image, as they make it themselves."""
 
 import functools
-import string
 
 import pytest
 import torch
@@ -12,65 +11,16 @@ from amed_engine.adapters.flux import pack, unpack
 from amed_engine.errors import ConfigError
 
 diffusers = pytest.importorskip("diffusers", reason="needs pip install 'amed-engine[diffusers]'")
+pytest.importorskip("transformers", reason="needs pip install 'amed-engine[diffusers]'")
+
+from tiny_pipelines import autoencoder, make_flux, stable_diffusion, t5, unet  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def unet():
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    ).eval()  # fmt: skip
-
-
-def clip():
-    """CLIP in miniature, (text encoder, tokenizer)."""
-    transformers = pytest.importorskip("transformers", reason="needs pip install 'amed-engine[diffusers]'")
-    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
-    vocabulary = {word: i for i, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=52, eos_token_id=53,
-    )  # fmt: skip
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
-    return transformers.CLIPTextModel(config).eval(), tokenizer
-
-
-def t5():
-    """T5 in miniature, (text encoder, tokenizer)."""
-    transformers = pytest.importorskip("transformers", reason="needs pip install 'amed-engine[diffusers]'")
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=40, d_model=12, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    words = [(letter, -3.0) for letter in string.ascii_lowercase]
-    tokenizer = transformers.T5Tokenizer(vocab=special + words, extra_ids=0, model_max_length=8)
-    return transformers.T5EncoderModel(config).eval(), tokenizer
-
-
-def autoencoder(**options):
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, scaling_factor=0.3, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **options,
-    ).eval()  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def pipeline():
-    """Stable Diffusion in miniature: every component of its own class, random weights."""
-    text_encoder, tokenizer = clip()
-    scheduler = diffusers.EulerDiscreteScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="leading", steps_offset=1
-    )
-    made = diffusers.StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet(), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    made.set_progress_bar_config(disable=True)
-    return made
+    return stable_diffusion()
 
 
 def test_text_to_image_in_five_evaluations(pipeline):
@@ -108,20 +58,7 @@ def test_text_to_image_is_what_the_pipeline_itself_makes(pipeline):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["distilled", "plain"])
 def flux(request):
-    """Flux in miniature, told a guidance or not, with the shift of the published one."""
-    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(), t5()
-    torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=16, guidance_embeds=request.param, axes_dims_rope=(2, 2, 4),
-    )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    made = diffusers.FluxPipeline(
-        scheduler=scheduler, vae=autoencoder(shift_factor=0.1), text_encoder=text_encoder, tokenizer=tokenizer,
-        text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, transformer=transformer.eval(),
-    )  # fmt: skip
-    made.set_progress_bar_config(disable=True)
-    return made
+    return make_flux(guidance_embeds=request.param)
 
 
 def test_flux_makes_an_image_of_a_text_in_five_evaluations(flux):
@@ -218,6 +155,24 @@ def test_a_compiled_transformer_is_the_one_inside(flux):
         torch.testing.assert_close(compiled(x, sigma, first).x0, expected, rtol=1e-4, atol=1e-4)
     finally:
         flux.transformer = inside
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_unet_runs_without_a_bottleneck(in_place):
+    """As the message says that refuses to read one."""
+    made, (x, sigma, first) = stable_diffusion(), (torch.randn(1, 4, 8, 8), torch.tensor([2.0]), torch.tensor([0]))
+    plain = wrap_pipeline(made, "a cat")
+    expected = plain(x, sigma, first).x0
+    assert plain.bottleneck == "mid_block"
+    if in_place:
+        made.unet.compile(backend="eager")
+    else:
+        made.unet = torch.compile(made.unet, backend="eager")
+    with pytest.raises(ConfigError, match="or pass bottleneck=None"):
+        wrap_pipeline(made, "a cat")
+    denoised = wrap_pipeline(made, "a cat", bottleneck=None)(x, sigma, first)
+    assert denoised.features is None
+    torch.testing.assert_close(denoised.x0, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -214,6 +214,6 @@ def test_defaults_of_the_present_scheduler_are_kept(predictor, kind):
     torch.testing.assert_close(scheduler.alphas_cumprod.float(), present.alphas_cumprod, rtol=1e-5, atol=0)
     own = AMEDScheduler.from_predictor(predictor, present.config)
     assert own.alphas_cumprod is not None
-    assert own.config.final_sigmas_type == "sigma_min"
+    assert own.settings["final_sigmas_type"] == "sigma_min"
     own.set_timesteps()
     assert own.levels.tolist() == list(predictor.plan.sigmas)

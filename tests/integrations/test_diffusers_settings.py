@@ -110,12 +110,12 @@ def test_what_a_predictor_changed_is_left_behind(predictor):
     present = diffusers.EulerDiscreteScheduler(**SD, use_karras_sigmas=True)
     scheduler = AMEDScheduler.from_predictor(predictor, present.config)
     assert scheduler.init_noise_sigma == pytest.approx(10.0)
-    assert scheduler.config["final_sigmas_type"] == "sigma_min"
+    assert scheduler.settings["final_sigmas_type"] == "sigma_min"
     back = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
     assert not changed({k: v for k, v in present.config.items() if k != "_use_default_values"}, back.config)
     again = AMEDScheduler.from_config(scheduler.config)
-    assert {k: again.config[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")} == {
-        k: scheduler.config[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")
+    assert {k: again.settings[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")} == {
+        k: scheduler.settings[k] for k in ("final_sigmas_type", "noise_levels", "midpoints", "afs")
     }
 
 

@@ -55,7 +55,7 @@ def check_trained_for(plan: Plan | None, unet: Any, scheduler: Any, null_class: 
 
 def warn_of_range(plan: Plan, scheduler: Any) -> None:
     """Noise levels of a model and of a predictor's plan that differ are not passed over in silence."""
-    model, config = scheduler.model, scheduler.config
+    model, config = scheduler.model, scheduler.settings
     ends = model.range(config["sigma_min"], config["sigma_max"])
     told = isinstance(model.family, DiscreteSteps)  # others have a range where their configuration says one
     unsaid = () if told else config.get("_use_default_values", ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.karras import EDM
-from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, NEUTRAL, READ, check_fields, edm_of
+from amed_engine.adapters.schedulers import KINDS, MODEL, NAMES, NEUTRAL, OWN_SETTINGS, READ, check_fields, edm_of
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import own_range
 from amed_engine.solvers.schedule import logsnr, polynomial
@@ -164,14 +164,23 @@ def _check_one_kind(config: Mapping[str, Any], *, discrete: bool) -> None:
             )
 
 
-def given_back(config: Mapping[str, Any], changed: Iterable[str]) -> dict[str, list[str]]:
-    """The entry of a configuration that leaves to the next class what was changed for the trajectories of this one alone.
+def given_back(config: Mapping[str, Any], changes: Mapping[str, Any], made: Any) -> dict[str, Any]:
+    """The entries of the configuration of `made`, of what `translated` returned with these changes, that leave each class
+    its own range and end.
 
-    diffusers passes on no field in it, so that each class has its own there.
+    diffusers reads a configuration by name: under the common ones stands what other classes said, what they left to defaults
+    as such, and what is of this class alone in `OWN_SETTINGS`, which the others pass on unread.
     """
-    known = list(config.get("_use_default_values", ()))
-    own = sorted((set(changed) & OWN) - set(known))
-    return {"_use_default_values": known + own} if own else {}
+    own = {**config.get(OWN_SETTINGS, {}), **{name: changes[name] for name in sorted(OWN & set(changes))}}
+    if not own:
+        return {}
+    ends = {"sigma_min", "sigma_max"} if isinstance(made.model.family, DiscreteSteps) else set()
+    parameters = inspect.signature(type(made).__init__).parameters
+    unsaid = {name: None if name in ends else parameters[name].default for name in own if name not in config}
+    defaults = {*made.config.get("_use_default_values", ()), *unsaid}
+    defaults |= own.keys() & config.get("_use_default_values", ())
+    said = {name: config[name] for name in own.keys() - unsaid}
+    return {**said, **unsaid, OWN_SETTINGS: own, "_use_default_values": sorted(defaults)}
 
 
 def _alphas(config: Mapping[str, Any]) -> Tensor | None:

@@ -13,8 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from amed_engine.adapters.adapter import keywords
+from amed_engine.adapters.autoencoders import decode_latents
 from amed_engine.adapters.facts import facts_of
-from amed_engine.adapters.latents import decode_latents, time_ids
+from amed_engine.adapters.latents import time_ids
 from amed_engine.adapters.taps import Tap
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import check_start, make_program, open_predictor

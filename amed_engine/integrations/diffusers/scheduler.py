@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from amed_engine.adapters.discrete import DiscreteSteps
+from amed_engine.adapters.schedulers import in_effect
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import open_predictor, without_zero
 from amed_engine.integrations.diffusers.components import warn_of_range
@@ -87,8 +89,8 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def from_predictor(cls, predictor: Any, config: Mapping[str, Any] | None = None) -> AMEDScheduler:
         """The scheduler that works as this predictor does without a bottleneck, in the setting it was trained for.
 
-        predictor: an AMEDPredictor with a plan, or a path to one. config: of the pipeline's present scheduler, which says
-        what the model predicts; a warning where its noise levels are others. Raises ConfigError.
+        predictor: with a plan, or a path to one. config: of the pipeline's present scheduler, which says what the model
+        predicts; a warning where its noise levels are others. Raises ConfigError.
         """
         predictor = open_predictor(predictor)
         scheduler = cls.from_config(dict(config or {}), **of_predictor(predictor))
@@ -98,15 +100,22 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **changes: Any) -> Any:
         """As every scheduler has it; another solver in `changes` starts from its own options, and classes made of its
-        configuration have their own range again. Raises ConfigError for what it cannot mean the same by.
+        configuration have their own range again, see `settings`. Raises ConfigError for what it cannot mean the same by.
         """
+        if isinstance(config, (str, os.PathLike)):  # diffusers still allows it
+            config, changes = cls.load_config(config, return_unused_kwargs=True, **changes)
         told = {} if return_unused_kwargs else changes  # others are given back then
         config = translated(as_saved(config), told, inspect.signature(cls.__init__).parameters)
         if isinstance(config, dict) and changes.get("solver", config.get("solver")) != config.get("solver"):
             config.pop("solver_options", None)
-        made: Any = super().from_config(config, True, **changes)
-        made[0].register_to_config(**given_back(made[0].config, changes))
+        made: Any = super().from_config(in_effect(config), True, **changes)
+        made[0].register_to_config(**given_back(config, changes, made[0]))
         return made if return_unused_kwargs else made[0]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as it holds here; `config` says by other classes' names what they said themselves."""
+        return in_effect(self.config)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -232,8 +241,9 @@ class AMEDScheduler(SchedulerMixin, ConfigMixin):
     def _levels(self, count: int) -> Tensor:
         if count < 2:
             raise ConfigError(f"AMEDScheduler needs at least 2 noise levels, got {count}; ask for more steps")
-        low, high = self.model.range(self.config["sigma_min"], self.config["sigma_max"])
-        return self.model.levels(self.config["sigma_schedule"], count, low, high, self.config["rho"])
+        told = self.settings
+        low, high = self.model.range(told["sigma_min"], told["sigma_max"])
+        return self.model.levels(told["sigma_schedule"], count, low, high, told["rho"])
 
     def _use(self, device: torch.device | str | None, levels: Tensor, program: Program | None) -> None:
         """Stand at the start of these levels. Without a program there is only noise to add."""

@@ -224,7 +224,7 @@ def _measured(model: Model, sigma: float) -> tuple[Tensor, int]:
 
 
 def _answer(model: Model, x: Tensor, sigma: float, labels: Tensor | None) -> Tensor:
-    rows = None if labels is None else (labels.expand(len(x), -1) if len(labels) == 1 else labels[: len(x)]).to(x)
+    rows = None if labels is None else (labels.repeat(len(x), 1) if len(labels) == 1 else labels[: len(x)]).to(x)
     total = torch.zeros_like(x[0], dtype=torch.float64)
     for start in range(0, len(x), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)

@@ -105,6 +105,11 @@ class Batches:
         self.shape = known_shape(model)
         check_guidance(model, plan.guidance_scale)
         self.model, self.plan, self.batch, self.generator = model, plan, batch, generator
+        if isinstance(conditions, Tensor):
+            raise ConfigError(
+                f"conditions give an entry for each batch, got one tensor {tuple(conditions.shape)}; pass a list, of "
+                f"[conditions[:{batch}], ...] say"
+            )
         self.conditions = None if conditions is None else _endless(conditions)
 
     def skip(self, rounds: int) -> None:
@@ -137,7 +142,9 @@ class Batches:
 
     def _condition(self, batch: int) -> Condition | None:
         if self.conditions is not None:
-            return next(self.conditions)
+            if (given := next(self.conditions)) is None:
+                raise ConfigError("conditions gave None for a batch; leave conditions out for labels of the seed's own")
+            return given
         if not self.model.label_dim:
             return None
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
@@ -151,7 +158,7 @@ class Batches:
         rows = condition[part].to(self.model.device, copy=True)
         if not rows.is_floating_point():
             rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
-        if (given := len(condition)) < part.stop:
+        if not part.stop <= (given := len(condition)) <= self.batch:
             raise ConfigError(f"conditions gave {given} rows for a batch of {self.batch}; give one row per sample")
         return BoundDenoiser(self.model, rows, self.plan.guidance_scale)
 
@@ -168,7 +175,8 @@ def _classes(rows: Tensor, label_dim: int) -> Tensor:
 def _whole(condition: Any, part: slice, batch: int) -> Denoiser:
     if not callable(condition):
         raise ConfigError(
-            f"conditions must give tensors or denoisers (x, sigma) -> D, got {type(condition).__name__} for a batch"
+            f"conditions must give tensors or denoisers (x, sigma) -> D for each batch, got {type(condition).__name__}; "
+            "classes are a tensor of a number per sample"
         )
     if (part.start, part.stop) != (0, batch):
         raise ConfigError(

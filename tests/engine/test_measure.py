@@ -306,6 +306,17 @@ def test_a_mean_that_is_too_large_to_keep_costs_no_evaluation(classes, shape):
             work(never, shape=shape, label_dim=classes)
 
 
+def test_labels_are_as_contiguous_as_compiled_models_ask_for():
+    class Strict(Classes):
+        def forward(self, x, sigma, labels):
+            assert x.is_contiguous()
+            assert sigma.is_contiguous()
+            assert labels.is_contiguous()
+            return super().forward(x, sigma, labels)
+
+    assert measure_mean(Strict(3)) is not None
+
+
 def test_a_model_without_a_shape_cannot_be_measured():
     with pytest.raises(
         ConfigError, match=r"does not say what shape its samples have; pass shape=\(C, H, W\), or another afs"

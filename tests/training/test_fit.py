@@ -323,6 +323,10 @@ def test_every_condition_is_fitted_to_and_begun_anew():
         ([], "conditions gave no batch; pass a list"),
         ([3], "conditions must give tensors or denoisers"),
         ([torch.zeros(2, 3)], "conditions gave 2 rows for a batch of 4"),
+        ([torch.zeros(5, 3)], "conditions gave 5 rows for a batch of 4"),
+        ([None], "conditions gave None for a batch"),
+        (torch.zeros(8, 3), r"conditions give an entry for each batch, got one tensor \(8, 3\); pass a list"),
+        ([1], "for each batch, got int; classes are a tensor of a number per sample"),
     ],
 )
 def test_conditions_that_cannot_be_used_are_named(conditions, message):

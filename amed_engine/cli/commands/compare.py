@@ -30,7 +30,10 @@ from amed_engine.cli.options import (
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the picture, a PNG.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
 def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, json_file, **shared) -> None:
-    """All solvers on the same seeds at equal NFE: errors to a fine reference solution."""
+    """All solvers on the same seeds at equal NFE: errors to a fine reference solution.
+
+    Each on time_uniform, with an evaluation as its first step where the NFE allows, unless --schedule and --afs say otherwise.
+    """
     from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds
     from amed_engine.evaluation import comparison as work

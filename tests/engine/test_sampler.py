@@ -652,8 +652,13 @@ def test_levels_and_first_steps_that_keep_the_bundled_predictor_away_say_so(zoo,
 
 
 def test_levels_alone_are_stepped_by_the_best_training_free_solver(tiny_model):
-    levels = make_schedule("polynomial", 6, 0.002, 80.0)
-    for afs, solver, nfe in ((None, "deis", 5), ("mean", "unipc", 4)):
+    for count, afs, solver, nfe in (
+        (6, None, "deis", 5),
+        (6, "mean", "unipc", 4),
+        (9, None, "ipndm", 8),
+        (9, True, "deis", 7),
+    ):
+        levels = make_schedule("polynomial", count, 0.002, 80.0)
         sampler = Sampler(tiny_model, schedule=levels, afs=afs)
         assert (sampler.plan.solver, sampler.nfe) == (solver, nfe)
         assert sampler.plan == Sampler(tiny_model, schedule=levels, afs=afs, nfe=nfe).plan

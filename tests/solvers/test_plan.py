@@ -281,7 +281,9 @@ ONE_MEAN = Mean.of(torch.zeros(1, 1, 2, 2), sigma=80.0, classes=0, latents=32, m
     [
         (5, False, None, False, ("deis", 3)),
         (5, None, None, False, ("deis", 3)),
-        (8, False, ONE_MEAN, False, ("deis", 3)),
+        (7, False, ONE_MEAN, False, ("deis", 3)),
+        (8, False, ONE_MEAN, False, ("ipndm", 3)),
+        (10, True, None, True, ("ipndm", 3)),
         (8, None, ONE_MEAN, "mean", ("unipc", 2)),
         (5, "mean", None, "mean", ("unipc", 2)),
         (8, "mean", ONE_MEAN, "mean", ("unipc", 2)),

@@ -42,7 +42,7 @@ def passed_on(module: nn.Module) -> tuple[str, nn.Module] | None:
     """
     if isinstance(module, COMPILED):
         return None
-    name = _known_child(type(module)) or _plain_child(type(module))
+    name = _told_child(type(module))
     if name is None and (only := only_child(module)) is not None:
         name = only if takes_anything(type(module)) else None
     child = None if name is None else module._modules.get(name)
@@ -55,8 +55,8 @@ def computes_nothing(module: nn.Module) -> bool:
         return False
     strategy = vars(module).get("_strategy")
     rounding = getattr(getattr(strategy, "precision", None), "precision", "32-true")
-    known = _known_child(type(module)) or _plain_child(type(module))
-    return known is not None and known in module._modules and rounding in ("32-true", "64-true")
+    known = _told_child(type(module))
+    return known in module._modules and rounding in ("32-true", "64-true")
 
 
 def only_child(module: nn.Module) -> str | None:
@@ -86,6 +86,11 @@ def _parameter_kinds(kind: type[nn.Module]) -> list[Any]:
         return [parameter.kind for parameter in inspect.signature(function).parameters.values()][1:]
     except (TypeError, ValueError):  # not a function of Python
         return []
+
+
+def _told_child(kind: type[nn.Module]) -> str | None:
+    """The child that a class is known for handing its calls on to, or that its code says."""
+    return _known_child(kind) or _plain_child(kind)
 
 
 def _known_child(kind: type[nn.Module]) -> str | None:

@@ -49,9 +49,5 @@ class Report(NamedTuple):
 
 def _errors(ends: Sequence[Tensor], examples: Sequence[Example]) -> tuple[float, float]:
     """RMSE over all latents, and the median of each one's own."""
-    squares = [
-        (end.double() - example.target.double()).square().flatten(1).mean(1)
-        for end, example in zip(ends, examples, strict=True)
-    ]
-    squares = torch.cat(squares)
+    squares = torch.cat([example.squares(end) for end, example in zip(ends, examples, strict=True)])
     return squares.mean().sqrt().item(), squares.median().sqrt().item()

@@ -41,6 +41,10 @@ class Example(NamedTuple):
     target: Tensor
     mean: Tensor | None = None
 
+    def squares(self, end: Tensor) -> Tensor:
+        """The mean square error of each latent's end, (B,) float64."""
+        return (end.double() - self.target.double()).square().flatten(1).mean(1)
+
 
 class Recorded(NamedTuple):
     """A trajectory with what it takes to branch off at any interval: state, walk and first evaluation there."""

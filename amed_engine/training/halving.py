@@ -114,7 +114,7 @@ def halve(
 def _squares(programs: Sequence[Program], example: Example, rows: int) -> tuple[list[Tensor], int]:
     """The mean square error of each latent, (B,) float64 a program, and how many evaluations they cost."""
     ends, evaluations = together(programs, example, rows)
-    return [(end.double() - example.target.double()).square().flatten(1).mean(1).cpu() for end in ends], evaluations
+    return [example.squares(end).cpu() for end in ends], evaluations
 
 
 def _hard(contenders: Sequence[Contender], examples: Sequence[Example], budget: int, rows: int) -> tuple[Tensor, int]:

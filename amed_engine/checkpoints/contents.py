@@ -90,9 +90,12 @@ def _read(path: Path, start: bytes) -> Any:
             raise FileFormatError(f"{path} is no checkpoint but text; it begins with {start[:40].decode()!r}")
         return read_published(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # of a path, torch would go by its name
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its readers happen to raise
-        raise UnsafeFileError(f"{path} is refused: {_reason(error)}; only tensors are read from such a file") from error
+        raise UnsafeFileError(
+            f"{path} is refused: {_reason(error)}; only tensors are read from such a file: save its state dict alone"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -137,7 +140,9 @@ def _file_of(folder: Path) -> Path:
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     found = [name for name in names if name.endswith(INDEX) or WEIGHTS.fullmatch(name)]
     if len(found) != 1:
-        told = f"several weights ({', '.join(found)})" if found else f"no weights ({', '.join(names[:10]) or 'nothing'})"
+        told = (
+            f"several weights ({', '.join(found)})" if found else f"no weights ({', '.join(names[:10]) or 'nothing'})"
+        )
         raise ConfigError(f"{folder} holds {told}; pass the file that is to be converted")
     return folder / found[0]
 
@@ -197,4 +202,6 @@ def _check_shard(held: Any, names: set[str], shard: Path, index: Path) -> None:
     if absent := sorted(names - held.keys()):
         raise FileFormatError(f"{shard} lacks {absent[0]!r}, which {index.name} says is in it ({len(absent)} missing)")
     if others := sorted(map(str, held.keys() - names)):
-        raise FileFormatError(f"{shard} holds {others[0]!r}, of which {index.name} does not speak ({len(others)} unexpected)")
+        raise FileFormatError(
+            f"{shard} holds {others[0]!r}, of which {index.name} does not speak ({len(others)} unexpected)"
+        )

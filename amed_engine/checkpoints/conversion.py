@@ -39,7 +39,7 @@ class _Layout(NamedTuple):
     convert: Callable[[Mapping[str, Any], Path, Path, Mapping[str, Any]], str]
     load: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], nn.Module] | None = None  # None: it is no network
     suffix: str = ".safetensors"  # of what it becomes, "" for a directory
-    asks: bool = True  # takes settings; others say all about themselves
+    own: str | None = None  # the key of a pickle that says all about itself; None: it takes settings
 
 
 def convert(
@@ -95,15 +95,15 @@ def _open(path: Path, settings: Mapping[str, Any], weights: str | None) -> _Open
         raise FileFormatError(
             f"{path} has an unknown layout: {_keys(data)}; known are {'; '.join(layout.name for layout in LAYOUTS)}"
         )
-    if settings and not opened.layout.asks:
+    if settings and opened.layout.own:
         raise ConfigError(f"this file says all about itself; leave out {', '.join(sorted(settings))}")
     return opened
 
 
 def _as_published(data: Any, sources: tuple[Path, ...], path: Path, weights: str | None) -> _Opened | None:
     """Of the pickles that say all about themselves."""
-    layout = next((each for each in LAYOUTS if not each.asks and isinstance(data, dict) and each.fits(data)), None)
-    if layout is not None and weights is not None and weights not in data:
+    layout = next((each for each in LAYOUTS if each.own and isinstance(data, dict) and each.fits(data)), None)
+    if layout is not None and weights not in (None, layout.own):
         raise ConfigError(f"{path} has no {weights!r} weights: it is an {layout.name}; leave --weights out")
     return None if layout is None else _Opened(layout, data, sources)
 
@@ -114,7 +114,7 @@ def _unwrapped(data: Any, sources: tuple[Path, ...], path: Path, weights: str | 
         return None
     network, chosen = found
     state = network.state()
-    return _Opened(next(each for each in LAYOUTS if each.asks and each.fits(state)), state, sources, chosen)
+    return _Opened(next(each for each in LAYOUTS if each.own is None and each.fits(state)), state, sources, chosen)
 
 
 def _keys(data: Any) -> str:
@@ -252,8 +252,8 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 LAYOUTS = (
-    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor, asks=False),
-    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm, asks=False),
+    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor, own="model"),
+    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm, own="ema"),
     _Layout(
         "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)",
         openai_state.is_unet,

@@ -59,7 +59,7 @@ def averaged(
 def beside(state: Mapping[str, Any], outer: str) -> dict[str, Any]:
     """The first stage of the same file, under its published names."""
     plain = {name.removeprefix(outer): value for name, value in state.items() if name.startswith(outer)}
-    return {name: value for name, value in plain.items() if name.startswith("first_stage_model.") or name == "scale_factor"}
+    return {name: plain[name] for name in plain if name.startswith("first_stage_model.") or name == "scale_factor"}
 
 
 def has_context(tensors: Mapping[str, Tensor]) -> bool:

@@ -142,8 +142,9 @@ def _check_whole(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def _lost(own: Mapping[str, Any], label: str) -> list[_Unread]:
     """Averages in a dictionary that is called so, and has no whole network."""
-    shapes = [value for value in own.values() if isinstance(value, Tensor) and value.dim()]
-    return [_Unread(label, f"of its {len(shapes)} tensors no whole network is made")] if shapes and _is_averaged(label) else []
+    count = sum(isinstance(value, Tensor) and value.dim() > 0 for value in own.values())
+    lost = _is_averaged(label) and count
+    return [_Unread(label, f"of its {count} tensors no whole network is made")] if lost else []
 
 
 def _named(networks: list[Network], unread: list[_Unread], data: Any) -> tuple[list[Network], list[_Unread]]:

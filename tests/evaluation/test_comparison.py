@@ -234,7 +234,11 @@ def test_a_predictor_keeps_its_range_where_another_is_asked_for(short):
     assert found.pop("nonstationary") == (14.0, 0.02)
     assert set(found.values()) == {(40.0, 0.02)}
     assert result.rows[0].name == "nonstationary"
-    assert result.table().splitlines()[-1].startswith("Ranges differ: each row is measured against the solution of its own")
+    assert (
+        result.table()
+        .splitlines()[-1]
+        .startswith("Ranges differ: each row is measured against the solution of its own")
+    )
     assert "sigma 14 to 0.02" in next(line for line in result.table().splitlines() if line.startswith("nonstationary"))
     assert result.to_json()["ranges"]["euler"] == {"sigma_max": 40.0, "sigma_min": 0.02}
 

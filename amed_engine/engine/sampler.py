@@ -108,8 +108,8 @@ class Sampler:
         plan, chosen, fallback = pairing
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         for made in (plan, fallback):
-            if made is not None and made.mean is not None:
-                check_mean(made.mean, tuned, verify=verify)
+            if made is not None:
+                check_mean(made, tuned, verify=verify)
         self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)

@@ -60,6 +60,11 @@ class CoefficientPredictor(nn.Module):
         return described(self.plan, self.config)
 
     @property
+    def reads_bottleneck(self) -> bool:
+        """Whether what it says depends on the network's bottleneck."""
+        return self.heads is not None
+
+    @property
     def config(self) -> dict:
         """The constructor's arguments, JSON-able."""
         return {name: getattr(self, name) for name in ("intervals", "sigma_max", "afs", "codes", "inputs")}

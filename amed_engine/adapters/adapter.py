@@ -15,7 +15,7 @@ from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
+from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, one_hot
 from amed_engine.sampling.modules import never_writes
 
 
@@ -99,9 +99,8 @@ class Adapter(nn.Module):
 
         raw, features = self._precision.call(self.network, x.dtype, ask)
         raw = self._cut(raw, x).to(x.dtype)
-        return Denoised(
-            spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
-        )
+        features = None if features is None else features.to(x.dtype)
+        return answered(spread(c.skip, x) * x + spread(c.out, x) * raw, features)
 
     def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
         """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""

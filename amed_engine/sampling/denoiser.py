@@ -30,6 +30,11 @@ _register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denois
 Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
 
 
+def answered(x0: Tensor, features: Tensor | None) -> Denoised:
+    """A Denoised; under torch.jit.trace, whose graphs return nothing but tensors, D alone where there are no features."""
+    return x0 if features is None and is_tracing() else Denoised(x0, features)  # type: ignore[return-value]
+
+
 def as_denoised(output: Any) -> Denoised:
     """D or (D, features) as a Denoised."""
     if isinstance(output, Tensor):

@@ -8,6 +8,7 @@ FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -111,10 +112,17 @@ def trace(job: Job) -> torch.export.ExportedProgram:
     except ConfigError:
         raise
     except Exception as error:  # torch.export has no base class for what it raises
-        raise ConfigError(
-            f"the model cannot be exported: {type(error).__name__}: {first_line(error)}; its forward must be "
-            "torch operators without branches on values, for every batch size"
-        ) from error
+        raise ConfigError(f"the model cannot be exported: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What torch.export says, with the way out that it knows."""
+    if (most := re.search(r"Dim\('batch'(?:, min=\d+)?, max=(\d+)\)", str(error))) is not None:
+        return f"it runs otherwise in batches above {most[1]}; pass max_batch={most[1]} or less"
+    return (
+        f"{type(error).__name__}: {first_line(error)}; its forward must be torch operators without branches on values, for "
+        "every batch size"
+    )
 
 
 # ---- one writer per format: (job, file) ----

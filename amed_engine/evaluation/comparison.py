@@ -31,7 +31,7 @@ from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import Distances, per_image_rmse, rmse
 from amed_engine.sampling.modes import leaving_modes
-from amed_engine.solvers import SOLVERS, make_solver, solver_names
+from amed_engine.solvers import SOLVERS, integrator_names, make_solver
 from amed_engine.solvers.base import count_evaluations, count_intervals
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
@@ -49,7 +49,7 @@ MAX_COLUMNS = 32
 # Name -> solver and options.
 TRAINING_FREE: dict[str, tuple[str, dict[str, Any]]] = {
     f"{solver}{suffix}": (solver, dict(options))
-    for solver in solver_names("none", "optional")
+    for solver in integrator_names("none", "optional")
     for suffix, options in SOLVERS[solver].compared.items()
 }
 

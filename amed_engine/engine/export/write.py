@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import amed_engine.kernels as kernels
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
-from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
 from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
@@ -207,6 +207,8 @@ def _check(job: Job, path: Path, format: str) -> None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     if not isinstance(job.options, Mapping):
         raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    if job.program.noises and format in LOOPS:
+        raise ConfigError(f"{ADDS_NOISE}, and a file has no input for it; {DRAW_HERE}")
     suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
     known = OPTIONS.get(format, job.options)
     if not set(job.options) <= set(known):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from amed_engine.adapters.schedulers import OWN_SETTINGS, SPACING
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, one_mean, open_predictor
+from amed_engine.integrations.diffusers.limits import Limits
+from amed_engine.integrations.diffusers.parameterization import OPTIONAL
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver
@@ -41,9 +44,25 @@ def solver_of(config: Mapping[str, Any]) -> Solver:
     made = make_solver(config["solver"], **(config["solver_options"] or {}))
     if made.takes_predictor == "none" or made.evaluations(True) != 2:
         raise ConfigError(f"AMEDScheduler needs a solver of two evaluations per interval, not {config['solver']!r}")
-    if config["afs"] and made.thresholds:
+    limited = Limits.of(config).any
+    if limited and made.thresholds:
+        raise ConfigError(f"{config['solver']} with thresholding has its own; leave out thresholding and clip_sample")
+    if config["afs"] and (made.thresholds or limited):
         raise ConfigError("afs cannot be folded into the first latents of a solver with thresholding; set afs=False")
+    if config["afs"] and config["prediction_type"] == "flow_prediction":
+        raise ConfigError("pipelines of flow-matching models do not scale their first latents; set afs=False")
     return made
+
+
+def told_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the optional settings that nobody said; those of the steps that are said in its own entry."""
+    unsaid = OPTIONAL & set(config.get("_use_default_values", ()))
+    kept = {name: value for name, value in config.items() if name not in unsaid}
+    told = {name: kept[name] for name in sorted(SPACING) if name in kept}
+    if told:
+        kept[OWN_SETTINGS] = {**kept.get(OWN_SETTINGS, {}), **told}
+    defaults = sorted(set(kept.pop("_use_default_values", ())) - unsaid)
+    return kept | ({"_use_default_values": defaults} if defaults else {})
 
 
 def in_full(config: Mapping[str, Any]) -> dict[str, Any]:

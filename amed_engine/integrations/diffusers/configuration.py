@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import Mean, check_first_step
 from amed_engine.solvers.plan_json import as_first_meant
+
+logger = logging.getLogger("amed_engine")
 
 
 def of_predictor(predictor: Any) -> dict[str, Any]:
@@ -71,6 +74,21 @@ def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
     if "_use_default_values" not in config:
         return options
     return options | {"_use_default_values": sorted({*config["_use_default_values"]} - {"solver_options"})}
+
+
+def as_many_as_betas(config: Mapping[str, Any]) -> dict[str, int]:
+    """The entry that says how many training steps there are, where trained_betas say another number; a warning where both
+    were said.
+    """
+    betas, steps = config["trained_betas"], config["num_train_timesteps"]
+    if betas is None or len(betas) == steps:
+        return {}
+    if "num_train_timesteps" not in config.get("_use_default_values", ()):
+        logger.warning(
+            "num_train_timesteps=%d with trained_betas of %d steps: the betas count, the network is told 0 to %d",
+            *(steps, len(betas), len(betas) - 1),
+        )
+    return {"num_train_timesteps": len(betas)}
 
 
 def as_saved(config: Any) -> Any:

@@ -200,6 +200,7 @@ def _check_understood(config: Mapping[str, Any], parameters: Mapping[str, inspec
         raise ConfigError(
             f"{name} is CosineDPMSolverMultistepScheduler's, whose network is told 2/pi·atan(sigma): not known"
         )
+    check_betas(config.get("trained_betas"), config.get("num_train_timesteps", 1000))
     check_fields(str(name), config, (READ["discrete"] - UNREAD) | set(parameters) | (READ["flow"] if flow else set()))
 
 
@@ -259,13 +260,18 @@ def zero_terminal(alphas: Tensor) -> Tensor:
     return alphas
 
 
+def check_betas(betas: Any, steps: int) -> None:
+    """Raise ConfigError for betas of another number of training steps."""
+    if betas is not None and len(betas) != steps:
+        raise ConfigError(
+            f"trained_betas are of {len(betas)} steps, num_train_timesteps is {steps}; make them the same"
+        )
+
+
 def _trained(config: Mapping[str, Any]) -> Tensor | None:
     name, steps = config["beta_schedule"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
-        if len(config["trained_betas"]) != steps:
-            raise ConfigError(
-                f"trained_betas are of {len(config['trained_betas'])} steps, num_train_timesteps is {steps}; make them the same"
-            )
+        check_betas(config["trained_betas"], steps)
         return (1 - torch.as_tensor(config["trained_betas"], dtype=torch.float64, device="cpu")).cumprod(0)
     if name is None:
         return None

@@ -20,6 +20,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import open_predictor
 from amed_engine.integrations.diffusers.components import warn_of_range
 from amed_engine.integrations.diffusers.configuration import (
+    as_many_as_betas,
     as_saved,
     in_full,
     mean_of_config,
@@ -46,6 +47,9 @@ class AMEDScheduler(Steps, SchedulerMixin, ConfigMixin):
     is about the mean answer of the model, `mean`, the JSON of a `Mean` of one row; latents are shifted by it when they are
     first seen, so in a pipeline, and in what `add_noise` says of its start, they lack that until the first `step`.
     guidance_scale: the classifier-free guidance they are for, to call the pipeline with; a scheduler cannot see it.
+    timestep_spacing .. use_beta_sigmas: where the steps stand, in the place of sigma_schedule; rescale_betas_zero_snr;
+    thresholding .. clip_sample_range, of D; use_flow_sigmas .. shift_terminal, with prediction_type "flow_prediction": as the
+    schedulers of diffusers have them. In `config` stand those that somebody said.
 
     A trajectory's state lives here between calls: one copy (`copy.deepcopy`) per request. Raises ConfigError.
     """
@@ -100,6 +104,7 @@ class AMEDScheduler(Steps, SchedulerMixin, ConfigMixin):
         if midpoints is not None:
             midpoints = [list(map(float, midpoint)) for midpoint in open_predictor(midpoints)]  # type: ignore[union-attr]
             self.register_to_config(midpoints=midpoints)
+        self.register_to_config(**as_many_as_betas(self.config))
         self.model = Parameterization.of(self.config)
         self._mean = mean_of_config(afs, mean)
         self.register_to_config(**self.model.unsaid(self.config))
@@ -156,3 +161,23 @@ class AMEDScheduler(Steps, SchedulerMixin, ConfigMixin):
         """beta of each training step, (num_train_timesteps,) float64; None for a model without steps."""
         alphas = self.alphas_cumprod
         return None if alphas is None else 1 - alphas / torch.cat([torch.ones_like(alphas[:1]), alphas[:-1]])
+
+
+def for_pipeline(scheduler: Any) -> AMEDScheduler:
+    """An AMEDScheduler as it is, or of another's configuration, for `AMEDPipeline`. Raises ConfigError for what its own loop
+    does not do.
+    """
+    name, made = type(scheduler).__name__, scheduler
+    if not isinstance(scheduler, AMEDScheduler):
+        made = AMEDScheduler.from_config({**scheduler.config, "_class_name": name})
+    if made.model.flow:
+        raise ConfigError(
+            f"{name} is of a flow-matching model, AMEDPipeline is for epsilon, v and x0 prediction: sample it with "
+            "amed_engine.adapters.wrap_pipeline and Sampler, or put AMEDScheduler into the model's own pipeline"
+        )
+    if made._limits.any:
+        raise ConfigError(
+            f"{name} has thresholding or clip_sample set; AMEDPipeline asks for the network's own D: set both to False, or put "
+            "AMEDScheduler into another pipeline"
+        )
+    return made

@@ -14,8 +14,8 @@ from amed_engine.errors import ConfigError
 # At t = 1 there is no data left and sigma = t/(1 - t) has no end; as diffusers' UniPC has it, this is what lies before it.
 LAST = 1 - 1e-6
 KINDS = ("exponential", "linear")
-# Of no other model: DPM-Solver and its relatives say the rest of every model.
-FLOW_ALONE = ("use_flow_sigmas", "shift", "use_dynamic_shifting", "shift_terminal")
+# Of no other model, with what says nothing: DPM-Solver and its relatives say the rest of every model.
+FLOW_ALONE = {"use_flow_sigmas": False, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
 
 
 def sigma_of(times: Tensor) -> Tensor:
@@ -27,13 +27,15 @@ def sigma_of(times: Tensor) -> Tensor:
 def check_shifting(settings: Mapping[str, Any], *, flow: bool) -> None:
     """Raise ConfigError for a shift that is not understood, or of a model that has none."""
     if not flow:
-        told = [name for name in FLOW_ALONE if settings.get(name) not in (None, False, 1.0)]
+        told = [name for name, neutral in FLOW_ALONE.items() if settings.get(name) not in (None, neutral)]
         if told:
             raise ConfigError(
                 f"{told[0]}={settings[told[0]]!r} belongs to prediction_type='flow_prediction', got "
                 f"{settings['prediction_type']!r}"
             )
         return
+    if settings.get("use_flow_sigmas") is False:
+        raise ConfigError("use_flow_sigmas=False contradicts prediction_type='flow_prediction'; leave it out")
     shifts = {settings.get(name, 1.0) for name in ("shift", "flow_shift")} - {1.0}
     if len(shifts) > 1 or not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in shifts):
         raise ConfigError(

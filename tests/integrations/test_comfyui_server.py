@@ -36,7 +36,9 @@ def _load(name):
 client = _load("client")
 Graph, Refused = client.Graph, client.Refused
 SEED, GUIDANCE = 11, 2.5
-LOW, HIGH = 0.02916753850877285, 14.614642143249512  # of Stable Diffusion 1's table
+BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion 1's
+TABLE = (1 / (1 - BETAS).cumprod(0) - 1).sqrt()
+LOW, HIGH = TABLE[0].item(), TABLE[-1].item()
 NODES = ("AMEDPredictorLoader", "AMEDSchedule", "AMEDSampler", "AMEDSolver", "AMEDConstants")
 LINES = {"new": "from amed_engine.integrations.comfyui.pack import *"}
 LINES["old"] = "from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS"
@@ -54,7 +56,7 @@ def unet_plan(nfe=4, **options):
     return make_plan(nfe, solver="amed", schedule="polynomial", **options)
 
 
-def reading(plan, size=8, seed=7):
+def reading(plan, size=4, seed=7):
     """A predictor that reads a middle block, large enough to tell samples apart."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,7 +77,7 @@ def constant(plan):
 class Work:
     """A graph with a network, conditions and a latent image, for the nodes and for the reference."""
 
-    def __init__(self, server, kind="unet", image=None, size=128, batch=2):
+    def __init__(self, server, kind="unet", image=None, size=64, batch=2):
         self.server, self.graph = server, Graph()
         add = self.graph.add
         self.model = add("UNETLoader", unet_name=f"{kind}.safetensors", weight_dtype="default")
@@ -135,10 +137,6 @@ def test_every_node_is_there_with_its_tooltips(server):
         assert all(told["output_tooltips"])
         sockets = {**told["input"]["required"], **told["input"].get("optional", {})}
         assert all(socket[1]["tooltip"] for socket in sockets.values())
-    log = server.log.read_text()
-    assert (
-        "IMPORT FAILED" not in log.split("custom nodes", 1)[-1] or "amed" not in log.split("IMPORT FAILED", 1)[1][:80]
-    )
 
 
 def test_the_lists_of_ksampler_have_our_solvers_and_schedules(server):
@@ -188,10 +186,11 @@ def test_an_image_and_a_mask(server, image):
 
 
 @pytest.mark.parametrize("image", [None, "masked"])
-@pytest.mark.parametrize("high", [80.0, 2000.0])
+@pytest.mark.parametrize("high", [80.0, 500.0])
 def test_a_predictor_of_a_flow_model(server, image, high):
-    """To t = 0.9995, where float32 has three digits of 1 - t. Constants read no middle block, and need no choice `none`."""
-    plan = make_plan(5, solver="amed", sigma_max=high, guidance_scale=GUIDANCE, afs=True)
+    """To t = 0.998, where float32 has five digits of 1 - t left. Constants read no middle block, and need no choice `none`."""
+    options = {"schedule": "polynomial", "sigma_max": high, "guidance_scale": GUIDANCE}
+    plan = make_plan(9, solver="amed", afs=True, **options)
     work = Work(server, "dit", image)
     drawn = work.sample(*work.predictor(work.file(constant(plan))))
     work.check(drawn, work.reference(predictor=str(work.path)))
@@ -240,8 +239,7 @@ def test_a_solver_without_a_predictor(server, name, nfe, schedule, afs):
     drawn = work.sample(*solver_node(work, solver=name, nfe=nfe, schedule=schedule, afs=afs))
     table = {}
     if schedule == "discrete":
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        table["alphas_cumprod"] = (1 - betas).cumprod(0)
+        table["alphas_cumprod"] = (1 - BETAS).cumprod(0)
     plan = make_plan(nfe, solver=name, schedule=schedule, sigma_min=LOW, sigma_max=HIGH, afs=afs == "on", **table)
     work.check(drawn, work.reference(plan=plan.to_json()))
 
@@ -428,18 +426,18 @@ def wrong(case, work):
         work.sample(model, sampler, add("SplitSigmas", sigmas=sigmas, step=1)[1])
         return "connect those of AMED Schedule, whole and with the MODEL that samples"
     if case == "levels of another":
-        work.sample(model, sampler, add("KarrasScheduler", steps=2, sigma_max=10.0, sigma_min=0.1, rho=7.0))
-        return "this predictor was trained for 2 steps from noise level 14.6146 to 0.0291675, got SIGMAS of 2 from 10"
+        work.sample(model, sampler, add("KarrasScheduler", steps=3, sigma_max=10.0, sigma_min=0.1, rho=7.0))
+        return "this predictor was trained for 2 steps from noise level 14.6146 to 0.0291672, got SIGMAS of 2 from 10"
     if case == "not our model":
         work.sample(work.model, sampler, sigmas)
         return "connect the MODEL output of AMED Sampler to the sampler or guider"
     if case == "middle block":
         work.sample(*work.predictor(work.file(reading(plan, size=5), "five.safetensors")))
-        return "this predictor reads a middle block of 5 x 5, and here it is 8 x 8; set width and height"
+        return "this predictor reads a middle block of 5 x 5, and here it is 4 x 4; set width and height"
     if case == "another range":
         far = make_plan(4, solver="amed", sigma_max=80.0, guidance_scale=GUIDANCE, afs=False)
         work.sample(*work.predictor(work.file(constant(far), "far80.safetensors")))
-        return "goes from noise level 80 to 0.002, and this MODEL (not a flow model) knows 14.6146 to 0.0291675"
+        return "goes from noise level 80 to 0.002, and this MODEL (not a flow model) knows 14.6146 to 0.0291672"
     if case == "afs":
         work.sample(*solver_node(work, afs="on", denoise=0.5))
         return "set afs to off, or denoise to 1"

@@ -88,7 +88,8 @@ def v3(node: Node, io: Any) -> type:
             category=CATEGORY,
             description=node.about,
             inputs=[made(socket) for socket in node.inputs],
-            outputs=[io.Custom(s.kind).Output(id=s.name, display_name=s.name, tooltip=s.tooltip) for s in node.outputs],
+            # Without ids: in some releases those of inputs and outputs must differ.
+            outputs=[io.Custom(s.kind).Output(display_name=s.name, tooltip=s.tooltip) for s in node.outputs],
         )
 
     def execute(cls: type, **inputs: Any) -> Any:

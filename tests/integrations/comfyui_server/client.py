@@ -62,10 +62,13 @@ class Server:
                 raise RuntimeError(f"ComfyUI ended: {self.log.read_text()[-4000:]}")
             try:
                 self.get("system_stats")
-                return
+                break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.5)
-        raise RuntimeError(f"ComfyUI does not answer: {self.log.read_text()[-4000:]}")
+        else:
+            raise RuntimeError(f"ComfyUI does not answer: {self.log.read_text()[-4000:]}")
+        if re.search(r"IMPORT FAILED\).*custom_nodes", self.log.read_text()):
+            raise RuntimeError(f"ComfyUI could not import our nodes: {self.log.read_text()[-4000:]}")
 
     def stop(self) -> None:
         self.process.terminate()

@@ -1,4 +1,4 @@
-"""run.py CHECKOUT SCRIPT [arguments]: a script with ComfyUI on the path, also beside a torch that torchvision was not built for."""
+"""run.py CHECKOUT SCRIPT [arguments]: a script beside ComfyUI, with any torch that torchvision was built for or not."""
 
 import runpy
 import sys

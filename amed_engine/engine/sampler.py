@@ -177,7 +177,7 @@ class Sampler:
         Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
         """
         program, _ = self._choose(guidance_scale)
-        example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
+        example = make_request(self.model, [0], self.model.example_labels(1), None, dtype=self.dtype, device=self.device)
         return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:

@@ -81,11 +81,13 @@ def _label_dim(given: Any, own: int) -> int:
 
 
 def _label_kind(network: Any, count: int) -> str:
-    """What the network says of its labels. One that has a single label and says nothing is told a number: one class is none."""
+    """What the network says of its labels. One that has a single label, and says of no class either, is told a number: one
+    class is no choice."""
     own = said(network, "label_kind")
     if own not in (None, *KINDS):
         raise ConfigError(f"the model's label_kind must be one of {', '.join(KINDS)}, got {own!r}")
-    return own or ("vector" if count == 1 else "rows")
+    number = count == 1 and said(network, "can_guide") is None
+    return own or ("vector" if number else "rows")
 
 
 def _sigma(name: str, given: Any, own: Any) -> float:

@@ -9,16 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.adapter import Adapter, chosen_rows, label_rows, level_rows
+from amed_engine.adapters.adapter import Adapter, chosen_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
+from amed_engine.adapters.labels import label_rows
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
+FACTS = (
+    "sample_shape",
+    "img_channels",
+    "img_resolution",
+    "label_dim",
+    "label_kind",
+    "sigma_min",
+    "sigma_max",
+    "bottleneck_size",
+)
 
 
 class _Around(Settled):

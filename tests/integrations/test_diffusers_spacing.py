@@ -59,7 +59,9 @@ def test_the_noise_levels_are_those_of_euler(options, steps):
 
 def test_equal_steps_are_those_that_the_network_was_trained_on():
     """Between two training steps Euler takes sigma itself as linear, here it is log alpha, as the network is told."""
-    theirs, ours = (kind(**SD, timestep_spacing="linspace") for kind in (diffusers.EulerDiscreteScheduler, AMEDScheduler))
+    theirs, ours = (
+        kind(**SD, timestep_spacing="linspace") for kind in (diffusers.EulerDiscreteScheduler, AMEDScheduler)
+    )
     for steps in (4, 10):  # 999 is divided by 3 and by 9
         theirs.set_timesteps(steps)
         ours.set_timesteps(steps)
@@ -191,7 +193,9 @@ def test_trained_betas_count_the_training_steps(caplog, tmp_path):
     assert len(again) == 2
     torch.testing.assert_close(again.betas, torch.tensor([0.1, 0.3], dtype=torch.float64))
     with pytest.raises(ConfigError, match="trained_betas are of 2 steps, num_train_timesteps is 1100"):
-        AMEDScheduler.from_config({"trained_betas": [0.1, 0.3], "num_train_timesteps": 1100, "prediction_type": "epsilon"})
+        AMEDScheduler.from_config(
+            {"trained_betas": [0.1, 0.3], "num_train_timesteps": 1100, "prediction_type": "epsilon"}
+        )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -245,7 +249,9 @@ def test_thresholding_draws_what_the_engine_draws_round_its_denoiser():
     from amed_engine import sample
 
     ours = AMEDScheduler(**SD, thresholding=True, sample_max_value=1e9)
-    denoiser = Thresholded(wrap(lambda x, t: network(x, t), scheduler=AMEDScheduler(**SD), bottleneck=None, verify=False))
+    denoiser = Thresholded(
+        wrap(lambda x, t: network(x, t), scheduler=AMEDScheduler(**SD), bottleneck=None, verify=False)
+    )
     images = drawn(ours)
     mids = [(0.5,)] * (len(ours.levels) - 1)
     start = X * ours.init_noise_sigma

@@ -14,11 +14,14 @@ from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
+from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding, parted
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
+FACTS = (
+    *("sample_shape", "img_channels", "img_resolution", "channel_axis"),
+    *("label_dim", "sigma_min", "sigma_max", "bottleneck_size"),
+)
 
 
 class _Around(Settled):
@@ -124,7 +127,7 @@ class ClassifierFree(_Around):
         doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
         x0, features = self._ask(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled)
         unconditional, conditional = x0.chunk(2)
-        return unconditional, conditional, None if features is None else features.chunk(2)[1]
+        return unconditional, conditional, parted(features, [x.shape[0]] * 2)[1]
 
 
 class ClassifierGuided(_Around):

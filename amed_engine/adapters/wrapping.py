@@ -16,7 +16,7 @@ from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.compiled import compiled_of
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, check_classes_known, facts_of
+from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_known, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
@@ -69,10 +69,10 @@ def wrap(
         has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
         is none, for which predictors read zeros.
-    shape: (C, H, W) of a sample, where the network does not tell. label_dim: its number of classes, or of numbers per sample.
-        labels: what reaches the network: classes as one-hot "rows" (B, label_dim), where it tells nothing of itself, or as an
-        "index" (B,); or continuous conditions, one "float" per sample (B,) or a "vector" (B, label_dim). null_class: the
-        integer that means no class.
+    shape: of a sample, where the network does not tell: (C, L), (C, H, W), or (C, F, H, W), as the network takes it.
+    label_dim: its number of classes, or of numbers per sample. labels: what reaches the network: classes as one-hot "rows"
+        (B, label_dim), where it tells nothing of itself, or as an "index" (B,); or continuous conditions, one "float" per
+        sample (B,) or a "vector" (B, label_dim). null_class: the integer that means no class.
     conditions: tables by name, e.g. {"encoder_hidden_states": (P, L, D)}: P prompts, chosen by class_labels; or names alone,
         the tensors being given in each call. null_conditions: the same with one row, for classifier-free guidance.
     verify: evaluate a v-predicting network once, to catch one that predicts the noise.
@@ -81,6 +81,7 @@ def wrap(
     _check_callable(model)
     model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
+    check_known(model)
     label_dim = 1 if labels == "float" and label_dim is None else label_dim
     if label_dim is None:
         check_classes_known(model)
@@ -102,7 +103,7 @@ def wrap(
     if facts.denoises:  # a denoiser's own range of noise levels
         family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
         family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
-    adapter = Adapter(model, family, facts, tables, name, notes)
+    adapter = Adapter(model, family, facts, tables, name, notes, found=bottleneck == "auto")
     if verify and family.name == "v":
         _check_not_noise(adapter)
     return adapter
@@ -122,9 +123,13 @@ def _with_given(
 ) -> NetworkFacts:
     """The facts with what the caller says; contradictions raise."""
     if shape is not None:
-        if facts.shape is not None and facts.shape[0] != shape[0]:
+        if len(facts.axes or facts.shape or shape) != len(shape):
             raise ConfigError(
-                f"the network takes {facts.shape[0]} channels, got shape={tuple(shape)}; samples must match it"
+                f"the network takes samples ({facts.rank}), got shape={tuple(shape)}; pass one of its rank"
+            )
+        if facts.in_channels not in (None, shape[facts.channel_axis]):
+            raise ConfigError(
+                f"the network takes {facts.in_channels} channels, got shape={tuple(shape)}; samples must match it"
             )
         facts = replace(facts, shape=tuple(shape))
     if label_dim is not None:
@@ -209,9 +214,9 @@ def _check_scheduler(alphas: Tensor, scheduler: Any) -> None:
 
 
 def _check_channels(model: Any, facts: NetworkFacts) -> None:
-    if facts.shape is None or facts.out_channels is None:
+    channels = facts.in_channels
+    if channels is None or facts.out_channels is None:
         return
-    channels = facts.shape[0]
     if facts.out_channels not in (channels, 2 * channels):
         raise ConfigError(
             f"{type(model).__name__} takes {channels} channels and predicts {facts.out_channels}; a denoiser needs the same "
@@ -244,8 +249,9 @@ def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
     dtype = dtype_of(model)
-    shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
-    if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
+    letters = ", ".join(facts.axes or "CHW")
+    shape = f"not known: pass shape=({letters}) to Sampler" if facts.shape is None else str(tuple(facts.shape))
+    if facts.shape is not None and facts.out_channels == 2 * facts.shape[facts.channel_axis]:
         shape += ", learned variances cut off"
     numbers = {"float": "none; a number per sample (B,)", "vector": f"none; {facts.label_dim} numbers per sample"}
     classes = numbers.get(facts.labels, f"{facts.label_dim}") if facts.label_dim else "none"

@@ -124,8 +124,10 @@ def _shape(model: Model) -> tuple[int, ...]:
 
 def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
     shape = model.shape
-    expected = "(B, C, H, W)" if shape is None else f"(B, {', '.join(map(str, shape))})"
-    if latents.dim() != (4 if shape is None else len(shape) + 1):
+    if shape is None and latents.dim() < 2:
+        raise ConfigError(f"latents must have shape (B, C, ...), a row for each sample, got {tuple(latents.shape)}")
+    expected = "" if shape is None else f"(B, {', '.join(map(str, shape))})"
+    if shape is not None and latents.dim() != len(shape) + 1:
         raise ConfigError(f"latents must have shape {expected}, got {tuple(latents.shape)}")
     if shape is not None and tuple(latents.shape[1:]) != tuple(shape):
         raise ConfigError(f"latents must have shape {expected} for this model, got {tuple(latents.shape)}")

@@ -28,6 +28,9 @@ class Family(Settled):
     name = ""
     sigma_min: float
     sigma_max: float
+    consistency = (
+        False  # whether D is a sample at sigma_min, the end of the ODE through x, and not the mean of the data
+    )
 
     def describe(self) -> str:
         """One line for people: what is predicted, and what the network is told."""

@@ -18,7 +18,16 @@ from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
+FACTS = (
+    "sample_shape",
+    "img_channels",
+    "img_resolution",
+    "label_dim",
+    "sigma_min",
+    "sigma_max",
+    "bottleneck_size",
+    "consistency",
+)
 
 
 class _Around(Settled):

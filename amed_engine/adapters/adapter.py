@@ -80,6 +80,11 @@ class Adapter(nn.Module):
         return shape[1] // reduction, shape[2] // reduction
 
     @property
+    def consistency(self) -> bool:
+        """Whether its answer is a sample, as a consistency function's, and not the mean of the data."""
+        return self.family.consistency
+
+    @property
     def can_guide(self) -> bool:
         """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
         if self.conditions.count:

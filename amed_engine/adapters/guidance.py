@@ -21,7 +21,7 @@ from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
 FACTS = (
     *("sample_shape", "img_channels", "img_resolution", "channel_axis"),
-    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size"),
+    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size", "consistency"),
 )
 
 

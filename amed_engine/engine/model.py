@@ -243,6 +243,15 @@ def _check_compile(model: Model, mode: Any) -> None:
         )
 
 
+def check_integrable(model: Model) -> None:
+    """A consistency function's answer is a sample, of which no solver of an ODE makes another. Raises ConfigError."""
+    if said(model.network, "consistency", False):
+        raise ConfigError(
+            "this model is a consistency function: it answers with a sample, not with the mean of the data, and no ODE leads "
+            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation"
+        )
+
+
 def check_guidance(model: Model, guidance_scale: Any) -> None:
     """Whether a model can be guided at all, by a number. Raises ConfigError."""
     if guidance_scale is None:

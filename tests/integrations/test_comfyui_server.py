@@ -7,6 +7,7 @@ is the one that runs the tests.
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -49,6 +50,13 @@ def server(request, tmp_path_factory):
     started = client.Server(request.param, tmp_path_factory.mktemp("comfyui"), LINES["new"])
     yield started
     started.stop()
+
+
+def test_the_stand_in_of_the_other_tests_is_called_as_comfyui_is(server):
+    support = Path(__file__).parents[1] / "support"
+    command = client.script(server.checkout, client.HERE / "signatures.py", support)
+    told = subprocess.run(command, check=True, env=server.environment, capture_output=True, text=True).stdout
+    assert told.partition("differs:")[2].split() == []
 
 
 def unet_plan(nfe=4, **options):

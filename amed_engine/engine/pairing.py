@@ -53,7 +53,7 @@ class PlanRequest:
 
     def plan(self, *, midpoint: bool) -> Plan:
         """The plan that was asked for, with a predictor that has none of its own or without any."""
-        schedule = "time_uniform" if self.schedule is None else self.schedule
+        schedule = self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
         start = float(schedule.max()) if isinstance(schedule, Tensor) and schedule.numel() else high
@@ -67,7 +67,7 @@ class PlanRequest:
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint:
-            own = {} if self.schedule is None else {"schedule": schedule}
+            own = {} if schedule is None else {"schedule": schedule}
             return best_training_free(nfe, **own, **common)
         return make_plan(
             nfe, solver=self.solver or "amed", options=self.options, schedule=schedule, midpoint=midpoint, **common

@@ -26,8 +26,6 @@ class OnnxModel(Compiled):
     "float" or "vector", as `wrap` has them; conditions: dtype and shape by name.
     """
 
-    label_kind: str | None = None
-
     def __init__(self, session: OnnxSession, roles: Roles, signature: Signature):
         super().__init__(_Call(session, roles), signature)
         self.session, self.roles = session, roles
@@ -109,6 +107,10 @@ class OnnxSession:
             self._session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no common class of its errors
             reason = str(error).splitlines()[0]
+            if "NOT_IMPLEMENTED" in reason:
+                raise ConfigError(
+                    f"{path}: onnxruntime cannot compute it on the CPU ({reason}); export it in float32 or float16"
+                ) from error
             raise FileFormatError(f"{path} cannot be loaded: it is damaged, or no ONNX model: {reason}") from error
         self.inputs = self._session.get_inputs()
         self.answers = self._session.get_outputs()
@@ -204,7 +206,9 @@ def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.
         names = [*named, *(name for name in known if name not in named)] if len(named) == 1 else known
         names = names[: 2 if len(known) == 2 and len(_entry(entries, names[1]).shape or ()) == 4 else 1]
     if (answer := _entry(entries, names[0])).type not in FLOATS:
-        raise ConfigError(f"{path}: its output {describe([answer])} is no prediction; expected {', '.join(FLOATS.values())}")
+        raise ConfigError(
+            f"{path}: its output {describe([answer])} is no prediction; expected {', '.join(FLOATS.values())}"
+        )
     return names
 
 
@@ -220,7 +224,9 @@ def _signature(roles: Roles, metadata: dict[str, str], path: str | os.PathLike) 
     batch = (1, UNBOUNDED) if fixed is None else (fixed, fixed)
     rows = _static(roles.time.shape[0]) if roles.time.shape else 1
     if rows not in (None, 1, fixed):
-        raise ConfigError(f"{path}: {describe([roles.time])} is not one time per sample of {describe([roles.x])}, nor one for all")
+        raise ConfigError(
+            f"{path}: {describe([roles.time])} is not one time per sample of {describe([roles.x])}, nor one for all"
+        )
     levels = (_level(metadata, name, path) for name in ("sigma_min", "sigma_max"))
     return Signature(tuple(inputs), batch, "cpu", *levels)
 

@@ -47,6 +47,11 @@ class Model:
         """How many classes labels may be drawn from; 0 where labels are numbers, or there are none."""
         return 0 if self.continuous else self.label_dim
 
+    @property
+    def numbers(self) -> str:
+        """What continuous labels are of each sample, for people."""
+        return "a number" if self.label_dim == 1 else f"{self.label_dim} numbers"
+
     def label_rows(self, labels: Tensor) -> Tensor:
         """Class numbers (B,) as one-hot rows, numbers (B,) or rows as rows (B, label_dim)."""
         if self.continuous:
@@ -238,7 +243,7 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     if model.continuous:
         raise ConfigError(
-            f"guidance_scale={guidance_scale} leads away from \"no class\", and this model is told numbers, none of which means "
+            f'guidance_scale={guidance_scale} leads away from "no class", and this model is told numbers, none of which means '
             "that; leave guidance_scale out"
         )
     if not said(model.network, "can_guide", True):

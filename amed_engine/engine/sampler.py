@@ -132,7 +132,7 @@ class Sampler:
     def run(
         self,
         batch: int | Sequence[int] | Tensor,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | float | Sequence | Tensor | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         callback: Callable[[StepInfo], None] | None = None,
@@ -145,7 +145,8 @@ class Sampler:
         batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance. The same seed gives the
             same noise and label in any batch, order or device; the global generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
-            each label from its sample's seed (for latents, from the row number).
+            each label from its sample's seed (for latents, from the row number). Of a model that is told numbers, one for all
+            or one per sample, or label_dim of them; no seed draws these.
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
         callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
         out: a tensor that receives the images.
@@ -177,7 +178,9 @@ class Sampler:
         Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
         """
         program, _ = self._choose(guidance_scale)
-        example = make_request(self.model, [0], self.model.example_labels(1), None, dtype=self.dtype, device=self.device)
+        example = make_request(
+            self.model, [0], self.model.example_labels(1), None, dtype=self.dtype, device=self.device
+        )
         return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:

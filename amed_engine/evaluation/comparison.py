@@ -24,6 +24,7 @@ from tqdm import tqdm
 import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import NO_PREDICTOR, open_predictor
+from amed_engine.engine.request import check_labels
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
@@ -31,7 +32,7 @@ from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.metrics.distances import Distances, per_image_rmse, rmse
 from amed_engine.sampling.modes import leaving_modes
-from amed_engine.solvers import SOLVERS, make_solver, solver_names
+from amed_engine.solvers import SOLVERS, integrator_names, make_solver
 from amed_engine.solvers.base import count_evaluations, count_intervals
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
@@ -49,7 +50,7 @@ MAX_COLUMNS = 32
 # Name -> solver and options.
 TRAINING_FREE: dict[str, tuple[str, dict[str, Any]]] = {
     f"{solver}{suffix}": (solver, dict(options))
-    for solver in solver_names("none", "optional")
+    for solver in integrator_names("none", "optional")
     for suffix, options in SOLVERS[solver].compared.items()
 }
 
@@ -59,7 +60,7 @@ class Setting:
     """What all solvers share. schedule, rho, afs, sigma_min and sigma_max do not bind a predictor, which keeps those it was
     trained for."""
 
-    class_labels: int | None = None
+    class_labels: int | float | Sequence | Tensor | None = None  # of all samples, or one a sample
     guidance_scale: float | None = None
     schedule: str | Tensor | None = None
     rho: float | None = None
@@ -80,8 +81,12 @@ class Setting:
 
     def results(self, sampler: Sampler, seeds: list[int] | Tensor, bar: tqdm) -> Iterator[SampleResult]:
         """What these seeds, or latents, become, at most `batch` at a time."""
+        labels = self.class_labels
+        if labels is not None:
+            labels = check_labels(labels, sampler.model, len(seeds), look=True)
         for start in range(0, len(seeds), self.batch):
-            part = sampler.run(seeds[start : start + self.batch], self.class_labels, self.guidance_scale)
+            rows = slice(start, start + self.batch)
+            part = sampler.run(seeds[rows], None if labels is None else labels[rows], self.guidance_scale)
             bar.update(len(part.images) * part.nfe)
             yield part
 

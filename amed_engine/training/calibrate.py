@@ -156,7 +156,7 @@ def _drawn(model: Model, plan: Plan, batch: int, conditions: Conditions) -> list
     in_range("calibrate", "batch", batch, 1, LATENTS)
     if LATENTS % batch:
         raise ConfigError(f"batch must divide the {LATENTS} latents, got {batch}")
-    noise, labels = draw(range(LATENTS), known_shape(model), model.label_dim)
+    noise, labels = draw(range(LATENTS), known_shape(model), model.classes)
     entries = conditions if conditions is not None or labels is None else labels.split(batch)
     data = Batches(model, plan, batch, torch.Generator(), entries)
     starts = (noise.to(model.device) * plan.sigmas[0]).split(batch)

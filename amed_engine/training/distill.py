@@ -21,7 +21,7 @@ from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, check_features
 from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
 from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -252,10 +252,8 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
     """A predictor for this model's bottleneck, found by one evaluation, with weights drawn from the seed."""
     denoiser, x = data.probe()
     features = _differentiated(denoiser, x, x.new_full((len(x),), data.plan.sigmas[0])).features
-    if features is not None and features.dim() != 4:
-        raise ConfigError(
-            f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
-        )
+    if features is not None:
+        check_features(features, rows=len(x))
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
     with plain_defaults(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good

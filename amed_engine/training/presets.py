@@ -10,7 +10,7 @@ from typing import Any
 
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.adapters.recorded import wrapping_of
-from amed_engine.engine.model import Model
+from amed_engine.engine.model import Model, check_integrable
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import Plan, own_range
 
@@ -71,7 +71,8 @@ TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "sched
 
 
 def noise_range(model: Model) -> dict[str, Any]:
-    """sigma_min and sigma_max of plans for this model."""
+    """sigma_min and sigma_max of plans for this model, of whose ODE something is to be learned. Raises ConfigError."""
+    check_integrable(model)
     low, high = own_range(model.sigma_min, model.sigma_max)
     return {"sigma_min": low, "sigma_max": high}
 

@@ -36,8 +36,7 @@ class Plan:
     from none). options: the solver's, all of them. afs: the first step, see `make_plan`; mean: what "mean" starts about, None
     where it is yet to be measured. midpoint: whether a predictor refines every interval. guidance_scale: the
     classifier-free guidance it is for, None for none. model, dtype: fingerprint of the denoiser it was trained for and the
-    dtype of that one's arithmetic, if any. wrapping: the settings that the fingerprint is also of, as JSON text, None where
-    they are not known.
+    dtype of that one's arithmetic, if any. wrapping: its settings that the fingerprint is of, JSON text, None if not known.
     """
 
     solver: str
@@ -126,17 +125,16 @@ class Plan:
 
     def to_json(self) -> dict:
         """Every option in full, so that a file means the same wherever it is read."""
-        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "wrapping"}
         mean = None if self.mean is None else self.mean.to_json()
-        written: dict[str, Any] = {
+        written = {
             "sigmas": list(self.sigmas),
             "options": dict(self.options),
             "afs": NAMES[self.afs],
             "mean": mean,
         }
-        if self.wrapping is not None:
-            written["wrapping"] = json.loads(self.wrapping)
-        return {"version": VERSION, **{name: said[name] for name in said if name != "wrapping"}, **written}
+        told = {} if self.wrapping is None else {"wrapping": json.loads(self.wrapping)}
+        return {"version": VERSION, **said, **written, **told}
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -151,9 +149,9 @@ class Plan:
             raise ConfigError(f"plan entry 'sigmas' holds a number beyond float64: {error}") from error
         options, afs = tuple(sorted(said["options"].items())), read_first_step(said["afs"])
         mean = None if said["mean"] is None else Mean.from_json(said["mean"])
-        wrapping = None if said["wrapping"] is None else json.dumps(said["wrapping"], sort_keys=True)
-        rest = {"options": options, "afs": afs, "mean": mean, "wrapping": wrapping}
-        return cls(**{**said, "sigmas": tuple(sigmas.tolist()), **rest})
+        told = None if said["wrapping"] is None else json.dumps(said["wrapping"], sort_keys=True)
+        rest = {"sigmas": tuple(sigmas.tolist()), "options": options, "afs": afs, "mean": mean, "wrapping": told}
+        return cls(**{**said, **rest})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all. Raises ConfigError for one that `load` would refuse, and OSError."""

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
+COMFYUI ?=
+DIFFUSERS ?=
 
 .PHONY: demo test test-integrations test-physicsnemo lint format docs bench clean
 
@@ -15,9 +17,10 @@ demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side 
 test: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# DIFFUSERS: a checkout of diffusers, whose own scheduler tests are run too.
+# COMFYUI=/path[:/path]: checkouts of ComfyUI to start as servers; COMFYUI_PYTHON, a Python that has what they need.
+# DIFFUSERS=/path: a checkout of diffusers, whose own scheduler tests are run too.
 test-integrations: $(VENV)-integrations/.installed  ## against the real stacks, in an environment of its own
-	$(if $(DIFFUSERS),DIFFUSERS="$(abspath $(DIFFUSERS))") $(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
+	COMFYUI='$(COMFYUI)' DIFFUSERS='$(abspath $(DIFFUSERS))' $(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
 
 test-physicsnemo: $(VENV)-physicsnemo/.installed  ## against PhysicsNeMo, in an environment of 7 GB
 	$(VENV)-physicsnemo/bin/pytest tests/integrations/test_physicsnemo.py $(PYTEST_ARGS)

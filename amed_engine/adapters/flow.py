@@ -45,6 +45,9 @@ class Flow(Family):
         t = time.double() / self.steps
         return t / (1 - t)
 
+    def whole(self, time: Tensor) -> Tensor:
+        return super().whole(time) if self.steps <= 1 else time.round()
+
     def describe(self) -> str:
         return f"the velocity n - x0 of flow matching; told {self.steps:g}·t, t = sigma/(1 + sigma)"
 

@@ -187,6 +187,7 @@ INTEGRATIONS = {
     "docs/integrations/comfyui.md": [Program(nodes), Program(own_levels)],
     "docs/integrations/diffusers.md": [
         Program(trajectory, needs=("diffusers",)),
+        Program(trajectory, needs=("diffusers",)),
         Program(images(2), needs=("diffusers",)),
         Program(images(2), needs=("diffusers",)),
     ],

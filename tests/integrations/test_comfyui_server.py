@@ -6,6 +6,7 @@ is the one that runs the tests.
 
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from comfyui_client import HERE, Refused, Server, script
 from comfyui_work import GUIDANCE, Work, constant, guided, reading, solver_node, unet_plan
 
 from amed_engine import make_plan, save_predictor
+from amed_engine.sampling.predictors import ConstantPredictor
 
 NODES = ("AMEDPredictorLoader", "AMEDSchedule", "AMEDSampler", "AMEDSolver", "AMEDConstants")
 NODES_ALONE = "from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS"
@@ -72,6 +74,20 @@ def test_an_image_and_a_mask(server, image):
     work = Work(server, image=image)
     drawn = work.sample(*work.predictor(work.file(reading(unet_plan()))))
     work.check(drawn, work.reference(predictor=str(work.path), reads=True))
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_denoise_leaves_the_last_steps_of_a_predictor(server, kind):
+    work, options = Work(server, kind, "masked"), {"sigma_min": 0.002, "sigma_max": 80.0} if kind == "dit" else {}
+    plan = unet_plan(6, **options)
+    predictor = reading(plan) if kind == "unet" else constant(plan)
+    drawn = work.sample(*work.predictor(work.file(predictor), denoise=0.67))
+    path = server.base / "last.safetensors"
+    if kind == "dit":
+        predictor = ConstantPredictor.of(predictor.choices()[1:])
+    predictor.plan = replace(plan, sigmas=plan.sigmas[1:], schedule="custom")
+    save_predictor(predictor, path)
+    work.check(drawn, work.reference(predictor=str(path), reads=kind == "unet"))
 
 
 @pytest.mark.parametrize("image", [None, "masked"])

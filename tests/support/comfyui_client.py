@@ -30,9 +30,7 @@ class Server:
     """ComfyUI of a checkout on the CPU, with the nodes and the test's own, in a folder of its own."""
 
     def __init__(self, checkout: Path, base: Path, line: str):
-        self.checkout, self.base = checkout, base
-        version = (checkout / "comfyui_version.py").read_text()
-        self.version = tuple(map(int, re.search(r'"([\d.]+)"', version)[1].split(".")))
+        self.checkout, self.base, self.process = checkout, base, None
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         networks = base / "models" / "diffusion_models"
         subprocess.run(script(checkout, HERE / "checkpoints.py", networks), check=True, env=self.environment)
@@ -43,7 +41,11 @@ class Server:
             (base / "models" / folder).mkdir()
         paths = f"mine:\n  base_path: {base}\n  amed: models/elsewhere\n"
         (base / "extra.yaml").write_text(paths)
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
 
     def _start(self) -> None:
         with socket.socket() as free:
@@ -71,6 +73,8 @@ class Server:
             raise RuntimeError(f"ComfyUI could not import our nodes: {self.log.read_text()[-4000:]}")
 
     def stop(self) -> None:
+        if self.process is None:
+            return
         self.process.terminate()
         try:
             self.process.wait(20)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from amed_engine.adapters.taps import Bottleneck
 from amed_engine.errors import ConfigError, require
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.flow import INSIDE, flow_of
@@ -46,7 +47,7 @@ class Trained:
     def __init__(self, predictor: Predictor, features: ConditionalFeatures | None):
         self.predictor, self.plan, self.features = predictor, plan_of(predictor), features
         self.options = options_of(predictor)
-        self.bottleneck = None if features is None else self._heard
+        self.bottleneck: Bottleneck | None = None if features is None else self._heard
 
     def program(self, levels: Tensor, like: Tensor) -> Program:
         own = self.part(levels)

@@ -59,6 +59,17 @@ def test_features_keep_no_more_than_one_evaluation():
     assert features.take() is None
 
 
+def test_a_prompt_that_is_asked_again_counts_as_it_was_first():
+    """As perturbed attention does; two prompts at once are averaged, and the next evaluation is another."""
+    features = ConditionalFeatures()
+    for start in (0.0, 8.0):
+        options = {"sigmas": torch.ones(1), "block": ("output", 0)}
+        for flags, uuids, value in (([1, 0], ["n", "p"], 1.0), ([0], ["q"], 3.0), ([0], ["p"], 50.0)):
+            h = torch.full((len(flags), 1, 1, 1), start + value)
+            features.output_patch(h, h, {**options, "cond_or_uncond": flags, "uuids": uuids})
+        assert features.take().item() == start + 2
+
+
 def test_the_loader_lists_and_loads_what_is_in_the_models_folder(comfy, predictor):
     loader = NODE_CLASS_MAPPINGS["AMEDPredictorLoader"]
     save_predictor(predictor, comfy / "amed" / "five.safetensors")

@@ -56,12 +56,11 @@ def test_what_the_middle_block_says_counts(server):
     assert (latents[heard] - latents[deaf]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("later", ["FreeU", "ModelSamplingDiscrete"])
+@pytest.mark.parametrize("later", ["FreeU", "ModelSamplingDiscrete", "PerturbedAttentionGuidance"])
 def test_nodes_after_ours_do_not_disturb_what_is_heard(server, later):
-    """FreeU writes to what the middle block gave; every node clones the patches of the one before."""
-    options = {"FreeU": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}}.get(
-        later, {"sampling": "v_prediction", "zsnr": False}
-    )
+    """FreeU writes to what the middle block gave; each node clones the patches of the one before; the last asks twice."""
+    options = {"FreeU": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}, "PerturbedAttentionGuidance": {"scale": 1e-7}}
+    options = options.get(later, {"sampling": "v_prediction", "zsnr": False})
     work = Work(server)
     model, sampler, sigmas = work.predictor(work.file(reading(unet_plan())))
     drawn = work.sample(work.graph.add(later, model=model, **options), sampler, sigmas)

@@ -273,6 +273,7 @@ def test_the_lists_of_ksampler_grow_once(comfy):
     assert samplers.KSampler.SAMPLERS[:2] == ["euler", "ddim"]
     assert samplers.KSampler.SAMPLERS.count("amed_ipndm") == samplers.KSAMPLER_NAMES.count("amed_ipndm") == 1
     assert callable(sys.modules["comfy.k_diffusion.sampling"].sample_amed_ipndm)
+    assert "amed_consistency" not in samplers.KSAMPLER_NAMES  # no solver of the ODE
     assert samplers.SCHEDULER_NAMES == ["amed_polynomial", "amed_time_uniform", "amed_logsnr"]
 
 

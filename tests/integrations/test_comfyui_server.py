@@ -203,11 +203,11 @@ def test_the_nodes_alone_by_the_protocol_of_before(server, tmp_path):
     try:
         told = {name: old.get(f"object_info/{name}")[name] for name in NODES}
         assert all(node["description"] and all(node["output_tooltips"]) for node in told.values())
-        work = Work(old)
-        drawn = work.sample(*work.predictor(work.file(reading(unet_plan()))))
-        work.check(drawn, work.reference(predictor=str(work.path), reads=True))
-        node = work.sample(*work.predictor(work.file(reading(unet_plan(), seed=8))))
-        latents = old.run(work.graph)
-        assert (latents[node] - latents[drawn]).abs().max() > 1e-3
+        drawn = []
+        for seed in (7, 8):
+            work = Work(old)
+            node = work.sample(*work.predictor(work.file(reading(unet_plan(), seed=seed))))
+            drawn.append(work.check(node, work.reference(predictor=str(work.path), reads=True)))
+        assert (drawn[0] - drawn[1]).abs().max() > 1e-3
     finally:
         old.stop()

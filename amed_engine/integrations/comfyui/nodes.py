@@ -26,7 +26,7 @@ from amed_engine.integrations.comfyui.trained import (
     sampler,
     stands_alone,
 )
-from amed_engine.integrations.comfyui.training_free import AFS, SCHEDULES, solver
+from amed_engine.integrations.comfyui.training_free import AFS, NAMES, SCHEDULES, solver
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers import solver_names
 
@@ -158,7 +158,7 @@ NODES = (
                 "solver",
                 "COMBO",
                 "iPNDM and DEIS for few evaluations.",
-                solver_names("none", "optional"),
+                NAMES,
                 options={"default": "ipndm"},
             ),
             Socket(

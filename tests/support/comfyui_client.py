@@ -51,8 +51,11 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        flags = ["--cpu", "--port", self.port, "--base-directory", self.base, "--disable-api-nodes"]
-        flags += ["--extra-model-paths-config", self.base / "extra.yaml", "--database-url", "sqlite:///:memory:"]
+        flags = ["--cpu", "--port", self.port, "--base-directory", self.base]
+        flags += ["--extra-model-paths-config", self.base / "extra.yaml"]
+        known = (self.checkout / "comfy" / "cli_args.py").read_text()
+        for later, *value in (["--disable-api-nodes"], ["--database-url", "sqlite:///:memory:"]):
+            flags += [later, *value] if later in known else []
         self.log = self.base / "server.log"
         command = script(self.checkout, self.checkout / "main.py", *flags)
         with self.log.open("w") as log:

@@ -85,11 +85,13 @@ def alphas_cumprod(sampling: Any) -> Tensor:
 
 
 def register() -> None:
-    """Every training-free solver as amed_NAME in KSampler's list of samplers, and three schedules in that of schedulers."""
+    """Every training-free solver as amed_NAME in KSampler's list of samplers, and three schedules in that of schedulers, if it grows."""
     samplers, functions = require("comfy.samplers", INSIDE), require("comfy.k_diffusion.sampling", INSIDE)
     for name in NAMES:
         setattr(functions, f"sample_{PREFIX}{name}", _function(name))
         _append(PREFIX + name, samplers.KSAMPLER_NAMES, samplers.SAMPLER_NAMES, samplers.KSampler.SAMPLERS)
+    if not hasattr(samplers, "SCHEDULER_HANDLERS"):  # until 0.3.10 there was no table to add a schedule to
+        return
     for name in ("polynomial", "time_uniform", "logsnr"):
         samplers.SCHEDULER_HANDLERS[PREFIX + name] = samplers.SchedulerHandler(_handler(name))
         _append(PREFIX + name, samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS)

@@ -85,7 +85,7 @@ def alphas_cumprod(sampling: Any) -> Tensor:
 
 
 def register() -> None:
-    """Every training-free solver as amed_NAME in KSampler's list of samplers, and three schedules in that of schedulers, if it grows."""
+    """Every training-free solver as amed_NAME in the list of samplers of KSampler, and three schedules in its other one."""
     samplers, functions = require("comfy.samplers", INSIDE), require("comfy.k_diffusion.sampling", INSIDE)
     for name in NAMES:
         setattr(functions, f"sample_{PREFIX}{name}", _function(name))

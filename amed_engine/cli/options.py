@@ -51,6 +51,10 @@ where_options = options(
     ),
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
+range_options = options(
+    click.option("--sigma-min", type=float, help="Noise level to end at.", show_default="the model's"),
+    click.option("--sigma-max", type=float, help="Noise level to start from.", show_default="the model's"),
+)
 grid_options = options(
     click.option(
         "--schedule",

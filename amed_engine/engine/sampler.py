@@ -186,7 +186,7 @@ class Sampler:
         """
         program, _ = self._choose(guidance_scale)
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "noises": program.noises}
-        example = make_request(self.model, [0], None, None, **kind)
+        example = make_request(self.model, [0], self.model.example_labels(1), None, **kind)
         return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:

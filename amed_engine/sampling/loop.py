@@ -21,6 +21,7 @@ from amed_engine.sampling.denoiser import (
     as_denoised,
     copied,
     owned,
+    parted,
     thresholded,
 )
 from amed_engine.sampling.modes import exactly
@@ -157,8 +158,7 @@ def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...
     if len(y) == 1:
         return (Denoised(x0, features),)
     sizes = [batch] * len(y)  # sizes, not one: how many pieces that makes would be a question to a symbolic batch
-    split = [None] * len(y) if features is None else features.split(sizes)
-    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), split, strict=True))
+    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), parted(features, sizes), strict=True))
 
 
 def sample(

@@ -180,7 +180,7 @@ class Adapter(nn.Module):
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
         if self.label_kind in CONTINUOUS:
-            raise ConfigError(f"class_labels are missing: this denoiser is told {self.label_dim} numbers per sample")
+            raise ConfigError(f"class_labels are missing: this denoiser is told numbers, {self.label_dim} per sample")
         if not self.can_guide:
             raise ConfigError(
                 f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"

@@ -247,6 +247,9 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
+_WHOLE = "the network takes whole numbers: fractions are rounded to the nearest, the other coefficients stay exact"
+
+
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
@@ -262,7 +265,7 @@ def _notes(
     return {
         "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
-        **({"time": "whole numbers alone: the nearest step, x scaled for its own level"} if facts.whole_times else {}),
+        **({"time": _WHOLE} if facts.whole_times else {}),
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,

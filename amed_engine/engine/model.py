@@ -47,6 +47,11 @@ class Model:
         """How many classes labels may be drawn from; 0 where labels are numbers, or there are none."""
         return 0 if self.continuous else self.label_dim
 
+    @property
+    def numbers(self) -> str:
+        """What continuous labels are of each sample, for people."""
+        return "a number" if self.label_dim == 1 else f"{self.label_dim} numbers"
+
     def label_rows(self, labels: Tensor) -> Tensor:
         """Class numbers (B,) as one-hot rows, numbers (B,) or rows as rows (B, label_dim)."""
         if self.continuous:

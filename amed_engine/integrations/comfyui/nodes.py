@@ -21,7 +21,7 @@ from amed_engine.integrations.comfyui.host import FOLDER, folders, host_levels
 from amed_engine.integrations.comfyui.trained import Trained, check_middle_block, plan_of, reads_bottleneck, sampler
 from amed_engine.integrations.comfyui.training_free import AFS, SCHEDULES, solver
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.solvers import solver_names
+from amed_engine.solvers import integrator_names, solver_names
 
 BOTTLENECKS = ["middle_block", "none"]
 
@@ -128,7 +128,7 @@ NODES = (
                 "solver",
                 "COMBO",
                 "iPNDM and DEIS for few evaluations.",
-                solver_names("none", "optional"),
+                integrator_names("none", "optional"),
                 options={"default": "ipndm"},
             ),
             Socket(

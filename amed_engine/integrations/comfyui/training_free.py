@@ -14,7 +14,7 @@ from amed_engine.integrations.comfyui.host import host_levels, usable_range
 from amed_engine.integrations.comfyui.sampling import TrainingFree, draw
 from amed_engine.integrations.comfyui.trained import sampler
 from amed_engine.integrations.common import without_zero
-from amed_engine.solvers import make_solver, solver_names
+from amed_engine.solvers import integrator_names, make_solver
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
@@ -85,7 +85,7 @@ def alphas_cumprod(sampling: Any) -> Tensor:
 def register() -> None:
     """Every training-free solver as amed_NAME in KSampler's list of samplers, and three schedules in that of schedulers."""
     samplers, functions = require("comfy.samplers", INSIDE), require("comfy.k_diffusion.sampling", INSIDE)
-    for name in solver_names("none", "optional"):
+    for name in integrator_names("none", "optional"):
         setattr(functions, f"sample_{PREFIX}{name}", _function(name))
         _append(PREFIX + name, samplers.KSAMPLER_NAMES, samplers.SAMPLER_NAMES, samplers.KSampler.SAMPLERS)
     for name in ("polynomial", "time_uniform", "logsnr"):

@@ -106,7 +106,9 @@ class Trajectory:
     def _check_noises(self, got: int) -> None:
         """A host that knows nothing of noises starts without."""
         if got != (needed := self.program.noises):
-            remedy = "pass noises= to sample, or seeds to Sampler.run, which draws them" if needed else "leave noises out"
+            remedy = (
+                "pass noises= to sample, or seeds to Sampler.run, which draws them" if needed else "leave noises out"
+            )
             raise ConfigError(
                 f"{type(self.program.solver).__name__} on {self.program.intervals} intervals adds {needed} noises to each "
                 f"sample, got {got}; {remedy}"

@@ -180,7 +180,7 @@ PROGRAMS = {
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=4)],
     "docs/schedules.md": [Program(calibrated), Program(searched)],
-    "docs/solvers.md": [Program()],
+    "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
 }
 INTEGRATIONS = {

@@ -54,6 +54,8 @@ class Adapter(nn.Module):
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
+        if facts.whole_times and compiled_of(network) is None:
+            own["whole"] = True
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
     @property
@@ -110,7 +112,7 @@ class Adapter(nn.Module):
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
-        time = self.family.whole(c.time) if self.facts.whole_times else c.time
+        time = self.family.whole(c.time).long() if self.facts.whole_times else c.time
         labels = None if self.conditions.names or not self.facts.label_dim else labels
         if labels is not None:
             labels = told(labels, self.facts.labels, self.facts.null_class)

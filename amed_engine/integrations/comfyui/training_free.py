@@ -14,7 +14,7 @@ from amed_engine.integrations.comfyui.host import host_levels, usable_range
 from amed_engine.integrations.comfyui.sampling import TrainingFree, draw
 from amed_engine.integrations.comfyui.trained import sampler
 from amed_engine.integrations.common import without_zero
-from amed_engine.solvers import SOLVERS, make_solver, solver_names
+from amed_engine.solvers import integrator_names, make_solver
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
@@ -22,7 +22,7 @@ from amed_engine.solvers.schedule import make_schedule
 SCHEDULES = ["polynomial", "time_uniform", "logsnr", "discrete"]
 AFS = ["off", "on"]
 # Those of the ODE: consistency sampling needs a model of another kind, and fresh noise.
-NAMES = [name for name in solver_names("none", "optional") if SOLVERS[name].integrates]
+NAMES = integrator_names("none", "optional")
 PREFIX = "amed_"  # in the lists of KSampler
 
 

@@ -78,14 +78,14 @@ class OnnxModel(Compiled):
         """Raise ConfigError where this is no denoiser, or takes what a sampler cannot know."""
         if self.conditions:
             raise ConfigError(
-                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and perhaps "
-                "labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows being chosen by class_labels"
+                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and "
+                "perhaps labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows being chosen by class_labels"
             )
         time, answer = self.roles.time, self.session.outputs[0]
         if self.whole_times or time.name.lower() in STEPS or answer.lower() in RAW:
             raise ConfigError(
-                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) -> D; "
-                'pass wrap(load_onnx(path), prediction), e.g. prediction="epsilon", or "denoised" where it is one all the same'
+                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) "
+                '-> D; pass wrap(load_onnx(path), prediction), e.g. prediction="epsilon", or "denoised" where it is one all the same'
             )
 
 
@@ -193,7 +193,8 @@ def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.
     if told is not None:
         if isinstance(told, str) or len(told) not in (1, 2) or not set(told) <= set(known):
             raise ConfigError(
-                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has {describe(entries)}"
+                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has "
+                f"{describe(entries)}"
             )
         names = list(told)
     else:

@@ -21,7 +21,7 @@ from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
-from amed_engine.adapters.labels import CONTINUOUS, check_kind
+from amed_engine.adapters.labels import check_kind
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept, plain_tensors

@@ -17,7 +17,7 @@ from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, is_tracing
+from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
 from amed_engine.sampling.modules import never_writes
 
 
@@ -40,13 +40,16 @@ class Adapter(nn.Module):
         conditions: Conditions,
         bottleneck: str | None = None,
         notes: Mapping[str, str] | None = None,
+        *,
+        found: bool = False,
     ):
+        """found: nobody named the bottleneck, so one that cannot be read matters to predictors alone."""
         super().__init__()
         self.network, self.family, self.conditions = network, family, conditions
         self.facts, self.notes = facts, dict(notes or {})
         self.sample_shape, self.label_dim = facts.shape, conditions.count or facts.label_dim
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
-        self.bottleneck = bottleneck
+        self.bottleneck, self._found = bottleneck, found
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
@@ -55,7 +58,12 @@ class Adapter(nn.Module):
 
     @property
     def img_channels(self) -> int | None:
-        return None if self.sample_shape is None else self.sample_shape[0]
+        return None if self.sample_shape is None else self.sample_shape[self.channel_axis]
+
+    @property
+    def channel_axis(self) -> int:
+        """Of a sample: 0, or 1 where frames come first."""
+        return self.facts.channel_axis
 
     @property
     def img_resolution(self) -> int | None:
@@ -72,6 +80,11 @@ class Adapter(nn.Module):
         return shape[1] // reduction, shape[2] // reduction
 
     @property
+    def consistency(self) -> bool:
+        """Whether its answer is a sample, as a consistency function's, and not the mean of the data."""
+        return self.family.consistency
+
+    @property
     def can_guide(self) -> bool:
         """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
         if self.conditions.count:
@@ -85,11 +98,11 @@ class Adapter(nn.Module):
         return "index" if self.conditions.count else own
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
-        """x (B, C, H, W); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
+        """x (B, C, ...); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
         class (or, where conditions are bound, which of them), or numbers (B,) or (B, label_dim) where labels are continuous;
         conditions by name, (B, ...) or (1, ...) each.
 
-        Returns D (B, C, H, W) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
+        Returns D (B, C, ...) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
         is called for a wrong shape, or a condition that is missing, unknown or of another batch.
         """
         self._check_state(x)
@@ -107,11 +120,11 @@ class Adapter(nn.Module):
             named = {name: state(value) for name, value in given.items()}
             return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
-        raw, features = self._precision.call(self.network, x.dtype, ask)
+        raw, caught = self._precision.call(self.network, x.dtype, ask)
+        features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
-        return Denoised(
-            spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
-        )
+        features = None if features is None else features.to(x.dtype)
+        return answered(spread(c.skip, x) * x + spread(c.out, x) * raw, features)
 
     def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
         """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""
@@ -123,10 +136,8 @@ class Adapter(nn.Module):
 
         return lend
 
-    def _call(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction and bottleneck."""
+    def _call(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """The network's prediction, and its bottleneck as it came."""
         if self._tap is not None:
             self._tap.listen()
         try:
@@ -136,8 +147,14 @@ class Adapter(nn.Module):
         returned = isinstance(output, (tuple, list))
         raw = output[0] if returned else output
         if self._tap is not None:
-            return raw, taps.check_features(caught, str(self.bottleneck))
+            return raw, caught
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
+
+    def _read(self, caught: Any, x: Tensor) -> Tensor:
+        features = taps.readable(caught, x, self.facts.folds_frames)
+        if features is None and not self._found:
+            raise taps.refusal(caught, x, str(self.bottleneck))
+        return unread(caught, x) if features is None else features
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
@@ -174,19 +191,21 @@ class Adapter(nn.Module):
         if is_tracing():
             return
         shape = self.sample_shape
-        if x.dim() < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
-            raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        fits = len(self.facts.axes) in (0, x.dim() - 1)
+        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+            raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        _check_prediction(raw, x)
-        if not is_tracing() and raw.shape[1] not in (channels, 2 * channels):
+        axis = 1 + self.channel_axis
+        channels = x.shape[axis]
+        _check_prediction(raw, x, axis)
+        if not is_tracing() and raw.shape[axis] not in (channels, 2 * channels):
             raise ConfigError(
-                f"the network predicts {raw.shape[1]} channels for samples of {channels}; expected {channels}, or "
+                f"the network predicts {raw.shape[axis]} channels for samples of {channels}; expected {channels}, or "
                 f"{2 * channels} with learned variances"
             )
-        return raw[:, :channels]
+        return raw[(slice(None),) * axis + (slice(channels),)]
 
     def explain(self) -> str:
         """What was inferred and why, a line each."""
@@ -205,7 +224,7 @@ class Adapter(nn.Module):
             )
 
 
-def _check_prediction(raw: Any, x: Tensor) -> None:
+def _check_prediction(raw: Any, x: Tensor, axis: int) -> None:
     """Raise ConfigError for what is no tensor, or one that would be spread over samples or pixels."""
     if not isinstance(raw, Tensor) or not raw.is_floating_point():
         got = raw.dtype if isinstance(raw, Tensor) else type(raw).__name__
@@ -215,13 +234,18 @@ def _check_prediction(raw: Any, x: Tensor) -> None:
         )
     if is_tracing():
         return
-    alike = raw.dim() == x.dim() and raw.shape[2:] == x.shape[2:]
+    alike = raw.dim() == x.dim() and _without(raw, axis) == _without(x, axis)
     # What is exported has a symbol for its batch, which a question would tie to one size.
     if not alike or (not torch.compiler.is_compiling() and raw.shape[0] != x.shape[0]):
         raise ConfigError(
             f"the network predicts shape {tuple(raw.shape)} for samples {tuple(x.shape)}; expected the same, or twice the "
             "channels with learned variances"
         )
+
+
+def _without(value: Tensor, axis: int) -> tuple[int, ...]:
+    """The shape of one sample but for its channels."""
+    return (*value.shape[1:axis], *value.shape[axis + 1 :])
 
 
 def level_rows(sigma: Tensor, x: Tensor) -> Tensor:

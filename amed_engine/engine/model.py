@@ -102,6 +102,7 @@ class Model:
         """The network's answer in x's precision. Networks get float32 unless they compute in float64, those of half precision
         that refuse it get what their layers take."""
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+        check_format(self.memory_format, x.dim() - 1)
         usual, state = Handed(dtype, dtype), x.contiguous(memory_format=self.memory_format)
         compiled = compiled_of(self.network)
 
@@ -207,6 +208,8 @@ def tune(
         raise ConfigError(
             f"memory_format must be torch.channels_last, another one of torch, or None, got {memory_format!r}"
         )
+    if model.shape is not None:
+        check_format(memory_format, len(model.shape))
     if memory_format is not None and model.module is not None:
         model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
     if autocast is not None and holds_compiled(model.network):
@@ -216,6 +219,18 @@ def tune(
         )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
+
+
+def check_format(memory_format: torch.memory_format | None, rank: int) -> None:
+    """Raise ConfigError for a memory format that samples of this rank cannot have."""
+    ranks = {torch.channels_last: 3, torch.channels_last_3d: 4}
+    if ranks.get(memory_format, rank) == rank:  # type: ignore[arg-type]
+        return
+    instead = next((f"pass {known}, or " for known, own in ranks.items() if own == rank), "")
+    raise ConfigError(
+        f"memory_format={memory_format} is for samples of {ranks[memory_format]} axes, channels first, these have {rank}; "  # type: ignore[index]
+        f"{instead}leave memory_format out"
+    )
 
 
 def _check_compile(model: Model, mode: Any) -> None:
@@ -230,6 +245,15 @@ def _check_compile(model: Model, mode: Any) -> None:
     if mode is not None and isinstance(model.network, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ConfigError(
             "torch.compile takes no TorchScript model; leave compile out, or pass the module it was made of"
+        )
+
+
+def check_integrable(model: Model) -> None:
+    """A consistency function's answer is a sample, of which no solver of an ODE makes another. Raises ConfigError."""
+    if said(model.network, "consistency", False):
+        raise ConfigError(
+            "this model is a consistency function: it answers with a sample, not with the mean of the data, and no ODE leads "
+            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation"
         )
 
 

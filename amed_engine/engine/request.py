@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amed_engine.engine.arrays import imported
 from amed_engine.engine.model import Model
-from amed_engine.engine.seeds import check_seeds, draw, draw_seeds
+from amed_engine.engine.seeds import check_seeds, draw, draw_all, draw_seeds
 from amed_engine.errors import ConfigError
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -20,12 +20,16 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Request:
-    """Latents (B, C, H, W) of unit variance and labels (B, label_dim) on the device; seeds and classes as reported."""
+    """Latents (B, C, H, W) of unit variance and labels (B, label_dim) on the device; seeds and classes as reported.
+
+    noises: (B, K, C, H, W) of unit variance, which the solver adds on its way; None where it adds none.
+    """
 
     latents: Tensor
     labels: Tensor | None
     seeds: list[int] | None
     classes: Tensor | None
+    noises: Tensor | None = None
     first_row: int = 0  # in the whole batch, where this is a piece of it
 
     @property
@@ -33,11 +37,17 @@ class Request:
         """Latents and, for a conditional model, labels."""
         return (self.latents,) if self.labels is None else (self.latents, self.labels)
 
+    @property
+    def all_inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the loop takes: latents, labels, noises."""
+        return self.latents, self.labels, self.noises
+
     def rows(self, start: int, stop: int) -> Request:
         def cut(field: Any) -> Any:
             return None if field is None else field[start:stop]
 
-        return Request(self.latents[start:stop], cut(self.labels), cut(self.seeds), cut(self.classes), start)
+        labels, seeds, classes, noises = map(cut, (self.labels, self.seeds, self.classes, self.noises))
+        return Request(self.latents[start:stop], labels, seeds, classes, noises, start)
 
 
 def make_request(
@@ -49,10 +59,12 @@ def make_request(
     dtype: torch.dtype,
     device: torch.device,
     look: bool = True,
+    noises: int = 0,
 ) -> Request:
     """Check and complete what was asked; see `Sampler.run`. Raises ConfigError.
 
-    look: read values that are on the device (NaN in latents, the range of labels), which waits for it.
+    look: read values that are on the device (NaN in latents, the range of labels), which waits for it. noises: how many the
+    solver adds to each sample.
     """
     batch, class_labels = imported("batch", batch), imported("class_labels", class_labels)
     if generator is not None and not isinstance(batch, Integral):
@@ -60,14 +72,19 @@ def make_request(
             "generator draws the seeds where batch is a number, and has no say in seeds or latents; leave it out"
         )
     if isinstance(batch, Tensor) and batch.is_floating_point():
-        latents, seeds, drawn = _check_latents(batch, model, dtype, device, look), None, None
+        latents, seeds, drawn, fresh = _check_latents(batch, model, dtype, device, look), None, None, None
+        if noises:
+            raise ConfigError(
+                "this solver adds fresh noise to each sample, drawn from its seed, and latents have none; pass seeds, "
+                "or latents and noises to amed_engine.sample(model, sigma_max * latents, levels, solver, noises=...)"
+            )
         if model.classes and class_labels is None:
             # Latents have no seeds: the row numbers stand in for them.
             _, drawn = draw(range(len(latents)), (), model.classes)
     else:
         seeds = _seeds(batch, generator)
-        noise, drawn = draw(seeds, _shape(model), model.classes)
-        latents = _sent(noise, device, dtype)
+        noise, drawn, more = draw_all(seeds, _shape(model), model.classes, noises)
+        latents, fresh = _sent(noise, device, dtype), _sent(more, device, dtype) if noises else None
     classes = drawn if class_labels is None else check_labels(class_labels, model, len(latents), look)
     if classes is None and model.continuous:
         raise ConfigError(
@@ -76,7 +93,7 @@ def make_request(
         )
     classes = None if classes is None else classes.clone()  # reported, whatever the caller does to its own
     labels = None if classes is None else model.label_rows(_sent(classes, device)).to(dtype)
-    return Request(latents, labels, seeds, classes)
+    return Request(latents, labels, seeds, classes, fresh)
 
 
 def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
@@ -108,8 +125,10 @@ def _shape(model: Model) -> tuple[int, ...]:
 
 def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
     shape = model.shape
-    expected = "(B, C, H, W)" if shape is None else f"(B, {', '.join(map(str, shape))})"
-    if latents.dim() != (4 if shape is None else len(shape) + 1):
+    if shape is None and latents.dim() < 2:
+        raise ConfigError(f"latents must have shape (B, C, ...), a row for each sample, got {tuple(latents.shape)}")
+    expected = "" if shape is None else f"(B, {', '.join(map(str, shape))})"
+    if shape is not None and latents.dim() != len(shape) + 1:
         raise ConfigError(f"latents must have shape {expected}, got {tuple(latents.shape)}")
     if shape is not None and tuple(latents.shape[1:]) != tuple(shape):
         raise ConfigError(f"latents must have shape {expected} for this model, got {tuple(latents.shape)}")

@@ -60,7 +60,7 @@ def resolve(
     count = _label_dim(label_dim, own_labels)
     return Model(
         network=network,
-        shape=_sample_shape(shape, _image_shape(network)),
+        shape=_sample_shape(shape, _image_shape(network), int(said(network, "channel_axis", 0))),
         label_dim=count,
         label_kind=_label_kind(network, count),
         sigma_min=_sigma("sigma_min", sigma_min, said(network, "sigma_min", 0.002)),
@@ -99,14 +99,16 @@ def _sigma(name: str, given: Any, own: Any) -> float:
     return float(level)
 
 
-def _sample_shape(given: Any, own: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _sample_shape(given: Any, own: tuple[int, ...] | None, axis: int) -> tuple[int, ...] | None:
     if given is None:
         return own
     if not isinstance(given, Sequence) or not all(isinstance(n, int) and n > 0 for n in given):
         raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {given!r}")
-    if own is not None and given[0] != own[0]:
+    if own is not None and len(given) != len(own):
+        raise ConfigError(f"the model's samples are {own}, got shape={tuple(given)}; samples must have its rank")
+    if own is not None and given[axis] != own[axis]:
         raise ConfigError(
-            f"the model takes {own[0]} channels, got shape={tuple(given)}; samples must have its channels"
+            f"the model takes {own[axis]} channels, got shape={tuple(given)}; samples must have its channels"
         )
     return tuple(given)
 

@@ -127,6 +127,14 @@ class Batches:
         self.conditions = itertools.chain([first], self.conditions)
         return self._bind(first, slice(0, self.batch)), self._noise(self.batch)
 
+    def unseen(self, seed: int) -> tuple[Denoiser, Tensor]:
+        """A batch that is not trained on: noise and labels by a generator of its own, and the first conditions, which stay."""
+        generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
+        try:
+            return self.draw([slice(0, self.batch)])[0] if self.conditions is None else self.probe()
+        finally:
+            self.generator = generator
+
     def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
         """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
         batch = batch or self.batch

@@ -21,9 +21,9 @@ from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer, mean_where_told
 from amed_engine.training.contenders import contenders, first_steps
-from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
 from amed_engine.training.halving import Entrant, halve, some_of
+from amed_engine.training.held_out import solved
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 LATENTS = 64  # seeds 0 to 63

@@ -3,12 +3,12 @@
 import numpy
 import pytest
 import torch
+from onnx_graphs import SHAPE, network, reference
 
 import amed_engine
 from amed_engine import Stepper, read_plan
 from amed_engine.adapters import load_onnx, wrap
 from amed_engine.errors import ConfigError
-from onnx_graphs import SHAPE, network, reference
 
 SAMPLE = ("float32", SHAPE)
 STEP = ("int64", ("B",))
@@ -30,7 +30,14 @@ def rounded(x, step, *others):
 
 @pytest.mark.parametrize(
     "time",
-    [("float32", ("B",)), ("float64", ("B",)), ("float32", ()), ("float32", (1,)), ("float32", ("B", 1)), ("float32", ("steps",))],
+    [
+        ("float32", ("B",)),
+        ("float64", ("B",)),
+        ("float32", ()),
+        ("float32", (1,)),
+        ("float32", ("B", 1)),
+        ("float32", ("steps",)),
+    ],
 )
 def test_a_time_reaches_the_network_in_its_own_dtype_and_shape(tmp_path, time):
     denoiser = wrap(opened(tmp_path, {"sample": SAMPLE, "timestep": time}), "epsilon")
@@ -66,12 +73,15 @@ def test_a_sample_is_handed_in_the_dtype_of_the_file(tmp_path, dtype, atol):
     got = denoiser(X, SIGMA).x0
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, like(rounded)(X, SIGMA).x0, atol=atol, rtol=1e-3)
-    assert dtype in denoiser.explain() and "int64" in denoiser.explain()
+    assert dtype in denoiser.explain()
+    assert "int64" in denoiser.explain()
 
 
 def test_a_denoiser_in_float16_is_sampled_as_it_is(tmp_path):
     path = network(tmp_path / "d.onnx", {"x": ("float16", SHAPE), "sigma": ("float16", ("B",))})
-    expected = amed_engine.Sampler(lambda x, s: reference(x, s), shape=(3, 8, 8), solver="euler", nfe=4).run([1, 2]).images
+    expected = (
+        amed_engine.Sampler(lambda x, s: reference(x, s), shape=(3, 8, 8), solver="euler", nfe=4).run([1, 2]).images
+    )
     got = amed_engine.Sampler(path, solver="euler", nfe=4).run([1, 2]).images
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, atol=0.02, rtol=0.01)
@@ -117,7 +127,7 @@ def test_integer_labels_are_told_as_they_are(tmp_path):
     torch.testing.assert_close(denoiser(X, SIGMA, labels).x0, expected)
     with pytest.raises(ConfigError, match="pass label_dim="):
         wrap(load_onnx(path), "epsilon")
-    with pytest.raises(ConfigError, match="knows \"no class\""):
+    with pytest.raises(ConfigError, match='knows "no class"'):
         amed_engine.Sampler(denoiser).run(2, guidance_scale=2.0)
     guided = wrap(load_onnx(path), "epsilon", label_dim=6, null_class=5)
     assert amed_engine.Sampler(guided, solver="euler", nfe=2).run(2, guidance_scale=2.0).images.isfinite().all()
@@ -259,7 +269,7 @@ def test_inputs_of_other_names_are_known_by_shape_or_told(tmp_path):
     told = wrap(load_onnx(path, inputs=("a", "c", "b")), "epsilon")
     weight = torch.tensor([10.0, 20.0, 30.0])
     torch.testing.assert_close(told(X, SIGMA, weight).x0, like(lambda x, t: reference(x, t, weight))(X, SIGMA).x0)
-    with pytest.raises(ConfigError, match="inputs must name .* it has a float32"):
+    with pytest.raises(ConfigError, match=r"inputs must name .* it has a float32"):
         load_onnx(path, inputs=("a", "d"))
 
 
@@ -270,7 +280,8 @@ def test_outputs_by_name_or_told(tmp_path):
         opened(tmp_path, inputs, others=others)
     assert opened(tmp_path, inputs, others=others, answer="out_sample").session.outputs == ["out_sample"]
     told = opened(tmp_path, inputs, {"outputs": ("out", "mid")}, others=others)
-    assert told.returns_bottleneck and wrap(told, "epsilon")(X[:1], SIGMA[:1]).features.shape == (1, 1, 1, 1)
+    assert told.returns_bottleneck
+    assert wrap(told, "epsilon")(X[:1], SIGMA[:1]).features.shape == (1, 1, 1, 1)
     assert not opened(tmp_path, inputs, others=others[1:]).returns_bottleneck
     with pytest.raises(ConfigError, match="outputs must name"):
         opened(tmp_path, inputs, {"outputs": ("none",)})
@@ -295,7 +306,7 @@ def test_a_raw_network_is_no_denoiser(tmp_path, inputs, answer):
 
 def test_settings_that_have_no_say_in_a_graph_are_refused(tmp_path):
     denoiser = wrap(opened(tmp_path, {"sample": SAMPLE, "timestep": STEP}), "epsilon")
-    with pytest.raises(ConfigError, match="autocast=.*whose arithmetic is in the file"):
+    with pytest.raises(ConfigError, match=r"autocast=.*whose arithmetic is in the file"):
         amed_engine.Sampler(denoiser, autocast=torch.bfloat16)
     with pytest.raises(ConfigError, match="compiled already"):
         amed_engine.Sampler(denoiser, compile="default")
@@ -321,7 +332,7 @@ def test_a_plan_of_it_draws_its_images(tmp_path):
 
 def test_a_whole_loop_is_no_network(tmp_path):
     path = network(tmp_path / "net.onnx", {"x": SAMPLE, "sigma": FLOAT}, metadata={"amed_engine": "{}"})
-    with pytest.raises(ConfigError, match="amed_engine.load_package"):
+    with pytest.raises(ConfigError, match=r"amed_engine\.load_package"):
         load_onnx(path)
 
 
@@ -333,7 +344,9 @@ def test_what_the_graph_refuses_is_told_with_its_inputs(tmp_path):
     table = [helper.make_tensor("table", 1, [4, 1, 1, 1], [0.0, 1.0, 2.0, 3.0])]
     nodes = [helper.make_node("Gather", ["table", "y"], ["rows"]), helper.make_node("Add", ["x", "rows"], ["D"])]
     graph = helper.make_graph(nodes, "g", inputs, [output], table)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "net.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "net.onnx"
+    )
     denoiser = wrap(load_onnx(tmp_path / "net.onnx"), "denoised", label_dim=9)
     torch.testing.assert_close(denoiser(X, SIGMA, torch.tensor([3, 0, 1])).x0[0], X[0] + 3)
     with pytest.raises(ConfigError, match=r"does not run on x \(3, 3, 8, 8\), y \(3,\): .*out of data bounds"):

@@ -22,7 +22,7 @@ def drawn(monkeypatch, amed, *args):
     kept = []
     monkeypatch.setattr("amed_engine.engine.images.to_uint8", lambda images: kept.append(images) or images)
     monkeypatch.setattr("amed_engine.engine.images.save_grid", lambda path, pictures: None)
-    code, out, err = amed(*args)
+    code, _out, err = amed(*args)
     assert code == 0, err
     return torch.cat(kept)
 
@@ -50,25 +50,29 @@ def test_numbers_of_one_or_of_each_sample(amed, model, tmp_path, monkeypatch, te
 def test_what_is_no_number_is_refused(amed, model, tmp_path, told, message):
     given = () if told is None else ("--class", told)
     code, _, err = amed("sample", "--model", model, "--seeds", "0-2", *given, "--out", tmp_path / "a.png")
-    assert code != 0 and message in err
+    assert code != 0
+    assert message in err
 
 
 def test_a_damaged_file_is_refused(amed, model, tmp_path):
     (tmp_path / "numbers.txt").write_text("0.5\n6,7\n")
     code, _, err = amed("sample", "--model", model, "--class", tmp_path / "numbers.txt", "--out", tmp_path / "a.png")
-    assert code != 0 and "as many in each" in err
+    assert code != 0
+    assert "as many in each" in err
 
 
 def test_training_commands_take_them_in_turn(amed, model, tmp_path):
     where = ("--model", model, "--device", "cpu", "--nfe", 3, "--samples", 8)
     fit = ("fit", *where, "--starts", 1, "--early", 1, "--late", 1, "--out", tmp_path / "f.safetensors")
     code, _, err = amed(*fit)
-    assert code != 0 and "command line --class" in err
+    assert code != 0
+    assert "command line --class" in err
     assert amed(*fit, "--class", "0.1,50,0.9")[0] == 0
     predictor = amed_engine.load_predictor(tmp_path / "f.safetensors")
     assert amed_engine.Sampler(model, predictor).run([1, 2], [0.1, 50]).images.isfinite().all()
     code, out, _ = amed("search-schedule", *where, "--class", 0.5, "--out", tmp_path / "levels.json")
-    assert code == 0 and "noise levels 20" in out
+    assert code == 0
+    assert "noise levels 20" in out
 
 
 def test_comparisons_are_at_one_number(amed, model):

@@ -77,9 +77,7 @@ def test_integers_are_numbers_and_no_classes():
     assert engine.run([1, 2], 3).labels.tolist() == [3.0, 3.0]
     rows = [[1, 0, 2], [0, 1, 5]]
     vectors = sampler(three())
-    torch.testing.assert_close(
-        vectors.run([1, 2], rows).images, vectors.run([1, 2], torch.tensor(rows).float()).images
-    )
+    torch.testing.assert_close(vectors.run([1, 2], rows).images, vectors.run([1, 2], torch.tensor(rows).float()).images)
     with pytest.raises(ConfigError, match=r"3 numbers per sample .*got torch.int64 of shape \(2,\)"):
         vectors.run([1, 2], [0, 1])
 
@@ -145,7 +143,7 @@ def test_a_single_label_of_an_unknown_network_is_a_number():
         engine.run([1, 2])
     network = Told(3)
     network.label_dim, network.label_kind = 3, "numbers"
-    with pytest.raises(ConfigError, match="label_kind must be one of .* got 'numbers'"):
+    with pytest.raises(ConfigError, match=r"label_kind must be one of .* got 'numbers'"):
         resolve(network)
 
 
@@ -212,7 +210,8 @@ def test_packages_keep_what_their_labels_are(tmp_path):
     engine = sampler(one())
     path = engine.export(tmp_path / "loop.pt2", "exported").path
     package = amed_engine.load_package(path)
-    assert package.facts.continuous and package.facts.to_json()["labels"] == "continuous"
+    assert package.facts.continuous
+    assert package.facts.to_json()["labels"] == "continuous"
     torch.testing.assert_close(package.run([1, 2], [0, 2]).images, engine.run([1, 2], [0.0, 2.0]).images)
     with pytest.raises(ConfigError, match="which no seed draws"):
         package.run([1, 2])
@@ -220,11 +219,20 @@ def test_packages_keep_what_their_labels_are(tmp_path):
 
 def test_a_signature_keeps_what_its_labels_are():
     inputs = [{"dtype": "float32", "shape": list(shape)} for shape in (SHAPE, (), (3,))]
-    data = {"inputs": inputs, "batch": (1, 4), "device": "cpu", "sigma_min": None, "sigma_max": None, "continuous": True}
+    data = {
+        "inputs": inputs,
+        "batch": (1, 4),
+        "device": "cpu",
+        "sigma_min": None,
+        "sigma_max": None,
+        "continuous": True,
+    }
     signature = Signature.from_json(data, "file")
-    assert signature.continuous and signature.to_json() == data
+    assert signature.continuous
+    assert signature.to_json() == data
     plain = Signature.from_json({name: value for name, value in data.items() if name != "continuous"}, "file")
-    assert not plain.continuous and "continuous" not in plain.to_json()
+    assert not plain.continuous
+    assert "continuous" not in plain.to_json()
 
 
 def test_servers_take_them():

@@ -8,6 +8,7 @@ FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
-from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
 from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
@@ -115,10 +116,17 @@ def trace(job: Job) -> torch.export.ExportedProgram:
     except ConfigError:
         raise
     except Exception as error:  # torch.export has no base class for what it raises
-        raise ConfigError(
-            f"the model cannot be exported: {type(error).__name__}: {first_line(error)}; its forward must be "
-            "torch operators without branches on values, for every batch size"
-        ) from error
+        raise ConfigError(f"the model cannot be exported: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What torch.export says, with the way out that it knows."""
+    if (most := re.search(r"Dim\('batch'(?:, min=\d+)?, max=(\d+)\)", str(error))) is not None:
+        return f"it runs otherwise in batches above {most[1]}; pass max_batch={most[1]} or less"
+    return (
+        f"{type(error).__name__}: {first_line(error)}; its forward must be torch operators without branches on values, for "
+        "every batch size"
+    )
 
 
 # ---- one writer per format: (job, file) ----
@@ -203,6 +211,8 @@ def _check(job: Job, path: Path, format: str) -> None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     if not isinstance(job.options, Mapping):
         raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    if job.program.noises and format in LOOPS:
+        raise ConfigError(f"{ADDS_NOISE}, and a file has no input for it; {DRAW_HERE}")
     suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
     known = OPTIONS.get(format, job.options)
     if not set(job.options) <= set(known):

@@ -80,11 +80,11 @@ def holds_compiled(network: Any) -> bool:
 
 def converted(name: str, tensor: Tensor, expected: Input) -> Tensor:
     """A tensor in the dtype of an input; rows (B, 1) as (B,), one-hot rows as integers (B,) where it takes these."""
-    whole = expected.dtype.startswith("int")
-    if tensor.dim() == 2 and expected.shape in ((), (1,)) and whole and tensor.is_floating_point():
-        tensor = class_index(tensor, None).reshape(-1, *expected.shape)
-    elif expected.shape in ((), (1,)) and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
-        tensor = tensor.reshape(-1, *expected.shape)
+    whole, single = expected.dtype.startswith("int"), expected.shape in ((), (1,))
+    if single and whole and tensor.dim() == 2 and tensor.is_floating_point():
+        tensor = class_index(tensor, None)
+    if single and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
+        tensor = tensor.reshape(-1, *[1] * len(expected.shape))
     if whole and tensor.is_floating_point() and bool((tensor != tensor.round()).any()):
         raise ConfigError(f"{name} must be whole numbers for this model, {expected.describe()}, got {tensor.dtype}")
     return tensor.to(DTYPES[expected.dtype])

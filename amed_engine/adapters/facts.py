@@ -117,8 +117,8 @@ def check_classes_known(network: Any) -> None:
     module = bare(network)
     if getattr(module, "label_kind", None) and not getattr(module, "label_dim", 0):
         raise ConfigError(
-            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of classes, "
-            "or of numbers per sample"
+            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of "
+            "classes, or of numbers per sample"
         )
     told = getattr(module, "label_dim", None) is not None or "class_labels" in bound(network)
     if told or not isinstance(module, nn.Module) or not takes_more(module):

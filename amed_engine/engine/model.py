@@ -214,8 +214,8 @@ def tune(
         model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
     if autocast is not None and holds_compiled(model.network):
         raise ConfigError(
-            f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it out, "
-            "or export the network in that dtype"
+            f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it "
+            "out, or export the network in that dtype"
         )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)

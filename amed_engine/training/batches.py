@@ -167,8 +167,9 @@ class Batches:
             return None
         if self.model.continuous:
             raise ConfigError(
-                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not known; "
-                f"pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command line --class"
+                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not "
+                f"known; pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command "
+                "line --class"
             )
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 

@@ -66,9 +66,8 @@ def wrap(
         has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
         is none, for which predictors read zeros.
-    shape: of a sample, where the network does not tell: (C, L), (C, H, W), or (C, F, H, W), as the network takes
-        it. label_dim: its number of classes; they reach a network that tells nothing of itself as one-hot rows.
-        null_class: the integer that means no class.
+    shape: of a sample, (C, L), (C, H, W), (C, F, H, W), where the network does not tell. label_dim: its number of classes;
+        they reach a network that tells nothing of itself as one-hot rows. null_class: the integer that means no class.
     conditions: tables by name, e.g. {"encoder_hidden_states": (P, L, D)}: P prompts, chosen by class_labels; or names alone,
         the tensors being given in each call. null_conditions: the same with one row, for classifier-free guidance.
     verify: evaluate a v-predicting network once, to catch one that predicts the noise.

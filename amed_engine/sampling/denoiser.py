@@ -62,8 +62,8 @@ def check_features(features: Tensor, size: tuple[int, int] | None = None, rows: 
     if features.dim() > 1 and features.shape[1] == 0:
         shape = tuple(features.shape[2:])
         raise ConfigError(
-            f"this model has a bottleneck that cannot be read as (B, C, h, w): {shape or 'its module was not called'} for "
-            f"{features.shape[0]} samples; wrap it with bottleneck=None, with which predictors read zeros, or with the name of "
+            f"this model has a bottleneck that cannot be read as (B, C, h, w): {shape or 'no tensor, or its module was not called'} "
+            f"for {features.shape[0]} samples; wrap it with bottleneck=None, with which predictors read zeros, or with the name of "
             f"another module{OWN_FEATURES}"
         )
     height, width = size or ("h", "w")
@@ -83,7 +83,7 @@ def parted(features: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
     """Features of several batches in one; those that have other rows than the batch, as of frames, are not read."""
     if features is None:
         return [None] * len(sizes)
-    if is_tracing() or features.shape[0] == sum(sizes):
+    if is_tracing() or (features.dim() and features.shape[0] == sum(sizes)):
         return [*features.split(sizes)]
     return [unread(features, features.new_empty(size)) for size in sizes]
 

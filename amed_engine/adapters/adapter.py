@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import taps
-from amed_engine.adapters.conditions import Conditions, class_index
+from amed_engine.adapters.compiled import compiled_of
+from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
+from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot, unread
+from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
 from amed_engine.sampling.modules import never_writes
 
 
@@ -78,15 +80,27 @@ class Adapter(nn.Module):
         return shape[1] // reduction, shape[2] // reduction
 
     @property
+    def consistency(self) -> bool:
+        """Whether its answer is a sample, as a consistency function's, and not the mean of the data."""
+        return self.family.consistency
+
+    @property
     def can_guide(self) -> bool:
         """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
         if self.conditions.count:
             return self.conditions.has_null
         return bool(self.facts.label_dim) and (self.facts.labels == "rows" or self.facts.null_class is not None)
 
+    @property
+    def label_kind(self) -> str | None:
+        """What labels are: classes, as "rows" or an "index", or numbers, one "float" per sample or a "vector"."""
+        own = self.facts.labels if self.facts.label_dim else None
+        return "index" if self.conditions.count else own
+
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
         """x (B, C, ...); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
-        class (or, where conditions are bound, which of them); conditions by name, (B, ...) or (1, ...) each.
+        class (or, where conditions are bound, which of them), or numbers (B,) or (B, label_dim) where labels are continuous;
+        conditions by name, (B, ...) or (1, ...) each.
 
         Returns D (B, C, ...) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
         is called for a wrong shape, or a condition that is missing, unknown or of another batch.
@@ -96,21 +110,21 @@ class Adapter(nn.Module):
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
+        time = self.family.whole(c.time) if self.facts.whole_times else c.time
         labels = None if self.conditions.names or not self.facts.label_dim else labels
-        if labels is not None and self.facts.labels == "index":
-            labels = class_index(labels, self.facts.null_class)
+        if labels is not None:
+            labels = told(labels, self.facts.labels, self.facts.null_class)
 
         def ask(handed: Handed) -> tuple[Tensor, Tensor | None]:
             state, rest = self._lent(handed.state), self._lent(handed.rest)
-            told = {name: state(value) for name, value in given.items()}
-            return self._call((spread(c.scale, x) * x).to(handed.state), rest(c.time), rest(labels), told)
+            named = {name: state(value) for name, value in given.items()}
+            return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
         raw, caught = self._precision.call(self.network, x.dtype, ask)
         features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
-        return Denoised(
-            spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
-        )
+        features = None if features is None else features.to(x.dtype)
+        return answered(spread(c.skip, x) * x + spread(c.out, x) * raw, features)
 
     def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
         """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""
@@ -146,7 +160,10 @@ class Adapter(nn.Module):
         if self.facts.diffusers:
             output = self.network(x, timestep=t, **keywords(labels, given), **self._form)
             return getattr(output, "sample", output)
-        return self.network(x, t, *(() if labels is None else (labels,)), **given)
+        inputs = (x, t, *(() if labels is None else (labels,)))
+        if (compiled := compiled_of(self.network)) is not None:
+            inputs, given = compiled.convert(*inputs, **given)
+        return self.network(*inputs, **given)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -159,9 +176,11 @@ class Adapter(nn.Module):
                 raise ConfigError("class_labels were given, but this denoiser has no classes and no bound conditions")
             return None
         if labels is not None or has_conditions:
-            return chosen_rows(labels, self.label_dim, x, has_conditions)
+            return chosen_rows(labels, self.label_dim, x, has_conditions, str(self.label_kind))
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
+        if self.label_kind in CONTINUOUS:
+            raise ConfigError(f"class_labels are missing: this denoiser is told numbers, {self.label_dim} per sample")
         if not self.can_guide:
             raise ConfigError(
                 f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"
@@ -235,38 +254,19 @@ def level_rows(sigma: Tensor, x: Tensor) -> Tensor:
     if not is_tracing() and sigma.dim() > 1:
         raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
     if sigma.dim() == 1:
-        _check_rows("sigma", sigma, x)
+        check_rows("sigma", sigma, x)
     return sigma.expand(x.shape[0])
 
 
-def chosen_rows(class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool) -> Tensor | None:
-    """`label_rows`, None for the conditions of a call in their place. Raises ConfigError for both."""
+def chosen_rows(
+    class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool, kind: str = "rows"
+) -> Tensor | None:
+    """`rows_of`, None for the conditions of a call in their place. Raises ConfigError for both."""
     if class_labels is None:
         return None
     if has_conditions:
         raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
-    return label_rows(class_labels, count, x)
-
-
-def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
-    """Integers (B,) or one-hot rows (B, count), one for all allowed, as rows (B, count) like x. Raises ConfigError."""
-    if not isinstance(class_labels, Tensor):
-        raise ConfigError(
-            f"class_labels must be a tensor of integers (B,) or rows (B, {count}), got {type(class_labels).__name__}"
-        )
-    integers = class_labels.dim() == 1 and not class_labels.is_floating_point()
-    if not is_tracing() and not integers and tuple(class_labels.shape[1:]) != (count,):
-        raise ConfigError(
-            f"class_labels must be integers (B,) or rows (B, {count}), got {class_labels.dtype} of shape "
-            f"{tuple(class_labels.shape)}"
-        )
-    _check_rows("class_labels", class_labels, x)
-    return one_hot(class_labels, count, x).expand(x.shape[0], count)
-
-
-def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
-    if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
-        raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
+    return rows_of(class_labels, kind, count, x)
 
 
 def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class DiscreteSteps(Family):
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
 
+    def whole(self, time: Tensor) -> Tensor:
+        """The nearest trained step, 0 to steps - 1; the other coefficients stay those of the level itself."""
+        return time.round().clamp(0, self.steps - 1)
+
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """skip, out, scale"""
         variance, one = 1 + sigma**2, torch.ones_like(sigma)

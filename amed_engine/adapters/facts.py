@@ -25,13 +25,14 @@ ADDED = ("text_embeds", "time_ids", "image_embeds")
 class NetworkFacts:
     """What is known of a network before it is called.
 
-    shape: of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as
-    one-hot "rows" or as an "index". null_class: the index that means no class. conditions: what the network must be given,
-    with the width of each (None: not known). prediction, betas: what it is known, or by custom, trained for.
-    diffusers: called by keywords, answers a tuple. returns_bottleneck: beside its output. denoises: needs no preconditioning.
-    reduction: how many times smaller than the sample its own bottleneck is. axes: of a sample, "CHW", "CL", "CFHW" or "FCHW",
-    "" where it takes any. channels: C, where shape does not tell. folds_frames: within, the frames of a sample follow each
-    other in the batch, (B·F, C, h, w).
+    shape: of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as one-hot
+    "rows" or as an "index", or numbers per sample, told as a "float" (B,) or a "vector" (B, label_dim). null_class: the index
+    that means no class. conditions: what the network must be given, with the width of each (None: not known, 0: one number
+    per row). prediction, betas: what it is known, or by custom, trained for. diffusers: called by keywords, answers a tuple.
+    returns_bottleneck: beside its output. denoises: needs no preconditioning. reduction: how many times smaller than the
+    sample its own bottleneck is. whole_times: it is told whole-number times alone. axes: of a sample, "CHW", "CL", "CFHW" or
+    "FCHW", "" where it takes any. channels: C, where shape does not tell. folds_frames: within, the frames of a sample
+    follow each other in the batch, (B·F, C, h, w).
     """
 
     shape: tuple[int, ...] | None = None
@@ -46,6 +47,7 @@ class NetworkFacts:
     returns_bottleneck: bool = False
     denoises: bool = False
     reduction: int | None = None
+    whole_times: bool = False
     axes: str = ""
     channels: int | None = None
     folds_frames: bool = False
@@ -87,7 +89,8 @@ def _read(network: Any) -> NetworkFacts:
         return _guided_diffusion(network)
     if hasattr(network, "round_sigma") and hasattr(network, "img_channels"):  # EDM's classes for iDDPM, VP and VE
         return _edm(network)
-    return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0))
+    labels = getattr(network, "label_kind", None) or "rows"
+    return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0), labels=labels)
 
 
 def check_known(network: Any) -> None:
@@ -112,6 +115,11 @@ def as_tuple(network: Any) -> dict[str, Any]:
 def check_classes_known(network: Any) -> None:
     """Raises ConfigError for a module without classes of its own that hands unnamed inputs to one that has some, perhaps."""
     module = bare(network)
+    if getattr(module, "label_kind", None) and not getattr(module, "label_dim", 0):
+        raise ConfigError(
+            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of classes, "
+            "or of numbers per sample"
+        )
     told = getattr(module, "label_dim", None) is not None or "class_labels" in bound(network)
     if told or not isinstance(module, nn.Module) or not takes_more(module):
         return
@@ -184,7 +192,17 @@ def _axes(network: nn.Module) -> str:
 
 
 def _onnx(network: Any) -> NetworkFacts:
-    return NetworkFacts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
+    widths = {name: known.shape[-1] if known.shape else 0 for name, known in network.conditions.items()}
+    return NetworkFacts(
+        network.sample_shape,
+        network.out_channels,
+        network.label_dim,
+        network.label_kind or "rows",
+        conditions=widths,
+        prediction="denoised" if network.session.outputs[0] == "denoised" else None,
+        returns_bottleneck=network.returns_bottleneck,
+        whole_times=network.whole_times,
+    )
 
 
 def _diffusers_unet(network: Any) -> NetworkFacts:

@@ -6,9 +6,11 @@ what the hook caught and *returns* it: what is traced, compiled or exported is t
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from amed_engine.sampling.modules import bare, layers
 
 # torch numbers its hooks without a lock: two threads could be given the same place.
 _HOOKING = threading.RLock()
+# Hooks without a reader, to be removed when no compiler looks at the modules.
+_LEFT: list[Tap] = []
 
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
@@ -45,6 +49,8 @@ class Tap:
 
     def attach(self, module: nn.Module, reader: object) -> Tap:
         """Hook the module for as long as the reader lives."""
+        if _LEFT:
+            _remove_left()
         # Not kept: a module that holds its hook and is held by it would outlive its last user.
         with _HOOKING:
             self._handle = module.register_forward_hook(self)
@@ -59,7 +65,8 @@ class Tap:
 
     def detach(self) -> None:
         if self._handle is not None:
-            self._handle.remove()
+            _LEFT.append(self)
+            _remove_left()
 
     def __enter__(self) -> Tap:
         return self.attach(self.source, self) if isinstance(self.source, nn.Module) else self
@@ -70,6 +77,8 @@ class Tap:
     def listen(self) -> None:
         """From now until `take`."""
         if not torch.compiler.is_compiling():
+            if _LEFT:
+                _remove_left()
             self._local.listens = True
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -120,6 +129,31 @@ class Tap:
             )
         read = None if features.dim() == 4 else readable(features, x, folded=False)
         return features if read is None else read
+
+
+def _remove_left() -> None:
+    """Remove the hooks that nobody reads: now, or the next time that no compiler looks."""
+    with _HOOKING, _no_compiler() as free:
+        while free and _LEFT:
+            _LEFT.pop()._handle.remove()
+
+
+@contextmanager
+def _no_compiler() -> Iterator[bool]:
+    """Keep torch.compile from beginning for the time of the block, in which it is told whether none is at work.
+
+    It counts the hooks of a module and looks the last of them up by number later: the collector must remove none between.
+    """
+    lock = getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+    if lock is None:  # nothing was compiled yet
+        yield True
+        return
+    held = lock.acquire(blocking=False)
+    try:
+        yield held and torch._guards.CompileContext.try_get() is None
+    finally:
+        if held:
+            lock.release()
 
 
 def _find(root: Any, name: str) -> nn.Module:

@@ -30,6 +30,11 @@ _register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denois
 Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
 
 
+def answered(x0: Tensor, features: Tensor | None) -> Denoised:
+    """A Denoised; under torch.jit.trace, whose graphs return nothing but tensors, D alone where there are no features."""
+    return x0 if features is None and is_tracing() else Denoised(x0, features)  # type: ignore[return-value]
+
+
 def as_denoised(output: Any) -> Denoised:
     """D or (D, features) as a Denoised."""
     if isinstance(output, Tensor):
@@ -139,15 +144,20 @@ def mean_of_labels(rows: Tensor, labels: Tensor | None, scale: float | None) -> 
     return (exact[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))).to(rows.dtype)
 
 
-def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
-    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor`. Saharia et al. 2022 (arXiv:2205.11487)."""
+def dynamic_thresholding(
+    x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None
+) -> Tensor:
+    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor` and at most `ceiling`.
+
+    Saharia et al. 2022 (arXiv:2205.11487).
+    """
     magnitude = x0.abs().flatten(1)
     # torch.quantile would do, but refuses more than 16 million elements, and ONNX has none; this is its linear interpolation.
     rank = quantile * (magnitude.shape[1] - 1)
     count = magnitude.shape[1] - int(rank)
     highest = magnitude.topk(count, dim=1).values
     below, above = highest[:, -1], highest[:, max(count - 2, 0)]
-    s = torch.lerp(below, above, rank - int(rank)).clamp_min(floor)
+    s = torch.lerp(below, above, rank - int(rank)).clamp(floor, ceiling)
     s = s.reshape(-1, *[1] * (x0.dim() - 1))
     return x0.clamp(-s, s) / s
 

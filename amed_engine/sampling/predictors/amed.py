@@ -5,6 +5,8 @@ Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Step
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +66,7 @@ class AMEDPredictor(nn.Module):
         if embedding_dim < 4 or embedding_dim % 2:
             raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")
         self.plan: Plan | None = None
+        self.report: Any = None  # of `distill`: how it compares with what runs without it; not saved
         self.scale_dir, self.scale_time, self.scales = float(scale_dir), float(scale_time), scales
         self.bottleneck = (int(bottleneck[0]), int(bottleneck[1]))
         self.hidden_dim, self.bottleneck_dim, self.embedding_dim = hidden_dim, bottleneck_dim, embedding_dim

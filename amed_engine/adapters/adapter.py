@@ -192,10 +192,11 @@ class Adapter(nn.Module):
     def _check_state(self, x: Tensor) -> None:
         if is_tracing():
             return
-        shape = self.sample_shape
-        fits = len(self.facts.axes) in (0, x.dim() - 1)
-        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+        shape, facts = self.sample_shape, self.facts
+        fits = x.dim() > 1 and len(facts.axes) in (0, x.dim() - 1)
+        fits = fits and facts.in_channels in (None, x.shape[1 + facts.channel_axis])
+        if not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = facts.rank if shape is None else ", ".join(map(str, shape))
             raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class NetworkFacts:
 
     @property
     def rank(self) -> str:
-        """The shape of a sample in letters."""
-        return ", ".join(self.axes) or "C, ..."
+        """The shape of a sample, in letters and the number of channels where it is known."""
+        return (", ".join(self.axes) or "C, ...").replace("C", str(self.channels or "C"))
 
 
 def facts_of(network: Any) -> NetworkFacts:

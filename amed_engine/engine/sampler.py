@@ -142,7 +142,7 @@ class Sampler:
     ) -> SampleResult:
         """Draw samples.
 
-        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance (not where the solver adds fresh
+        batch: how many; or the seeds, one per sample; or latents (B, C, ...) of unit variance (not where the solver adds fresh
             noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
             generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.conditions import Conditions, class_index
@@ -16,10 +16,11 @@ from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, one_hot
+from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modules import never_writes
 
 
-class Adapter(nn.Module):
+class Adapter(Telling):
     """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
 
     Made by `wrap`, which explains the arguments. The network runs in the dtype that its layers take, the preconditioning in
@@ -50,6 +51,7 @@ class Adapter(nn.Module):
         self._form = as_tuple(network)
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
+        keep_facts(self)
 
     @property
     def img_channels(self) -> int | None:

@@ -15,13 +15,14 @@ from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing
+from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
 FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
 
 
-class _Around(Settled):
+class _Around(Telling, Settled):
     """A module round a denoiser, with its facts."""
 
     sample_shape: tuple[int, ...] | None = None
@@ -82,6 +83,7 @@ class ClassifierFree(_Around):
             raise ConfigError(f"need a finite scale and 0 <= lo < hi, got scale={scale}, interval={interval}")
         self.scale, self.low, self.high, self.batched = scale, low, high, batched
         keep_settings(self, scale=float(scale), interval=[float(low), float(high)])
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         calls = "one doubled batch" if self.batched else "two calls"
@@ -159,6 +161,7 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"the classifier tells {known} classes, the network {own}; pass label_dim=...")
         self.label_dim = int(known)
         keep_settings(self, scale=float(scale), clamp=None if clamp is None else float(clamp))
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, clamp={self.clamp}"
@@ -207,6 +210,7 @@ class Thresholded(_Around):
         self.quantile, self.floor = quantile, floor
         self.can_guide = said(denoiser, "can_guide", True)
         keep_settings(self, quantile=float(quantile), floor=float(floor))
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         return f"quantile={self.quantile:g}, floor={self.floor:g}"

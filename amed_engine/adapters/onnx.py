@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled
+from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 
@@ -66,7 +67,9 @@ def load_onnx(path: str | os.PathLike, *, threads: int | None = None) -> OnnxMod
     are not x (B, C, H, W), sigma (B,) and perhaps labels (B, K), FileFormatError for a file that is no ONNX model.
     """
     session = OnnxSession(path, threads)
-    return OnnxModel(session, _signature(session, path))
+    check_no_loop(session.metadata, path)
+    signature = _signature(session, path)
+    return OnnxModel(session, signature, facts=read_facts(session.metadata.get(FACTS), signature, path))
 
 
 def _signature(session: OnnxSession, path: str | os.PathLike) -> Signature:

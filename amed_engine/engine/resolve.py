@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
+from amed_engine.adapters.conditions import class_index
+from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known
 from amed_engine.checkpoints import load_model, load_program
+from amed_engine.checkpoints.exported_program import extra_names
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.kept import kept
 from amed_engine.sampling.modules import as_module, bound, module_of, never_writes, said
 
 
@@ -134,6 +138,7 @@ def _read(path: Path) -> Any:
         return load_onnx(path)
     if path.suffix == ".pt2" and is_package(path):
         return load_compiled(path)
+    check_no_loop(extra_names(path), path)
     try:
         opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
@@ -148,8 +153,26 @@ def _read(path: Path) -> Any:
 
 
 def checked(program: torch.export.ExportedProgram) -> nn.Module:
-    """The program's module, which checks its inputs first and knows the shape of its samples."""
+    """The program's module, which checks its inputs first and knows the shape of its samples and its classes."""
     module, signature = program.module(), Signature.of_program(program)
-    module.register_forward_pre_hook(lambda _, inputs: signature.check(inputs, strides=False), prepend=True)
+
+    def check(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs = _as_taken(inputs, signature)
+        signature.check(inputs, strides=False)
+        return inputs
+
+    module.register_forward_pre_hook(check, prepend=True)
     module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    if signature.label_dim:
+        module.label_dim = signature.label_dim  # type: ignore[assignment]
+    if signature.takes_integers and not kept(module):
+        module.can_guide = False  # type: ignore[assignment]  (which integer is no class is not known)
     return module
+
+
+def _as_taken(inputs: tuple[Any, ...], signature: Signature) -> tuple[Any, ...]:
+    """The inputs, one-hot rows as integers (B,) where the program takes these: for no class one more than there are."""
+    if len(inputs) != 3 or not signature.takes_integers or not inputs[2].is_floating_point():
+        return inputs
+    x, sigma, rows = inputs
+    return x, sigma, class_index(rows, rows.shape[1]).to(getattr(torch, signature.inputs[2].dtype))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.exporting import LOOP
 from amed_engine.adapters.onnx import TYPES, OnnxSession
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
@@ -27,7 +28,7 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.plan import Plan
 
-KEY = "amed_engine"
+KEY = LOOP
 MAX_FACTS = 1 << 20  # bytes
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -41,6 +42,7 @@ class PackageFacts:
     shape: (C, H, W) of one sample. label_dim: columns of the second input, labels (B, label_dim); 0 where there is none.
     dtype: of latents, labels and images. device: its type, "cpu" or "cuda". max_batch: the largest batch of one call.
     plan: solver and noise levels, its guidance_scale the one that the loop was exported with. versions: what wrote it.
+    fingerprint: of the denoiser in it, None for one without weights.
     """
 
     format: str
@@ -51,6 +53,7 @@ class PackageFacts:
     max_batch: int
     plan: Plan
     versions: tuple[tuple[str, str], ...] = ()
+    fingerprint: str | None = None
 
     def to_json(self) -> dict:
         inputs = [{"name": "latents", "dtype": self.dtype, "shape": ["batch", *self.shape]}]
@@ -71,6 +74,7 @@ class PackageFacts:
             "sigma_min": self.plan.sigmas[-1],
             "plan": replace(self.plan, mean=None).to_json(),  # the mean answer is in the graph
             "versions": dict(self.versions),
+            "fingerprint": self.fingerprint,
         }
 
     def texts(self) -> dict[str, str]:
@@ -107,8 +111,10 @@ class PackageFacts:
             raise ConfigError(f"shape {shape}, label_dim {label_dim} and max_batch {max_batch} must be positive")
         if data["dtype"] not in DTYPES or data["device"] not in ("cpu", "cuda"):
             raise ConfigError(f"dtype {data['dtype']!r} on {data['device']!r} is not known")
+        if not isinstance(own := data.get("fingerprint"), (str, type(None))):
+            raise ConfigError(f"its fingerprint is no text, got {own!r}")
         plan, versions = Plan.from_json(data["plan"]), tuple(sorted(data["versions"].items()))
-        return cls(str(data["format"]), shape, label_dim, data["dtype"], data["device"], max_batch, plan, versions)
+        return cls(str(data["format"]), shape, label_dim, data["dtype"], data["device"], max_batch, plan, versions, own)
 
 
 class Package:

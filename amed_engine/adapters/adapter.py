@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters import taps
-from amed_engine.adapters.conditions import Conditions, class_index
+from amed_engine.adapters.compiled import compiled_of
+from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
+from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, one_hot
+from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
 from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modules import never_writes
 
@@ -39,13 +41,16 @@ class Adapter(Telling):
         conditions: Conditions,
         bottleneck: str | None = None,
         notes: Mapping[str, str] | None = None,
+        *,
+        found: bool = False,
     ):
+        """found: nobody named the bottleneck, so one that cannot be read matters to predictors alone."""
         super().__init__()
         self.network, self.family, self.conditions = network, family, conditions
         self.facts, self.notes = facts, dict(notes or {})
         self.sample_shape, self.label_dim = facts.shape, conditions.count or facts.label_dim
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
-        self.bottleneck = bottleneck
+        self.bottleneck, self._found = bottleneck, found
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
@@ -55,7 +60,12 @@ class Adapter(Telling):
 
     @property
     def img_channels(self) -> int | None:
-        return None if self.sample_shape is None else self.sample_shape[0]
+        return None if self.sample_shape is None else self.sample_shape[self.channel_axis]
+
+    @property
+    def channel_axis(self) -> int:
+        """Of a sample: 0, or 1 where frames come first."""
+        return self.facts.channel_axis
 
     @property
     def img_resolution(self) -> int | None:
@@ -78,11 +88,18 @@ class Adapter(Telling):
             return self.conditions.has_null
         return bool(self.facts.label_dim) and (self.facts.labels == "rows" or self.facts.null_class is not None)
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
-        """x (B, C, H, W); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
-        class (or, where conditions are bound, which of them); conditions by name, (B, ...) or (1, ...) each.
+    @property
+    def label_kind(self) -> str | None:
+        """What labels are: classes, as "rows" or an "index", or numbers, one "float" per sample or a "vector"."""
+        own = self.facts.labels if self.facts.label_dim else None
+        return "index" if self.conditions.count else own
 
-        Returns D (B, C, H, W) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
+        """x (B, C, ...); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
+        class (or, where conditions are bound, which of them), or numbers (B,) or (B, label_dim) where labels are continuous;
+        conditions by name, (B, ...) or (1, ...) each.
+
+        Returns D (B, C, ...) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
         is called for a wrong shape, or a condition that is missing, unknown or of another batch.
         """
         self._check_state(x)
@@ -90,16 +107,18 @@ class Adapter(Telling):
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
+        time = self.family.whole(c.time) if self.facts.whole_times else c.time
         labels = None if self.conditions.names or not self.facts.label_dim else labels
-        if labels is not None and self.facts.labels == "index":
-            labels = class_index(labels, self.facts.null_class)
+        if labels is not None:
+            labels = told(labels, self.facts.labels, self.facts.null_class)
 
         def ask(handed: Handed) -> tuple[Tensor, Tensor | None]:
             state, rest = self._lent(handed.state), self._lent(handed.rest)
-            told = {name: state(value) for name, value in given.items()}
-            return self._call((spread(c.scale, x) * x).to(handed.state), rest(c.time), rest(labels), told)
+            named = {name: state(value) for name, value in given.items()}
+            return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
-        raw, features = self._precision.call(self.network, x.dtype, ask)
+        raw, caught = self._precision.call(self.network, x.dtype, ask)
+        features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
         features = None if features is None else features.to(x.dtype)
         return answered(spread(c.skip, x) * x + spread(c.out, x) * raw, features)
@@ -114,10 +133,8 @@ class Adapter(Telling):
 
         return lend
 
-    def _call(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction and bottleneck."""
+    def _call(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """The network's prediction, and its bottleneck as it came."""
         if self._tap is not None:
             self._tap.listen()
         try:
@@ -127,14 +144,23 @@ class Adapter(Telling):
         returned = isinstance(output, (tuple, list))
         raw = output[0] if returned else output
         if self._tap is not None:
-            return raw, taps.check_features(caught, str(self.bottleneck))
+            return raw, caught
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
+
+    def _read(self, caught: Any, x: Tensor) -> Tensor:
+        features = taps.readable(caught, x, self.facts.folds_frames)
+        if features is None and not self._found:
+            raise taps.refusal(caught, x, str(self.bottleneck))
+        return unread(caught, x) if features is None else features
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
             output = self.network(x, timestep=t, **keywords(labels, given), **self._form)
             return getattr(output, "sample", output)
-        return self.network(x, t, *(() if labels is None else (labels,)), **given)
+        inputs = (x, t, *(() if labels is None else (labels,)))
+        if (compiled := compiled_of(self.network)) is not None:
+            inputs, given = compiled.convert(*inputs, **given)
+        return self.network(*inputs, **given)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -147,9 +173,11 @@ class Adapter(Telling):
                 raise ConfigError("class_labels were given, but this denoiser has no classes and no bound conditions")
             return None
         if labels is not None or has_conditions:
-            return chosen_rows(labels, self.label_dim, x, has_conditions)
+            return chosen_rows(labels, self.label_dim, x, has_conditions, str(self.label_kind))
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
+        if self.label_kind in CONTINUOUS:
+            raise ConfigError(f"class_labels are missing: this denoiser is told {self.label_dim} numbers per sample")
         if not self.can_guide:
             raise ConfigError(
                 f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"
@@ -160,19 +188,21 @@ class Adapter(Telling):
         if is_tracing():
             return
         shape = self.sample_shape
-        if x.dim() < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
-            raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        fits = len(self.facts.axes) in (0, x.dim() - 1)
+        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+            raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        _check_prediction(raw, x)
-        if not is_tracing() and raw.shape[1] not in (channels, 2 * channels):
+        axis = 1 + self.channel_axis
+        channels = x.shape[axis]
+        _check_prediction(raw, x, axis)
+        if not is_tracing() and raw.shape[axis] not in (channels, 2 * channels):
             raise ConfigError(
-                f"the network predicts {raw.shape[1]} channels for samples of {channels}; expected {channels}, or "
+                f"the network predicts {raw.shape[axis]} channels for samples of {channels}; expected {channels}, or "
                 f"{2 * channels} with learned variances"
             )
-        return raw[:, :channels]
+        return raw[(slice(None),) * axis + (slice(channels),)]
 
     def explain(self) -> str:
         """What was inferred and why, a line each."""
@@ -191,7 +221,7 @@ class Adapter(Telling):
             )
 
 
-def _check_prediction(raw: Any, x: Tensor) -> None:
+def _check_prediction(raw: Any, x: Tensor, axis: int) -> None:
     """Raise ConfigError for what is no tensor, or one that would be spread over samples or pixels."""
     if not isinstance(raw, Tensor) or not raw.is_floating_point():
         got = raw.dtype if isinstance(raw, Tensor) else type(raw).__name__
@@ -201,7 +231,7 @@ def _check_prediction(raw: Any, x: Tensor) -> None:
         )
     if is_tracing():
         return
-    alike = raw.dim() == x.dim() and raw.shape[2:] == x.shape[2:]
+    alike = raw.dim() == x.dim() and _without(raw, axis) == _without(x, axis)
     # What is exported has a symbol for its batch, which a question would tie to one size.
     if not alike or (not torch.compiler.is_compiling() and raw.shape[0] != x.shape[0]):
         raise ConfigError(
@@ -210,43 +240,29 @@ def _check_prediction(raw: Any, x: Tensor) -> None:
         )
 
 
+def _without(value: Tensor, axis: int) -> tuple[int, ...]:
+    """The shape of one sample but for its channels."""
+    return (*value.shape[1:axis], *value.shape[axis + 1 :])
+
+
 def level_rows(sigma: Tensor, x: Tensor) -> Tensor:
     """Noise levels () or (B,) as (B,). Raises ConfigError for another shape."""
     if not is_tracing() and sigma.dim() > 1:
         raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
     if sigma.dim() == 1:
-        _check_rows("sigma", sigma, x)
+        check_rows("sigma", sigma, x)
     return sigma.expand(x.shape[0])
 
 
-def chosen_rows(class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool) -> Tensor | None:
-    """`label_rows`, None for the conditions of a call in their place. Raises ConfigError for both."""
+def chosen_rows(
+    class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool, kind: str = "rows"
+) -> Tensor | None:
+    """`rows_of`, None for the conditions of a call in their place. Raises ConfigError for both."""
     if class_labels is None:
         return None
     if has_conditions:
         raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
-    return label_rows(class_labels, count, x)
-
-
-def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
-    """Integers (B,) or one-hot rows (B, count), one for all allowed, as rows (B, count) like x. Raises ConfigError."""
-    if not isinstance(class_labels, Tensor):
-        raise ConfigError(
-            f"class_labels must be a tensor of integers (B,) or rows (B, {count}), got {type(class_labels).__name__}"
-        )
-    integers = class_labels.dim() == 1 and not class_labels.is_floating_point()
-    if not is_tracing() and not integers and tuple(class_labels.shape[1:]) != (count,):
-        raise ConfigError(
-            f"class_labels must be integers (B,) or rows (B, {count}), got {class_labels.dtype} of shape "
-            f"{tuple(class_labels.shape)}"
-        )
-    _check_rows("class_labels", class_labels, x)
-    return one_hot(class_labels, count, x).expand(x.shape[0], count)
-
-
-def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
-    if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
-        raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
+    return rows_of(class_labels, kind, count, x)
 
 
 def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:

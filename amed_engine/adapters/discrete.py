@@ -9,11 +9,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.fingerprint import summary
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import bare
 from amed_engine.solvers.schedule import DiscreteTime
 
 BETAS = ("scaled_linear", "linear", "cosine")
@@ -40,6 +41,29 @@ def alphas_cumprod(betas: str, steps: int = 1000, start: float | None = None, en
     if betas == "linear":
         return (1 - torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")).cumprod(0)
     return (1 - torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64, device="cpu") ** 2).cumprod(0)
+
+
+def family_of(network: Any) -> Family | None:
+    """What a network that `wrap` adapted is of, inside guidance too; None for others."""
+    network = bare(network)
+    if not isinstance(network, nn.Module):
+        return None
+    family = getattr(network, "family", None)
+    return family if isinstance(family, Family) else family_of(getattr(network, "denoiser", None))
+
+
+def alphas_of(network: Any) -> Tensor | None:
+    """alphas_cumprod of a network's own training steps, (steps,) float64 on the CPU; None for one without, or unknown ones.
+
+    A traced or exported network has them in the buffers of what `wrap` made.
+    """
+    network = bare(network)
+    if not isinstance(network, nn.Module):
+        return None
+    table = getattr(getattr(network, "family", None), "log_alpha", None)
+    if isinstance(table, Tensor):
+        return (2 * table.detach().cpu()).exp()
+    return alphas_of(getattr(network, "denoiser", None))
 
 
 class DiscreteSteps(Family):
@@ -84,6 +108,10 @@ class DiscreteSteps(Family):
 
     def forward(self, sigma: Tensor) -> Coefficients:
         return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
+
+    def whole(self, time: Tensor) -> Tensor:
+        """The nearest trained step, 0 to steps - 1; the other coefficients stay those of the level itself."""
+        return time.round().clamp(0, self.steps - 1)
 
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """skip, out, scale"""

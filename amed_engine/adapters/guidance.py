@@ -9,17 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.adapter import Adapter, chosen_rows, label_rows, level_rows
+from amed_engine.adapters.adapter import Adapter, chosen_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
+from amed_engine.adapters.labels import label_rows
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing
+from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing, parted
 from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
+FACTS = (
+    *("sample_shape", "img_channels", "img_resolution", "channel_axis"),
+    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size"),
+)
 
 
 class _Around(Telling, Settled):
@@ -127,7 +131,7 @@ class ClassifierFree(_Around):
         x0, features = self._ask(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled)
         halves = [x.shape[0]] * 2  # not chunk(2): its count would tie a symbolic batch to one size
         unconditional, conditional = x0.split(halves)
-        return unconditional, conditional, None if features is None else features.split(halves)[1]
+        return unconditional, conditional, parted(features, halves)[1]
 
 
 class ClassifierGuided(_Around):

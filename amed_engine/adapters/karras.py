@@ -104,6 +104,9 @@ class VP(Family):
         time = (self.steps - 1) * self.vp.time(sigma.double())
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time.to(sigma.dtype))
 
+    def whole(self, time: Tensor) -> Tensor:
+        return time.round()
+
     def describe(self) -> str:
         return f"the noise, VP preconditioning; told {self.steps - 1}·t, beta_d {self.vp.beta_d:g}"
 
@@ -152,6 +155,9 @@ class IDDPM(Family):
         nearest = (sigma[:, None] - self.levels.to(sigma.dtype)).abs().argmin(dim=1)
         time = (self.steps - 1 - nearest).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time)
+
+    def whole(self, time: Tensor) -> Tensor:
+        return time
 
     def describe(self) -> str:
         return f"the noise, iDDPM preconditioning; told the nearest of {self.steps} steps"

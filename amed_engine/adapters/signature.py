@@ -79,6 +79,17 @@ class Signature:
                 "compile it with a dynamic batch"
             )
 
+    def check_named(self, x: Tensor, given: Mapping[str, Tensor], expected: Mapping[str, Input]) -> None:
+        """Raise ConfigError for conditions by name that are missing, unknown, or not as `check` wants its tensors."""
+        if given.keys() != expected.keys():
+            raise ConfigError(
+                f"the model takes {', '.join(expected) or 'no conditions'}, got {', '.join(given) or 'none'}"
+            )
+        for name, tensor in given.items():
+            self._check_one(name, tensor, expected[name])
+            if tensor.shape[0] != x.shape[0]:
+                raise ConfigError(f"{name} has {tensor.shape[0]} rows for a batch of {x.shape[0]}")
+
     def _names(self) -> tuple[str, ...]:
         return NAMES[: len(self.inputs)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, copied
+from amed_engine.sampling.denoiser import OWN_FEATURES, Denoised, Denoiser, as_denoised, copied, is_tracing
 from amed_engine.sampling.modules import bare, layers
 
 # torch numbers its hooks without a lock: two threads could be given the same place.
@@ -210,12 +210,32 @@ def find(network: Any) -> str | None:
     return None
 
 
-def check_features(value: Any, name: str) -> Tensor:
-    """What a tap caught, as the bottleneck (B, C, h, w)."""
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(
-            f"the module {name!r} gave {got} as the bottleneck, expected a tensor (B, C, h, w); name another module, or "
-            "bottleneck=None for none"
-        )
-    return value
+def readable(caught: Any, x: Tensor, folded: bool) -> Tensor | None:
+    """What a tap caught as the bottleneck (B, C, h, w) of samples x (B, ...), in x's dtype; None where it is none.
+
+    Of samples (C, L) it is (B, C, l), one row of places, h = 1. Of volumes and videos (B, C, d, h, w) the mean over d; that
+    over frames of (B·F, C, h, w) where the network is known to have them in the batch, those of a sample together (`folded`).
+    """
+    if not isinstance(caught, Tensor) or not caught.is_floating_point():
+        return None
+    value = caught.to(x.dtype)
+    if folded and value.dim() == 4:
+        value = value.unflatten(0, (x.shape[0], -1)).mean(1)
+    elif value.dim() == x.dim() == 5:
+        value = value.mean(2)
+    elif value.dim() == x.dim() == 3:
+        value = value[:, :, None]
+    if value.dim() != 4:
+        return None
+    # What is traced or exported has a symbol for its batch, which a question may tie to one size: left out for images.
+    sure = is_tracing() or (torch.compiler.is_compiling() and x.dim() == 4)
+    return value if sure or value.shape[0] == x.shape[0] else None
+
+
+def refusal(caught: Any, x: Tensor, name: str) -> ConfigError:
+    """Why what the module of this name gave for samples x is not the bottleneck of them, and what to do."""
+    got = tuple(caught.shape) if isinstance(caught, Tensor) else type(caught).__name__
+    return ConfigError(
+        f"the module {name!r} gave {got} as the bottleneck of {x.shape[0]} samples {tuple(x.shape[1:])}, expected a tensor "
+        f"(B, C, h, w); name another module, or bottleneck=None for none{OWN_FEATURES}"
+    )

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.compiled import compiled_of
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumprod
-from amed_engine.adapters.facts import NetworkFacts, check_classes_known, facts_of
+from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_known, facts_of
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
+from amed_engine.adapters.labels import CONTINUOUS, check_kind
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept, plain_tensors
@@ -49,6 +51,7 @@ def wrap(
     bottleneck: str | None = "auto",
     shape: tuple[int, ...] | None = None,
     label_dim: int | None = None,
+    labels: str | None = None,
     null_class: int | None = None,
     conditions: Mapping[str, Tensor] | Iterable[str] | None = None,
     null_conditions: Mapping[str, Tensor] | None = None,
@@ -66,8 +69,10 @@ def wrap(
         has its own, they must be the same.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
         is none, for which predictors read zeros.
-    shape: (C, H, W) of a sample, where the network does not tell. label_dim: its number of classes; they reach a network that
-        tells nothing of itself as one-hot rows. null_class: the integer that means no class.
+    shape: of a sample, where the network does not tell: (C, L), (C, H, W), or (C, F, H, W), as the network takes it.
+    label_dim: its number of classes, or of numbers per sample. labels: what reaches the network: classes as one-hot "rows"
+        (B, label_dim), where it tells nothing of itself, or as an "index" (B,); or continuous conditions, one "float" per
+        sample (B,) or a "vector" (B, label_dim). null_class: the integer that means no class.
     conditions: tables by name, e.g. {"encoder_hidden_states": (P, L, D)}: P prompts, chosen by class_labels; or names alone,
         the tensors being given in each call. null_conditions: the same with one row, for classifier-free guidance.
     verify: evaluate a v-predicting network once, to catch one that predicts the noise.
@@ -76,15 +81,19 @@ def wrap(
     _check_callable(model)
     model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
+    check_known(model)
+    label_dim = 1 if labels == "float" and label_dim is None else label_dim
     if label_dim is None:
         check_classes_known(model)
-    facts = _with_given(facts_of(model), shape, label_dim, null_class)
+    facts = _with_given(facts_of(model), shape, label_dim, null_class, labels)
     told = None if scheduler is None else told_by(scheduler)
     family, why = _choose_family(prediction, facts, scheduler, told, betas)
     if facts.denoises and not isinstance(family, Denoising):
         raise ConfigError(
             f"{type(model).__name__} is a denoiser already and needs no {family.name!r} round it: pass it to Sampler as it is"
         )
+    if facts.whole_times:
+        family.whole(torch.zeros(1, device="cpu"))
     _check_channels(model, facts)
     tables = _make_conditions(facts, conditions, null_conditions)
     name, found = _choose_bottleneck(model, facts, bottleneck)
@@ -94,7 +103,7 @@ def wrap(
     if facts.denoises:  # a denoiser's own range of noise levels
         family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
         family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
-    adapter = Adapter(model, family, facts, tables, name, notes)
+    adapter = Adapter(model, family, facts, tables, name, notes, found=bottleneck == "auto")
     if verify and family.name == "v":
         _check_not_noise(adapter)
     return adapter
@@ -109,12 +118,18 @@ def _check_callable(model: Any) -> None:
         )
 
 
-def _with_given(facts: NetworkFacts, shape: Any, label_dim: int | None, null_class: int | None) -> NetworkFacts:
+def _with_given(
+    facts: NetworkFacts, shape: Any, label_dim: int | None, null_class: int | None, labels: str | None
+) -> NetworkFacts:
     """The facts with what the caller says; contradictions raise."""
     if shape is not None:
-        if facts.shape is not None and facts.shape[0] != shape[0]:
+        if len(facts.axes or facts.shape or shape) != len(shape):
             raise ConfigError(
-                f"the network takes {facts.shape[0]} channels, got shape={tuple(shape)}; samples must match it"
+                f"the network takes samples ({facts.rank}), got shape={tuple(shape)}; pass one of its rank"
+            )
+        if facts.in_channels not in (None, shape[facts.channel_axis]):
+            raise ConfigError(
+                f"the network takes {facts.in_channels} channels, got shape={tuple(shape)}; samples must match it"
             )
         facts = replace(facts, shape=tuple(shape))
     if label_dim is not None:
@@ -124,8 +139,20 @@ def _with_given(facts: NetworkFacts, shape: Any, label_dim: int | None, null_cla
     if null_class is not None:
         if not facts.label_dim:
             raise ConfigError(f"null_class={null_class} was given for a network without classes")
-        facts = replace(facts, null_class=null_class, labels="index")
-    return facts
+        facts = replace(facts, null_class=null_class, labels=labels or _index_of(facts))
+    return facts if labels is None else _with_kind(facts, labels)
+
+
+def _index_of(facts: NetworkFacts) -> str:
+    check_kind(facts.labels, facts.label_dim, facts.null_class)
+    return "index"
+
+
+def _with_kind(facts: NetworkFacts, labels: str) -> NetworkFacts:
+    check_kind(labels, facts.label_dim, facts.null_class)
+    if facts.diffusers and labels != facts.labels:
+        raise ConfigError(f"the network takes its labels as {facts.labels!r}, got labels={labels!r}; leave it out")
+    return replace(facts, labels=labels)
 
 
 def _choose_family(
@@ -187,9 +214,9 @@ def _check_scheduler(alphas: Tensor, scheduler: Any) -> None:
 
 
 def _check_channels(model: Any, facts: NetworkFacts) -> None:
-    if facts.shape is None or facts.out_channels is None:
+    channels = facts.in_channels
+    if channels is None or facts.out_channels is None:
         return
-    channels = facts.shape[0]
     if facts.out_channels not in (channels, 2 * channels):
         raise ConfigError(
             f"{type(model).__name__} takes {channels} channels and predicts {facts.out_channels}; a denoiser needs the same "
@@ -222,22 +249,31 @@ def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
     dtype = dtype_of(model)
-    shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
-    if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
+    letters = ", ".join(facts.axes or "CHW")
+    shape = f"not known: pass shape=({letters}) to Sampler" if facts.shape is None else str(tuple(facts.shape))
+    if facts.shape is not None and facts.out_channels == 2 * facts.shape[facts.channel_axis]:
         shape += ", learned variances cut off"
-    classes = f"{facts.label_dim}" if facts.label_dim else "none"
+    numbers = {"float": "none; a number per sample (B,)", "vector": f"none; {facts.label_dim} numbers per sample"}
+    classes = numbers.get(facts.labels, f"{facts.label_dim}") if facts.label_dim else "none"
     none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
     bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
     return {
         "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
+        **({"time": "whole numbers alone: the nearest step, x scaled for its own level"} if facts.whole_times else {}),
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,
         "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
         "bottleneck": bottleneck,
-        "precision": "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", ""),
+        "precision": _precision(model, dtype),
     }
+
+
+def _precision(model: Any, dtype: torch.dtype | None) -> str:
+    if (compiled := compiled_of(model)) is not None:
+        return f"network {compiled.describe()}, state x's"
+    return "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", "")
 
 
 @torch.no_grad()

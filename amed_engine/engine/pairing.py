@@ -15,6 +15,7 @@ import amed_engine.zoo as zoo
 from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model
+from amed_engine.engine.steps import check_steps, steps_for
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
@@ -45,6 +46,7 @@ class PlanRequest:
     usable: tuple[float, float]  # noise levels of the model that schedules use
     recipe: Plan | None = None
     mean: Mean | None = None  # of the model, where it is known without measuring
+    network: Any = None  # of the model, whose training steps "discrete" is spaced over
 
     @property
     def open(self) -> bool:
@@ -53,13 +55,14 @@ class PlanRequest:
 
     def plan(self, *, midpoint: bool) -> Plan:
         """The plan that was asked for, with a predictor that has none of its own or without any."""
-        schedule = "time_uniform" if self.schedule is None else self.schedule
+        schedule = self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
         start = float(schedule.max()) if isinstance(schedule, Tensor) and schedule.numel() else high
         known = self.mean is not None and not midpoint and self.mean.is_for(start, None, None)
         first = {"afs": self.afs, "mean": self.mean if known else None}
         common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
+        common["alphas_cumprod"] = steps_for(self.network, schedule)
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -67,7 +70,7 @@ class PlanRequest:
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint:
-            own = {} if self.schedule is None else {"schedule": schedule}
+            own = {} if schedule is None else {"schedule": schedule}
             return best_training_free(nfe, **own, **common)
         return make_plan(
             nfe, solver=self.solver or "amed", options=self.options, schedule=schedule, midpoint=midpoint, **common
@@ -245,6 +248,8 @@ def check_model(model: Model, plan: Plan, made: str) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
+        if made == MADE:  # of published predictors, the levels in their files rule
+            check_steps(model, plan)
     elif not is_model(model.network, plan.model):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "

@@ -19,6 +19,7 @@ from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known
+from amed_engine.adapters.labels import KINDS
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.exported_program import extra_names
 from amed_engine.engine.model import Model
@@ -60,10 +61,12 @@ def resolve(
     own_labels = 0 if "class_labels" in bound(network) else int(said(network, "label_dim", 0))
     if label_dim is None and not own_labels:
         check_classes_known(network)
+    count = _label_dim(label_dim, own_labels)
     return Model(
         network=network,
-        shape=_sample_shape(shape, _image_shape(network)),
-        label_dim=_label_dim(label_dim, own_labels),
+        shape=_sample_shape(shape, _image_shape(network), int(said(network, "channel_axis", 0))),
+        label_dim=count,
+        label_kind=_label_kind(network, count),
         sigma_min=_sigma("sigma_min", sigma_min, said(network, "sigma_min", 0.002)),
         sigma_max=_sigma("sigma_max", sigma_max, said(network, "sigma_max", math.inf)),
         name=name,
@@ -81,6 +84,16 @@ def _label_dim(given: Any, own: int) -> int:
     return int(given)
 
 
+def _label_kind(network: Any, count: int) -> str:
+    """What the network says of its labels. One that has a single label, and says of no class either, is told a number: one
+    class is no choice."""
+    own = said(network, "label_kind")
+    if own not in (None, *KINDS):
+        raise ConfigError(f"the model's label_kind must be one of {', '.join(KINDS)}, got {own!r}")
+    number = count == 1 and said(network, "can_guide") is None
+    return own or ("vector" if number else "rows")
+
+
 def _sigma(name: str, given: Any, own: Any) -> float:
     told, whose = (own, f"the model's {name}") if given is None else (given, name)
     level = told.item() if isinstance(told, Tensor) and told.numel() == 1 else told
@@ -90,14 +103,16 @@ def _sigma(name: str, given: Any, own: Any) -> float:
     return float(level)
 
 
-def _sample_shape(given: Any, own: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _sample_shape(given: Any, own: tuple[int, ...] | None, axis: int) -> tuple[int, ...] | None:
     if given is None:
         return own
     if not isinstance(given, Sequence) or not all(isinstance(n, int) and n > 0 for n in given):
         raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {given!r}")
-    if own is not None and given[0] != own[0]:
+    if own is not None and len(given) != len(own):
+        raise ConfigError(f"the model's samples are {own}, got shape={tuple(given)}; samples must have its rank")
+    if own is not None and given[axis] != own[axis]:
         raise ConfigError(
-            f"the model takes {own[0]} channels, got shape={tuple(given)}; samples must have its channels"
+            f"the model takes {own[axis]} channels, got shape={tuple(given)}; samples must have its channels"
         )
     return tuple(given)
 
@@ -171,8 +186,11 @@ def checked(program: torch.export.ExportedProgram) -> nn.Module:
 
 
 def _as_taken(inputs: tuple[Any, ...], signature: Signature) -> tuple[Any, ...]:
-    """The inputs, one-hot rows as integers (B,) where the program takes these: for no class one more than there are."""
-    if len(inputs) != 3 or not signature.takes_integers or not inputs[2].is_floating_point():
+    """The inputs, rows of labels as integers (B,) where the program takes these: for no class one more than there are; or as a
+    number each."""
+    if len(inputs) != 3 or signature.inputs[2].shape or inputs[2].dim() != 2:
         return inputs
     x, sigma, rows = inputs
-    return x, sigma, class_index(rows, rows.shape[1]).to(getattr(torch, signature.inputs[2].dtype))
+    if signature.takes_integers:
+        return x, sigma, class_index(rows, rows.shape[1]).to(getattr(torch, signature.inputs[2].dtype))
+    return x, sigma, rows[:, 0] if rows.shape[1] == 1 else rows

@@ -100,6 +100,7 @@ class Sampler:
         usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
         mean = _bundled_mean(replace(self.model, autocast=autocast))
         levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        levels["network"] = self.model.network
         request = PlanRequest(
             solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
         )
@@ -142,8 +143,9 @@ class Sampler:
     ) -> SampleResult:
         """Draw samples.
 
-        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance. The same seed gives the
-            same noise and label in any batch, order or device; the global generators are untouched.
+        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance (not where the solver adds fresh
+            noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
+            generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
             each label from its sample's seed (for latents, from the row number).
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
@@ -159,7 +161,14 @@ class Sampler:
         program, plan = self._choose(guidance_scale)
         look = self._runner.may_wait()
         request = make_request(
-            self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
+            self.model,
+            batch,
+            class_labels,
+            generator,
+            dtype=self.dtype,
+            device=self.device,
+            look=look,
+            noises=program.noises,
         )
         _check_shape(program, request.latents)
         _check_out(out, request.latents)
@@ -177,7 +186,8 @@ class Sampler:
         Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
         """
         program, _ = self._choose(guidance_scale)
-        example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "noises": program.noises}
+        example = make_request(self.model, [0], self.model.example_labels(1), None, **kind)
         return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:

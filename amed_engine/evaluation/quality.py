@@ -248,6 +248,11 @@ def _reference_sampler(reference: str, sampler: Sampler) -> Sampler | None:
         if not Path(reference).exists():
             raise ConfigError(f"reference {reference!r} is neither {', '.join(REFERENCES)} nor a folder or .npz file")
         return None
+    if not sampler.plan.make_solver().integrates:
+        raise ConfigError(
+            f"solver {sampler.plan.solver!r} draws from a consistency function, of which {reference!r} is no solution; pass "
+            "reference= a folder of PNG or an .npz of statistics"
+        )
     model = sampler.model
     facts = {"shape": model.shape, "label_dim": model.label_dim, "device": sampler.device, "dtype": sampler.dtype}
     noise = {"sigma_min": sampler.plan.sigmas[-1], "sigma_max": sampler.plan.sigmas[0]}

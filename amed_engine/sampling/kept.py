@@ -14,7 +14,9 @@ from torch import nn
 
 BUFFER = "amed_facts"
 LEVELS = ("sigma_min", "sigma_max")
-NAMES = ("sample_shape", "label_dim", "can_guide", "bottleneck_size", *LEVELS)
+SIZES = ("sample_shape", "bottleneck_size")
+NAMES = (*SIZES, "channel_axis", "label_dim", "label_kind", "can_guide", *LEVELS)
+NUMBERS = ("float", "vector")  # kinds of labels that are no classes; these are rows in files
 
 _read: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -33,8 +35,9 @@ def facts_in(denoiser: Any) -> dict[str, Any]:
     without an end are left out."""
     told = {name: getattr(denoiser, name, None) for name in NAMES}
     levels = {name: float(told[name]) for name in LEVELS if told[name] is not None}
-    sizes = {name: told[name] and list(told[name]) for name in ("sample_shape", "bottleneck_size")}
-    known = {**told, **sizes, **dict.fromkeys(LEVELS)}
+    sizes = {name: told[name] and list(told[name]) for name in SIZES}
+    kind = told["label_kind"] if told["label_kind"] in NUMBERS else None
+    known = {**told, **sizes, "label_kind": kind, **dict.fromkeys(LEVELS)}
     known |= {name: level for name, level in levels.items() if 0 < level < math.inf}
     return {name: value for name, value in known.items() if value is not None}
 
@@ -66,7 +69,9 @@ def as_facts(data: Any) -> dict[str, Any]:
 def _is_fact(name: str, value: Any) -> bool:
     if name == "can_guide":
         return isinstance(value, bool)
-    if name == "label_dim":
+    if name == "label_kind":
+        return value in NUMBERS
+    if name in ("label_dim", "channel_axis"):
         return type(value) is int and value >= 0
     if name in LEVELS:
         return type(value) in (int, float) and 0 < value < math.inf

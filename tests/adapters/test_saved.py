@@ -152,7 +152,7 @@ def test_a_loop_is_no_denoiser_and_says_its_models_fingerprint(make_unet, format
     path = tmp_path / ("loop.onnx" if format == "onnx" else "loop.pt2")
     Sampler(denoiser, solver="euler", nfe=2).export(path, format, max_batch=8, verify=False)
     assert amed_engine.load_package(path).facts.fingerprint == fingerprint(denoiser)
-    with pytest.raises(ConfigError, match="whole sampling loop.*load_package"):
+    with pytest.raises(ConfigError, match=r"whole sampling loop.*load_package"):
         Sampler(path)
 
 

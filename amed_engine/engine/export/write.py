@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
+from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.adapters.exporting import why_not_exported
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
-from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
 from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
@@ -70,15 +71,17 @@ class Job:
 
     def request(self, batch: int) -> Request:
         """Latents and labels as `Sampler.run` would have them for these seeds."""
-        return make_request(self.loop.model, range(batch), None, None, dtype=self.dtype, device=self.device)
+        labels = self.loop.model.example_labels(batch)
+        return make_request(self.loop.model, range(batch), labels, None, dtype=self.dtype, device=self.device)
 
     def facts(self, format: str) -> PackageFacts:
         shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
         wrote = tuple(versions().items())
-        own = fingerprint(self.loop.model.network)
-        return PackageFacts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote, own)
+        known = {"continuous": self.loop.model.continuous, "fingerprint": fingerprint(self.loop.model.network)}
+        facts = (format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
+        return PackageFacts(*facts, **known)
 
 
 class LoopModule(nn.Module):
@@ -208,12 +211,19 @@ def _check(job: Job, path: Path, format: str) -> None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     if not isinstance(job.options, Mapping):
         raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    if job.program.noises and format in LOOPS:
+        raise ConfigError(f"{ADDS_NOISE}, and a file has no input for it; {DRAW_HERE}")
     suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
     known = OPTIONS.get(format, job.options)
     if not set(job.options) <= set(known):
         raise ConfigError(f"format {format!r} takes {', '.join(known) or 'no options'}, got {sorted(job.options)}")
     if path.suffix != suffix or path.is_dir():
         raise ConfigError(f"format {format!r} is written to a {suffix} file, got {str(path)!r}; name it loop{suffix}")
+    if format in LOOPS and holds_compiled(job.model.network):
+        raise ConfigError(
+            f"format {format!r} is one graph of torch operators, and this network is compiled already (ONNX, or an AOTInductor "
+            "package): export format='plan', a table of numbers for the loop round it, or the network that it was made from"
+        )
     if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
         raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
 

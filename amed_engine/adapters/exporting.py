@@ -23,7 +23,7 @@ from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
 from amed_engine.sampling.modes import evaluating
-from amed_engine.sampling.modules import device_of
+from amed_engine.sampling.modules import device_of, module_of
 
 FACTS = "amed.facts"  # among a file's metadata
 LOOP = "amed_engine"  # of files that hold a whole loop
@@ -72,6 +72,7 @@ def export_denoiser(denoiser: nn.Module, max_batch: int) -> torch.export.Exporte
         raise ConfigError(
             f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
         )
+    check_exportable(denoiser)
     if (check := getattr(denoiser, "check_ready", None)) is not None:
         check()
     x = torch.zeros((2, *shape), dtype=torch.float32, device=device_of(denoiser))
@@ -88,6 +89,16 @@ def export_denoiser(denoiser: nn.Module, max_batch: int) -> torch.export.Exporte
         raise
     except Exception as error:  # torch.export has no base class for what it raises
         raise ConfigError(f"the denoiser cannot be exported: {why_not_exported(error)}") from error
+
+
+def check_exportable(network: Any) -> None:
+    """Raises ConfigError for TorchScript, which torch.export does not read."""
+    module = module_of(network)
+    if module is not None and any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise ConfigError(
+            "a TorchScript network is a graph of its own kind, which torch.export does not read: export the module that it was "
+            "made of, or a .pt2 of torch.export.save"
+        )
 
 
 def why_not_exported(error: Exception) -> str:

@@ -44,7 +44,7 @@ def resolve(
     evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
-    network = as_module(_open(model, weights))
+    network = as_module(opened(model, weights))
     if isinstance(network, type):
         raise ConfigError(
             f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
@@ -124,7 +124,8 @@ def _image_shape(network: Any) -> tuple[int, ...] | None:
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 
 
-def _open(model: Any, weights: str | os.PathLike | None) -> Any:
+def opened(model: Any, weights: str | os.PathLike | None = None) -> Any:
+    """The network of a name or a path, as it is; anything else is returned. Raises ConfigError or FileFormatError."""
     if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
         return zoo.load(model, weights)
     if weights is not None:
@@ -155,7 +156,7 @@ def _read(path: Path) -> Any:
         return load_compiled(path)
     check_no_loop(extra_names(path), path)
     try:
-        opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+        found = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
@@ -164,7 +165,7 @@ def _read(path: Path) -> Any:
             f"ONNX (.onnx), this package's .safetensors or directory; a published one: `amed convert {path}` first; a state "
             "dict of your own: load it into its network and pass that"
         ) from error
-    return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
+    return checked(found) if isinstance(found, torch.export.ExportedProgram) else found
 
 
 def checked(program: torch.export.ExportedProgram) -> nn.Module:
@@ -181,6 +182,7 @@ def checked(program: torch.export.ExportedProgram) -> nn.Module:
     if signature.label_dim:
         module.label_dim = signature.label_dim  # type: ignore[assignment]
     if signature.takes_integers and not kept(module):
+        module.label_kind = "index"  # type: ignore[assignment]
         module.can_guide = False  # type: ignore[assignment]  (which integer is no class is not known)
     return module
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
-from amed_engine.adapters.exporting import why_not_exported
+from amed_engine.adapters.exporting import check_exportable, why_not_exported
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
@@ -224,6 +224,8 @@ def _check(job: Job, path: Path, format: str) -> None:
             f"format {format!r} is one graph of torch operators, and this network is compiled already (ONNX, or an AOTInductor "
             "package): export format='plan', a table of numbers for the loop round it, or the network that it was made from"
         )
+    if format in LOOPS:
+        check_exportable(job.model.network)
     if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
         raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
 

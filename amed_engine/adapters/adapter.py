@@ -82,6 +82,11 @@ class Adapter(Telling):
         return shape[1] // reduction, shape[2] // reduction
 
     @property
+    def consistency(self) -> bool:
+        """Whether its answer is a sample, as a consistency function's, and not the mean of the data."""
+        return self.family.consistency
+
+    @property
     def can_guide(self) -> bool:
         """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
         if self.conditions.count:
@@ -177,7 +182,7 @@ class Adapter(Telling):
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
         if self.label_kind in CONTINUOUS:
-            raise ConfigError(f"class_labels are missing: this denoiser is told {self.label_dim} numbers per sample")
+            raise ConfigError(f"class_labels are missing: this denoiser is told numbers, {self.label_dim} per sample")
         if not self.can_guide:
             raise ConfigError(
                 f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"

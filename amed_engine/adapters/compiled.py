@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
+from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -32,6 +33,7 @@ _CODE = "/data/aotinductor/"
 class Compiled(nn.Module):
     """A denoiser that only runs forward: its inputs checked against a signature, its facts read from it."""
 
+    label_kind: str | None = None
     lends_copies = True
     bottleneck_size: tuple[int, ...] | None = None
     recorded: str | None = None  # the fingerprint of what it was made from
@@ -40,6 +42,8 @@ class Compiled(nn.Module):
         super().__init__()
         self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
         self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
+        if signature.continuous:
+            self.label_kind, self.can_guide = "vector", False
         for name in ("sigma_min", "sigma_max"):
             if getattr(signature, name) is not None:
                 setattr(self, name, getattr(signature, name))
@@ -179,4 +183,5 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
 def _facts(denoiser: nn.Module) -> dict[str, Any]:
     levels = {name: getattr(denoiser, name, None) for name in ("sigma_min", "sigma_max")}
     known = {name: float(v) for name, v in levels.items() if v is not None and 0 < float(v) < float("inf")}
-    return {"device": device_of(denoiser).type} | known
+    continuous = {"continuous": True} if getattr(denoiser, "label_kind", None) in CONTINUOUS else {}
+    return {"device": device_of(denoiser).type} | known | continuous

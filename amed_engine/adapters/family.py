@@ -29,6 +29,9 @@ class Family(Settled):
     name = ""
     sigma_min: float
     sigma_max: float
+    consistency = (
+        False  # whether D is a sample at sigma_min, the end of the ODE through x, and not the mean of the data
+    )
 
     def whole(self, time: Tensor) -> Tensor:
         """The time (B,) of a network that is told whole numbers alone. Raises ConfigError where time is not counted in steps."""

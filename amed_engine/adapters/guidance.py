@@ -12,7 +12,7 @@ from torch import Tensor
 from amed_engine.adapters.adapter import Adapter, chosen_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
-from amed_engine.adapters.labels import label_rows
+from amed_engine.adapters.labels import CONTINUOUS, label_rows
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing, parted
@@ -22,7 +22,7 @@ from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
 FACTS = (
     *("sample_shape", "img_channels", "img_resolution", "channel_axis"),
-    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size"),
+    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size", "consistency"),
 )
 
 
@@ -160,6 +160,11 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"need a finite scale and a positive clamp or None, got {scale}, {clamp}")
         self.classifier, self.scale, self.clamp = as_module(classifier), scale, clamp
         self._precision, own = Precision(classifier), bare(denoiser).label_dim
+        if bare(denoiser).label_kind in CONTINUOUS:
+            raise ConfigError(
+                "classifier guidance takes classes, and the network's own labels are numbers; give it them in a function "
+                "(x, t) -> prediction, and wrap that"
+            )
         known = label_dim or said(classifier, "out_channels") or own
         if not known or (own and known != own):
             raise ConfigError(f"the classifier tells {known} classes, the network {own}; pass label_dim=...")

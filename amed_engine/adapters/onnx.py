@@ -25,8 +25,6 @@ class OnnxModel(Compiled):
     "float" or "vector", as `wrap` has them; conditions: dtype and shape by name.
     """
 
-    label_kind: str | None = None
-
     def __init__(
         self, session: OnnxSession, roles: Roles, signature: Signature, facts: Mapping[str, Any] | None = None
     ):
@@ -110,6 +108,10 @@ class OnnxSession:
             self._session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no common class of its errors
             reason = str(error).splitlines()[0]
+            if "NOT_IMPLEMENTED" in reason:
+                raise ConfigError(
+                    f"{path}: onnxruntime cannot compute it on the CPU ({reason}); export it in float32 or float16"
+                ) from error
             raise FileFormatError(f"{path} cannot be loaded: it is damaged, or no ONNX model: {reason}") from error
         self.inputs = self._session.get_inputs()
         self.answers = self._session.get_outputs()

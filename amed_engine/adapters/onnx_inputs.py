@@ -52,7 +52,7 @@ def roles_of(entries: Sequence[Any], answer: Any, path: str | os.PathLike, told:
         x, time, labels = _named(entries, told, path)
     rest = [entry for entry in entries if not any(entry is each for each in (x, time, labels))]
     if labels is not None and rest and told is None:  # conditions are tables of whole rows, the class among them
-        labels, rest = None, [labels, *rest]
+        rest, labels = [entry for entry in entries if entry is labels or entry in rest], None
     _check_rows((x, *rest, *([] if labels is None else [labels])), path)
     return Roles(x, time, labels, tuple(rest))
 
@@ -60,7 +60,7 @@ def roles_of(entries: Sequence[Any], answer: Any, path: str | os.PathLike, told:
 def describe(entries: Sequence[Any]) -> str:
     """Names, types and shapes: "sample float16 (batch, 4, 64, 64), timestep int64 ()"."""
     return ", ".join(
-        f"{e.name} {e.type.removeprefix('tensor(').removesuffix(')')} ({', '.join(map(str, e.shape or ()))})"
+        f"{e.name} {TYPES.get(e.type, e.type.removeprefix('tensor(').removesuffix(')'))} ({', '.join(map(str, e.shape or ()))})"
         for e in entries
     )
 
@@ -69,8 +69,8 @@ def _check_types(entries: Sequence[Any], path: str | os.PathLike) -> None:
     for entry in entries:
         if entry.type not in TYPES:
             raise ConfigError(
-                f"{path}: its input {describe([entry])} is of a type that this engine hands to no ONNX model, only "
-                f"{', '.join(TYPES.values())}; export it with another"
+                f"{path}: its input {describe([entry])} must be one of {', '.join(TYPES.values())}, the types that are handed to "
+                "ONNX models; export it with one of them"
             )
     if len(entries) < 2:
         raise ConfigError(

@@ -20,7 +20,7 @@ from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.flow import Flow
 from amed_engine.adapters.flux import Flux
-from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
+from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, ConsistencyFunction, Denoising
 from amed_engine.adapters.labels import CONTINUOUS, check_kind
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas, told_by
 from amed_engine.errors import ConfigError
@@ -29,6 +29,7 @@ from amed_engine.sampling.modules import as_module, bare, device_of, dtype_of, m
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
+    "consistency": ConsistencyFunction,
     "edm": EDM,
     "cm": Consistency,
     "vp": VP,
@@ -62,7 +63,8 @@ def wrap(
     model: (x_in, time[, labels], **conditions) -> prediction: a U-Net of `amed_engine.networks`, a U-Net or transformer of
         diffusers, one of guided-diffusion, or any other callable.
     prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
-        "iddpm", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
+        "iddpm", "denoised", "consistency" (a sample), or a `Family` of your own options. None asks the scheduler, then the
+        network.
     scheduler: the diffusers scheduler it was trained with, for prediction, betas and range: D is the scheduler's own. One
         that is not known is refused, and by its name whatever of its configuration would change D otherwise.
     betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor; beside a scheduler that
@@ -245,6 +247,9 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
+_WHOLE = "the network takes whole numbers: fractions are rounded to the nearest, the other coefficients stay exact"
+
+
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
@@ -260,7 +265,7 @@ def _notes(
     return {
         "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
-        **({"time": "whole numbers alone: the nearest step, x scaled for its own level"} if facts.whole_times else {}),
+        **({"time": _WHOLE} if facts.whole_times else {}),
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,

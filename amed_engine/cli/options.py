@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.labels import label_option
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.solvers import alternatives, solver_names
 from amed_engine.solvers.files import atomic_write
@@ -106,7 +107,7 @@ sampler_options = options(
     ),
 )
 drawing_options = options(
-    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
+    label_option,
     click.option(
         "--guidance", "guidance_scale", type=float, help="Strength of classifier-free guidance.", show_default="none"
     ),

@@ -47,6 +47,11 @@ class Model:
         """How many classes labels may be drawn from; 0 where labels are numbers, or there are none."""
         return 0 if self.continuous else self.label_dim
 
+    @property
+    def numbers(self) -> str:
+        """What continuous labels are of each sample, for people."""
+        return "a number" if self.label_dim == 1 else f"{self.label_dim} numbers"
+
     def label_rows(self, labels: Tensor) -> Tensor:
         """Class numbers (B,) as one-hot rows, numbers (B,) or rows as rows (B, label_dim)."""
         if self.continuous:
@@ -240,6 +245,15 @@ def _check_compile(model: Model, mode: Any) -> None:
     if mode is not None and isinstance(model.network, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ConfigError(
             "torch.compile takes no TorchScript model; leave compile out, or pass the module it was made of"
+        )
+
+
+def check_integrable(model: Model) -> None:
+    """A consistency function's answer is a sample, of which no solver of an ODE makes another. Raises ConfigError."""
+    if said(model.network, "consistency", False):
+        raise ConfigError(
+            "this model is a consistency function: it answers with a sample, not with the mean of the data, and no ODE leads "
+            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import amed_engine.zoo as zoo
 from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
-from amed_engine.engine.model import Model
+from amed_engine.engine.model import Model, check_integrable
 from amed_engine.engine.steps import check_steps, steps_for
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
@@ -96,6 +96,8 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     else:
         predictor = open_predictor(predictor)
     plan = choose_plan(request, predictor)
+    if plan.make_solver().integrates:
+        check_integrable(model)
     rules = ruling(request.recipe, predictor)
     for rule, made in rules:
         check_range(rule, request, made)

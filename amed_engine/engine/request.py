@@ -53,7 +53,7 @@ class Request:
 def make_request(
     model: Model,
     batch: int | Sequence[int] | Tensor,
-    class_labels: int | Sequence[int] | Tensor | None,
+    class_labels: int | float | Sequence | Tensor | None,
     generator: torch.Generator | None,
     *,
     dtype: torch.dtype,
@@ -88,7 +88,8 @@ def make_request(
     classes = drawn if class_labels is None else check_labels(class_labels, model, len(latents), look)
     if classes is None and model.continuous:
         raise ConfigError(
-            f"class_labels are missing: this model is told {_numbers(model)} per sample, which no seed draws; pass class_labels="
+            f"class_labels are missing: this model is told {model.numbers} per sample, which no seed draws; pass class_labels=, or "
+            "--class on the command line"
         )
     classes = None if classes is None else classes.clone()  # reported, whatever the caller does to its own
     labels = None if classes is None else model.label_rows(_sent(classes, device)).to(dtype)
@@ -146,10 +147,6 @@ def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: to
     return latents
 
 
-def _numbers(model: Model) -> str:
-    return "a number" if model.label_dim == 1 else f"{model.label_dim} numbers"
-
-
 def check_labels(labels: Any, model: Model, batch: int, look: bool) -> Tensor:
     """Classes (B,), or rows or numbers as they are given, one for all allowed. Raises ConfigError."""
     label_dim = model.label_dim
@@ -188,7 +185,7 @@ def _check_numbers(labels: Tensor, model: Model, batch: int, look: bool) -> Tens
     ):
         several = f"one number, {batch} of them" if count == 1 else f"{count} numbers"
         raise ConfigError(
-            f"class_labels are {_numbers(model)} per sample for this model: {several}, or rows ({batch}, {count}); got "
+            f"class_labels are {model.numbers} per sample for this model: {several}, or rows ({batch}, {count}); got "
             f"{labels.dtype} of shape {shape}"
         )
     if look and not bool(torch.isfinite(labels).all()):

@@ -133,7 +133,7 @@ class Sampler:
     def run(
         self,
         batch: int | Sequence[int] | Tensor,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | float | Sequence | Tensor | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         callback: Callable[[StepInfo], None] | None = None,
@@ -147,7 +147,8 @@ class Sampler:
             noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
             generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
-            each label from its sample's seed (for latents, from the row number).
+            each label from its sample's seed (for latents, from the row number). Of a model that is told numbers, one for all
+            or one per sample, or label_dim of them; no seed draws these.
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
         callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
         out: a tensor that receives the images.

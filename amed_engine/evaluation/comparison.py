@@ -24,6 +24,7 @@ from tqdm import tqdm
 import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import NO_PREDICTOR, open_predictor
+from amed_engine.engine.request import check_labels
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
@@ -59,7 +60,7 @@ class Setting:
     """What all solvers share. schedule, rho, afs, sigma_min and sigma_max do not bind a predictor, which keeps those it was
     trained for."""
 
-    class_labels: int | None = None
+    class_labels: int | float | Sequence | Tensor | None = None  # of all samples, or one a sample
     guidance_scale: float | None = None
     schedule: str | Tensor | None = None
     rho: float | None = None
@@ -82,8 +83,12 @@ class Setting:
 
     def results(self, sampler: Sampler, seeds: list[int] | Tensor, bar: tqdm) -> Iterator[SampleResult]:
         """What these seeds, or latents, become, at most `batch` at a time."""
+        labels = self.class_labels
+        if labels is not None:
+            labels = check_labels(labels, sampler.model, len(seeds), look=True)
         for start in range(0, len(seeds), self.batch):
-            part = sampler.run(seeds[start : start + self.batch], self.class_labels, self.guidance_scale)
+            rows = slice(start, start + self.batch)
+            part = sampler.run(seeds[rows], None if labels is None else labels[rows], self.guidance_scale)
             bar.update(len(part.images) * part.nfe)
             yield part
 

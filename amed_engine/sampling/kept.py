@@ -15,7 +15,7 @@ from torch import nn
 BUFFER = "amed_facts"
 LEVELS = ("sigma_min", "sigma_max")
 SIZES = ("sample_shape", "bottleneck_size")
-NAMES = (*SIZES, "channel_axis", "label_dim", "label_kind", "can_guide", *LEVELS)
+NAMES = (*SIZES, "channel_axis", "label_dim", "label_kind", "can_guide", "consistency", *LEVELS)
 NUMBERS = ("float", "vector")  # kinds of labels that are no classes; these are rows in files
 
 _read: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -38,6 +38,7 @@ def facts_in(denoiser: Any) -> dict[str, Any]:
     sizes = {name: told[name] and list(told[name]) for name in SIZES}
     kind = told["label_kind"] if told["label_kind"] in NUMBERS else None
     known = {**told, **sizes, "label_kind": kind, **dict.fromkeys(LEVELS)}
+    known["consistency"] = told["consistency"] or None  # said of one-step generators alone
     known |= {name: level for name, level in levels.items() if 0 < level < math.inf}
     return {name: value for name, value in known.items() if value is not None}
 
@@ -67,7 +68,7 @@ def as_facts(data: Any) -> dict[str, Any]:
 
 
 def _is_fact(name: str, value: Any) -> bool:
-    if name == "can_guide":
+    if name in ("can_guide", "consistency"):
         return isinstance(value, bool)
     if name == "label_kind":
         return value in NUMBERS

@@ -159,8 +159,8 @@ class Batches:
             return None
         if self.model.continuous:
             raise ConfigError(
-                f"conditions are missing: this model is told {self.model.label_dim} numbers per sample, and of which range they "
-                f"are is not known; pass conditions=[...], for each batch a tensor ({batch}, {self.model.label_dim}) of them"
+                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not known; "
+                f"pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command line --class"
             )
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 

@@ -1,11 +1,9 @@
 """Where AMEDScheduler's steps stand, what becomes of D and what is done before set_timesteps, by the settings of diffusers."""
 
-import logging
-
 import pytest
 import torch
 
-from amed_engine import ConfigError, make_plan
+from amed_engine import ConfigError, make_plan, sample
 from amed_engine.adapters import Thresholded, wrap
 from amed_engine.solvers import make_solver
 
@@ -105,6 +103,7 @@ def test_a_spacing_that_this_class_was_told_stays_with_it(tmp_path):
     present = diffusers.EulerDiscreteScheduler(**SD, timestep_spacing="leading")
     told = AMEDScheduler.from_config(present.config, timestep_spacing="trailing", use_exponential_sigmas=True)
     direct = AMEDScheduler(**SD, timestep_spacing="trailing", use_exponential_sigmas=True)
+    told.set_timesteps(4)
     for scheduler in (told, direct):
         scheduler.save_config(tmp_path)
         back = diffusers.EulerDiscreteScheduler.from_config(scheduler.config)
@@ -116,8 +115,7 @@ def test_a_spacing_that_this_class_was_told_stays_with_it(tmp_path):
         ):
             again.set_timesteps(4)
             assert again.settings["timestep_spacing"] == "trailing"
-            assert torch.equal(again.levels, told.levels if again is told else again.levels)
-        torch.testing.assert_close(scheduler.levels, told.levels)
+            assert torch.equal(again.levels, told.levels)
     assert diffusers.EulerDiscreteScheduler.from_config(told.config).config.timestep_spacing == "leading"
 
 
@@ -154,7 +152,7 @@ def test_calls_that_no_step_fits_are_refused():
         AMEDScheduler(**SD, timestep_spacing="trailing").set_timesteps(1001)
     with pytest.raises(ConfigError, match="leads beyond the last of 1000 training steps"):
         AMEDScheduler(**SD, timestep_spacing="leading", steps_offset=10).set_timesteps(1000)
-    with pytest.raises(ConfigError, match="mu=0.5 shifts the times of a flow-matching model"):
+    with pytest.raises(ConfigError, match=r"mu=0\.5 shifts the times of a flow-matching model"):
         AMEDScheduler(**SD).set_timesteps(4, mu=0.5)
     with pytest.raises(ConfigError, match="scale_noise is of flow-matching models"):
         AMEDScheduler(**SD).scale_noise(X, torch.tensor([0]), X)
@@ -246,8 +244,6 @@ def test_d_is_limited_as_diffusers_limits_it(options, limit):
 
 
 def test_thresholding_draws_what_the_engine_draws_round_its_denoiser():
-    from amed_engine import sample
-
     ours = AMEDScheduler(**SD, thresholding=True, sample_max_value=1e9)
     denoiser = Thresholded(
         wrap(lambda x, t: network(x, t), scheduler=AMEDScheduler(**SD), bottleneck=None, verify=False)
@@ -273,7 +269,7 @@ def test_a_network_wrapped_for_it_is_refused_its_limits():
 # ---- before set_timesteps
 
 
-def test_a_scheduler_stands_at_every_training_step_until_it_is_told(caplog):
+def test_a_scheduler_stands_at_every_training_step_until_it_is_told():
     """As diffusers' own do: noise is added, and a step made, at any of them."""
     scheduler, theirs = AMEDScheduler(**SD), diffusers.DDIMScheduler(**SD)
     assert torch.equal(scheduler.timesteps, torch.arange(999.0, -1.0, -1.0))
@@ -287,6 +283,3 @@ def test_a_scheduler_stands_at_every_training_step_until_it_is_told(caplog):
     told = torch.tensor([0, 500])
     assert other.step(0.1 * X, told[1], X).prev_sample.isfinite().all()
     assert other.step_index == 2 * 499 + 1
-    with caplog.at_level(logging.WARNING):
-        AMEDScheduler(**SD).set_timesteps(5)
-    assert not caplog.records

@@ -149,7 +149,7 @@ class Package:
     def run(
         self,
         batch: int | Sequence[int] | Tensor,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | float | Sequence | Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> SampleResult:

@@ -8,6 +8,7 @@ from typing import Any
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.training_free import plan_on
 from amed_engine.sampling.predictors import ConstantPredictor
+from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.stage import Midpoint
 
@@ -33,6 +34,8 @@ def read(text: str) -> list[Midpoint]:
     midpoints = [_midpoint(i, words) for i, words in lines if words]
     if not midpoints:
         raise ConfigError(f"constants has no line; {_LINE}, a line for each")
+    if len(midpoints) > MAX_INTERVALS:
+        raise ConfigError(f"constants has {len(midpoints)} lines, expected up to {MAX_INTERVALS}, one for each step")
     return midpoints
 
 

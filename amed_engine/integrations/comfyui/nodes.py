@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
@@ -49,7 +50,8 @@ def file_of(predictor_name: str) -> str:
 
 
 def get_sigmas(predictor: Predictor, model: Any = None) -> tuple[Tensor]:
-    levels = plan_of(predictor).levels
+    plan = plan_of(predictor)
+    levels = torch.cat([plan.levels, plan.levels.new_zeros(int(plan.denoise_to_zero))])
     return (levels.float() if model is None else host_levels(levels, model.get_model_object("model_sampling")),)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.taps import Bottleneck
+from amed_engine.errors import ConfigError
 from amed_engine.integrations.comfyui.flow import Flow, flow_of, flow_times
 from amed_engine.integrations.comfyui.host import check_interrupted
 from amed_engine.integrations.k_diffusion import run
@@ -63,17 +64,31 @@ def draw(
     sampling = model.inner_model.inner_model.model_sampling  # type: ignore[attr-defined]
     flow = flow_of(sampling)
     levels = sigmas.cpu().double() if flow is None else flow.sigma(flow_times(sigmas, sampling))
-    coordinates = _Coordinates(model, flow, callback)
-    if len(levels) == 2 and float(levels[1]) == 0:  # no solver has steps from there: D is the result
+    coordinates, levels = _Coordinates(model, flow, callback), falling(levels)
+    if len(levels) < 2:
+        return x
+    zero = float(levels[-1]) == 0
+    if len(levels) == 2 and zero:  # no solver has steps from there: D is the result
         return coordinates.only(x, levels[0], dict(extra_args or {}))
     program = recipe.program(levels, x)
     y = coordinates.into(x, program.sigmas[0])
     tell = callback and coordinates.tell
     drawn = run(program, coordinates, y, extra_args, tell, disable, recipe.bottleneck)
-    if program.denoise_to_zero:
+    if zero and program.denoise_to_zero:
         coordinates.tell_last(program.intervals, drawn, tell)
-        return drawn
-    return coordinates.out_of(drawn, program.sigmas[-1])
+    return drawn if zero else coordinates.out_of(drawn, program.sigmas[-1])  # at level 0 x and y are one
+
+
+def falling(levels: Tensor) -> Tensor:
+    """The levels less those that repeat the one before. Raises ConfigError where one rises."""
+    levels = torch.unique_consecutive(levels)
+    if bool((levels.diff() > 0).any()):
+        rises = int((levels.diff() > 0).nonzero()[0])
+        raise ConfigError(
+            f"SIGMAS must fall from step to step, got {levels[rises]:g} before {levels[rises + 1]:g}; connect those of a "
+            "scheduler, without Flip Sigmas"
+        )
+    return levels
 
 
 class _Coordinates:

@@ -14,7 +14,7 @@ from amed_engine.integrations.diffusers.configuration import solver_of
 from amed_engine.integrations.diffusers.limits import Limits
 from amed_engine.integrations.diffusers.output import AMEDSchedulerOutput, check_output
 from amed_engine.integrations.diffusers.parameterization import Parameterization
-from amed_engine.integrations.diffusers.shifting import check_mu, shifted, sigma_of
+from amed_engine.integrations.diffusers.shifting import check_mu, flow_midpoints, shifted, sigma_of
 from amed_engine.integrations.diffusers.spacing import spaced
 from amed_engine.integrations.diffusers.start import Start, check_level, evaluations_from
 from amed_engine.sampling.denoiser import dynamic_thresholding
@@ -75,7 +75,8 @@ class Steps:
             raise ConfigError("pass one of num_inference_steps, timesteps and sigmas to set_timesteps")
         check_mu(self.config, mu, flow=self.model.flow)
         if timesteps is not None:
-            levels = self.model.sigma(torch.as_tensor(timesteps, dtype=torch.float64, device="cpu"))
+            told = torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
+            levels = sigma_of(told / len(self)) if self.model.flow else self.model.sigma(told)  # type: ignore[arg-type]
         elif sigmas is not None:
             levels = without_zero(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"))
             levels = sigma_of(shifted(self.config, levels, mu)) if self.model.flow else levels
@@ -87,7 +88,8 @@ class Steps:
 
     def program(self, levels: Tensor) -> Program:
         """The engine's program of this configuration on these noise levels (N + 1,)."""
-        midpoints = self.config["midpoints"] or [[0.5]] * (len(levels) - 1)
+        own = flow_midpoints(levels) if self.model.flow else [[0.5]] * (len(levels) - 1)
+        midpoints = self.config["midpoints"] or own
         check_level(self._mean, levels)
         mean = None if self._mean is None else self._mean.rows()
         options = {"afs": self.config["afs"], "mean": mean, "denoise_to_zero": not self._ends_low}
@@ -112,8 +114,7 @@ class Steps:
         check_output(model_output, sample)
         index = self._index(timestep)
         call, sigma = self._evaluations[index], self._told[index]
-        # A copy: the anchor of the step is kept, and the pipeline's tensor may be written to.
-        y = self.model.opened(self._evaluated(sample, index), sigma)
+        y = self._opened(self._evaluated(sample, index), sigma)
         denoised = self._limits(self.model.denoised(y, model_output.to(y.dtype), sigma))
         if program.solver.thresholds:
             denoised = dynamic_thresholding(denoised)
@@ -200,6 +201,17 @@ class Steps:
     def _evaluated(self, sample: Tensor, index: int) -> Tensor:
         """Where this evaluation is, of the pipeline's sample."""
         return sample if self._start is None or index else self._start.shifted(sample)
+
+    def _opened(self, sample: Tensor, sigma: Tensor) -> Tensor:
+        """The state at this evaluation: a copy, since the anchor of the step is kept and a pipeline's tensor may be written to.
+
+        Of a flow the one that `step` left, with what a callback has changed in the sample: rounding the sample would be
+        multiplied by sigma.
+        """
+        if not self.model.flow or self._state is None:
+            return self.model.opened(sample, sigma)
+        left = self._state.y[0]
+        return left + self.model.opened(sample - self.model.closed(left, sigma).to(sample.dtype), sigma)
 
     def _advance(self, y: Tensor, denoised: Tensor, update: Update) -> Tensor:
         state = self._state

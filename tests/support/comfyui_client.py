@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "integrations" / "comfyui_server"
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 

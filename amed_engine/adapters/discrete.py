@@ -79,13 +79,22 @@ class DiscreteSteps(Family):
 
     fixed = ("name", "steps")
 
-    def __init__(self, prediction: str, alphas: Any):
+    def __init__(self, prediction: str, alphas: Any, *, log_alpha: Tensor | None = None):
         super().__init__()
-        self.name, self._table = prediction, DiscreteTime.of(alphas).log_alpha
+        self.name = prediction
+        self._table = DiscreteTime.of(alphas).log_alpha if log_alpha is None else log_alpha
         self.register_buffer("log_alpha", self._table.clone(), persistent=False)
         self.steps = len(self._table)
         ends = torch.expm1(-2 * self._table[[0, -1]]).sqrt()
         self.sigma_min, self.sigma_max = ends.tolist()
+
+    @classmethod
+    def of_table(cls, prediction: str, log_alpha: Tensor) -> DiscreteSteps:
+        """Of log sqrt(alphas_cumprod), (steps,) float64, as a file holds it. Raises ConfigError."""
+        if prediction not in PREDICTS:
+            raise ConfigError(f"discrete steps predict {', '.join(PREDICTS)}, got {prediction!r}")
+        DiscreteTime.of((2 * log_alpha.double()).exp())
+        return cls(prediction, None, log_alpha=log_alpha.double())
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.compiled import compiled_of
@@ -18,10 +18,11 @@ from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
+from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modules import never_writes
 
 
-class Adapter(nn.Module):
+class Adapter(Telling):
     """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
 
     Made by `wrap`, which explains the arguments. The network runs in the dtype that its layers take, the preconditioning in
@@ -57,6 +58,7 @@ class Adapter(nn.Module):
         if facts.whole_times and compiled_of(network) is None:
             own["whole"] = True
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
+        keep_facts(self)
 
     @property
     def img_channels(self) -> int | None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from amed_engine.adapters.weights import OnDisk, readable, weights_of
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import Bound, as_module, gathered, placed, plain_name
+from amed_engine.sampling.modules import Bound, as_module, bare, gathered, placed, plain_name, unknown_wrapper
 from amed_engine.sampling.modules import whole as in_one_piece
 from amed_engine.sampling.wrappers import computes_nothing, passed_on
 
@@ -65,8 +65,10 @@ def fingerprint(model: Any) -> str | None:
     and thresholding in it; None for a callable without parameters, or one whose parameters cannot be read.
 
     Compiled, traced, exported and wrapped forms of a module (DataParallel, FSDP, AveragedModel) have its fingerprint, and so
-    has one that accelerate offloads.
+    have one that accelerate offloads, and the files of `save_package`, `save_program` and `save_onnx`.
     """
+    if (recorded := getattr(bare(model), "recorded", None)) is not None and unknown_wrapper(model) is None:
+        return recorded
     with gathered(model):
         weights = model_weights(model)
         return digest(weights | settings_of(model)) if weights and readable(weights) else None
@@ -74,6 +76,8 @@ def fingerprint(model: Any) -> str | None:
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
+    if (own := getattr(bare(model), "recorded", None)) is not None and unknown_wrapper(model) is None:
+        return recorded == own
     with gathered(model):
         weights, settings = model_weights(model), settings_of(model)
         # Hashing reads every weight: the older form only where it differs and the newer one did not match.
@@ -88,7 +92,13 @@ def can_tell(model: Any) -> bool:
 
 def model_weights(model: Any) -> dict[str, Tensor | OnDisk]:
     module = as_module(model)
-    return weights_of(module) if isinstance(module, nn.Module) else {}
+    return weights_of(module) | _recorded(module) if isinstance(module, nn.Module) else {}
+
+
+def _recorded(module: nn.Module) -> dict[str, Tensor | OnDisk]:
+    """What files of compiled parts say in place of weights."""
+    told = ((prefix, getattr(part, "recorded", None)) for prefix, part, _ in placed(module))
+    return {f"{prefix}(recorded)": _bytes(text) for prefix, text in told if text is not None}
 
 
 def own_parts(model: Any) -> Iterator[tuple[str, nn.Module, Tensor]]:

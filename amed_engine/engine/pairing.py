@@ -16,6 +16,7 @@ from amed_engine.adapters.fingerprint import can_tell
 from amed_engine.adapters.recorded import difference, is_recorded
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model, check_integrable
+from amed_engine.engine.steps import check_steps, steps_for
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
@@ -46,6 +47,7 @@ class PlanRequest:
     usable: tuple[float, float]  # noise levels of the model that schedules use
     recipe: Plan | None = None
     mean: Mean | None = None  # of the model, where it is known without measuring
+    network: Any = None  # of the model, whose training steps "discrete" is spaced over
 
     @property
     def open(self) -> bool:
@@ -61,6 +63,7 @@ class PlanRequest:
         known = self.mean is not None and not midpoint and self.mean.is_for(start, None, None)
         first = {"afs": self.afs, "mean": self.mean if known else None}
         common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
+        common["alphas_cumprod"] = steps_for(self.network, schedule)
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -248,6 +251,8 @@ def check_model(model: Model, plan: Plan, made: str, *, reads_bottleneck: bool =
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
+        if made == MADE:  # of published predictors, the levels in their files rule
+            check_steps(model, plan)
     elif not is_recorded(model.network, plan, reads_bottleneck=reads_bottleneck):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "

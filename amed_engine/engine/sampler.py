@@ -100,6 +100,7 @@ class Sampler:
         usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
         mean = _bundled_mean(replace(self.model, autocast=autocast))
         levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        levels["network"] = self.model.network
         request = PlanRequest(
             solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
         )

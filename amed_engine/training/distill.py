@@ -20,6 +20,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
+from amed_engine.engine.steps import steps_for
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, check_features
 from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
@@ -114,8 +115,8 @@ def distill(
     settings = choose(preset, {**student, **taught, **rest})
     _check_objective(objective, learn_sigmas)
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
-    extra = settings.teacher_intermediate
-    teach = Teacher.of(plan, settings.teacher, settings.teacher_options, extra, teacher_schedule, teacher_rho)
+    fine = teacher_schedule, teacher_rho, steps_for(resolved.network, settings.schedule, teacher_schedule)
+    teach = Teacher.of(plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, *fine)
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
@@ -243,6 +244,7 @@ def _student_plan(
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
     rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
+    own["alphas_cumprod"] = steps_for(model.network, settings.schedule)
     plan = make_plan(nfe, midpoint=True, **own, **rest)
     tell_of_zero(afs, plan, logging.INFO)  # training learns to make up for it
     return made_for(model, measured(plan, model))

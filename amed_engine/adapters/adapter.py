@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import taps
+from amed_engine.adapters.answers import prediction_of
+from amed_engine.adapters.calling import Calling, calling_of
 from amed_engine.adapters.conditions import Conditions, class_index
 from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
+from amed_engine.adapters.lookups import explain
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
@@ -48,6 +51,9 @@ class Adapter(nn.Module):
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
+        classes = 0 if conditions.names else facts.label_dim
+        self._calling = Calling() if facts.diffusers else calling_of(network, conditions.names, classes)
+        self.looked_at, self.beware = False, ""  # whether its answers were, and what was seen in them that is no fault
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
@@ -97,11 +103,25 @@ class Adapter(nn.Module):
             told = {name: state(value) for name, value in given.items()}
             return self._call((spread(c.scale, x) * x).to(handed.state), rest(c.time), rest(labels), told)
 
-        raw, features = self._precision.call(self.network, x.dtype, ask)
+        raw, features = self._asked(x.dtype, ask, c.time, labels)
         raw = self._cut(raw, x).to(x.dtype)
         return Denoised(
             spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
         )
+
+    def _asked(
+        self, dtype: torch.dtype, ask: Callable[[Handed], Any], time: Tensor, labels: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        """What the network answers, in the dtypes that it takes. Raises ConfigError for what its tables do not take."""
+        if torch.compiler.is_compiling() or is_tracing():
+            return self._precision.call(self.network, dtype, ask)
+        try:
+            return self._precision.call(self.network, dtype, ask)
+        except (RuntimeError, IndexError, TypeError) as error:
+            told = explain(error, time, labels)
+            if told is None:
+                raise
+            raise told from error
 
     def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
         """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""
@@ -124,16 +144,16 @@ class Adapter(nn.Module):
         finally:
             caught = None if self._tap is None else self._tap.take()
         returned = isinstance(output, (tuple, list))
-        raw = output[0] if returned else output
+        raw = prediction_of(output)
         if self._tap is not None:
             return raw, taps.check_features(caught, str(self.bottleneck))
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
-            output = self.network(x, timestep=t, **keywords(labels, given), **self._form)
-            return getattr(output, "sample", output)
-        return self.network(x, t, *(() if labels is None else (labels,)), **given)
+            return self.network(x, timestep=t, **keywords(labels, given), **self._form)
+        placed, named = self._calling.arguments(x, t, labels)
+        return self.network(*placed, **named, **given)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)

@@ -48,16 +48,17 @@ class DiscreteSteps(Family):
         epsilon:  D = x - sigma·F                  x0:  D = F
         v:        D = x/(1 + sigma²) - sigma/sqrt(1 + sigma²)·F       (Salimans & Ho 2022, arXiv:2202.00512)
 
-    Beyond the trained levels the outer segments are continued.
+    Beyond the trained levels the outer segments are continued. whole: the nearest trained step, as int64, for networks that
+    look it up in a table.
     """
 
     log_alpha: Tensor
 
-    fixed = ("name", "steps")
+    fixed = ("name", "steps", "whole")
 
-    def __init__(self, prediction: str, alphas: Any):
+    def __init__(self, prediction: str, alphas: Any, whole: bool = False):
         super().__init__()
-        self.name, self._table = prediction, DiscreteTime.of(alphas).log_alpha
+        self.name, self._table, self.whole = prediction, DiscreteTime.of(alphas).log_alpha, whole
         self.register_buffer("log_alpha", self._table.clone(), persistent=False)
         self.steps = len(self._table)
         ends = torch.expm1(-2 * self._table[[0, -1]]).sqrt()
@@ -83,7 +84,9 @@ class DiscreteSteps(Family):
         return (2 * self.log_alpha.cpu()).exp()
 
     def forward(self, sigma: Tensor) -> Coefficients:
-        return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
+        time = self.time(sigma)
+        told = time.round().clamp(0, self.steps - 1).long() if self.whole else time.to(sigma.dtype)
+        return Coefficients(*self.mix(sigma), told)
 
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """skip, out, scale"""
@@ -96,7 +99,9 @@ class DiscreteSteps(Family):
         return skip, out, 1 / variance.sqrt()
 
     def describe(self) -> str:
-        return f"{PREDICTS[self.name]}; told one of {self.steps} steps, fractions allowed"
+        told = "the nearest, a whole number" if self.whole else "fractions allowed"
+        return f"{PREDICTS[self.name]}; told one of {self.steps} steps, {told}"
 
     def settings(self) -> dict[str, Any]:
-        return {"predicts": self.name, "sigmas": summary(torch.expm1(-2 * self._table).sqrt())}
+        whole = {"whole": True} if self.whole else {}
+        return {"predicts": self.name, "sigmas": summary(torch.expm1(-2 * self._table).sqrt())} | whole

@@ -24,7 +24,6 @@ from amed_engine.errors import ConfigError
 ROWS = 8  # latents at sigma_max, half of them at each of the other two
 LARGE = 4096  # numbers in a sample, from which on half as many tell as much
 RATIO = 3.0  # of the highest noise level to the one below it
-Ask = Callable[[Tensor, Tensor], Tensor]
 
 
 class Level(NamedTuple):
@@ -61,13 +60,22 @@ class Figures(NamedTuple):
     size: float
 
 
-def figures_of(
-    ask: Ask, shape: tuple[int, ...], sigma_min: float, sigma_max: float, device: torch.device, skip: float = 0.0
-) -> Figures:
+class Asked(NamedTuple):
     """ask: (x (B, ...), sigma (B,)) -> D in float32. skip: the part of x that is added to what the network says at sigma_max.
+    nearest: a noise level that the network was trained on, of two that it knows only in a table."""
 
-    Raises ConfigError for numbers that are not finite.
-    """
+    ask: Callable[[Tensor, Tensor], Tensor]
+    shape: tuple[int, ...]
+    sigma_min: float
+    sigma_max: float
+    device: torch.device
+    skip: float = 0.0
+    nearest: Callable[[float], float] = float
+
+
+def figures_of(asked: Asked) -> Figures:
+    """Raises ConfigError for numbers that are not finite."""
+    ask, shape, sigma_min, sigma_max, device, skip, nearest = asked
     generator, half = torch.Generator().manual_seed(0), ROWS // (2 if math.prod(shape) < LARGE else 4)
     noise = torch.randn((2 * half, *shape), generator=generator, dtype=torch.float32, device="cpu")
 
@@ -77,17 +85,17 @@ def figures_of(
         _check_finite(answer, sigma)
         return answer
 
-    first, second, low = noise[:half], noise[half:], sigma_max / RATIO
+    first, second, low = noise[:half], noise[half:], nearest(sigma_max / RATIO)
     top, below = answers(sigma_max, noise), answers(low, first)
     size = (top - top.mean()).square().mean().sqrt().item()
-    middle = min(max(size, sigma_min, 1e-4 * sigma_max), sigma_max / 16)
+    middle = nearest(min(max(size, sigma_min, 1e-4 * sigma_max), sigma_max / 16))
     at = _level(sigma_max, top[:half], first), _level(low, below, first)
-    positive = min(level.gain for level in at) > 0
+    positive = min(level.gain for level in at) > 0 and low < sigma_max
     return Figures(
         _level(sigma_max, top, noise),
         at[1],
         _level(middle, answers(middle, second, top.mean(0)), second),
-        growth=math.log(at[1].gain / at[0].gain, RATIO) if positive else math.nan,
+        growth=math.log(at[1].gain / at[0].gain, sigma_max / low) if positive else math.nan,
         change=_ratio((below - top[:half]).square().mean().item(), at[0].spread ** 2),
         share=sum(level.spread**2 / (level.sigma * level.gain) for level in at) / 2 if positive else math.nan,
         size=(top - skip * sigma_max * noise).square().mean().sqrt().item(),

@@ -113,6 +113,10 @@ class IndexedScore(Family):
         self.levels = self._table.to(self.levels.device)  # .half() is meant for the network
         return self
 
+    def nearest(self, sigma: float) -> float:
+        """The level whose index the network is told at sigma."""
+        return self._table[(math.log(sigma) - self._table.log()).abs().argmin()].item()
+
     def forward(self, sigma: Tensor) -> Coefficients:
         index = (sigma.double().log()[:, None] - self.levels.log()).abs().argmin(dim=1)
         one = torch.ones_like(sigma)

@@ -24,8 +24,8 @@ CONSISTENCY = 'solver="consistency" draws from it, in one evaluation or several'
 # What most likely answers so, by what was said to be predicted.
 _NOISE_EXPECTED = 'a network that predicts v or the data answers so: prediction="v" or "x0"'
 _OTHER = "so does one of another prediction"
-_KEEPS = dict.fromkeys(("epsilon", "vp", "iddpm", "ve"), _NOISE_EXPECTED)
-_OPPOSES = {
+_KEEPS: dict[str, str] = dict.fromkeys(("epsilon", "vp", "iddpm", "ve"), _NOISE_EXPECTED)
+_OPPOSES: dict[str, str] = {
     "epsilon": 'other betas than it was trained with, or prediction="flow"',
     "v": 'it predicts the noise: prediction="epsilon"',
     "x0": 'a score, prediction="score" or "ve", or v',
@@ -72,34 +72,30 @@ def verdict(seen: look.Figures, name: str) -> Verdict | None:
 
 
 @torch.no_grad()
-def looked_at(
-    network: Any,
-    denoise: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    levels: tuple[float, float],
-    classes: int,
-    name: str = "denoised",
-    skip: float = 0.0,
-) -> Verdict | None:
-    """The verdict on a denoiser (x, sigma[, labels (B,)]) -> D round a network, in evaluation mode and left in its own.
+def looked_at(network: Any, asked: look.Asked, name: str = "denoised") -> Verdict | None:
+    """The verdict on a denoiser round a network, in evaluation mode and left in its own.
 
-    levels: sigma_min and sigma_max. classes: of 0, no labels are given; else class 0. None too for a network that raises, as
-    one of a fixed batch does, and without memory for a look: sampling, in batches of its own, will tell. Raises ConfigError.
+    None too for a network that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of
+    its own, will tell. Raises ConfigError.
     """
-    device = device_of(network)
-
-    def ask(x: Tensor, sigma: Tensor) -> Tensor:
-        labels = (torch.zeros(len(x), dtype=torch.int64, device=device),) if classes else ()
-        return denoise(x, sigma, *labels)
-
     try:
-        with modes_kept(module_of(network)), _left_alone(device), _eager(network):
-            return verdict(look.figures_of(ask, shape, *levels, device, skip), name)
+        with modes_kept(module_of(network)), _left_alone(asked.device), _eager(network):
+            return verdict(look.figures_of(asked), name)
     except ConfigError:
         raise
     except Exception as error:
         logger.debug("no look at %s: %s", type(network).__name__, error)
         return None
+
+
+def of_class_0(denoise: Callable[..., Tensor], classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, sigma) -> D of a denoiser (x, sigma[, labels (B,)]) -> D."""
+
+    def ask(x: Tensor, sigma: Tensor) -> Tensor:
+        labels = (torch.zeros(len(x), dtype=torch.int64, device=x.device),) if classes else ()
+        return denoise(x, sigma, *labels)
+
+    return ask
 
 
 def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Adapter:
@@ -113,15 +109,15 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     if shape is None or not ready or not can_look(adapter.network):
         return adapter
     adapter.looked_at = True
-    family, levels = adapter.family, ends(adapter.sigma_min, adapter.sigma_max)
-    highest = torch.full((1,), levels[1], device=device_of(adapter.network))
-    skip = family(highest).skip.item()
-    found = looked_at(
-        adapter.network, lambda *inputs: adapter(*inputs).x0, shape, levels, adapter.label_dim, family.name, skip
-    )
+    family, device = adapter.family, device_of(adapter.network)
+    low, high = ends(adapter.sigma_min, adapter.sigma_max)
+    ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim)
+    skip = family(torch.full((1,), high, device=device)).skip.item()
+    asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float))
+    found = looked_at(adapter.network, asked, family.name)
     if found is None:
         return adapter
-    if family.name == "v" and found.kind == "opposes" and found.level == levels[1]:
+    if family.name == "v" and found.kind == "opposes" and found.level == high:
         raise ConfigError(f"prediction='v' was asked for, but {found.text}, or verify=False")
     if family.name == "cm" and found.kind == "consistency":
         adapter.beware = found.text

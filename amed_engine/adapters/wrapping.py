@@ -146,7 +146,7 @@ def _with_classes(facts: NetworkFacts, label_dim: Any, null_class: Any, labels: 
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def _check_labels(labels: Any, facts: NetworkFacts, null_class: Any) -> None:

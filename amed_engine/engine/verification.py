@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters import Adapter
-from amed_engine.adapters.verify import can_look, ends, looked_at, verify_adapter
+from amed_engine.adapters.look import Asked
+from amed_engine.adapters.verify import can_look, ends, looked_at, of_class_0, verify_adapter
 from amed_engine.engine.model import Model
 from amed_engine.sampling.denoiser import one_hot
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.modules import OWN, bare
 from amed_engine.sampling.wrappers import COMPILED
 from amed_engine.solvers.plan import Plan
@@ -47,9 +48,10 @@ def _look(model: Model, module: nn.Module, plan: Plan) -> None:
         return model.denoise(x, sigma, *(one_hot(each, model.label_dim, x) for each in classes)).x0
 
     assert model.shape is not None
-    levels = ends(model.sigma_min, model.sigma_max)
-    with torch.inference_mode(False):
-        found = looked_at(model.network, denoise, model.shape, levels, model.label_dim)
+    low, high = ends(model.sigma_min, model.sigma_max)
+    asked = Asked(of_class_0(denoise, model.label_dim), model.shape, low, high, model.device)
+    with plain_tensors():
+        found = looked_at(model.network, asked)
     if found is not None and not (found.kind == "consistency" and plan.solver == "consistency"):
         logger.warning(
             "%s taken as a denoiser: %s; verify=False skips this look", type(bare(module)).__name__, found.text

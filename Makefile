@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
+COMFYUI ?=
 
 .PHONY: demo test test-integrations lint format docs bench clean
 
@@ -15,8 +16,9 @@ demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side 
 test: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+# COMFYUI=/path[:/path]: checkouts of ComfyUI to start as servers; COMFYUI_PYTHON, a Python that has what they need.
 test-integrations: $(VENV)-integrations/.installed  ## against the real stacks, in an environment of its own
-	$(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
+	COMFYUI='$(COMFYUI)' $(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,5 +1,8 @@
 """The trained score networks of galaxygrad 0.1.9 (PyPI), read from its wheel and run in torch as denoisers.
 
+    python benchmarks/galaxygrad.py hsc32 hsc32.pt2
+    amed calibrate --model hsc32.pt2 --nfe 5 --out recipe.json
+
 Nobody here trained them, which is their use: what is assumed of networks in general can be wrong of these. Eight MLP-Mixers
 of 1 x 32² to 1 x 72² pixels of galaxies, log(flux + 1) / 0.1, by Sampson (github.com/SampsonML/galaxygrad). The wheel states
 no licence, so it is downloaded, never shipped.
@@ -16,11 +19,13 @@ import hashlib
 import io
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,6 +33,7 @@ from torch import Tensor, nn
 PACKAGE = "galaxygrad==0.1.9"
 WHEEL = "galaxygrad-0.1.9-py3-none-any.whl"
 SHA256 = "3bd8cbc50926b59f0e081f95622b423f79ef8949169a79d81bf96a117198e785"
+FOLDER = Path(tempfile.gettempdir()) / "galaxygrad"  # the wheel, kept from one run to the next
 HORIZON = 10.0  # the largest t
 PATCH, CHANNELS, HIDDEN, BLOCKS = 4, 64, 512, 4
 # Name -> the file of its weights, and pixels along one side.
@@ -157,3 +163,26 @@ def _owners(score: ScoreNetwork) -> Iterator[Any]:
             yield from (mlp[0], mlp[2])
         yield from (block.before_patches, block.before_channels)
     yield score.norm
+
+
+def save(denoiser: Denoiser, path: Path) -> None:
+    """The denoiser as an ExportedProgram for any batch, which every command and `Sampler` take by its path."""
+    x, batch = torch.zeros(2, *denoiser.sample_shape), {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(denoiser, (x, torch.ones(2)), dynamic_shapes=(batch, batch))
+    torch.export.save(program, path)
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(NETWORKS)))
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+def app(name: str, path: Path) -> None:
+    """Write the denoiser of a network as PATH.pt2, for the commands of `amed`."""
+    if path.suffix != ".pt2":
+        raise click.UsageError(f"an ExportedProgram is a .pt2 file, got {path}; name it {path.with_suffix('.pt2')}")
+    denoiser = load(download(FOLDER), name)
+    save(denoiser, path)
+    click.echo(f"wrote {path}: samples {denoiser.sample_shape}, sigma {denoiser.sigma_min:g} to {denoiser.sigma_max:g}")
+
+
+if __name__ == "__main__":
+    app()

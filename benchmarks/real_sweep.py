@@ -9,12 +9,10 @@ the same about the network's mean answer
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flow_digits
@@ -34,7 +32,7 @@ from amed_engine.sampling.loop import sample
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan, own_range
 
-FOLDER = Path(tempfile.gettempdir()) / "galaxygrad"  # the wheel and the fine solutions, kept from one run to the next
+FOLDER = galaxygrad.FOLDER  # the fine solutions too, kept from one run to the next
 GUIDED = {"digits-g1.5": 1.5, "digits-g3": 3.0}  # the bundled network at these guidance scales
 NETWORKS = (*galaxygrad.NETWORKS, "digits", *GUIDED, flow_digits.NAME)
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")

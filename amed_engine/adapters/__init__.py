@@ -9,7 +9,7 @@ from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.guidance import ClassifierFree, ClassifierGuided, Thresholded
-from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency
+from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, ConsistencyFunction
 from amed_engine.adapters.latents import encode_texts, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.schedulers import shift_of
@@ -31,6 +31,7 @@ __all__ = [
     "Coefficients",
     "Compiled",
     "Consistency",
+    "ConsistencyFunction",
     "DiscreteSteps",
     "Family",
     "Flow",

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from amed_engine.adapters import taps
 from amed_engine.adapters.answers import prediction_of
 from amed_engine.adapters.calling import Calling, calling_of
-from amed_engine.adapters.conditions import Conditions, class_index
+from amed_engine.adapters.compiled import compiled_of
+from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
-from amed_engine.adapters.lookups import explain
+from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
+from amed_engine.adapters.lookups import explained
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, is_tracing, one_hot
+from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
 from amed_engine.sampling.modules import never_writes
 
 
@@ -41,13 +43,16 @@ class Adapter(nn.Module):
         conditions: Conditions,
         bottleneck: str | None = None,
         notes: Mapping[str, str] | None = None,
+        *,
+        found: bool = False,
     ):
+        """found: nobody named the bottleneck, so one that cannot be read matters to predictors alone."""
         super().__init__()
         self.network, self.family, self.conditions = network, family, conditions
         self.facts, self.notes = facts, dict(notes or {})
         self.sample_shape, self.label_dim = facts.shape, conditions.count or facts.label_dim
         self.sigma_min, self.sigma_max = family.sigma_min, family.sigma_max
-        self.bottleneck = bottleneck
+        self.bottleneck, self._found = bottleneck, found
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
@@ -55,11 +60,18 @@ class Adapter(nn.Module):
         self._calling = Calling() if facts.diffusers else calling_of(network, conditions.names, classes)
         self.looked_at, self.beware = False, ""  # whether its answers were, and what was seen in them that is no fault
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
+        if facts.whole_times and compiled_of(network) is None:
+            own["whole"] = True
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
 
     @property
     def img_channels(self) -> int | None:
-        return None if self.sample_shape is None else self.sample_shape[0]
+        return None if self.sample_shape is None else self.sample_shape[self.channel_axis]
+
+    @property
+    def channel_axis(self) -> int:
+        """Of a sample: 0, or 1 where frames come first."""
+        return self.facts.channel_axis
 
     @property
     def img_resolution(self) -> int | None:
@@ -76,17 +88,29 @@ class Adapter(nn.Module):
         return shape[1] // reduction, shape[2] // reduction
 
     @property
+    def consistency(self) -> bool:
+        """Whether its answer is a sample, as a consistency function's, and not the mean of the data."""
+        return self.family.consistency
+
+    @property
     def can_guide(self) -> bool:
         """Whether a zero row of labels means "no class" to this network, as classifier-free guidance needs."""
         if self.conditions.count:
             return self.conditions.has_null
         return bool(self.facts.label_dim) and (self.facts.labels == "rows" or self.facts.null_class is not None)
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
-        """x (B, C, H, W); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
-        class (or, where conditions are bound, which of them); conditions by name, (B, ...) or (1, ...) each.
+    @property
+    def label_kind(self) -> str | None:
+        """What labels are: classes, as "rows" or an "index", or numbers, one "float" per sample or a "vector"."""
+        own = self.facts.labels if self.facts.label_dim else None
+        return "index" if self.conditions.count else own
 
-        Returns D (B, C, H, W) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **conditions: Tensor) -> Denoised:
+        """x (B, C, ...); sigma () or (B,); class_labels integers (B,) or one-hot rows (B, label_dim), a zero row meaning no
+        class (or, where conditions are bound, which of them), or numbers (B,) or (B, label_dim) where labels are continuous;
+        conditions by name, (B, ...) or (1, ...) each.
+
+        Returns D (B, C, ...) and the bottleneck (B, C', h, w) or None, in x's dtype. Raises ConfigError before the network
         is called for a wrong shape, or a condition that is missing, unknown or of another batch.
         """
         self._check_state(x)
@@ -94,34 +118,21 @@ class Adapter(nn.Module):
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
+        time = self.family.whole(c.time).long() if self.facts.whole_times else c.time
         labels = None if self.conditions.names or not self.facts.label_dim else labels
-        if labels is not None and self.facts.labels == "index":
-            labels = class_index(labels, self.facts.null_class)
+        if labels is not None:
+            labels = told(labels, self.facts.labels, self.facts.null_class)
 
         def ask(handed: Handed) -> tuple[Tensor, Tensor | None]:
             state, rest = self._lent(handed.state), self._lent(handed.rest)
-            told = {name: state(value) for name, value in given.items()}
-            return self._call((spread(c.scale, x) * x).to(handed.state), rest(c.time), rest(labels), told)
+            named = {name: state(value) for name, value in given.items()}
+            return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
-        raw, features = self._asked(x.dtype, ask, c.time, labels)
+        raw, caught = explained(lambda: self._precision.call(self.network, x.dtype, ask), time, labels)
+        features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
-        return Denoised(
-            spread(c.skip, x) * x + spread(c.out, x) * raw, None if features is None else features.to(x.dtype)
-        )
-
-    def _asked(
-        self, dtype: torch.dtype, ask: Callable[[Handed], Any], time: Tensor, labels: Tensor | None
-    ) -> tuple[Any, Tensor | None]:
-        """What the network answers, in the dtypes that it takes. Raises ConfigError for what its tables do not take."""
-        if torch.compiler.is_compiling() or is_tracing():
-            return self._precision.call(self.network, dtype, ask)
-        try:
-            return self._precision.call(self.network, dtype, ask)
-        except (RuntimeError, IndexError, TypeError) as error:
-            told = explain(error, time, labels)
-            if told is None:
-                raise
-            raise told from error
+        features = None if features is None else features.to(x.dtype)
+        return answered(spread(c.skip, x) * x + spread(c.out, x) * raw, features)
 
     def _lent(self, dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
         """What the network is given beside its state: floating numbers in a dtype, copies where it may write to them."""
@@ -133,10 +144,8 @@ class Adapter(nn.Module):
 
         return lend
 
-    def _call(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction and bottleneck."""
+    def _call(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        """The network's prediction, and its bottleneck as it came."""
         if self._tap is not None:
             self._tap.listen()
         try:
@@ -146,12 +155,21 @@ class Adapter(nn.Module):
         returned = isinstance(output, (tuple, list))
         raw = prediction_of(output)
         if self._tap is not None:
-            return raw, taps.check_features(caught, str(self.bottleneck))
+            return raw, caught
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
+
+    def _read(self, caught: Any, x: Tensor) -> Tensor:
+        features = taps.readable(caught, x, self.facts.folds_frames)
+        if features is None and not self._found:
+            raise taps.refusal(caught, x, str(self.bottleneck))
+        return unread(caught, x) if features is None else features
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
             return self.network(x, timestep=t, **keywords(labels, given), **self._form)
+        if (compiled := compiled_of(self.network)) is not None:
+            inputs, given = compiled.convert(x, t, *(() if labels is None else (labels,)), **given)
+            return self.network(*inputs, **given)
         placed, named = self._calling.arguments(x, t, labels)
         return self.network(*placed, **named, **given)
 
@@ -166,9 +184,11 @@ class Adapter(nn.Module):
                 raise ConfigError("class_labels were given, but this denoiser has no classes and no bound conditions")
             return None
         if labels is not None or has_conditions:
-            return chosen_rows(labels, self.label_dim, x, has_conditions)
+            return chosen_rows(labels, self.label_dim, x, has_conditions, str(self.label_kind))
         if self.conditions.count == 1:
             return x.new_ones(x.shape[0], 1)
+        if self.label_kind in CONTINUOUS:
+            raise ConfigError(f"class_labels are missing: this denoiser is told numbers, {self.label_dim} per sample")
         if not self.can_guide:
             raise ConfigError(
                 f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"
@@ -179,19 +199,21 @@ class Adapter(nn.Module):
         if is_tracing():
             return
         shape = self.sample_shape
-        if x.dim() < 2 or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = "(B, C, ...)" if shape is None else f"(B, {', '.join(map(str, shape))})"
-            raise ConfigError(f"x must have shape {expected}, got {tuple(x.shape)}")
+        fits = len(self.facts.axes) in (0, x.dim() - 1)
+        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+            raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        _check_prediction(raw, x)
-        if not is_tracing() and raw.shape[1] not in (channels, 2 * channels):
+        axis = 1 + self.channel_axis
+        channels = x.shape[axis]
+        _check_prediction(raw, x, axis)
+        if not is_tracing() and raw.shape[axis] not in (channels, 2 * channels):
             raise ConfigError(
-                f"the network predicts {raw.shape[1]} channels for samples of {channels}; expected {channels}, or "
+                f"the network predicts {raw.shape[axis]} channels for samples of {channels}; expected {channels}, or "
                 f"{2 * channels} with learned variances"
             )
-        return raw[:, :channels]
+        return raw[(slice(None),) * axis + (slice(channels),)]
 
     def explain(self) -> str:
         """What was inferred and why, a line each."""
@@ -210,7 +232,7 @@ class Adapter(nn.Module):
             )
 
 
-def _check_prediction(raw: Any, x: Tensor) -> None:
+def _check_prediction(raw: Any, x: Tensor, axis: int) -> None:
     """Raise ConfigError for what is no tensor, or one that would be spread over samples or pixels."""
     if not isinstance(raw, Tensor) or not raw.is_floating_point():
         got = raw.dtype if isinstance(raw, Tensor) else type(raw).__name__
@@ -220,7 +242,7 @@ def _check_prediction(raw: Any, x: Tensor) -> None:
         )
     if is_tracing():
         return
-    alike = raw.dim() == x.dim() and raw.shape[2:] == x.shape[2:]
+    alike = raw.dim() == x.dim() and _without(raw, axis) == _without(x, axis)
     # What is exported has a symbol for its batch, which a question would tie to one size.
     if not alike or (not torch.compiler.is_compiling() and raw.shape[0] != x.shape[0]):
         raise ConfigError(
@@ -229,43 +251,29 @@ def _check_prediction(raw: Any, x: Tensor) -> None:
         )
 
 
+def _without(value: Tensor, axis: int) -> tuple[int, ...]:
+    """The shape of one sample but for its channels."""
+    return (*value.shape[1:axis], *value.shape[axis + 1 :])
+
+
 def level_rows(sigma: Tensor, x: Tensor) -> Tensor:
     """Noise levels () or (B,) as (B,). Raises ConfigError for another shape."""
     if not is_tracing() and sigma.dim() > 1:
         raise ConfigError(f"sigma must have shape () or (B,), got {tuple(sigma.shape)}")
     if sigma.dim() == 1:
-        _check_rows("sigma", sigma, x)
+        check_rows("sigma", sigma, x)
     return sigma.expand(x.shape[0])
 
 
-def chosen_rows(class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool) -> Tensor | None:
-    """`label_rows`, None for the conditions of a call in their place. Raises ConfigError for both."""
+def chosen_rows(
+    class_labels: Tensor | None, count: int, x: Tensor, has_conditions: bool, kind: str = "rows"
+) -> Tensor | None:
+    """`rows_of`, None for the conditions of a call in their place. Raises ConfigError for both."""
     if class_labels is None:
         return None
     if has_conditions:
         raise ConfigError("give class_labels, which choose bound conditions, or conditions in the call, not both")
-    return label_rows(class_labels, count, x)
-
-
-def label_rows(class_labels: Tensor, count: int, x: Tensor) -> Tensor:
-    """Integers (B,) or one-hot rows (B, count), one for all allowed, as rows (B, count) like x. Raises ConfigError."""
-    if not isinstance(class_labels, Tensor):
-        raise ConfigError(
-            f"class_labels must be a tensor of integers (B,) or rows (B, {count}), got {type(class_labels).__name__}"
-        )
-    integers = class_labels.dim() == 1 and not class_labels.is_floating_point()
-    if not is_tracing() and not integers and tuple(class_labels.shape[1:]) != (count,):
-        raise ConfigError(
-            f"class_labels must be integers (B,) or rows (B, {count}), got {class_labels.dtype} of shape "
-            f"{tuple(class_labels.shape)}"
-        )
-    _check_rows("class_labels", class_labels, x)
-    return one_hot(class_labels, count, x).expand(x.shape[0], count)
-
-
-def _check_rows(name: str, value: Tensor, x: Tensor) -> None:
-    if not is_tracing() and value.shape[0] not in (1, x.shape[0]):
-        raise ConfigError(f"{name} has {value.shape[0]} rows for a batch of {x.shape[0]}; pass one per sample")
+    return rows_of(class_labels, kind, count, x)
 
 
 def keywords(labels: Tensor | None, given: dict[str, Tensor]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps, alphas_cumpro
 from amed_engine.adapters.facts import NetworkFacts
 from amed_engine.adapters.family import Family
 from amed_engine.adapters.flow import Flow
-from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Denoising
+from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, ConsistencyFunction, Denoising
 from amed_engine.adapters.schedulers import Told, betas_of, has_betas
 from amed_engine.adapters.score import IndexedScore, Score
 from amed_engine.errors import ConfigError
 
 FAMILIES: dict[str, Callable[[], Family]] = {
     "denoised": Denoising,
+    "consistency": ConsistencyFunction,
     "edm": EDM,
     "cm": Consistency,
     "vp": VP,
@@ -72,7 +73,7 @@ def choose_family(wanted: Wanted, facts: NetworkFacts, says: Told | None) -> tup
     if name not in PREDICTS:
         return FAMILIES[name]() if says is None or says.family is None else says.family, why
     alphas, source = _choose_betas(wanted.betas, facts, wanted.scheduler)
-    family = DiscreteSteps(name, alphas, whole=wanted.steps == "integer")
+    family = DiscreteSteps(name, alphas)
     if says is not None:
         family.sigma_min = max(family.sigma_min, says.sigma_min or family.sigma_min)
         family.sigma_max = min(family.sigma_max, says.sigma_max or family.sigma_max)

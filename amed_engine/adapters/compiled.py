@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.facts import square
-from amed_engine.adapters.signature import Signature
+from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, ask
-from amed_engine.sampling.modules import device_of
+from amed_engine.sampling.modules import bare, device_of, module_of
 
 KEY = "amed.signature"  # among the package's metadata
 MAX_METADATA = 2**20
@@ -30,6 +32,7 @@ _CODE = "/data/aotinductor/"
 class Compiled(nn.Module):
     """A denoiser that only runs forward: its inputs checked against a signature, its facts read from it."""
 
+    label_kind: str | None = None
     can_guide = True
     lends_copies = True
 
@@ -37,16 +40,54 @@ class Compiled(nn.Module):
         super().__init__()
         self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
         self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
+        if signature.continuous:
+            self.label_kind, self.can_guide = "vector", False
         for name in ("sigma_min", "sigma_max"):
             if getattr(signature, name) is not None:
                 setattr(self, name, getattr(signature, name))
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
+        self._check(*inputs)
+        return ask(self.call, *inputs)
+
+    def convert(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """x, time (B,) and labels, rows (B, K) or integers (B,), in the dtypes and shapes that the model takes."""
+        names = zip(NAMES, inputs, self.signature.inputs, strict=False)
+        taken = tuple(converted(*named) for named in names)
+        return (*taken, *inputs[len(taken) :]), {}
+
+    def describe(self) -> str:
+        """The dtypes of its inputs, for people."""
+        return ", ".join(f"{name} {known.dtype}" for name, known in zip(NAMES, self.signature.inputs, strict=False))
+
+    def _check(self, *inputs: Tensor) -> None:
         self.signature.check(inputs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
             raise ConfigError("a compiled model has no gradients; train predictors with the network it was made from")
-        return ask(self.call, *inputs)
+
+
+def compiled_of(network: Any) -> Compiled | None:
+    """The compiled model that a network is, inside whatever passes its calls on."""
+    return inner if isinstance(inner := bare(network), Compiled) else None
+
+
+def holds_compiled(network: Any) -> bool:
+    """Whether a compiled model is the network, or anywhere within it."""
+    module = module_of(network)
+    return module is not None and any(isinstance(part, Compiled) for part in module.modules())
+
+
+def converted(name: str, tensor: Tensor, expected: Input) -> Tensor:
+    """A tensor in the dtype of an input; rows (B, 1) as (B,), one-hot rows as integers (B,) where it takes these."""
+    whole = expected.dtype.startswith("int")
+    if tensor.dim() == 2 and expected.shape in ((), (1,)) and whole and tensor.is_floating_point():
+        tensor = class_index(tensor, None).reshape(-1, *expected.shape)
+    elif expected.shape in ((), (1,)) and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
+        tensor = tensor.reshape(-1, *expected.shape)
+    if whole and tensor.is_floating_point() and bool((tensor != tensor.round()).any()):
+        raise ConfigError(f"{name} must be whole numbers for this model, {expected.describe()}, got {tensor.dtype}")
+    return tensor.to(DTYPES[expected.dtype])
 
 
 def is_package(path: str | os.PathLike) -> bool:
@@ -157,4 +198,5 @@ class _Positional(nn.Module):
 def _facts(denoiser: nn.Module) -> dict[str, Any]:
     levels = {name: getattr(denoiser, name, None) for name in ("sigma_min", "sigma_max")}
     known = {name: float(v) for name, v in levels.items() if v is not None and 0 < float(v) < float("inf")}
-    return {"device": device_of(denoiser).type} | known
+    continuous = {"continuous": True} if getattr(denoiser, "label_kind", None) in CONTINUOUS else {}
+    return {"device": device_of(denoiser).type} | known | continuous

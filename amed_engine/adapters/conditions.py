@@ -17,7 +17,8 @@ from amed_engine.sampling.denoiser import is_tracing
 class Conditions(nn.Module):
     """Tables (P, ...) by name, with a row more for "none" where `null` gives one; empty where nothing is bound.
 
-    needed: name -> width of the last dimension (None: any) of what the network must be given; other names may be bound too.
+    needed: name -> width of the last dimension (None: any, 0: one number per row) of what the network must be given; other
+    names may be bound too.
     Raises ConfigError for a name that is missing, tables of different lengths, or a wrong width.
     """
 
@@ -67,11 +68,13 @@ class Conditions(nn.Module):
                 )
 
     def _check_value(self, name: str, value: Tensor) -> None:
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(f"condition {name!r} must be a tensor with a row per prompt, (P, ...), got {got}")
         width = self.widths.get(name)
-        if width is not None and value.shape[-1] != width:
+        single = width == 0
+        if not isinstance(value, Tensor) or (value.dim() != 1 if single else value.dim() < 2):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            row = "number per prompt, (P,)" if single else "row per prompt, (P, ...)"
+            raise ConfigError(f"condition {name!r} must be a tensor with a {row}, got {got}")
+        if width and value.shape[-1] != width:
             raise ConfigError(
                 f"condition {name!r} has width {value.shape[-1]}, the network takes {width}: it belongs to another text encoder"
             )

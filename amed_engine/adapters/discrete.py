@@ -48,17 +48,16 @@ class DiscreteSteps(Family):
         epsilon:  D = x - sigma·F                  x0:  D = F
         v:        D = x/(1 + sigma²) - sigma/sqrt(1 + sigma²)·F       (Salimans & Ho 2022, arXiv:2202.00512)
 
-    Beyond the trained levels the outer segments are continued. whole: the nearest trained step, as int64, for networks that
-    look it up in a table.
+    Beyond the trained levels the outer segments are continued.
     """
 
     log_alpha: Tensor
 
-    fixed = ("name", "steps", "whole")
+    fixed = ("name", "steps")
 
-    def __init__(self, prediction: str, alphas: Any, whole: bool = False):
+    def __init__(self, prediction: str, alphas: Any):
         super().__init__()
-        self.name, self._table, self.whole = prediction, DiscreteTime.of(alphas).log_alpha, whole
+        self.name, self._table = prediction, DiscreteTime.of(alphas).log_alpha
         self.register_buffer("log_alpha", self._table.clone(), persistent=False)
         self.steps = len(self._table)
         ends = torch.expm1(-2 * self._table[[0, -1]]).sqrt()
@@ -84,9 +83,11 @@ class DiscreteSteps(Family):
         return (2 * self.log_alpha.cpu()).exp()
 
     def forward(self, sigma: Tensor) -> Coefficients:
-        time = self.time(sigma)
-        told = time.round().clamp(0, self.steps - 1).long() if self.whole else time.to(sigma.dtype)
-        return Coefficients(*self.mix(sigma), told)
+        return Coefficients(*self.mix(sigma), self.time(sigma).to(sigma.dtype))
+
+    def whole(self, time: Tensor) -> Tensor:
+        """The nearest trained step, 0 to steps - 1; the other coefficients stay those of the level itself."""
+        return time.round().clamp(0, self.steps - 1)
 
     def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """skip, out, scale"""
@@ -99,9 +100,7 @@ class DiscreteSteps(Family):
         return skip, out, 1 / variance.sqrt()
 
     def describe(self) -> str:
-        told = "the nearest, a whole number" if self.whole else "fractions allowed"
-        return f"{PREDICTS[self.name]}; told one of {self.steps} steps, {told}"
+        return f"{PREDICTS[self.name]}; told one of {self.steps} steps, fractions allowed"
 
     def settings(self) -> dict[str, Any]:
-        whole = {"whole": True} if self.whole else {}
-        return {"predicts": self.name, "sigmas": summary(torch.expm1(-2 * self._table).sqrt())} | whole
+        return {"predicts": self.name, "sigmas": summary(torch.expm1(-2 * self._table).sqrt())}

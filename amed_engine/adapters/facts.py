@@ -5,12 +5,14 @@ Read from attributes and configurations, by the names of the published classes: 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from amed_engine.adapters.sequences import SEQUENCES, refuse, text
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import bare, bound, unknown_wrapper
 from amed_engine.sampling.wrappers import takes_more
@@ -23,11 +25,14 @@ ADDED = ("text_embeds", "time_ids", "image_embeds")
 class NetworkFacts:
     """What is known of a network before it is called.
 
-    shape: (C, H, W) of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as
-    one-hot "rows" or as an "index". null_class: the index that means no class. conditions: what the network must be given,
-    with the width of each (None: not known). prediction, betas: what it is known, or by custom, trained for.
-    diffusers: called by keywords, answers a tuple. returns_bottleneck: beside its output. denoises: needs no preconditioning.
-    reduction: how many times smaller than the sample its own bottleneck is.
+    shape: of a sample. out_channels: C, or 2C with learned variances. label_dim: classes, told to the network as one-hot
+    "rows" or as an "index", or numbers per sample, told as a "float" (B,) or a "vector" (B, label_dim). null_class: the index
+    that means no class. conditions: what the network must be given, with the width of each (None: not known, 0: one number
+    per row). prediction, betas: what it is known, or by custom, trained for. diffusers: called by keywords, answers a tuple.
+    returns_bottleneck: beside its output. denoises: needs no preconditioning. reduction: how many times smaller than the
+    sample its own bottleneck is. whole_times: it is told whole-number times alone. axes: of a sample, "CHW", "CL", "CFHW" or
+    "FCHW", "" where it takes any. channels: C, where shape does not tell. folds_frames: within, the frames of a sample
+    follow each other in the batch, (B·F, C, h, w).
     """
 
     shape: tuple[int, ...] | None = None
@@ -42,6 +47,24 @@ class NetworkFacts:
     returns_bottleneck: bool = False
     denoises: bool = False
     reduction: int | None = None
+    whole_times: bool = False
+    axes: str = ""
+    channels: int | None = None
+    folds_frames: bool = False
+
+    @property
+    def channel_axis(self) -> int:
+        """Of a sample's shape."""
+        return max(self.axes.find("C"), 0)
+
+    @property
+    def in_channels(self) -> int | None:
+        return self.channels if self.shape is None else self.shape[self.channel_axis]
+
+    @property
+    def rank(self) -> str:
+        """The shape of a sample in letters."""
+        return ", ".join(self.axes) or "C, ..."
 
 
 def facts_of(network: Any) -> NetworkFacts:
@@ -60,17 +83,35 @@ def _read(network: Any) -> NetworkFacts:
     for ancestor in type(network).__mro__:
         if ancestor.__name__ in READERS:
             return READERS[ancestor.__name__](network)
+        if ancestor.__name__ in SEQUENCES:
+            return _of_diffusers(network, **SEQUENCES[ancestor.__name__](network))
     if isinstance(getattr(network, "middle_block", None), nn.Module) and hasattr(network, "in_channels"):
         return _guided_diffusion(network)
     if hasattr(network, "round_sigma") and hasattr(network, "img_channels"):  # EDM's classes for iDDPM, VP and VE
         return _edm(network)
-    return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0))
+    labels = getattr(network, "label_kind", None) or "rows"
+    return NetworkFacts(label_dim=int(getattr(network, "label_dim", 0) or 0), labels=labels)
+
+
+def check_known(network: Any) -> None:
+    """Raise ConfigError for a class of diffusers that no reader here knows: each is called in its own way."""
+    kinds = type(bare(network)).__mro__
+    owner = next((kind for kind in kinds if "forward" in vars(kind)), object)
+    names = {kind.__name__ for kind in kinds}
+    if owner.__module__.partition(".")[0] != "diffusers" or "ModelMixin" not in names or names & {*READERS, *SEQUENCES}:
+        return
+    told = ", ".join(list(inspect.signature(owner.forward).parameters)[1:])  # type: ignore[attr-defined]
+    raise ConfigError(
+        f"{kinds[0].__name__} is a network of diffusers that wrap does not know how to call ({told}): wrap a module whose "
+        "forward(x, t) calls it and returns the prediction alone, with prediction= and shape="
+    )
 
 
 def is_raw(network: Any) -> bool:
     """Whether it is known to need a preconditioning: a published network that is no denoiser."""
     inner = bare(network)
-    names = {ancestor.__name__ for ancestor in type(inner).__mro__} & READERS.keys() - {"OnnxModel"}
+    known = {*READERS, *SEQUENCES} - {"OnnxModel"}
+    names = {ancestor.__name__ for ancestor in type(inner).__mro__} & known
     return bool(names) and not _read(inner).denoises
 
 
@@ -82,6 +123,11 @@ def as_tuple(network: Any) -> dict[str, Any]:
 def check_classes_known(network: Any) -> None:
     """Raises ConfigError for a module without classes of its own that hands unnamed inputs to one that has some, perhaps."""
     module = bare(network)
+    if getattr(module, "label_kind", None) and not getattr(module, "label_dim", 0):
+        raise ConfigError(
+            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of classes, "
+            "or of numbers per sample"
+        )
     told = getattr(module, "label_dim", None) is not None or "class_labels" in bound(network)
     if told or not isinstance(module, nn.Module) or not takes_more(module):
         return
@@ -137,30 +183,51 @@ def _openai(network: Any) -> NetworkFacts:
 
 
 def _guided_diffusion(network: Any) -> NetworkFacts:
-    shape = square(network.in_channels, getattr(network, "image_size", None))
+    axes, channels, size = _axes(network), network.in_channels, getattr(network, "image_size", None)
+    shape = {"CHW": square(channels, size), "CL": (channels, size) if isinstance(size, int) else None}.get(axes)
     classes = getattr(network, "num_classes", None) or 0
-    return NetworkFacts(shape, getattr(network, "out_channels", None), classes, "index")
+    known = {"axes": axes, "channels": channels}
+    return NetworkFacts(shape, getattr(network, "out_channels", None), classes, "index", **known)
+
+
+def _axes(network: nn.Module) -> str:
+    """Of samples, by the convolutions; attention has one along a line in images too. The frames of a video are not told."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = {kind for part in network.modules() for kind in kinds if isinstance(part, kind)}
+    if nn.Conv3d in found:
+        return "CFHW"
+    return "CL" if found == {nn.Conv1d} else "CHW"
 
 
 def _onnx(network: Any) -> NetworkFacts:
-    return NetworkFacts(network.sample_shape, None, network.label_dim, returns_bottleneck=network.returns_bottleneck)
+    widths = {name: known.shape[-1] if known.shape else 0 for name, known in network.conditions.items()}
+    return NetworkFacts(
+        network.sample_shape,
+        network.out_channels,
+        network.label_dim,
+        network.label_kind or "rows",
+        conditions=widths,
+        prediction="denoised" if network.session.outputs[0] == "denoised" else None,
+        returns_bottleneck=network.returns_bottleneck,
+        whole_times=network.whole_times,
+    )
 
 
 def _diffusers_unet(network: Any) -> NetworkFacts:
-    _refuse(network, class_embed_type=None)
+    refuse(network, class_embed_type=None)
     classes = {"label_dim": network.config.num_class_embeds or 0, "labels": "index"}
     return _of_diffusers(network, **classes, betas="linear", reduction=_reduction(network))
 
 
 def _diffusers_conditional(network: Any) -> NetworkFacts:
     config = network.config
-    _refuse(network, class_embed_type=None, num_class_embeds=None, time_cond_proj_dim=None)
+    refuse(network, class_embed_type=None, num_class_embeds=None, time_cond_proj_dim=None)
     width = config.encoder_hid_dim or config.cross_attention_dim
-    conditions: dict[str, int | None] = {"encoder_hidden_states": width if isinstance(width, int) else None}
+    conditions = text(width)
     if config.addition_embed_type == "text_time":
         conditions |= {"text_embeds": None, "time_ids": None}
     else:
-        _refuse(network, addition_embed_type=None)
+        refuse(network, addition_embed_type=None)
     if getattr(config, "encoder_hid_dim_type", None) not in (None, "text_proj"):
         conditions["image_embeds"] = None
     return _of_diffusers(network, conditions=conditions, betas="scaled_linear", reduction=_reduction(network))
@@ -197,17 +264,10 @@ def _joint_conditions(config: Any) -> dict[str, int | None]:
 
 def _of_diffusers(network: Any, **known: Any) -> NetworkFacts:
     config = network.config
-    shape = square(config.in_channels, config.sample_size)
-    return NetworkFacts(shape, config.out_channels or config.in_channels, diffusers=True, **known)
-
-
-def _refuse(network: Any, **expected: Any) -> None:
-    for name, value in expected.items():
-        if (got := getattr(network.config, name, value)) != value:
-            raise ConfigError(
-                f"{type(network).__name__} with {name}={got!r} is not supported, only {value!r}; wrap a function "
-                "(x, t) -> prediction that calls it instead"
-            )
+    if "axes" not in known:
+        known |= {"shape": square(config.in_channels, config.sample_size), "axes": "CHW"}
+    channels = {"out_channels": config.out_channels or config.in_channels, "channels": config.in_channels}
+    return NetworkFacts(diffusers=True, **channels, **known)
 
 
 READERS: dict[str, Callable[[Any], NetworkFacts]] = {

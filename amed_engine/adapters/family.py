@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from amed_engine.adapters.fingerprint import Settled
+from amed_engine.errors import ConfigError
 
 
 class Coefficients(NamedTuple):
@@ -28,6 +29,16 @@ class Family(Settled):
     name = ""
     sigma_min: float
     sigma_max: float
+    consistency = (
+        False  # whether D is a sample at sigma_min, the end of the ODE through x, and not the mean of the data
+    )
+
+    def whole(self, time: Tensor) -> Tensor:
+        """The time (B,) of a network that is told whole numbers alone. Raises ConfigError where time is not counted in steps."""
+        raise ConfigError(
+            f"the network is told whole numbers (int64), and prediction={self.name!r} has no steps to round to ({self.describe()}); "
+            "pass the prediction that it was trained for, or export it with a time in floating point"
+        )
 
     def describe(self) -> str:
         """One line for people: what is predicted, and what the network is told."""

@@ -30,9 +30,23 @@ class Flow(Family):
         self.steps = steps
 
     def forward(self, sigma: Tensor) -> Coefficients:
+        return Coefficients(*self.mix(sigma), self.time(sigma))
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """skip, out, scale"""
         scale = 1 / (1 + sigma)
-        t = sigma * scale
-        return Coefficients(scale, -t, scale, self.steps * t)
+        return scale, -(sigma * scale), scale
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.steps * (sigma * (1 / (1 + sigma)))
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """The noise level of a time below `steps`, float64; the inverse of `time`."""
+        t = time.double() / self.steps
+        return t / (1 - t)
+
+    def whole(self, time: Tensor) -> Tensor:
+        return super().whole(time) if self.steps <= 1 else time.round()
 
     def describe(self) -> str:
         return f"the velocity n - x0 of flow matching; told {self.steps:g}·t, t = sigma/(1 + sigma)"

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.adapters.adapter import Adapter, chosen_rows, label_rows, level_rows
+from amed_engine.adapters.adapter import Adapter, chosen_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
+from amed_engine.adapters.labels import CONTINUOUS, label_rows
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, ask, dynamic_thresholding
+from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing, parted
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
-FACTS = ("sample_shape", "img_channels", "img_resolution", "label_dim", "sigma_min", "sigma_max", "bottleneck_size")
+FACTS = (
+    *("sample_shape", "img_channels", "img_resolution", "channel_axis"),
+    *("label_dim", "label_kind", "sigma_min", "sigma_max", "bottleneck_size", "consistency"),
+)
 
 
 class _Around(Settled):
@@ -99,7 +103,7 @@ class ClassifierFree(_Around):
             none = None if labels is None else torch.zeros_like(labels)
             unconditional = self._ask(x, sigma, none, **null).x0
         scale = torch.where((sigma > self.low) & (sigma <= self.high), self.scale, 1.0).to(x.dtype)
-        return Denoised(unconditional + spread(scale, x) * (conditional - unconditional), features)
+        return answered(unconditional + spread(scale, x) * (conditional - unconditional), features)
 
     def _with_null(self, conditions: dict[str, Tensor], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not conditions:
@@ -123,8 +127,9 @@ class ClassifierFree(_Around):
         both = None if labels is None else torch.cat([torch.zeros_like(labels), labels])
         doubled = {name: torch.cat([null[name], value]) for name, value in conditions.items()}
         x0, features = self._ask(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **doubled)
-        unconditional, conditional = x0.chunk(2)
-        return unconditional, conditional, None if features is None else features.chunk(2)[1]
+        halves = [x.shape[0]] * 2  # not chunk(2): its count would tie a symbolic batch to one size
+        unconditional, conditional = x0.split(halves)
+        return unconditional, conditional, parted(features, halves)[1]
 
 
 class ClassifierGuided(_Around):
@@ -153,6 +158,11 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"need a finite scale and a positive clamp or None, got {scale}, {clamp}")
         self.classifier, self.scale, self.clamp = as_module(classifier), scale, clamp
         self._precision, own = Precision(classifier), bare(denoiser).label_dim
+        if bare(denoiser).label_kind in CONTINUOUS:
+            raise ConfigError(
+                "classifier guidance takes classes, and the network's own labels are numbers; give it them in a function "
+                "(x, t) -> prediction, and wrap that"
+            )
         known = label_dim or said(classifier, "out_channels") or own
         if not known or (own and known != own):
             raise ConfigError(f"the classifier tells {known} classes, the network {own}; pass label_dim=...")
@@ -171,9 +181,14 @@ class ClassifierGuided(_Around):
         x0, features = self._ask(x, sigma, rows if bare(self.denoiser).label_dim else None)
         push = self.scale * sigma**2 / (1 + sigma**2).sqrt()
         guided = x0 + spread(push, x) * self._gradient(x, sigma, rows)
-        return Denoised(guided if self.clamp is None else guided.clamp(-self.clamp, self.clamp), features)
+        return answered(guided if self.clamp is None else guided.clamp(-self.clamp, self.clamp), features)
 
     def _gradient(self, x: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        if is_tracing() or torch.compiler.is_exporting():
+            raise ConfigError(
+                "classifier guidance takes the gradient of its classifier in every evaluation, which no traced or exported "
+                "graph holds: export the denoiser inside it, or sample without a file"
+            )
         with differentiable("the classifier"):
             c = bare(self.denoiser).family(sigma)
             x_in = (spread(c.scale, x) * x).detach().requires_grad_()
@@ -208,4 +223,4 @@ class Thresholded(_Around):
     def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor, **conditions: Tensor) -> Denoised:
         """As the denoiser's."""
         x0, features = self._ask(x, sigma, *labels, **conditions)
-        return Denoised(dynamic_thresholding(x0, self.quantile, self.floor), features)
+        return answered(dynamic_thresholding(x0, self.quantile, self.floor), features)

@@ -29,6 +29,19 @@ class Denoising(Family):
         return "the clean data from x and sigma; no preconditioning"
 
 
+class ConsistencyFunction(Denoising):
+    """A network that is a consistency function already: F(x; sigma) is a sample. Song et al. 2023 (arXiv:2303.01469)."""
+
+    name = "consistency"
+    consistency = True
+
+    def describe(self) -> str:
+        return f"a sample from x and sigma; {_ONE_STEP}"
+
+
+_ONE_STEP = "a one-step generator: Sampler(..., solver='consistency')"
+
+
 class EDM(Family):
     """skip = sd²/(sigma² + sd²), out = sigma·sd/sqrt(sigma² + sd²), scale = 1/sqrt(sigma² + sd²), time = log(sigma)/4.
 
@@ -77,10 +90,35 @@ class EDM(Family):
 
 
 class Consistency(EDM):
-    """EDM's coefficients with time = 1000·log(sigma)/4. Song et al. 2023 (arXiv:2303.01469)."""
+    """EDM's coefficients with time = 1000·log(sigma)/4. Song et al. 2023 (arXiv:2303.01469).
+
+    boundary: a consistency function, which is the identity at sigma_min (their appendix C), and no denoiser:
+    skip = sd²/((sigma - sigma_min)² + sd²), out = (sigma - sigma_min)·sd/sqrt(sigma² + sd²). The networks that they distilled
+    or trained from nothing (cd, ct) are, those that they distilled from (edm) are denoisers.
+    """
 
     name = "cm"
     time_scale = 250.0
+    fixed = (*EDM.fixed, "boundary")
+
+    def __init__(
+        self, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, *, boundary: bool = False
+    ):
+        super().__init__(sigma_data, sigma_min, sigma_max)
+        self.boundary, self.consistency = float(sigma_min) if boundary else None, boundary
+
+    def mix(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.boundary is None:
+            return super().mix(sigma)
+        variance, sd, beyond = sigma**2 + self.sigma_data**2, self.sigma_data, sigma - self.boundary
+        return sd**2 / (beyond**2 + sd**2), beyond * sd / variance.sqrt(), 1 / variance.sqrt()
+
+    def describe(self) -> str:
+        told = "" if self.boundary is None else f", the identity at sigma {self.boundary:g}; {_ONE_STEP}"
+        return super().describe() + told
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | ({} if self.boundary is None else {"boundary": self.boundary})
 
 
 class VP(Family):
@@ -103,6 +141,9 @@ class VP(Family):
         # In float64: t(sigma) subtracts nearly equal numbers where sigma is small.
         time = (self.steps - 1) * self.vp.time(sigma.double())
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time.to(sigma.dtype))
+
+    def whole(self, time: Tensor) -> Tensor:
+        return time.round()
 
     def describe(self) -> str:
         return f"the noise, VP preconditioning; told {self.steps - 1}·t, beta_d {self.vp.beta_d:g}"
@@ -152,6 +193,9 @@ class IDDPM(Family):
         nearest = (sigma[:, None] - self.levels.to(sigma.dtype)).abs().argmin(dim=1)
         time = (self.steps - 1 - nearest).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), -sigma, 1 / (1 + sigma**2).sqrt(), time)
+
+    def whole(self, time: Tensor) -> Tensor:
+        return time
 
     def describe(self) -> str:
         return f"the noise, iDDPM preconditioning; told the nearest of {self.steps} steps"

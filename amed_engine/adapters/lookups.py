@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import is_tracing
+
+A = TypeVar("A")
 
 # How torch says that nn.Embedding, an index or gather got a floating tensor, and that a whole number has no row.
 _FLOATING = re.compile(
@@ -19,7 +25,19 @@ class TableError(ConfigError):
     """A network was told numbers in floating point where it wants an index."""
 
 
-def explain(error: Exception, time: Tensor, labels: Tensor | None) -> ConfigError | None:
+def explained(call: Callable[[], A], time: Tensor, labels: Tensor | None) -> A:
+    """A call's answer. Raises ConfigError for what the network's tables do not take of what it was told."""
+    if torch.compiler.is_compiling() or is_tracing():
+        return call()
+    try:
+        return call()
+    except (RuntimeError, IndexError, TypeError) as error:
+        if (reason := _reason(error, time, labels)) is None:
+            raise
+        raise reason from error
+
+
+def _reason(error: Exception, time: Tensor, labels: Tensor | None) -> ConfigError | None:
     """What the network was told that its tables do not take; None for another error. labels: rows or indices."""
     text = str(error)
     if _OUTSIDE.search(text):

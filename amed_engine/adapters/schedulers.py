@@ -32,7 +32,7 @@ CLASSES = {
     "discrete": """CogVideoXDDIM CogVideoXDPM DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep
         DPMSolverSDE DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete
         KDPM2Discrete LMSDiscrete PNDM SASolver UnCLIP UniPCMultistep""",
-    "edm": "AMED EDMDPMSolverMultistep EDMEuler",  # AMED with alphas_cumprod is "discrete"
+    "edm": "AMED EDMDPMSolverMultistep EDMEuler",  # AMED with alphas_cumprod, or of a flow, is "discrete"
     "flow": "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM LTXEulerAncestralRF",
 }
 KINDS = {f"{name}Scheduler": kind for kind, names in CLASSES.items() for name in names.split()}
@@ -44,6 +44,9 @@ STEPPING = _fields(
     sigma_schedule skip_prk_steps solver solver_options solver_order solver_p solver_type steps_offset tau_func
     timestep_spacing use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type"""
 )
+# Those that AMEDScheduler takes too. They hold where it was told them itself, in its entry `OWN_SETTINGS`: what the
+# configuration of another class says is of that class's own steps.
+SPACING = _fields("steps_offset timestep_spacing use_beta_sigmas use_exponential_sigmas use_karras_sigmas")
 # Of the times at which flow models are sampled; `shift_of` reads what it can.
 SHIFTING = _fields(
     """base_image_seq_len base_shift flow_shift max_image_seq_len max_shift shift shift_terminal time_shift_type
@@ -122,7 +125,7 @@ def _kind(scheduler: Any) -> str:
     """Raises ConfigError for a scheduler that is not known."""
     names = [ancestor.__name__ for ancestor in type(scheduler).__mro__]
     known = [KINDS[name] for name in names if name in KINDS]
-    if "AMEDScheduler" in names and has_betas(scheduler):
+    if "AMEDScheduler" in names and (has_betas(scheduler) or scheduler.config.get("use_flow_sigmas")):
         return "discrete"
     if known:
         return known[0]
@@ -155,7 +158,8 @@ def in_effect(config: Any) -> Any:
         return config
     own = config.get(OWN_SETTINGS, {})
     defaults = [name for name in config.get("_use_default_values", ()) if name not in own]
-    return {**config, **own, "_use_default_values": defaults}
+    said = {name: value for name, value in config.items() if name not in SPACING}
+    return {**said, **own, "_use_default_values": defaults}
 
 
 def check_fields(name: str, config: Mapping[str, Any], read: Collection[str]) -> None:
@@ -250,8 +254,13 @@ def betas_of(scheduler: Any) -> Tensor:
         raise ConfigError(f"{type(scheduler).__name__} has no alphas_cumprod; pass betas=... as well")
     alphas = scheduler.alphas_cumprod.detach().to("cpu", torch.float64).clone()
     if len(alphas) > 1 and alphas[-1] == 0:
-        alphas[-1] = SMALLEST if alphas[-2] > SMALLEST else alphas[-2] / 4
+        alphas[-1] = nearly_zero(alphas)
     return alphas
+
+
+def nearly_zero(alphas: Tensor) -> Tensor | float:
+    """What stands for alphas_cumprod 0 of the last step."""
+    return SMALLEST if alphas[-2] > SMALLEST else alphas[-2] / 4
 
 
 def shift_of(scheduler: Any, shape: Sequence[int], patch: int = 2) -> float:

@@ -32,14 +32,15 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs x, sigma and, for classes, one-hot rows; how small and large a batch may be; the kind of device ("cpu",
-    "cuda", "" for any); and the range of noise levels, where it is known."""
+    """The inputs x, sigma and, for classes, one-hot rows, or rows of numbers (continuous); how small and large a batch may be;
+    the kind of device ("cpu", "cuda", "" for any); and the range of noise levels, where it is known."""
 
     inputs: tuple[Input, ...]
     batch: tuple[int, int] = (1, UNBOUNDED)
     device: str = ""
     sigma_min: float | None = None
     sigma_max: float | None = None
+    continuous: bool = False
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -74,6 +75,17 @@ class Signature:
                 "compile it with a dynamic batch"
             )
 
+    def check_named(self, x: Tensor, given: Mapping[str, Tensor], expected: Mapping[str, Input]) -> None:
+        """Raise ConfigError for conditions by name that are missing, unknown, or not as `check` wants its tensors."""
+        if given.keys() != expected.keys():
+            raise ConfigError(
+                f"the model takes {', '.join(expected) or 'no conditions'}, got {', '.join(given) or 'none'}"
+            )
+        for name, tensor in given.items():
+            self._check_one(name, tensor, expected[name])
+            if tensor.shape[0] != x.shape[0]:
+                raise ConfigError(f"{name} has {tensor.shape[0]} rows for a batch of {x.shape[0]}")
+
     def _names(self) -> tuple[str, ...]:
         return NAMES[: len(self.inputs)]
 
@@ -91,7 +103,8 @@ class Signature:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"inputs": [{"dtype": i.dtype, "shape": list(i.shape)} for i in self.inputs]}
+        data = asdict(self) | {"inputs": [{"dtype": i.dtype, "shape": list(i.shape)} for i in self.inputs]}
+        return {name: value for name, value in data.items() if name != "continuous" or value}
 
     @classmethod
     def from_json(cls, data: Any, source: str) -> Signature:
@@ -99,7 +112,8 @@ class Signature:
         try:
             inputs = tuple(Input(_dtype(i["dtype"]), tuple(_size(n) for n in i["shape"])) for i in data["inputs"])
             low, high = (_size(n) or 1 for n in data["batch"])
-            made = cls(inputs, (low, high), str(data["device"]), _number(data["sigma_min"]), _number(data["sigma_max"]))
+            levels = (_number(data["sigma_min"]), _number(data["sigma_max"]))
+            made = cls(inputs, (low, high), str(data["device"]), *levels, bool(data.get("continuous", False)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{source}: its signature is damaged: {type(error).__name__} {error}") from error
         if not 2 <= len(inputs) <= len(NAMES) or not low <= high:

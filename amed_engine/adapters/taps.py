@@ -6,20 +6,24 @@ what the hook caught and *returns* it: what is traced, compiled or exported is t
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, copied
+from amed_engine.sampling.denoiser import OWN_FEATURES, Denoised, Denoiser, as_denoised, copied, is_tracing
 from amed_engine.sampling.modules import bare, layers
 
 # torch numbers its hooks without a lock: two threads could be given the same place.
 _HOOKING = threading.RLock()
+# Hooks without a reader, to be removed when no compiler looks at the modules.
+_LEFT: list[Tap] = []
 
 Bottleneck = str | nn.Module | Callable[[], Tensor | None]
 
@@ -45,6 +49,8 @@ class Tap:
 
     def attach(self, module: nn.Module, reader: object) -> Tap:
         """Hook the module for as long as the reader lives."""
+        if _LEFT:
+            _remove_left()
         # Not kept: a module that holds its hook and is held by it would outlive its last user.
         with _HOOKING:
             self._handle = module.register_forward_hook(self)
@@ -59,7 +65,8 @@ class Tap:
 
     def detach(self) -> None:
         if self._handle is not None:
-            self._handle.remove()
+            _LEFT.append(self)
+            _remove_left()
 
     def __enter__(self) -> Tap:
         return self.attach(self.source, self) if isinstance(self.source, nn.Module) else self
@@ -70,6 +77,8 @@ class Tap:
     def listen(self) -> None:
         """From now until `take`."""
         if not torch.compiler.is_compiling():
+            if _LEFT:
+                _remove_left()
             self._local.listens = True
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -119,6 +128,31 @@ class Tap:
                 "function that returns the conditional rows"
             )
         return features
+
+
+def _remove_left() -> None:
+    """Remove the hooks that nobody reads: now, or the next time that no compiler looks."""
+    with _HOOKING, _no_compiler() as free:
+        while free and _LEFT:
+            _LEFT.pop()._handle.remove()
+
+
+@contextmanager
+def _no_compiler() -> Iterator[bool]:
+    """Keep torch.compile from beginning for the time of the block, in which it is told whether none is at work.
+
+    It counts the hooks of a module and looks the last of them up by number later: the collector must remove none between.
+    """
+    lock = getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+    if lock is None:  # nothing was compiled yet
+        yield True
+        return
+    held = lock.acquire(blocking=False)
+    try:
+        yield held and torch._guards.CompileContext.try_get() is None
+    finally:
+        if held:
+            lock.release()
 
 
 def _find(root: Any, name: str) -> nn.Module:
@@ -176,12 +210,32 @@ def find(network: Any) -> str | None:
     return None
 
 
-def check_features(value: Any, name: str) -> Tensor:
-    """What a tap caught, as the bottleneck (B, C, h, w)."""
-    if not isinstance(value, Tensor) or value.dim() != 4:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(
-            f"the module {name!r} gave {got} as the bottleneck, expected a tensor (B, C, h, w); name another module, or "
-            "bottleneck=None for none"
-        )
-    return value
+def readable(caught: Any, x: Tensor, folded: bool) -> Tensor | None:
+    """What a tap caught as the bottleneck (B, C, h, w) of samples x (B, ...), in x's dtype; None where it is none.
+
+    Of samples (C, L) it is (B, C, l), one row of places, h = 1. Of volumes and videos (B, C, d, h, w) the mean over d; that
+    over frames of (B·F, C, h, w) where the network is known to have them in the batch, those of a sample together (`folded`).
+    """
+    if not isinstance(caught, Tensor) or not caught.is_floating_point():
+        return None
+    value = caught.to(x.dtype)
+    if folded and value.dim() == 4:
+        value = value.unflatten(0, (x.shape[0], -1)).mean(1)
+    elif value.dim() == x.dim() == 5:
+        value = value.mean(2)
+    elif value.dim() == x.dim() == 3:
+        value = value[:, :, None]
+    if value.dim() != 4:
+        return None
+    # What is traced or exported has a symbol for its batch, which a question may tie to one size: left out for images.
+    sure = is_tracing() or (torch.compiler.is_compiling() and x.dim() == 4)
+    return value if sure or value.shape[0] == x.shape[0] else None
+
+
+def refusal(caught: Any, x: Tensor, name: str) -> ConfigError:
+    """Why what the module of this name gave for samples x is not the bottleneck of them, and what to do."""
+    got = tuple(caught.shape) if isinstance(caught, Tensor) else type(caught).__name__
+    return ConfigError(
+        f"the module {name!r} gave {got} as the bottleneck of {x.shape[0]} samples {tuple(x.shape[1:])}, expected a tensor "
+        f"(B, C, h, w); name another module, or bottleneck=None for none{OWN_FEATURES}"
+    )

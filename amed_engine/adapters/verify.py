@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amed_engine.adapters import look
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept
 from amed_engine.sampling.modules import bare, device_of, layers, module_of
@@ -20,7 +21,9 @@ from amed_engine.sampling.offloaded import brings_weights
 
 logger = logging.getLogger("amed_engine")
 
-CONSISTENCY = 'solver="consistency" draws from it, in one evaluation or several'
+CONSISTENCY = (
+    'wrap(network, "consistency"), or adapters.Consistency(boundary=True), and Sampler(solver="consistency") draw it'
+)
 # What most likely answers so, by what was said to be predicted.
 _NOISE_EXPECTED = 'a network that predicts v or the data answers so: prediction="v" or "x0"'
 _OTHER = "so does one of another prediction"
@@ -105,7 +108,7 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     Raises ConfigError as the adapter does, and for a network that predicts the noise and was said to predict v.
     """
     shape = shape or adapter.sample_shape
-    ready = adapter.conditions.count or not adapter.conditions.names
+    ready = (adapter.conditions.count or not adapter.conditions.names) and adapter.label_kind not in CONTINUOUS
     if shape is None or not ready or not can_look(adapter.network):
         return adapter
     adapter.looked_at = True
@@ -115,7 +118,7 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     skip = family(torch.full((1,), high, device=device)).skip.item()
     asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float))
     found = looked_at(adapter.network, asked, family.name)
-    if found is None:
+    if found is None or (family.consistency and found.kind == "consistency"):
         return adapter
     if family.name == "v" and found.kind == "opposes" and found.level == high:
         raise ConfigError(f"prediction='v' was asked for, but {found.text}, or verify=False")

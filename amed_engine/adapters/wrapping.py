@@ -7,25 +7,25 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.choosing import Wanted, choose_family
+from amed_engine.adapters.compiled import compiled_of
 from amed_engine.adapters.conditions import Conditions
-from amed_engine.adapters.facts import NetworkFacts, check_classes_known, facts_of
+from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_known, facts_of
 from amed_engine.adapters.family import Family
 from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import Denoising
+from amed_engine.adapters.labels import check_kind
 from amed_engine.adapters.lookups import TableError
 from amed_engine.adapters.schedulers import told_by
 from amed_engine.adapters.verify import verify_adapter
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.modules import as_module, bare, dtype_of, said
-
-# How a network is told its classes.
-LABELS = ("rows", "index")
 
 
 @plain_tensors()
@@ -38,8 +38,8 @@ def wrap(
     bottleneck: str | None = "auto",
     shape: tuple[int, ...] | None = None,
     label_dim: int | None = None,
-    null_class: int | None = None,
     labels: str | None = None,
+    null_class: int | None = None,
     steps: str | None = None,
     levels: Any = None,
     conditions: Mapping[str, Tensor] | Iterable[str] | None = None,
@@ -51,7 +51,8 @@ def wrap(
     model: (x_in, time[, labels], **conditions) -> prediction: a U-Net of `amed_engine.networks`, a U-Net or transformer of
         diffusers, one of guided-diffusion, or any other callable; noise level and classes go where its signature has them.
     prediction: what it predicts: "epsilon", "v" or "x0" (trained on discrete steps), "flow", "edm", "cm", "vp", "ve",
-        "iddpm", "score", "denoised", or a `Family` of your own options. None asks the scheduler, then the network.
+        "iddpm", "score", "denoised", "consistency" (a sample), or a `Family` of your own options. None asks the scheduler,
+        then the network.
     scheduler: the diffusers scheduler it was trained with, for prediction, betas and range: D is the scheduler's own. One
         that is not known is refused, and by its name whatever of its configuration would change D otherwise.
     betas: of the discrete steps: "scaled_linear", "linear", "cosine", or alphas_cumprod as a tensor; beside a scheduler that
@@ -59,9 +60,11 @@ def wrap(
         fraction. levels: noise levels (L,) of a score network that is told the index of one, int64.
     bottleneck: dotted name of the module whose output (B, C, h, w) a predictor reads; "auto" knows the published U-Nets, None
         is none, for which predictors read zeros.
-    shape: (C, H, W) of a sample, where the network does not tell. label_dim: its number of classes. labels: they reach the
-        network as one-hot "rows", zeros for no class, or as an "index" int64; None: as rows, or as an index where the look
-        finds that rows are refused. null_class: the index that means no class.
+    shape: of a sample, where the network does not tell: (C, L), (C, H, W), or (C, F, H, W), as the network takes it.
+    label_dim: its number of classes, or of numbers per sample. labels: what reaches the network: classes as one-hot "rows"
+        (B, label_dim), zeros for no class, or as an "index" (B,); or continuous conditions, one "float" per sample (B,) or a
+        "vector" (B, label_dim). None is what the network says, else rows, or an index where the look finds that rows are
+        refused. null_class: the index that means no class.
     conditions: tables by name, e.g. {"encoder_hidden_states": (P, L, D)}: P prompts, chosen by class_labels; or names alone,
         the tensors being given in each call. null_conditions: the same with one row, for classifier-free guidance.
     verify: look at the answers to 16 latents at most, at sigma_max, a third of it and near the data: numbers that are not
@@ -71,15 +74,20 @@ def wrap(
     _check_callable(model)
     model = as_module(model)
     model = Flux(model) if "FluxTransformer2DModel" in (kind.__name__ for kind in type(bare(model)).__mro__) else model
+    check_known(model)
+    label_dim = 1 if labels == "float" and label_dim is None else label_dim
     if label_dim is None:
         check_classes_known(model)
     facts = _with_classes(_with_shape(facts_of(model), shape), label_dim, null_class, labels)
     told = None if scheduler is None else told_by(scheduler)
     family, why = choose_family(Wanted(prediction, scheduler, betas, steps, levels), facts, told)
+    facts = replace(facts, whole_times=True) if steps == "integer" else facts
     if facts.denoises and not isinstance(family, Denoising):
         raise ConfigError(
             f"{type(model).__name__} is a denoiser already and needs no {family.name!r} round it: pass it to Sampler as it is"
         )
+    if facts.whole_times:
+        family.whole(torch.zeros(1, device="cpu"))
     _check_channels(model, facts)
     tables = _make_conditions(facts, conditions, null_conditions)
     name, found = _choose_bottleneck(model, facts, bottleneck)
@@ -89,17 +97,17 @@ def wrap(
     if facts.denoises:  # a denoiser's own range of noise levels
         family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
         family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
-    adapter = Adapter(model, family, facts, tables, name, notes)
     if not verify:
+        adapter = Adapter(model, family, facts, tables, name, notes, found=bottleneck == "auto")
         adapter.looked_at = True
         return adapter
     try:
-        return verify_adapter(adapter)
+        return verify_adapter(Adapter(model, family, facts, tables, name, notes, found=bottleneck == "auto"))
     except TableError:
         if labels is not None or not facts.label_dim or facts.labels != "rows":
             raise
-    notes["classes"] = f"{facts.label_dim}, told as an index: rows were refused"
-    return verify_adapter(Adapter(model, family, replace(facts, labels="index"), tables, name, notes))
+    facts, notes["classes"] = replace(facts, labels="index"), f"{facts.label_dim}, told as an index: rows were refused"
+    return verify_adapter(Adapter(model, family, facts, tables, name, notes, found=bottleneck == "auto"))
 
 
 def _check_callable(model: Any) -> None:
@@ -112,11 +120,14 @@ def _check_callable(model: Any) -> None:
 
 
 def _with_shape(facts: NetworkFacts, shape: Any) -> NetworkFacts:
+    """The facts with the caller's shape; contradictions raise."""
     if shape is None:
         return facts
-    if facts.shape is not None and facts.shape[0] != shape[0]:
+    if len(facts.axes or facts.shape or shape) != len(shape):
+        raise ConfigError(f"the network takes samples ({facts.rank}), got shape={tuple(shape)}; pass one of its rank")
+    if facts.in_channels not in (None, shape[facts.channel_axis]):
         raise ConfigError(
-            f"the network takes {facts.shape[0]} channels, got shape={tuple(shape)}; samples must match it"
+            f"the network takes {facts.in_channels} channels, got shape={tuple(shape)}; samples must match it"
         )
     return replace(facts, shape=tuple(shape))
 
@@ -129,42 +140,42 @@ def _with_classes(facts: NetworkFacts, label_dim: Any, null_class: Any, labels: 
         if facts.label_dim not in (0, label_dim):
             raise ConfigError(f"the network has {facts.label_dim} classes, got label_dim={label_dim}")
         facts = replace(facts, label_dim=label_dim)
-    for name, given in (("null_class", null_class), ("labels", labels)):
-        if given is not None and not facts.label_dim:
-            raise ConfigError(f"{name}={given!r} was given for a network without classes; say label_dim= too")
-    if labels is not None:
-        _check_labels(labels, facts, null_class)
-        facts = replace(facts, labels=labels)
-    if null_class is None:
+    if null_class is not None:
+        _check_null(null_class, labels or facts.labels, facts.label_dim, given=labels is not None)
+        facts = replace(facts, null_class=int(null_class), labels="index")
+    if labels is None:
         return facts
-    if not _is_count(null_class) or null_class > facts.label_dim:
+    check_kind(labels, facts.label_dim, facts.null_class)
+    if facts.diffusers and labels != facts.labels:
+        raise ConfigError(f"the network takes its labels as {facts.labels!r}, got labels={labels!r}; leave it out")
+    return replace(facts, labels=labels)
+
+
+def _check_null(null_class: Any, kind: str, label_dim: int, *, given: bool) -> None:
+    """Raise ConfigError for what is no class, or none of a network that is told its classes by number."""
+    if not label_dim:
+        raise ConfigError(f"null_class={null_class} was given for a network without classes")
+    if kind != "rows" or given:
+        check_kind(kind, label_dim, null_class)
+    if kind == "rows" and given:
         raise ConfigError(
-            f"null_class must be the index that means no class, 0 .. {facts.label_dim} of {facts.label_dim} classes (by custom "
-            f"the last, a row more in the network's table), got {null_class!r}"
+            f'null_class={null_class} is an index, and labels="rows" say it by zeros; leave one of them out'
         )
-    return replace(facts, null_class=int(null_class), labels="index")
+    if not _is_count(null_class) or null_class > label_dim:
+        raise ConfigError(
+            f"null_class must be the index that means no class, 0 .. {label_dim} of {label_dim} classes (by custom the last, a "
+            f"row more in the network's table), got {null_class!r}"
+        )
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _check_labels(labels: Any, facts: NetworkFacts, null_class: Any) -> None:
-    if labels not in LABELS:
-        raise ConfigError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}")
-    if labels == "rows" and (facts.labels == "index" or null_class is not None):
-        why = (
-            "this network is told its classes by number"
-            if null_class is None
-            else f"null_class={null_class} is an index"
-        )
-        raise ConfigError(f'labels="rows" was given, but {why}; leave it out')
-
-
 def _check_channels(model: Any, facts: NetworkFacts) -> None:
-    if facts.shape is None or facts.out_channels is None:
+    channels = facts.in_channels
+    if channels is None or facts.out_channels is None:
         return
-    channels = facts.shape[0]
     if facts.out_channels not in (channels, 2 * channels):
         raise ConfigError(
             f"{type(model).__name__} takes {channels} channels and predicts {facts.out_channels}; a denoiser needs the same "
@@ -193,14 +204,19 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
 
 
+_WHOLE = "the network takes whole numbers: fractions are rounded to the nearest, the other coefficients stay exact"
+
+
 def _notes(
     model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
 ) -> dict[str, str]:
     dtype = dtype_of(model)
-    shape = "not known: pass shape=(C, H, W) to Sampler" if facts.shape is None else str(tuple(facts.shape))
-    if facts.shape is not None and facts.out_channels == 2 * facts.shape[0]:
+    letters = ", ".join(facts.axes or "CHW")
+    shape = f"not known: pass shape=({letters}) to Sampler" if facts.shape is None else str(tuple(facts.shape))
+    if facts.shape is not None and facts.out_channels == 2 * facts.shape[facts.channel_axis]:
         shape += ", learned variances cut off"
-    classes = f"{facts.label_dim}" if facts.label_dim else "none"
+    numbers = {"float": "none; a number per sample (B,)", "vector": f"none; {facts.label_dim} numbers per sample"}
+    classes = numbers.get(facts.labels, f"{facts.label_dim}") if facts.label_dim else "none"
     none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
     if facts.label_dim and facts.labels == "rows" and not facts.prediction:
         none = ", told as one-hot rows; zeros mean no class, where it was trained so"
@@ -208,10 +224,17 @@ def _notes(
     return {
         "network": type(bare(model)).__name__,
         "predicts": f"{family.describe()} ({why})",
+        **({"time": _WHOLE} if facts.whole_times else {}),
         "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
         "samples": shape,
         "classes": classes + none,
         "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
         "bottleneck": bottleneck,
-        "precision": "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", ""),
+        "precision": _precision(model, dtype),
     }
+
+
+def _precision(model: Any, dtype: torch.dtype | None) -> str:
+    if (compiled := compiled_of(model)) is not None:
+        return f"network {compiled.describe()}, state x's"
+    return "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", "")

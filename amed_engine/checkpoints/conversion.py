@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
+from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
 from amed_engine.checkpoints.files import check_values, save_diffusers
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
-from amed_engine.checkpoints.policy import read_published
-from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
+from amed_engine.checkpoints.state_dicts import find_network
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
 MAX_LAYERS = 32  # of modules inside modules
+DIFFUSERS = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions)|transformer_blocks\.\d+)\.")
 
 
 class Converted(NamedTuple):
@@ -37,45 +39,82 @@ class _Layout(NamedTuple):
     convert: Callable[[Mapping[str, Any], Path, Path, Mapping[str, Any]], str]
     load: Callable[[Mapping[str, Any], Path, Mapping[str, Any]], nn.Module] | None = None  # None: it is no network
     suffix: str = ".safetensors"  # of what it becomes, "" for a directory
-    asks: bool = True  # takes settings; others say all about themselves
+    own: str | None = None  # the key of a pickle that says all about itself; None: it takes settings
 
 
-def convert(path: str | os.PathLike, out: str | os.PathLike | None = None, **settings: Any) -> Converted:
+def convert(
+    path: str | os.PathLike, out: str | os.PathLike | None = None, *, weights: str | None = None, **settings: Any
+) -> Converted:
     """Write a published checkpoint in this package's format.
 
-    path: an AMED predictor or EDM network (.pkl), a state dict of guided-diffusion or the consistency models (.pt), or a
-        latent-diffusion checkpoint (.ckpt). What it is, is read from what it holds.
+    path: an AMED predictor or EDM network (.pkl), a state dict of guided-diffusion or the consistency models, or a
+        latent-diffusion checkpoint; in a file (pickle, torch.save, safetensors), the index of shards, or a folder with one of
+        these. What it is, is read from what it holds; what a trainer put round a state dict is taken off.
     out: a .safetensors file or a directory; None puts it beside the original.
+    weights: of a file with several, "ema" for the averaged ones, "model" for the trained ones, or the place of one in the
+        file; None takes the averaged ones where there are any.
     settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
-    layout, data = _open(Path(path), settings)
-    path, target = Path(path), Path(out) if out is not None else Path(path).with_suffix(layout.suffix)
-    if target == path:
+    path = Path(path)
+    opened = _open(path, settings, weights)
+    target = _beside(path, opened.layout.suffix) if out is None else Path(out)
+    if any(target in (source, source.parent) for source in opened.sources):
         raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
-    return Converted(target, layout.convert(data, path, target, settings))
+    return Converted(target, opened.layout.convert(opened.data, path, target, settings) + opened.chosen)
 
 
-def load_published(path: str | os.PathLike, **settings: Any) -> nn.Module:
+def _beside(path: Path, suffix: str) -> Path:
+    """The original's name with another suffix; an index of shards and a folder have none of their own."""
+    if path.is_dir():
+        return path.resolve().with_name(f"{path.resolve().name}-converted{suffix}")
+    return path.with_name(path.name.removesuffix(INDEX)).with_suffix(suffix)
+
+
+def load_published(path: str | os.PathLike, *, weights: str | None = None, **settings: Any) -> nn.Module:
     """The network of a published checkpoint, as `convert` reads it, without writing anything."""
-    layout, data = _open(Path(path), settings)
-    if layout.load is None:
-        raise FileFormatError(f"{path} holds no network but an {layout.name}")
-    return layout.load(data, Path(path), settings)
+    opened = _open(Path(path), settings, weights)
+    if opened.layout.load is None:
+        raise FileFormatError(f"{path} holds no network but an {opened.layout.name}")
+    return opened.layout.load(opened.data, Path(path), settings)
 
 
-def _open(path: Path, settings: Mapping[str, Any]) -> tuple[_Layout, dict]:
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist or is no file; pass a published checkpoint")
-    data = _read(path)
-    known = [layout for layout in LAYOUTS if isinstance(data, dict) and layout.fits(data)]
-    if not known:
+class _Opened(NamedTuple):
+    """A file by its layout. chosen: a word on which of its networks it is."""
+
+    layout: _Layout
+    data: dict
+    sources: tuple[Path, ...]
+    chosen: str = ""
+
+
+def _open(path: Path, settings: Mapping[str, Any], weights: str | None) -> _Opened:
+    data, sources = read_contents(path)
+    opened = _as_published(data, sources, path, weights) or _unwrapped(data, sources, path, weights)
+    if opened is None:
         raise FileFormatError(
             f"{path} has an unknown layout: {_keys(data)}; known are {'; '.join(layout.name for layout in LAYOUTS)}"
         )
-    if settings and not known[0].asks:
+    if settings and opened.layout.own:
         raise ConfigError(f"this file says all about itself; leave out {', '.join(sorted(settings))}")
-    return known[0], data
+    return opened
+
+
+def _as_published(data: Any, sources: tuple[Path, ...], path: Path, weights: str | None) -> _Opened | None:
+    """Of the pickles that say all about themselves."""
+    layout = next((each for each in LAYOUTS if each.own and isinstance(data, dict) and each.fits(data)), None)
+    if layout is not None and weights not in (None, layout.own):
+        raise ConfigError(f"{path} has no {weights!r} weights: it is an {layout.name}; leave --weights out")
+    return None if layout is None else _Opened(layout, data, sources)
+
+
+def _unwrapped(data: Any, sources: tuple[Path, ...], path: Path, weights: str | None) -> _Opened | None:
+    """Of state dicts, as trainers keep them."""
+    if (found := find_network(data, path, weights)) is None:
+        return None
+    network, chosen = found
+    state = network.state()
+    return _Opened(next(each for each in LAYOUTS if each.own is None and each.fits(state)), state, sources, chosen)
 
 
 def _keys(data: Any) -> str:
@@ -83,26 +122,8 @@ def _keys(data: Any) -> str:
         return f"it holds a {data.kind if isinstance(data, Record) else type(data).__name__}"
     names = [f"{key} ({data[key].kind})" if isinstance(data[key], Record) else str(key)[:60] for key in data]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"it has the keys {', '.join(names[:20]) or '(none)'}{more}"
-
-
-def _read(path: Path) -> Any:
-    """A pickle by our own reader; what torch.save wrote by torch's, restricted to tensors."""
-    with open(path, "rb") as file:
-        start = file.read(16)
-    # An archive, or the magic number that the older torch.save put first.
-    if not start.startswith(b"PK\x03\x04") and b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" not in start:
-        return read_published(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its readers happen to raise
-        raise UnsafeFileError(f"{path} is refused: {_reason(error)}; only tensors are read from such a file") from error
-
-
-def _reason(error: Exception) -> str:
-    """The line of torch's message that names what was found; others tell how to load it all the same."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0])[:300]
+    told = f"it has the keys {', '.join(names[:20]) or '(none)'}{more}"
+    return f"{told}; they are of {needs_none('network')}" if any(DIFFUSERS.search(name) for name in names) else told
 
 
 def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -181,9 +202,10 @@ def _latent_parts(
     data: Mapping[str, Any], path: Path, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict | None]:
     """(tensors, settings of a U-Net without a condition; None for one with)"""
-    tensors = latent.unet_tensors(data["state_dict"], path)
+    tensors = latent.unet_tensors(data["state_dict"])
     plain = openai_state.is_unet(tensors) and not latent.has_context(tensors)
-    return _finite(tensors, path), {**latent.UNCONDITIONAL, **settings} if plain else None
+    named = {} if first_stage.tensors_of(data["state_dict"]) else openai_state.named_size(path)  # it is that of images
+    return _finite(tensors, path), {**latent.UNCONDITIONAL, **named, **settings} if plain else None
 
 
 def _latent(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any]) -> str:
@@ -216,8 +238,8 @@ def load_first_stage(path: str | os.PathLike) -> nn.Module:
     """
     if Path(path).is_dir():
         return first_stage.load(Path(path))
-    layout, data = _open(Path(path), {})
-    found = first_stage_of(data["state_dict"], Path(path)) if layout.convert is _latent else None
+    opened = _open(Path(path), {}, None)
+    found = first_stage_of(opened.data["state_dict"], Path(path)) if opened.layout.convert is _latent else None
     if found is None:
         raise FileFormatError(f"{path} holds no first stage of latent diffusion (first_stage_model.*)")
     return found
@@ -230,8 +252,8 @@ def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 LAYOUTS = (
-    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor, asks=False),
-    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm, asks=False),
+    _Layout("AMED predictor (model: AMED_predictor, loss_fn)", _is("model", "AMED_predictor"), _predictor, own="model"),
+    _Layout("EDM network (ema: EDMPrecond)", _is("ema", "EDMPrecond"), _edm, _load_edm, own="ema"),
     _Layout(
         "guided-diffusion or consistency U-Net (time_embed.*, input_blocks.*, out.*)",
         openai_state.is_unet,

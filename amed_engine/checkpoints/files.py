@@ -24,6 +24,7 @@ from amed_engine.solvers.files import atomic_write
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
+HOW_TO_CONVERT = "if it is published, `amed convert {}` makes it so"
 MAX_HEADER = 8 << 20  # bytes, a plan's mean answer among them; checked before anything is parsed
 MAX_PREDICTOR = 64 << 20
 OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onnx")  # no names of a directory either
@@ -75,22 +76,31 @@ def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, d
     """(config, tensors) of a file or directory that `write` made. Raises FileFormatError, naming the file."""
     path = Path(path)
     file = path / WEIGHTS_FILE if path.is_dir() else path
+    if file.suffix in PUBLISHED and file.is_file():
+        raise FileFormatError(f"{file} is not in this package's format; {HOW_TO_CONVERT.format(file)}")
+    metadata, tensors = read_tensors(file, max_bytes)
+    beside = path / CONFIG_FILE
+    text = _read_text(beside) if beside.is_file() else metadata.get(CONFIG_KEY)
+    if text is None:
+        raise FileFormatError(
+            f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata); "
+            f"{HOW_TO_CONVERT.format(file)}"
+        )
+    for name, tensor in tensors.items():
+        check_values(file, name, tensor)
+    return parse_config(text, file), tensors
+
+
+def read_tensors(file: Path, max_bytes: int | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file, whatever its name. Raises FileFormatError, naming the file."""
     _check_size(file, max_bytes)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except safetensors.SafetensorError as error:
         raise FileFormatError(
             f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
         ) from error
-    beside = path / CONFIG_FILE
-    text = _read_text(beside) if beside.is_file() else metadata.get(CONFIG_KEY)
-    if text is None:
-        raise FileFormatError(f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata)")
-    for name, tensor in tensors.items():
-        check_values(file, name, tensor)
-    return parse_config(text, file), tensors
 
 
 def read_config(folder: Path) -> dict:
@@ -139,10 +149,6 @@ def _check_size(file: Path, max_bytes: int | None) -> None:
     if not file.is_file():
         raise FileFormatError(
             f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
-        )
-    if file.suffix in PUBLISHED:
-        raise FileFormatError(
-            f"{file} is not in this package's format; if it is published, `amed convert {file}` makes it so"
         )
     size = file.stat().st_size
     if max_bytes is not None and size > max_bytes:

@@ -1,4 +1,4 @@
-"""Latent-diffusion checkpoints (.ckpt): their U-Net, averaged weights first; conditional ones through diffusers."""
+"""Latent-diffusion checkpoints (.ckpt): their U-Net and its averages; conditional ones through diffusers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,30 @@ def fits(data: Mapping[str, Any]) -> bool:
     return isinstance(state, dict) and any(str(name).startswith(PREFIX) for name in state)
 
 
-def unet_tensors(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The U-Net's tensors under its own names, the averaged ones where the file has them (their names have no dots)."""
-    plain = {name.removeprefix(PREFIX): value for name, value in state.items() if str(name).startswith(PREFIX)}
-    if wrong := [name for name, value in plain.items() if not isinstance(value, Tensor)]:
-        raise FileFormatError(f"{path}: {wrong[0]!r} is no tensor")
-    return {name: state.get(AVERAGED + name.replace(".", ""), value) for name, value in plain.items()}
+def unet_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The U-Net's tensors under its own names."""
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def averaged(
+    state: Mapping[str, Any], outer: str, tensors: Mapping[str, Tensor], path: Path, trained: bool
+) -> dict[str, Tensor]:
+    """The averages of a U-Net's tensors, whose names have no dots; none where there are none. outer: prefix of all names.
+    trained: they are not asked for. Raises FileFormatError where only some are there."""
+    keys = {name: f"{outer}{AVERAGED}{name.replace('.', '')}" for name in tensors}
+    missing = [name for name, key in keys.items() if not isinstance(state.get(key), Tensor)]
+    if missing and len(missing) < len(keys) and not trained:
+        raise FileFormatError(
+            f"{path} has averages of {len(keys) - len(missing)} of its network's {len(keys)} tensors, none of {missing[0]!r}; "
+            "--weights model converts the trained ones"
+        )
+    return {} if missing else {name: state[key] for name, key in keys.items()}
+
+
+def beside(state: Mapping[str, Any], outer: str) -> dict[str, Any]:
+    """The first stage of the same file, under its published names."""
+    plain = {name.removeprefix(outer): value for name, value in state.items() if name.startswith(outer)}
+    return {name: plain[name] for name in plain if name.startswith("first_stage_model.") or name == "scale_factor"}
 
 
 def has_context(tensors: Mapping[str, Tensor]) -> bool:

@@ -43,8 +43,7 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[st
     The image's size is taken from the file's name where it is in it (256x256_diffusion.pt, edm_bedroom256_ema.pt); heads
     have 64 channels, as published. Raises FileFormatError where the size is not known.
     """
-    given = {**KNOWN_FILES.get(path.name, {}), **settings}
-    given.setdefault("image_size", _named_size(path))
+    given = {"image_size": None, **named_size(path), **KNOWN_FILES.get(path.name, {}), **settings}
     try:
         own = _classifier(tensors, given["image_size"], path) if is_classifier(tensors) else _unet(tensors)
     except (KeyError, IndexError) as error:
@@ -56,9 +55,10 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[st
     return {**own, **given}
 
 
-def _named_size(path: Path) -> int | None:
-    sizes = set(SIZES.findall(path.name))
-    return int(sizes.pop()) if len(sizes) == 1 else None
+def named_size(path: Path) -> dict[str, int]:
+    """{"image_size": ...} where a file's name has one size of images; a folder's has the number of a step."""
+    sizes = set() if path.is_dir() else set(SIZES.findall(path.name))
+    return {"image_size": int(sizes.pop())} if len(sizes) == 1 else {}
 
 
 def _unet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.labels import label_option
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.solvers import alternatives, solver_names
 from amed_engine.solvers.files import atomic_write
@@ -51,11 +52,15 @@ where_options = options(
     ),
     click.option("--device", help="Where to run: cpu, cuda, cuda:1 ...", show_default="a GPU if there is one"),
 )
+range_options = options(
+    click.option("--sigma-min", type=float, help="Noise level to end at.", show_default="the model's"),
+    click.option("--sigma-max", type=float, help="Noise level to start from.", show_default="the model's"),
+)
 grid_options = options(
     click.option(
         "--schedule",
         help="time_uniform, polynomial, logsnr, or a file of levels.",
-        show_default="time_uniform with a solver by name, else the best at hand",
+        show_default="time_uniform with a solver by name (consistency: polynomial), else the best at hand",
     ),
     click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),
 )
@@ -102,7 +107,7 @@ sampler_options = options(
     ),
 )
 drawing_options = options(
-    click.option("--class", "class_labels", type=int, help="Class of all samples.", show_default="drawn by each seed"),
+    label_option,
     click.option(
         "--guidance", "guidance_scale", type=float, help="Strength of classifier-free guidance.", show_default="none"
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,9 @@ WARMUPS_TORCHSCRIPT = 6
 
 _COUNTING = threading.Lock()
 
-Loop = Callable[[Tensor, Tensor | None], Tensor]  # (latents, labels) -> images
+# Latents (B, ...), then labels and what else the loop takes, each with B rows or None.
+Inputs = tuple[Tensor | None, ...]
+Loop = Callable[..., Tensor]  # (*inputs) -> images
 
 
 class GraphKey(NamedTuple):
@@ -86,15 +88,14 @@ class Graph:
     """One captured batch size: static inputs, the recording, its output."""
 
     recording: Recording
-    latents: Tensor
-    labels: Tensor | None
+    inputs: Inputs
     output: Tensor
 
-    def load(self, latents: Tensor, labels: Tensor | None) -> None:
+    def load(self, inputs: Inputs) -> None:
         """Copy a batch in; rows beyond it keep what they had, their results are not read."""
-        self.latents[: latents.shape[0]].copy_(latents)
-        if self.labels is not None and labels is not None:
-            self.labels[: latents.shape[0]].copy_(labels)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None and given is not None:
+                mine[: given.shape[0]].copy_(given)
 
 
 def check_sizes(batch_sizes: Any) -> list[int]:
@@ -125,7 +126,7 @@ class GraphCache:
         self._refused: set[GraphKey] = set()  # ran out of memory; not tried again until `clear`
         self._lock = threading.RLock()
 
-    def run(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> Tensor | None:
+    def run(self, key: GraphKey, loop: Loop, *inputs: Tensor | None) -> Tensor | None:
         """The loop's images of a batch, padded to a captured size or split above the largest; None without a graph.
 
         Graphs that are missing are captured first, unless that is not allowed or failed before: see `warmup`.
@@ -133,12 +134,12 @@ class GraphCache:
         with self._lock:
             if self.device.capturing():
                 return None
-            self.warmup(key, loop, latents, labels)
+            self.warmup(key, loop, *inputs)
             captured = self._captured.get(key)
-            return None if captured is None else self._replay_all(captured, latents, labels)
+            return None if captured is None else self._replay_all(captured, inputs)
 
-    def warmup(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> WarmupReport:
-        """Capture every batch size of a key now, from example rows of latents and labels.
+    def warmup(self, key: GraphKey, loop: Loop, *inputs: Tensor | None) -> WarmupReport:
+        """Capture every batch size of a key now, from example rows of the inputs.
 
         Raises torch.OutOfMemoryError, after which the key has no graphs until `clear`.
         """
@@ -149,7 +150,7 @@ class GraphCache:
             full = taken + len(self.batch_sizes) > self.max_graphs
             if full or key in self._refused or self.device.capturing():
                 return WarmupReport("eager")
-            return WarmupReport("graph", self._capture_all(key, loop, latents, labels))
+            return WarmupReport("graph", self._capture_all(key, loop, inputs))
 
     def clear(self) -> None:
         """Drop every graph and the memory they share."""
@@ -161,32 +162,32 @@ class GraphCache:
             self._refused.clear()
             self.device.drop(recordings)
 
-    def _replay_all(self, captured: Captured, latents: Tensor, labels: Tensor | None) -> Tensor:
+    def _replay_all(self, captured: Captured, inputs: Inputs) -> Tensor:
         captured.addresses.check()
         self.device.begin_use()
         try:
-            images = [self._replay(captured.graphs, *part) for part in self._parts(latents, labels)]
+            images = [self._replay(captured.graphs, part) for part in self._parts(inputs)]
         finally:
             self.device.end_use()
         return images[0] if len(images) == 1 else torch.cat(images)
 
-    def _parts(self, latents: Tensor, labels: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    def _parts(self, inputs: Inputs) -> Iterator[Inputs]:
         largest = self.batch_sizes[0]
-        rows = latents.split(largest)
-        return list(zip(rows, [None] * len(rows) if labels is None else labels.split(largest), strict=True))
+        for start in range(0, _count(inputs), largest):
+            yield tuple(None if each is None else each[start : start + largest] for each in inputs)
 
-    def _replay(self, graphs: dict[int, Graph], latents: Tensor, labels: Tensor | None) -> Tensor:
-        count = latents.shape[0]
+    def _replay(self, graphs: dict[int, Graph], inputs: Inputs) -> Tensor:
+        count = _count(inputs)
         graph = graphs[min(size for size in graphs if size >= count)]
-        graph.load(latents, labels)
+        graph.load(inputs)
         graph.recording.replay()
         self.stats.count("replays")
         # A copy: the next replay writes over the graph's own output.
         return graph.output[:count].clone()
 
-    def _capture_all(self, key: GraphKey, loop: Loop, latents: Tensor, labels: Tensor | None) -> tuple[Bucket, ...]:
-        inputs = {
-            size: (_rows(latents, size), None if labels is None else _rows(labels, size)) for size in self.batch_sizes
+    def _capture_all(self, key: GraphKey, loop: Loop, example: Inputs) -> tuple[Bucket, ...]:
+        inputs: dict[int, Inputs] = {
+            size: tuple(None if each is None else _rows(each, size) for each in example) for size in self.batch_sizes
         }
         graphs: dict[int, Graph] = {}
         # A warm-up shares workspaces with replays that may still run on another stream.
@@ -213,7 +214,7 @@ class GraphCache:
         else:
             self.device.drop(recordings)
 
-    def _warm_up(self, loop: Loop, inputs: dict[int, tuple[Tensor, Tensor | None]]) -> dict[int, Tensor]:
+    def _warm_up(self, loop: Loop, inputs: dict[int, Inputs]) -> dict[int, Tensor]:
         """Run eagerly on the capture stream until nothing is compiled, tuned or allocated for the first time any more.
 
         All sizes in turns: what a later size makes torch.compile replace must have run for the earlier ones too.
@@ -224,13 +225,11 @@ class GraphCache:
                 results[size] = self.device.side_stream(lambda arguments=arguments: loop(*arguments))
         return results
 
-    def _capture(
-        self, loop: Loop, size: int, inputs: tuple[Tensor, Tensor | None], expected: Tensor, graphs: dict[int, Graph]
-    ) -> Bucket:
+    def _capture(self, loop: Loop, size: int, inputs: Inputs, expected: Tensor, graphs: dict[int, Graph]) -> Bucket:
         started, before = time.perf_counter(), self.device.reserved_bytes()
         recording, output = self.device.record(lambda: loop(*inputs))
         self.stats.count("captures")
-        graphs[size] = Graph(recording, *inputs, output)
+        graphs[size] = Graph(recording, inputs, output)
         recording.replay()
         bitwise = torch.equal(output, expected)
         # An empty or stale graph is far off; kernels that add in any order are not.
@@ -240,6 +239,12 @@ class GraphCache:
                 f"the captured graph for batch {size} does not reproduce the eager result; use backend='eager'"
             )
         return Bucket(size, time.perf_counter() - started, self.device.reserved_bytes() - before, bitwise)
+
+
+def _count(inputs: Inputs) -> int:
+    """How many rows there are, which the latents say."""
+    assert inputs[0] is not None
+    return inputs[0].shape[0]
 
 
 def _rows(example: Tensor, count: int) -> Tensor:

@@ -71,6 +71,11 @@ def mean_of(model: Model, sigma: float) -> Mean:
             "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
             "shape=(C, H, W), or another afs than 'mean'"
         )
+    if model.continuous:
+        raise ConfigError(
+            "the mean answer is one for all samples or one a class, and this model is told numbers, of which it would be a "
+            "function; pass another afs than 'mean'"
+        )
     if _numbers(model) > MAX_VALUES:
         raise ConfigError(
             f"the mean answer of samples {tuple(model.shape)} has {_numbers(model)} numbers, more than the {MAX_VALUES} "
@@ -132,9 +137,9 @@ def check_mean(mean: Mean, model: Model, *, verify: bool) -> None:
         raise ConfigError(
             f"this plan's mean answer has shape {mean.shape}, the model's samples {tuple(model.shape)}; {_ANEW}"
         )
-    if mean.classes != model.label_dim:
+    if model.continuous or mean.classes != model.label_dim:
         raise ConfigError(
-            f"this plan's mean answer is for {mean.classes} classes, the model has {model.label_dim}; {_ANEW}"
+            f"this plan's mean answer is for {mean.classes} classes, the model has {model.classes}; {_ANEW}"
         )
     identity = identify(model) if verify and mean.model is not None else None
     if not mean.is_for(mean.sigma, identity, model.precision if verify else None):

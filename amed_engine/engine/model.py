@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amed_engine.adapters.compiled import compiled_of, holds_compiled
+from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
@@ -33,6 +35,35 @@ class Model:
     foreign: bool = True  # see `ask`
     _computes: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     memory_format: torch.memory_format = torch.contiguous_format
+    label_kind: str = "rows"  # see `amed_engine.adapters.labels`
+
+    @property
+    def continuous(self) -> bool:
+        """Whether labels are numbers, and no classes."""
+        return bool(self.label_dim) and self.label_kind in CONTINUOUS
+
+    @property
+    def classes(self) -> int:
+        """How many classes labels may be drawn from; 0 where labels are numbers, or there are none."""
+        return 0 if self.continuous else self.label_dim
+
+    @property
+    def numbers(self) -> str:
+        """What continuous labels are of each sample, for people."""
+        return "a number" if self.label_dim == 1 else f"{self.label_dim} numbers"
+
+    def label_rows(self, labels: Tensor) -> Tensor:
+        """Class numbers (B,) as one-hot rows, numbers (B,) or rows as rows (B, label_dim)."""
+        if self.continuous:
+            return labels.reshape(len(labels), self.label_dim)
+        return labels if labels.is_floating_point() else torch.nn.functional.one_hot(labels, self.label_dim)
+
+    def example_labels(self, count: int) -> Tensor | None:
+        """Labels for a look at what happens to a batch, where no seed draws any: numbers between 0 and 1."""
+        if not self.continuous:
+            return None
+        rows = torch.arange(1, count + 1, dtype=torch.float32, device="cpu")[:, None] / count
+        return rows.expand(count, self.label_dim)
 
     @property
     def module(self) -> nn.Module | None:
@@ -71,9 +102,13 @@ class Model:
         """The network's answer in x's precision. Networks get float32 unless they compute in float64, those of half precision
         that refuse it get what their layers take."""
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+        check_format(self.memory_format, x.dim() - 1)
         usual, state = Handed(dtype, dtype), x.contiguous(memory_format=self.memory_format)
+        compiled = compiled_of(self.network)
 
         def ask(handed: Handed) -> Denoised:
+            if compiled is not None:  # it says itself what it takes
+                return self._call(*compiled.convert(state, sigma, *labels)[0])
             return self._call(state.to(handed.state), *(tensor.to(handed.rest) for tensor in (sigma, *labels)))
 
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
@@ -173,10 +208,29 @@ def tune(
         raise ConfigError(
             f"memory_format must be torch.channels_last, another one of torch, or None, got {memory_format!r}"
         )
+    if model.shape is not None:
+        check_format(memory_format, len(model.shape))
     if memory_format is not None and model.module is not None:
         model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if autocast is not None and holds_compiled(model.network):
+        raise ConfigError(
+            f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it out, "
+            "or export the network in that dtype"
+        )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
+
+
+def check_format(memory_format: torch.memory_format | None, rank: int) -> None:
+    """Raise ConfigError for a memory format that samples of this rank cannot have."""
+    ranks = {torch.channels_last: 3, torch.channels_last_3d: 4}
+    if ranks.get(memory_format, rank) == rank:  # type: ignore[arg-type]
+        return
+    instead = next((f"pass {known}, or " for known, own in ranks.items() if own == rank), "")
+    raise ConfigError(
+        f"memory_format={memory_format} is for samples of {ranks[memory_format]} axes, channels first, these have {rank}; "  # type: ignore[index]
+        f"{instead}leave memory_format out"
+    )
 
 
 def _check_compile(model: Model, mode: Any) -> None:
@@ -186,15 +240,21 @@ def _check_compile(model: Model, mode: Any) -> None:
         )
     if mode not in (None, "default", "max-autotune-no-cudagraphs"):
         raise ConfigError(f"compile must be 'default', 'max-autotune-no-cudagraphs' or None, got {mode!r}")
+    if mode is not None and holds_compiled(model.network):
+        raise ConfigError(f"compile={mode!r}: a compiled model or an ONNX graph is compiled already; leave compile out")
     if mode is not None and isinstance(model.network, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ConfigError(
             "torch.compile takes no TorchScript model; leave compile out, or pass the module it was made of"
         )
 
 
-def vectors(classes: Tensor, label_dim: int) -> Tensor:
-    """Class numbers as one-hot rows; vectors as they are."""
-    return classes if classes.is_floating_point() else torch.nn.functional.one_hot(classes, label_dim)
+def check_integrable(model: Model) -> None:
+    """A consistency function's answer is a sample, of which no solver of an ODE makes another. Raises ConfigError."""
+    if said(model.network, "consistency", False):
+        raise ConfigError(
+            "this model is a consistency function: it answers with a sample, not with the mean of the data, and no ODE leads "
+            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation"
+        )
 
 
 def check_guidance(model: Model, guidance_scale: Any) -> None:
@@ -205,6 +265,11 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
         raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
     if not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
+    if model.continuous:
+        raise ConfigError(
+            f'guidance_scale={guidance_scale} leads away from "no class", and this model is told numbers, none of which means '
+            "that; leave guidance_scale out"
+        )
     if not said(model.network, "can_guide", True):
         raise ConfigError(
             'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '

@@ -14,7 +14,7 @@ from torch import Tensor
 import amed_engine.zoo as zoo
 from amed_engine.adapters.fingerprint import can_tell, is_model
 from amed_engine.checkpoints import load_predictor
-from amed_engine.engine.model import Model
+from amed_engine.engine.model import Model, check_integrable
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
@@ -53,7 +53,7 @@ class PlanRequest:
 
     def plan(self, *, midpoint: bool) -> Plan:
         """The plan that was asked for, with a predictor that has none of its own or without any."""
-        schedule = "time_uniform" if self.schedule is None else self.schedule
+        schedule = self.schedule
         nfe = self.nfe if self.nfe is not None or isinstance(schedule, Tensor) else 5
         low, high = self.usable
         start = float(schedule.max()) if isinstance(schedule, Tensor) and schedule.numel() else high
@@ -67,7 +67,7 @@ class PlanRequest:
         if self.solver is None and self.options:
             raise ConfigError("solver_options need a solver; pass solver=... as well")
         if self.solver is None and not midpoint:
-            own = {} if self.schedule is None else {"schedule": schedule}
+            own = {} if schedule is None else {"schedule": schedule}
             return best_training_free(nfe, **own, **common)
         return make_plan(
             nfe, solver=self.solver or "amed", options=self.options, schedule=schedule, midpoint=midpoint, **common
@@ -93,6 +93,8 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     else:
         predictor = open_predictor(predictor)
     plan = choose_plan(request, predictor)
+    if plan.make_solver().integrates:
+        check_integrable(model)
     rules = ruling(request.recipe, predictor)
     for rule, made in rules:
         check_range(rule, request, made)

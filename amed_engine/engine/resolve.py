@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.adapters.facts import check_classes_known, is_raw
+from amed_engine.adapters.labels import KINDS
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -60,10 +61,12 @@ def resolve(
     own_labels = 0 if "class_labels" in bound(network) else int(said(network, "label_dim", 0))
     if label_dim is None and not own_labels:
         check_classes_known(network)
+    count = _label_dim(label_dim, own_labels)
     return Model(
         network=network,
-        shape=_sample_shape(shape, _image_shape(network)),
-        label_dim=_label_dim(label_dim, own_labels),
+        shape=_sample_shape(shape, _image_shape(network), int(said(network, "channel_axis", 0))),
+        label_dim=count,
+        label_kind=_label_kind(network, count),
         sigma_min=_sigma("sigma_min", sigma_min, said(network, "sigma_min", 0.002)),
         sigma_max=_sigma("sigma_max", sigma_max, said(network, "sigma_max", math.inf)),
         name=name,
@@ -81,6 +84,16 @@ def _label_dim(given: Any, own: int) -> int:
     return int(given)
 
 
+def _label_kind(network: Any, count: int) -> str:
+    """What the network says of its labels. One that has a single label, and says of no class either, is told a number: one
+    class is no choice."""
+    own = said(network, "label_kind")
+    if own not in (None, *KINDS):
+        raise ConfigError(f"the model's label_kind must be one of {', '.join(KINDS)}, got {own!r}")
+    number = count == 1 and said(network, "can_guide") is None
+    return own or ("vector" if number else "rows")
+
+
 def _sigma(name: str, given: Any, own: Any) -> float:
     told, whose = (own, f"the model's {name}") if given is None else (given, name)
     level = told.item() if isinstance(told, Tensor) and told.numel() == 1 else told
@@ -90,14 +103,16 @@ def _sigma(name: str, given: Any, own: Any) -> float:
     return float(level)
 
 
-def _sample_shape(given: Any, own: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _sample_shape(given: Any, own: tuple[int, ...] | None, axis: int) -> tuple[int, ...] | None:
     if given is None:
         return own
     if not isinstance(given, Sequence) or not all(isinstance(n, int) and n > 0 for n in given):
         raise ConfigError(f"shape must be that of one sample, e.g. (3, 64, 64), got {given!r}")
-    if own is not None and given[0] != own[0]:
+    if own is not None and len(given) != len(own):
+        raise ConfigError(f"the model's samples are {own}, got shape={tuple(given)}; samples must have its rank")
+    if own is not None and given[axis] != own[axis]:
         raise ConfigError(
-            f"the model takes {own[0]} channels, got shape={tuple(given)}; samples must have its channels"
+            f"the model takes {own[axis]} channels, got shape={tuple(given)}; samples must have its channels"
         )
     return tuple(given)
 

@@ -73,7 +73,7 @@ class Runner:
             return WarmupReport("eager")
         with evaluating(self.model.module):
             key = graph_key(scale, example.latents, example.labels, self.model.module)
-            return self.cache.warmup(key, BoundLoop(self.model, program, scale), example.latents, example.labels)
+            return self.cache.warmup(key, BoundLoop(self.model, program, scale), *example.all_inputs)
 
     def run(self, program: Program, request: Request, scale: float | None, observe: Observer | None) -> Drawn:
         """The whole batch, or pieces of half the size each time memory runs out."""
@@ -114,7 +114,7 @@ class Runner:
             return images, "graph"
         # Also after a broken replay: the eager states tell the step.
         self.stats.count("eager_runs")
-        states = loop.states(request.latents, request.labels, observe)
+        states = loop.states(*request.all_inputs, observe)
         if look and not _finite(states[-1]):
             raise non_finite(states, request)
         return states[-1], "eager"
@@ -125,7 +125,7 @@ class Runner:
             return None
         key = graph_key(loop.scale, request.latents, request.labels, self.model.module)
         try:
-            return self.cache.run(key, loop, request.latents, request.labels)
+            return self.cache.run(key, loop, *request.all_inputs)
         except torch.OutOfMemoryError:
             if self.backend == "graph":
                 raise
@@ -135,16 +135,18 @@ class Runner:
 
 @dataclass(frozen=True)
 class BoundLoop:
-    """(latents[, labels]) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
+    """(latents[, labels[, noises]]) -> images. Holds no Runner: the cycle through its CUDA graphs would outlive it."""
 
     model: Model
     program: Program
     scale: float | None
 
-    def __call__(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.states(latents, labels)[-1]
+    def __call__(self, latents: Tensor, labels: Tensor | None = None, noises: Tensor | None = None) -> Tensor:
+        return self.states(latents, labels, noises)[-1]
 
-    def states(self, latents: Tensor, labels: Tensor | None, observe: Observer | None = None) -> list[Tensor]:
+    def states(
+        self, latents: Tensor, labels: Tensor | None, noises: Tensor | None, observe: Observer | None = None
+    ) -> list[Tensor]:
         """What `integrate` returns: the state at each noise level, the images last."""
         x = latents * self.program.sigmas[0]
         denoiser = bind_labels(self.model.denoise, labels, self.scale)
@@ -152,7 +154,7 @@ class BoundLoop:
         # The predictor's arithmetic is not for a caller's autocast to narrow, in a graph for good.
         with torch.autocast(x.device.type, enabled=False):
             mean = None if rows is None else mean_of_labels(rows, labels, self.scale)
-            return integrate(self.program, denoiser, x, observe, mean)
+            return integrate(self.program, denoiser, x, observe, mean, () if noises is None else noises.unbind(1))
 
 
 def _finite(images: Tensor) -> bool:

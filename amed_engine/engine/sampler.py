@@ -136,7 +136,7 @@ class Sampler:
     def run(
         self,
         batch: int | Sequence[int] | Tensor,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | float | Sequence | Tensor | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | None = None,
         callback: Callable[[StepInfo], None] | None = None,
@@ -146,10 +146,12 @@ class Sampler:
     ) -> SampleResult:
         """Draw samples.
 
-        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance. The same seed gives the
-            same noise and label in any batch, order or device; the global generators are untouched.
+        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance (not where the solver adds fresh
+            noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
+            generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws
-            each label from its sample's seed (for latents, from the row number).
+            each label from its sample's seed (for latents, from the row number). Of a model that is told numbers, one for all
+            or one per sample, or label_dim of them; no seed draws these.
         guidance_scale: classifier-free guidance D_u + g (D_c - D_u). generator: draws the seeds where batch is a number.
         callback: called with a StepInfo after each interval. progress: a bar on stderr. Either one runs eagerly.
         out: a tensor that receives the images.
@@ -163,7 +165,14 @@ class Sampler:
         program, plan = self._choose(guidance_scale)
         look = self._runner.may_wait()
         request = make_request(
-            self.model, batch, class_labels, generator, dtype=self.dtype, device=self.device, look=look
+            self.model,
+            batch,
+            class_labels,
+            generator,
+            dtype=self.dtype,
+            device=self.device,
+            look=look,
+            noises=program.noises,
         )
         _check_shape(program, request.latents)
         _check_out(out, request.latents)
@@ -181,7 +190,8 @@ class Sampler:
         Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
         """
         program, _ = self._choose(guidance_scale)
-        example = make_request(self.model, [0], None, None, dtype=self.dtype, device=self.device)
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "noises": program.noises}
+        example = make_request(self.model, [0], self.model.example_labels(1), None, **kind)
         return self._runner.warmup(program, example, guidance_scale)
 
     def clear_graphs(self) -> None:

@@ -1,7 +1,7 @@
 """From seeds to noise and labels: one generator per seed, so that a sample never depends on its batch.
 
 Generators live on the CPU whatever the sampling device, so a seed gives the same noise everywhere; noise is drawn first,
-then the label. The global generators are not touched.
+then the label, then what noise a solver adds on its way. The global generators are not touched.
 """
 
 from __future__ import annotations
@@ -74,12 +74,23 @@ def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
 
 def draw(seeds: Sequence[int], shape: tuple[int, ...], label_dim: int) -> tuple[Tensor, Tensor | None]:
     """Unit normal noise (B, *shape) float32 and, for a conditional model, labels (B,) int64, on the CPU."""
+    noise, labels, _ = draw_all(seeds, shape, label_dim, 0)
+    return noise, labels
+
+
+def draw_all(
+    seeds: Sequence[int], shape: tuple[int, ...], label_dim: int, noises: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same as `draw`, and as many noises more for each sample, (B, noises, *shape)."""
     # Said in full: the caller's default dtype would change the numbers, a default device refuse the generators.
     noise = torch.empty(len(seeds), *shape, dtype=torch.float32, device="cpu")
     labels = torch.zeros(len(seeds), dtype=torch.int64, device="cpu")
+    more = torch.empty(len(seeds), noises, *shape, dtype=torch.float32, device="cpu")
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         noise[row].normal_(generator=generator)
         if label_dim:
             labels[row].random_(label_dim, generator=generator)
-    return noise, labels if label_dim else None
+        for each in more[row]:  # one by one: the first of many are the first of few
+            each.normal_(generator=generator)
+    return noise, labels if label_dim else None, more

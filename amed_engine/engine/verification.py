@@ -13,7 +13,7 @@ from amed_engine.adapters.verify import can_look, ends, looked_at, of_class_0, v
 from amed_engine.engine.model import Model
 from amed_engine.sampling.denoiser import one_hot
 from amed_engine.sampling.modes import plain_tensors
-from amed_engine.sampling.modules import OWN, bare
+from amed_engine.sampling.modules import OWN, bare, said
 from amed_engine.sampling.wrappers import COMPILED
 from amed_engine.solvers.plan import Plan
 
@@ -39,7 +39,7 @@ def verify_model(model: Model, plan: Plan) -> None:
 def _is_unknown(model: Model, module: nn.Module) -> bool:
     inner = bare(model.network)
     ours = any(kind.__module__.partition(".")[0] == OWN for kind in type(inner).__mro__)
-    known = ours or model.name is not None or isinstance(inner, COMPILED) or module in _SEEN
+    known = ours or model.continuous or model.name is not None or isinstance(inner, COMPILED) or module in _SEEN
     return not known and model.shape is not None and can_look(model.network)
 
 
@@ -52,7 +52,8 @@ def _look(model: Model, module: nn.Module, plan: Plan) -> None:
     asked = Asked(of_class_0(denoise, model.label_dim), model.shape, low, high, model.device)
     with plain_tensors():
         found = looked_at(model.network, asked)
-    if found is not None and not (found.kind == "consistency" and plan.solver == "consistency"):
+    known = said(model.network, "consistency", False) or plan.solver == "consistency"
+    if found is not None and not (found.kind == "consistency" and known):
         logger.warning(
             "%s taken as a denoiser: %s; verify=False skips this look", type(bare(module)).__name__, found.text
         )

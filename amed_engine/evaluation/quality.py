@@ -171,10 +171,10 @@ def evaluate(
     if not seeds:
         raise ConfigError("seeds are empty; pass at least two, e.g. range(512)")
     extract = extractor(features, sampler.device)
-    real = None if data is None else know(_of_class(data, setting.class_labels), extract)
+    real = None if data is None else know(_of_class(data, _one_class(setting)), extract)
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
     exact = _reference_sampler(reference, sampler)
-    images = know(_of_class(reference, setting.class_labels), extract) if exact is None else None
+    images = know(_of_class(reference, _one_class(setting)), extract) if exact is None else None
     plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
     return Report(
@@ -208,6 +208,11 @@ def _draw(
                 fine.add(truth)
                 errors.append(per_image_rmse(result.images, truth.images).cpu())
     return plan, errors
+
+
+def _one_class(setting: Setting) -> int | None:
+    """The class that all samples are of, where one is asked for."""
+    return setting.class_labels if isinstance(setting.class_labels, int) else None
 
 
 def _of_class(data: Images, label: int | None) -> Images:
@@ -248,6 +253,11 @@ def _reference_sampler(reference: str, sampler: Sampler) -> Sampler | None:
         if not Path(reference).exists():
             raise ConfigError(f"reference {reference!r} is neither {', '.join(REFERENCES)} nor a folder or .npz file")
         return None
+    if not sampler.plan.make_solver().integrates:
+        raise ConfigError(
+            f"solver {sampler.plan.solver!r} draws from a consistency function, of which {reference!r} is no solution; pass "
+            "reference= a folder of PNG or an .npz of statistics"
+        )
     model = sampler.model
     facts = {"shape": model.shape, "label_dim": model.label_dim, "device": sampler.device, "dtype": sampler.dtype}
     noise = {"sigma_min": sampler.plan.sigmas[-1], "sigma_max": sampler.plan.sigmas[0]}

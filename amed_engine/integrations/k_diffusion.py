@@ -14,6 +14,7 @@ from amed_engine.integrations.common import AnyPredictor, Recorder, make_program
 from amed_engine.sampling.denoiser import as_denoised, copied
 from amed_engine.sampling.loop import State, Trajectory, evaluate
 from amed_engine.solvers.mean import FirstStep
+from amed_engine.solvers.program import Program
 
 
 @torch.no_grad()
@@ -42,6 +43,19 @@ def sample_amed(
     Returns x at the last noise level. Raises ConfigError.
     """
     program = make_program(predictor, sigmas, afs, x, mean)
+    return run(program, model, x, extra_args, callback, disable, bottleneck)
+
+
+def run(
+    program: Program,
+    model: Callable[..., Any],
+    x: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    bottleneck: Bottleneck | None = None,
+) -> Tensor:
+    """A program from x at its first noise level; the other arguments are those of `sample_amed`."""
     options = dict(extra_args or {})
     with Tap(model, bottleneck) as tap:
 

@@ -30,6 +30,11 @@ _register_namedtuple(Denoised, serialized_type_name="amed_engine.denoiser.Denois
 Denoiser = Callable[[Tensor, Tensor], Denoised | Tensor | tuple]
 
 
+def answered(x0: Tensor, features: Tensor | None) -> Denoised:
+    """A Denoised; under torch.jit.trace, whose graphs return nothing but tensors, D alone where there are no features."""
+    return x0 if features is None and is_tracing() else Denoised(x0, features)  # type: ignore[return-value]
+
+
 def as_denoised(output: Any) -> Denoised:
     """D or (D, features) as a Denoised."""
     if isinstance(output, Tensor):
@@ -42,6 +47,50 @@ def as_denoised(output: Any) -> Denoised:
         f"a denoiser must return D or (D, features) as tensors, got {type(output).__name__}{of}; give a function "
         "(x, sigma) -> (D, features), or the raw network to amed_engine.wrap"
     )
+
+
+# What else there is to do about features that nobody can read.
+OWN_FEATURES = "; or give Sampler a function (x, sigma) -> (D, features) that makes (B, C, h, w) of them"
+
+
+def unread(caught: Any, rows: Tensor) -> Tensor:
+    """What stands for a bottleneck that was found but cannot be read, for as many rows: (B, 0, *the shape it had).
+
+    A tensor without numbers, so that it is compiled, exported and parted like any; the predictor that reads it refuses it.
+    """
+    shape = tuple(caught.shape) if isinstance(caught, Tensor) else ()
+    return rows.new_empty((rows.shape[0], 0, *shape))
+
+
+def check_features(features: Tensor, size: tuple[int, int] | None = None, rows: int | None = None) -> None:
+    """Raise ConfigError unless features are (B, C, h, w), of this size and batch where it is known."""
+    if features.dim() > 1 and features.shape[1] == 0:
+        shape = tuple(features.shape[2:])
+        raise ConfigError(
+            f"this model has a bottleneck that cannot be read as (B, C, h, w): {shape or 'its module was not called'} for "
+            f"{features.shape[0]} samples; wrap it with bottleneck=None, with which predictors read zeros, or with the name of "
+            f"another module{OWN_FEATURES}"
+        )
+    height, width = size or ("h", "w")
+    if features.dim() != 4 or (size is not None and tuple(features.shape[2:]) != size):
+        raise ConfigError(
+            f"predictor expects bottleneck features (B, C, {height}, {width}), got {tuple(features.shape)}; it was made for "
+            "another network"
+        )
+    if rows is not None and not torch.compiler.is_compiling() and not is_tracing() and features.shape[0] != rows:
+        raise ConfigError(
+            f"predictor expects a row of features for each of {rows} samples, got {tuple(features.shape)}, as where frames are "
+            f"in the batch; wrap the model with bottleneck=None, with which predictors read zeros{OWN_FEATURES}"
+        )
+
+
+def parted(features: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
+    """Features of several batches in one; those that have other rows than the batch, as of frames, are not read."""
+    if features is None:
+        return [None] * len(sizes)
+    if is_tracing() or features.shape[0] == sum(sizes):
+        return [*features.split(sizes)]
+    return [unread(features, features.new_empty(size)) for size in sizes]
 
 
 def ask(network: Callable[..., Any], *inputs: Any, foreign: bool = True, **conditions: Any) -> Denoised:
@@ -96,15 +145,20 @@ def mean_of_labels(rows: Tensor, labels: Tensor | None, scale: float | None) -> 
     return (exact[:1] + offsets.unflatten(1, tuple(rows.shape[1:]))).to(rows.dtype)
 
 
-def dynamic_thresholding(x0: Tensor, quantile: float = 0.995, floor: float = 1.0) -> Tensor:
-    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor`. Saharia et al. 2022 (arXiv:2205.11487)."""
+def dynamic_thresholding(
+    x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None
+) -> Tensor:
+    """clamp(x0, -s, s) / s with s the per-sample quantile of |x0|, at least `floor` and at most `ceiling`.
+
+    Saharia et al. 2022 (arXiv:2205.11487).
+    """
     magnitude = x0.abs().flatten(1)
     # torch.quantile would do, but refuses more than 16 million elements, and ONNX has none; this is its linear interpolation.
     rank = quantile * (magnitude.shape[1] - 1)
     count = magnitude.shape[1] - int(rank)
     highest = magnitude.topk(count, dim=1).values
     below, above = highest[:, -1], highest[:, max(count - 2, 0)]
-    s = torch.lerp(below, above, rank - int(rank)).clamp_min(floor)
+    s = torch.lerp(below, above, rank - int(rank)).clamp(floor, ceiling)
     s = s.reshape(-1, *[1] * (x0.dim() - 1))
     return x0.clamp(-s, s) / s
 
@@ -123,7 +177,7 @@ def classifier_free(network: Callable[..., Any], labels: Tensor, scale: float) -
         halves = [x.shape[0]] * 2  # not chunk(2): its count would tie a symbolic batch to one size
         unconditional, conditional = x0.split(halves)
         guided = unconditional + scale * (conditional - unconditional)
-        return Denoised(guided, None if features is None else features.split(halves)[1])
+        return Denoised(guided, parted(features, halves)[1])
 
     return denoise
 

@@ -21,6 +21,7 @@ from amed_engine.sampling.denoiser import (
     as_denoised,
     copied,
     owned,
+    parted,
     thresholded,
 )
 from amed_engine.sampling.modes import exactly
@@ -79,6 +80,18 @@ class Trajectory:
         self.program, self.network = program, wrap(denoiser)
         self.first = wrap(analytic) if program.afs else self.network
         self.walk = Walk(program, program.sigmas)
+
+    def start(self, x: Tensor, noises: Sequence[Tensor]) -> State:
+        """The state at sigmas[0], with the noises (B, ...) of unit variance that the program adds, in order."""
+        if len(noises) != (needed := self.program.noises):
+            remedy = (
+                "pass noises= to sample, or seeds to Sampler.run, which draws them" if needed else "leave noises out"
+            )
+            raise ConfigError(
+                f"{type(self.program.solver).__name__} on {self.program.intervals} intervals adds {needed} noises to each "
+                f"sample, got {len(noises)}; {remedy}"
+            )
+        return State(x, directions=tuple(reversed(noises)))
 
     def interval(self, state: State, i: int) -> list[State]:
         """The states after each evaluation from sigmas[i] to sigmas[i + 1]; the last is the one at its end.
@@ -145,8 +158,7 @@ def evaluate(denoiser: Denoiser, y: tuple[Tensor, ...], sigma: tuple[Tensor, ...
     if len(y) == 1:
         return (Denoised(x0, features),)
     sizes = [batch] * len(y)  # sizes, not one: how many pieces that makes would be a question to a symbolic batch
-    split = [None] * len(y) if features is None else features.split(sizes)
-    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), split, strict=True))
+    return tuple(Denoised(d, f) for d, f in zip(x0.split(sizes), parted(features, sizes), strict=True))
 
 
 def sample(
@@ -160,6 +172,7 @@ def sample(
     mean: Tensor | None = None,
     denoise_to_zero: bool = False,
     trajectory: bool = False,
+    noises: Tensor | None = None,
 ) -> Tensor:
     """Integrate the probability-flow ODE from sigmas[0] to sigmas[-1].
 
@@ -167,7 +180,8 @@ def sample(
     dtype. sigmas: (N + 1,) decreasing and positive. predictor: (features, sigma, sigma_next) -> Midpoint, or a
     sequence of those or of Midpoints, one per interval (Rows for "nonstationary"). afs: the first evaluation is replaced
     by its analytic estimate, about zero (True) or about `mean` (1 or B, ...) ("mean"). denoise_to_zero: one more
-    evaluation at sigmas[-1], whose D is the result.
+    evaluation at sigmas[-1], whose D is the result. noises: (B, N - 1, ...) of unit variance, which the solver "consistency",
+    no integrator, adds after each evaluation but the last.
     Differentiable in x, the denoiser's and the predictor's parameters.
     Returns (B, ...), or with trajectory=True the state after every interval, the start included, (N + 1 [+ 1], B, ...).
     Raises ConfigError.
@@ -176,8 +190,20 @@ def sample(
         raise ConfigError(f"x must be a floating-point tensor, got {x.dtype}")
     options = {"afs": afs, "mean": mean, "denoise_to_zero": denoise_to_zero}
     program = Program.build(solver, sigmas, predictor, **options).on(x.device, x.dtype)
-    states = integrate(program, owned(denoiser), x, mean=program.mean)
+    states = integrate(program, owned(denoiser), x, mean=program.mean, noises=_apart(noises, x))
     return torch.stack(states) if trajectory else states[-1]
+
+
+def _apart(noises: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
+    """noises (B, K, ...) one by one."""
+    if noises is None:
+        return ()
+    if noises.dim() != x.dim() + 1 or noises.shape[:1] + noises.shape[2:] != x.shape or noises.dtype != x.dtype:
+        raise ConfigError(
+            f"noises must be (B, K, ...) like x, {x.dtype} of ({x.shape[0]}, K, {', '.join(map(str, x.shape[1:]))}), got "
+            f"{noises.dtype} of {tuple(noises.shape)}"
+        )
+    return noises.unbind(1)
 
 
 def integrate(
@@ -186,14 +212,17 @@ def integrate(
     x: Tensor,
     observe: Callable[[int, Tensor], None] | None = None,
     mean: Tensor | None = None,
+    noises: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """`sample` for a program that is already built and on x's device: what is captured and exported. mean: see `Trajectory`.
+    """`sample` for a program that is already built and on x's device: what is captured and exported.
+
+    mean: see `Trajectory`. noises: see `Trajectory.start`.
 
     Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
     predictor-corrector there is its prediction.
     """
-    states, state = [x], State(x)
     run = Trajectory(program, denoiser, mean)
+    states, state = [x], run.start(x, noises)
     for i in range(program.intervals):
         path = run.interval(state, i)
         state = path[-1]

@@ -22,7 +22,9 @@ _TABLE: dict[str, tuple[str, str, UseOfPredictor]] = {
     "unipc": ("multistep", "UniPC", "optional"),
     "amed": ("singlestep", "AMED", "required"),
     "nonstationary": ("multistep", "Nonstationary", "required"),
+    "consistency": ("consistency", "Consistency", "none"),
 }
+_NO_INTEGRATORS = {"consistency"}  # `Solver.integrates` is False
 _HOMES = {"Solver": "base", **{kind: file for file, kind, _ in _TABLE.values()}}
 
 
@@ -54,6 +56,11 @@ def solver_names(*uses: UseOfPredictor) -> list[str]:
     return [name for name, (_, _, use) in _TABLE.items() if use in uses]
 
 
+def integrator_names(*uses: UseOfPredictor) -> list[str]:
+    """Those of them that integrate the ODE of a denoiser."""
+    return [name for name in solver_names(*uses) if name not in _NO_INTEGRATORS]
+
+
 def alternatives(names: Sequence[str]) -> str:
     """The names as text: a, b or c."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
@@ -66,7 +73,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     """The solver of that name with its options, those left out at their published defaults. Raises ConfigError.
 
     euler | heun | dpm(r) | ipndm(max_order) | deis(max_order, deis_mode) | dpmpp(max_order, predict_x0,
-    lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary.
+    lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary | consistency.
     """
     if name not in SOLVERS:
         raise ConfigError(f"unknown solver {name!r}; valid names: {', '.join(SOLVERS)}")

@@ -11,7 +11,7 @@ scale_dir: that is AMED-Plugin (Zhou et al. 2024, arXiv:2312.00094). It is a lea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +38,11 @@ class Solver(ABC):
     answer: ClassVar[type] = Midpoint
     # Whether the state at a noise level is only known after the evaluation there (predictor-corrector).
     corrects: ClassVar[bool] = False
+    # Whether it follows the probability-flow ODE of a denoiser. Only then is there a solution to be near to, and a first
+    # answer to be foreseen.
+    integrates: ClassVar[bool] = True
+    # The schedule it runs on where none is named.
+    schedule: ClassVar[str] = "time_uniform"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,6 +73,14 @@ class Solver(ABC):
         """Network evaluations per interval."""
         return 2
 
+    def noises(self, intervals: int) -> int:
+        """Fresh noises of unit variance that it adds on its way, given at the start as older directions, d_1 last."""
+        return 0
+
+    def over(self, sigmas: Sequence[Tensor]) -> Solver:
+        """The solver for all of these noise levels, where a step depends on more of them than it is told: itself."""
+        return self
+
     def rounds(self, with_midpoint: bool) -> int:
         """Network calls per interval that wait for one another: fewer where evaluations share a call."""
         return self.evaluations(with_midpoint)
@@ -90,6 +103,15 @@ def is_bool(solver: str, name: str, value: bool) -> None:
 def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
+
+
+def check_first_step_of(solver: Solver, afs: FirstStep | None) -> None:
+    """Raises ConfigError for an analytic first step where the first answer is no mean that could be foreseen."""
+    if afs and not solver.integrates:
+        raise ConfigError(
+            f"solver {type(solver).__name__} takes no analytic first step, got afs={afs!r}: a consistency function's first "
+            "answer is a sample, not the mean of the data; leave afs out"
+        )
 
 
 def count_intervals(per_interval: int, nfe: int, *, afs: FirstStep) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
-from amed_engine.solvers.base import Solver, count_evaluations, count_intervals
+from amed_engine.solvers.base import Solver, check_first_step_of, count_evaluations, count_intervals
 from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.mean import NAMES, FirstStep, Mean, check_first_step, read_first_step
 from amed_engine.solvers.plan_json import VERSION, current
@@ -53,7 +53,9 @@ class Plan:
 
     def __post_init__(self):
         # In full: plans that say the same are equal, and mean the same where a default is another one.
-        object.__setattr__(self, "options", tuple(sorted(self.make_solver().options.items())))
+        made = self.make_solver()
+        object.__setattr__(self, "options", tuple(sorted(made.options.items())))
+        check_first_step_of(made, self.afs)
         if self.mean is not None and (self.afs != "mean" or not self.mean.is_for(self.sigmas[0], None, None)):
             raise ConfigError(
                 f"a plan with afs={NAMES[self.afs]!r} from sigma {self.sigmas[0]:g} has no use for the mean answer at "
@@ -179,7 +181,7 @@ def make_plan(
     *,
     solver: str,
     options: Mapping[str, Any] | None = None,
-    schedule: str | Tensor = "time_uniform",
+    schedule: str | Tensor | None = None,
     rho: float | None = None,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
@@ -192,9 +194,10 @@ def make_plan(
     """The plan that spends `nfe` network evaluations with this solver.
 
     schedule: a name of `make_schedule`, or the noise levels themselves, which then decide the NFE (nfe, if given, must
-    agree). afs: whether the first evaluation is analytic and free: False, True (for data about zero) or "mean" (about the
-    mean answer of the model, `mean`, see `measure_mean`). None is the best that is at hand: "mean" where `mean` is given
-    and the NFE allows it, else False, else True. Raises ConfigError where no whole number of intervals spends the NFE.
+    agree); None is the solver's own, time_uniform, of "consistency" polynomial. afs: whether the first evaluation is analytic
+    and free: False, True (for data about zero) or "mean" (about the mean answer of the model, `mean`, see `measure_mean`).
+    None is the best that is at hand: "mean" where `mean` is given and the NFE allows it, else False, else True. Raises
+    ConfigError where no whole number of intervals spends the NFE.
     """
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
@@ -202,11 +205,14 @@ def make_plan(
     midpoint = midpoint or made.takes_predictor == "required"
     if midpoint and made.takes_predictor == "none":
         raise ConfigError(f"solver {solver!r} takes no predictor; {USE_WITH_PREDICTOR}")
+    schedule = made.schedule if schedule is None else schedule
     if not isinstance(schedule, (str, Tensor)):
         raise ConfigError(
             f"schedule must be a name ({', '.join(SCHEDULES)}) or a tensor of noise levels, got {type(schedule).__name__}"
         )
     check_first_step(afs)
+    check_first_step_of(made, afs)
+    afs, mean = (afs, mean) if made.integrates else (False, None)
     draft = Plan(solver, (), options=tuple((options or {}).items()), midpoint=midpoint, guidance_scale=guidance_scale)
     per_interval = made.evaluations(midpoint)
     nfe = None if nfe is None else check_nfe(nfe)

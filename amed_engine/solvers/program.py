@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR
-from amed_engine.solvers.base import Solver, count_evaluations
+from amed_engine.solvers.base import Solver, check_first_step_of, count_evaluations
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Choice, Layout, Stage, Update, fold, levels, map_choice, retained, stack, trimmed
@@ -52,6 +52,7 @@ class Program:
         program = cls(solver, check_sigmas(sigmas), predictor, afs, denoise_to_zero, mean)
         program._check_predictor()
         program._check_mean()
+        check_first_step_of(solver, afs)
         return replace(program, updates=program._fold_all()) if program._is_static() else program
 
     @property
@@ -63,6 +64,11 @@ class Program:
         """Network evaluations per sample (parallel points count one each)."""
         evaluations = count_evaluations(self.solver, self.intervals, midpoint=self.predictor is not None, afs=self.afs)
         return evaluations + int(self.denoise_to_zero)
+
+    @property
+    def noises(self) -> int:
+        """Fresh noises that a sample needs beside its latent."""
+        return self.solver.noises(self.intervals)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Program:
         """The same program with its constants on a device; low-precision states keep float32 coefficients."""
@@ -159,9 +165,10 @@ class Walk:
     """Asks the solver for its stages along a trajectory and folds them, carrying noise levels and layout only."""
 
     def __init__(self, program: Program, sigmas: Any, stack: Callable[..., Any] = stack):
-        self.solver, self.sigmas, self.intervals, self.stack = program.solver, sigmas, len(sigmas) - 1, stack
+        self.solver, self.sigmas, self.stack = program.solver.over(sigmas), sigmas, stack
+        self.intervals = len(sigmas) - 1
         self.past: tuple[Tensor, ...] = ()
-        self.directions, self.y_is_x = 0, True
+        self.directions, self.y_is_x = self.solver.noises(self.intervals), True
 
     def updates(self, i: int, choice: Choice | None) -> tuple[Update, ...]:
         if choice is not None and not isinstance(choice, self.solver.answer):

@@ -81,7 +81,8 @@ class DiscreteTime(NamedTuple):
 
 def _interpolate(at: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise linear through (xs, ys), xs increasing, the outer segments continued."""
-    k = torch.searchsorted(xs, at.contiguous()).clamp(1, xs.shape[0] - 1)
+    # Counted, not torch.searchsorted, which ONNX does not have.
+    k = (at.unsqueeze(-1) > xs).sum(-1).clamp(1, xs.shape[0] - 1)
     x0, x1, y0, y1 = xs[k - 1], xs[k], ys[k - 1], ys[k]
     return y0 + (at - x0) / (x1 - x0) * (y1 - y0)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.engine.measure import mean_if_kept
-from amed_engine.engine.model import Model, check_guidance, vectors
+from amed_engine.engine.model import Model, check_guidance
+from amed_engine.engine.request import check_labels
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import (
     Denoised,
@@ -78,7 +79,8 @@ def _tells_class(denoiser: Denoiser, label_dim: int) -> bool:
     """Whether its conditions are rows over the classes, or there are none."""
     if not isinstance(denoiser, BoundDenoiser):
         return False
-    return denoiser.labels is None or tuple(denoiser.labels.shape[1:]) == (label_dim,)
+    rows = denoiser.labels is None or tuple(denoiser.labels.shape[1:]) == (label_dim,)
+    return rows and not denoiser.model.continuous
 
 
 def first_answer(plan: Plan, denoiser: Denoiser) -> Denoiser | None:
@@ -125,6 +127,14 @@ class Batches:
         self.conditions = itertools.chain([first], self.conditions)
         return self._bind(first, slice(0, self.batch)), self._noise(self.batch)
 
+    def unseen(self, seed: int) -> tuple[Denoiser, Tensor]:
+        """A batch that is not trained on: noise and labels by a generator of its own, and the first conditions, which stay."""
+        generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
+        try:
+            return self.draw([slice(0, self.batch)])[0] if self.conditions is None else self.probe()
+        finally:
+            self.generator = generator
+
     def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
         """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
         batch = batch or self.batch
@@ -147,6 +157,11 @@ class Batches:
             return given
         if not self.model.label_dim:
             return None
+        if self.model.continuous:
+            raise ConfigError(
+                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not known; "
+                f"pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command line --class"
+            )
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 
     def _bind(self, condition: Condition | None, part: slice) -> Denoiser:
@@ -156,8 +171,10 @@ class Batches:
             return owned(_whole(condition, part, self.batch))
         # A copy: what gives the conditions may give the next ones in the same memory.
         rows = condition[part].to(self.model.device, copy=True)
-        if not rows.is_floating_point():
-            rows = vectors(_classes(rows, self.model.label_dim), self.model.label_dim).float()
+        if self.model.continuous:
+            rows = self.model.label_rows(check_labels(rows, self.model, len(rows), True))
+        elif not rows.is_floating_point():
+            rows = self.model.label_rows(_classes(rows, self.model.label_dim)).float()
         if not part.stop <= (given := len(condition)) <= self.batch:
             raise ConfigError(f"conditions gave {given} rows for a batch of {self.batch}; give one row per sample")
         return BoundDenoiser(self.model, rows, self.plan.guidance_scale)

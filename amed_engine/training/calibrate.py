@@ -21,9 +21,9 @@ from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer, mean_where_told
 from amed_engine.training.contenders import contenders, first_steps
-from amed_engine.training.fit import solved
 from amed_engine.training.gauss_newton import Example
 from amed_engine.training.halving import Entrant, halve, some_of
+from amed_engine.training.held_out import solved
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 LATENTS = 64  # seeds 0 to 63
@@ -156,7 +156,7 @@ def _drawn(model: Model, plan: Plan, batch: int, conditions: Conditions) -> list
     in_range("calibrate", "batch", batch, 1, LATENTS)
     if LATENTS % batch:
         raise ConfigError(f"batch must divide the {LATENTS} latents, got {batch}")
-    noise, labels = draw(range(LATENTS), known_shape(model), model.label_dim)
+    noise, labels = draw(range(LATENTS), known_shape(model), model.classes)
     entries = conditions if conditions is not None or labels is None else labels.split(batch)
     data = Batches(model, plan, batch, torch.Generator(), entries)
     starts = (noise.to(model.device) * plan.sigmas[0]).split(batch)

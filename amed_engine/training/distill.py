@@ -21,7 +21,7 @@ from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError, NonFiniteError
-from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
+from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, check_features
 from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
 from amed_engine.sampling.modules import is_lazy
 from amed_engine.sampling.predictors.amed import AMEDPredictor
@@ -29,14 +29,18 @@ from amed_engine.solvers import make_solver, solver_names
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
-from amed_engine.training.batches import Batches, Conditions
+from amed_engine.training.batches import Batches, Conditions, mean_answer
+from amed_engine.training.gauss_newton import Example
+from amed_engine.training.held_out import LATENTS, STREAM, HeldOut, default_plan, fine_plan, judge, unseen
 from amed_engine.training.presets import Settings, choose, made_for, noise_range
 from amed_engine.training.ranks import join
 from amed_engine.training.resume import Checkpoints
 from amed_engine.training.teacher import Loss, Teacher, squared_error
 from amed_engine.training.trainer import Round, Trainer
 
+logger = logging.getLogger("amed_engine")
 OBJECTIVES = ("greedy", "end_to_end")
+_REMEDY = "train longer (total_kimg=), with another preset, solver or number of evaluations, or fit one"
 
 
 @leaving_modes
@@ -99,8 +103,9 @@ def distill(
     checkpoint_dir: gets the whole state of the run every checkpoint_seconds (default: in out_dir, if there is one);
     with resume="auto" a run goes on from the newest, to the same bits on a CPU. Under torchrun the processes share the
     work; the first one reports and writes.
-    Returns the predictor, its plan set. Raises ConfigError, FileFormatError, or NonFiniteError after three losses or
-    gradients in a row that were not finite: the last checkpoint is from before them.
+    Returns the predictor, its plan set, and `report`: how it compares with what runs without one, on latents that were not
+    trained on; a log line tells, a warning where it lost. Raises ConfigError, FileFormatError, or NonFiniteError after three
+    losses or gradients in a row that were not finite: the last checkpoint is from before them.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     student = {"solver": solver, "solver_options": solver_options, "schedule": schedule, "rho": rho}
@@ -120,6 +125,7 @@ def distill(
         parts = ranks.parts(settings.batch, accumulate)
         teach.cache = _graphs(resolved, settings.batch // (ranks.size * accumulate))
         data = Batches(resolved, plan, settings.batch, torch.Generator().manual_seed(seed), conditions)
+        fresh = data.unseen(seed + STREAM)  # now: conditions may end with the training
         predictor = _new_predictor(data, settings, scales, seed)
         rounds = math.ceil(settings.total_kimg * 1000 / settings.batch)
         trainer = Trainer(predictor, teach, data, loss, ranks, lr=settings.lr, length=rounds, learn_sigmas=learn_sigmas)
@@ -130,8 +136,20 @@ def distill(
         after = _Reports(saved, out_dir, on_round) if leads else None
         _train(trainer, parts, objective == "end_to_end", after, progress and leads)
         ranks.wait()
-    predictor.plan = trainer.plan
+        predictor.plan = trainer.plan
+        predictor.report = _judge(trainer, fresh, seed, len(range(settings.batch)[parts[0]]))
+    level = logging.WARNING if leads and predictor.report.lost else logging.INFO
+    logger.log(level, "NFE %d: %s", trainer.plan.nfe, predictor.report)
     return predictor.eval()
+
+
+def _judge(trainer: Trainer, fresh: tuple[Denoiser, Tensor], seed: int, rows: int) -> HeldOut:
+    """Beside what runs without a predictor, on latents that were not trained on, at most `rows` at a time."""
+    model, plan, (denoiser, x) = trainer.data.model, trainer.plan, fresh
+    fine = fine_plan(model, plan.nfe)
+    bound = Example(denoiser, x, x, mean_answer(plan.mean, denoiser))
+    examples = list(unseen([bound], fine, seed, min(LATENTS, len(x)), rows))
+    return judge(plan, trainer.predictor, [default_plan(model, plan.nfe)], examples, fine, _REMEDY)
 
 
 def _check_objective(objective: str, learn_sigmas: bool) -> None:
@@ -234,10 +252,8 @@ def _new_predictor(data: Batches, settings: Settings, scales: str, seed: int) ->
     """A predictor for this model's bottleneck, found by one evaluation, with weights drawn from the seed."""
     denoiser, x = data.probe()
     features = _differentiated(denoiser, x, x.new_full((len(x),), data.plan.sigmas[0])).features
-    if features is not None and features.dim() != 4:
-        raise ConfigError(
-            f"the model's features must be (B, C, h, w), got {tuple(features.shape)}; return D alone instead"
-        )
+    if features is not None:
+        check_features(features, rows=len(x))
     size = (8, 8) if features is None else (features.shape[2], features.shape[3])
     with plain_defaults(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too, and for good

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.engine.measure import mean_of
@@ -21,7 +20,6 @@ from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoiser
-from amed_engine.sampling.loop import sample
 from amed_engine.sampling.modes import leaving_modes, plain_defaults, plain_tensors
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS
 from amed_engine.sampling.predictors.constant import ConstantPredictor
@@ -33,6 +31,7 @@ from amed_engine.training.contenders import Contender, contenders, first_steps
 from amed_engine.training.fit_report import Report
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.halving import halve
+from amed_engine.training.held_out import LATENTS, default_plan, fine_plan, judge, solved, unseen
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -41,6 +40,7 @@ Variant = Literal["constants", "epd", "nonstationary", "adaptive"]
 VARIANTS = get_args(Variant)
 FIRST = 128  # latents for the first iterations, when the coefficients are still far off
 COMPARED = 10_000  # evaluations that finding the best training-free plans may cost
+_REMEDY = "fit to more latents (samples=), another variant or number of evaluations"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def fit(
     teacher_nfe evaluations, `batch` at a time. starts, early, late: iterations on the first latents from each of the best
     training-free solvers, then on all of them. seed: of latents and labels; the global generators are untouched.
     conditions: None draws class labels where the model has any; else one entry per batch, as `distill` takes them.
-    Returns predictors with their plan set. Raises ConfigError.
+    Returns predictors with their plan set, and `report`: how they compare with training-free plans, on the latents of the fit
+    and on others (`report.held_out`); a log line tells, a warning where one of those was nearer. Raises ConfigError.
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     numbers = list(nfe) if isinstance(nfe, Sequence) else [nfe]
@@ -158,7 +159,21 @@ def fit(
     for number, each in tasks.items():
         with tqdm(desc=f"fit NFE {number}", unit="step", total=starts * early + late, disable=not progress) as bar:
             fitted[number] = learn(resolved, each, effort, examples, _reporter(bar), mean)
+    _judge(resolved, fitted, examples, effort)
     return fitted if isinstance(nfe, Sequence) else fitted[numbers[0]]
+
+
+def _judge(model: Model, fitted: Mapping[int, Fitted], examples: list[Example], effort: Effort) -> None:
+    """Put every predictor beside the plans that need none, on latents of its own, and log what came of it."""
+    fine = fine_plan(model, max(fitted))
+    fresh = list(unseen(examples, fine, effort.seed, max(8, min(LATENTS, effort.samples // 8)), effort.batch))
+    for nfe, predictor in fitted.items():
+        assert predictor.plan is not None
+        free = [predictor.report.free, default_plan(model, nfe)]
+        told = predictor.report._replace(held_out=judge(predictor.plan, predictor, free, fresh, fine, _REMEDY))
+        predictor.report = told
+        worse = told.held_out.lost or told.rmse > told.free_rmse
+        logger.log(logging.WARNING if worse else logging.INFO, "NFE %d: %s", nfe, told)
 
 
 def _reporter(bar: tqdm) -> Progress:
@@ -198,8 +213,6 @@ def learn(
     predictor = candidate.predictor
     predictor.plan = made_for(model, replace(candidate.plan, guidance_scale=task.guidance_scale))
     predictor.report = Report.of(candidate, free[0], examples, effort.batch)
-    worse = predictor.report.rmse > predictor.report.free_rmse
-    logger.log(logging.WARNING if worse else logging.INFO, "NFE %d: %s", task.nfe, predictor.report)
     return predictor.eval()
 
 
@@ -217,14 +230,6 @@ def draw_examples(
     mean = _mean(model, task, [denoiser for denoiser, _ in drawn])
     means = [mean_answer(mean, denoiser) for denoiser, _ in drawn]
     return [solved(*pair, teacher, m) for pair, m in zip(drawn, means, strict=True)], mean
-
-
-@torch.no_grad()
-def solved(denoiser: Denoiser, x: Tensor, teacher: Plan, mean: Tensor | None) -> Example:
-    images = sample(denoiser, x, teacher.levels, teacher.make_solver())
-    if not bool(images.isfinite().all()):
-        raise ConfigError("the teacher's samples are not finite; look at what the model returns")
-    return Example(denoiser, x, images, None if mean is None else mean.to(x))
 
 
 def best_free(

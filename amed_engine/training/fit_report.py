@@ -14,12 +14,13 @@ from amed_engine.solvers.plan import Plan
 from amed_engine.training.candidate import Candidate
 from amed_engine.training.contenders import Contender
 from amed_engine.training.gauss_newton import Example
+from amed_engine.training.held_out import HeldOut
 from amed_engine.training.lockstep import together
 
 
 class Report(NamedTuple):
     """RMSE to the teacher and the median of the latents' own RMSE: of the predictor, and of the best training-free plan,
-    `free`."""
+    `free`. held_out: on other latents than those of the fit."""
 
     rmse: float
     median: float
@@ -27,6 +28,7 @@ class Report(NamedTuple):
     free_median: float
     free: Plan
     latents: int
+    held_out: HeldOut | None = None
 
     @classmethod
     @torch.no_grad()
@@ -44,6 +46,7 @@ class Report(NamedTuple):
         return (
             f"RMSE {self.rmse:.4f}, median {self.median:.4f}, on the {self.latents} latents of the fit, {share:.2f} of the "
             f"{self.free_rmse:.4f}, {self.free_median:.4f}, of the best training-free plan there ({self.free.describe()})"
+            + ("" if self.held_out is None else f"; {self.held_out}")
         )
 
 

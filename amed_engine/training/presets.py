@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.engine.model import Model
+from amed_engine.engine.model import Model, check_integrable
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import Plan, own_range
 
@@ -69,7 +69,8 @@ TEACHER: dict[str, Any] = {"solver": "deis", "options": {"max_order": 4}, "sched
 
 
 def noise_range(model: Model) -> dict[str, Any]:
-    """sigma_min and sigma_max of plans for this model."""
+    """sigma_min and sigma_max of plans for this model, of whose ODE something is to be learned. Raises ConfigError."""
+    check_integrable(model)
     low, high = own_range(model.sigma_min, model.sigma_max)
     return {"sigma_min": low, "sigma_max": high}
 

@@ -29,7 +29,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known_first
 from amed_engine.sampling.loop import integrate
 from amed_engine.sampling.modes import leaving_modes
-from amed_engine.solvers import make_solver
+from amed_engine.solvers import alternatives, integrator_names, make_solver
 from amed_engine.solvers.base import Solver, in_range
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
@@ -80,6 +80,12 @@ def search_schedule(
     """
     resolved = resolve(model, shape=shape, label_dim=label_dim, sigma_min=sigma_min, sigma_max=sigma_max)
     span = noise_range(resolved)
+    if not make_solver(solver, **dict(solver_options or {})).integrates:
+        raise ConfigError(
+            f"solver {solver!r} adds fresh noise between its evaluations: there is no solution of an ODE to be near to, which "
+            f"noise levels are searched for; take {alternatives(integrator_names('none', 'optional'))}, or choose levels by "
+            "looking at samples"
+        )
     plan = make_plan(nfe, solver=solver, options=solver_options, afs=afs, guidance_scale=guidance_scale, **span)
     tell_of_zero(afs, plan)
     plan = measured(plan, resolved)

@@ -15,7 +15,7 @@ from amed_engine.engine.graphs import GraphCache, graph_key
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.denoiser import Denoiser
 from amed_engine.sampling.loop import integrate
-from amed_engine.solvers import solver_names
+from amed_engine.solvers import integrator_names
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
@@ -52,9 +52,10 @@ class Teacher:
         stride = intermediate + 1
         levels = _refined(student, stride) if schedule is None else _inside(student, stride, schedule, rho)
         plan = make_plan(None, solver=solver, options=options, schedule=levels, afs=False)
-        if plan.midpoint:
-            free = solver_names("none", "optional")
-            raise ConfigError(f"teacher {solver!r} needs a predictor itself; use heun, or one of {', '.join(free)}")
+        if plan.midpoint or not plan.make_solver().integrates:
+            reason = "needs a predictor itself" if plan.midpoint else "adds fresh noise and has no solution to teach"
+            free = integrator_names("none", "optional")
+            raise ConfigError(f"teacher {solver!r} {reason}; use heun, or one of {', '.join(free)}")
         return cls(plan, stride)
 
     def states(self, denoiser: Denoiser, x: Tensor) -> Tensor:

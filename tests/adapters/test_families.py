@@ -69,6 +69,7 @@ def network_of(prediction):
     return {
         "epsilon": epsilon, "v": v, "x0": x0, "flow": flow, "edm": edm, "cm": lambda x, t: edm(x, t, 1 / 250), "vp": vp,
         "ve": ve, "iddpm": epsilon, "denoised": lambda x, sigma: ideal(x, column(sigma)),
+        "consistency": lambda x, sigma: ideal(x, column(sigma)),
     }[prediction]  # fmt: skip
 
 

@@ -196,3 +196,67 @@ def test_the_bundled_predictor_beats_what_would_run_without_it():
     assert learned.rmse < next(row.rmse for row in result.rows if row.name == name)
     learned_curves = [curve for name, curve in result.curves.items() if name == "nonstationary"]
     assert sorted(nfe for curve in learned_curves for nfe in curve) == [3, 4, 5, 6, 7, 8, 9, 10]
+
+
+# ---- ranges of noise levels
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A predictor that is right, from 14 to 0.02 where the model goes from 80 to 0.002."""
+    path = tmp_path_factory.mktemp("short") / "nfe5.safetensors"
+    fitted = amed_engine.fit(
+        Gaussian(), sigma_max=14.0, sigma_min=0.02, samples=32, batch=32, starts=1, early=2, late=2, progress=False
+    )
+    amed_engine.save_predictor(fitted, path)
+    return str(path)
+
+
+def ranges(result) -> dict:
+    return {row.name: tuple(row.range) for row in result.rows}
+
+
+def test_a_right_predictor_of_another_range_is_first(short):
+    result = compare.compare(Gaussian(), 5, [0], samples=16, curve_samples=2, predictor=short)
+    assert result.rows[0].name == "nonstationary"
+    assert result.rows[0].rmse < 0.01
+    assert set(ranges(result).values()) == {(14.0, 0.02)}  # the others do the same task
+    assert tuple(result.reference.range) == (14.0, 0.02)
+    noise, _ = draw([0], (1, 4, 4), 0)
+    exact = noise.double() * 14 * math.sqrt((SCALE**2 + 0.02**2) / (SCALE**2 + 14**2))
+    torch.testing.assert_close(result.reference.images.double(), exact, atol=1e-3, rtol=0)
+
+
+def test_a_predictor_keeps_its_range_where_another_is_asked_for(short):
+    setting = Setting(sigma_max=40.0)
+    result = compare.compare(Gaussian(), 5, [0], samples=16, curve_samples=0, predictor=short, setting=setting)
+    found = ranges(result)
+    assert found.pop("nonstationary") == (14.0, 0.02)
+    assert set(found.values()) == {(40.0, 0.02)}
+    assert result.rows[0].name == "nonstationary"
+    assert (
+        result.table()
+        .splitlines()[-1]
+        .startswith("Ranges differ: each row is measured against the solution of its own")
+    )
+    assert "sigma 14 to 0.02" in next(line for line in result.table().splitlines() if line.startswith("nonstationary"))
+    assert result.to_json()["ranges"]["euler"] == {"sigma_max": 40.0, "sigma_min": 0.02}
+
+
+def test_levels_are_measured_against_a_solution_of_their_range():
+    setting = Setting(schedule=torch.tensor([20.0, 8.0, 2.0, 0.5, 0.1]))
+    result = compare.compare(Gaussian(), 4, [0], samples=4, curve_samples=0, setting=setting)
+    assert set(ranges(result).values()) == {(20.0, 0.1)}
+    assert result.rows[0].rmse < 0.05
+    with pytest.raises(ConfigError, match="their own range, got sigma_max=40 as well"):
+        compare.compare(Gaussian(), 4, [0], samples=4, setting=Setting(schedule=setting.schedule, sigma_max=40.0))
+
+
+def test_a_range_binds_the_training_free_solvers(gaussian):
+    setting = Setting(sigma_min=0.1, sigma_max=5.0)
+    result = compare.compare(Gaussian(), 5, [3, 1], samples=4, curve_samples=0, setting=setting)
+    assert set(ranges(result).values()) == {(5.0, 0.1)}
+    assert set(ranges(gaussian).values()) == {(80.0, 0.002)}
+    sampler = amed_engine.Sampler(Gaussian(), solver="euler", nfe=5, sigma_min=0.1, sigma_max=5.0)
+    row = next(row for row in result.rows if row.name == "euler")
+    assert torch.equal(row.images, sampler.run([3, 1]).images)

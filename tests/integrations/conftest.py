@@ -1,11 +1,13 @@
 """A predictor that listens to its bottleneck, a class-conditional model, and what the engine makes of both."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_client import Server
 from mean_answers import make_mean
 
 from amed_engine import AMEDPredictor, Sampler, make_plan
@@ -66,3 +68,17 @@ def latents() -> torch.Tensor:
 def expected(tiny_model, predictor, latents) -> torch.Tensor:
     """The engine's images for these latents."""
     return Sampler(tiny_model, predictor).run(latents).images
+
+
+PACK = "from amed_engine.integrations.comfyui.pack import *"
+CHECKOUTS = [Path(path).resolve() for path in os.environ.get("COMFYUI", "").split(":") if path]
+
+
+@pytest.fixture(scope="session", params=CHECKOUTS or [None], ids=lambda path: path.name if path else "none")
+def server(request, tmp_path_factory):
+    """A ComfyUI server of each checkout that COMFYUI names, with our nodes."""
+    if request.param is None:
+        pytest.skip("COMFYUI names no checkout of ComfyUI: make test-integrations COMFYUI=/path[:/path]")
+    started = Server(request.param, tmp_path_factory.mktemp("comfyui"), PACK)
+    yield started
+    started.stop()

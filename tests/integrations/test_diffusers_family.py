@@ -187,9 +187,9 @@ def test_the_guidance_of_a_predictor_stays_with_its_scheduler(vae, predictor, as
 @pytest.mark.parametrize(
     ("present", "match"),
     [
-        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "of a flow-matching model"),
+        (lambda: diffusers.FlowMapEulerDiscreteScheduler(), "of a flow-matching model"),
         (lambda: diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "of a flow-matching model"),
-        (lambda: diffusers.DDIMScheduler(rescale_betas_zero_snr=True), "no highest noise level"),
+        (lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type='continuous'"),
     ],
 )
 def test_schedulers_that_mean_something_else_are_refused(predictor, present, match):
@@ -201,6 +201,19 @@ def test_schedulers_that_mean_something_else_are_refused(predictor, present, mat
     ):
         with pytest.raises(ConfigError, match=match):
             make()
+
+
+@pytest.mark.parametrize(
+    ("present", "match"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler, "FlowMatchEulerDiscreteScheduler is of a flow-matching model"),
+        (lambda: diffusers.DDIMScheduler(thresholding=True), "DDIMScheduler has thresholding or clip_sample set"),
+        (lambda: AMEDScheduler(clip_sample=True), "AMEDScheduler has thresholding or clip_sample set"),
+    ],
+)
+def test_what_the_pipeline_s_own_loop_does_not_do_is_refused(present, match):
+    with pytest.raises(ConfigError, match=match):
+        AMEDPipeline(make_unet(), present())
 
 
 KINDS = ("DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "KDPM2Discrete", "PNDM", "UniPCMultistep")

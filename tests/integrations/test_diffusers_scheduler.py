@@ -218,7 +218,7 @@ def test_tuple_and_dict_outputs_agree(config, dummy):
 def test_the_public_interface_is_that_of_a_scheduler(config, dummy):
     scheduler = AMEDScheduler(**config)
     names = list(inspect.signature(scheduler.set_timesteps).parameters)
-    assert names == ["num_inference_steps", "device", "timesteps", "sigmas"]
+    assert names == ["num_inference_steps", "device", "timesteps", "sigmas", "mu"]
     assert scheduler.init_noise_sigma > 1
     assert scheduler.order == 2
     assert scheduler.scale_model_input(dummy, scheduler.timesteps[0]).shape == dummy.shape
@@ -320,7 +320,7 @@ def test_half_precision_samples_come_back_in_half_precision(config, dummy):
         ({"solver": "heun"}, "two evaluations per interval, not 'heun'"),
         ({"solver_options": {"points": 2}}, "two evaluations per interval"),
         ({"prediction_type": "flow"}, "prediction_type must be one of"),
-        ({"beta_schedule": "exp"}, "beta_schedule must be one of"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of"),
         ({"sigma_schedule": "sgm"}, "karras or exponential"),
         ({"rho": 0}, "rho must be a positive number, got 0"),
         ({"rho": None}, "rho must be a positive number, got None"),

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from amed_engine import AMEDPredictor, ConfigError, make_plan, solvers
+from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_plan, solvers
 from amed_engine.engine.export.write_plan import make_tableau
 from amed_engine.evaluation.comparison import TRAINING_FREE
 from amed_engine.evaluation.figure import style
-from amed_engine.solvers import SOLVERS, USE_WITH_PREDICTOR, solver_names
+from amed_engine.solvers import SOLVERS, USE_WITH_PREDICTOR, integrator_names, solver_names
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.program import Program
 
@@ -79,6 +79,7 @@ def test_the_table_says_what_the_classes_say():
     for use in ("none", "optional", "required"):
         assert solver_names(use) == [name for name, solver in SOLVERS.items() if solver.takes_predictor == use]
     assert solver_names("none", "optional", "required") == list(SOLVERS)
+    assert integrator_names("none", "optional", "required") == [name for name in SOLVERS if SOLVERS[name].integrates]
     assert all(issubclass(solver, Solver) for solver in SOLVERS.values())
     assert all(getattr(solvers, solver.__name__) is solver for solver in (Solver, *SOLVERS.values()))
     assert "rk4" not in SOLVERS
@@ -95,8 +96,8 @@ def test_names_cost_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_compared_are_all_that_need_no_predictor():
-    assert list(dict.fromkeys(solver for solver, _ in TRAINING_FREE.values())) == solver_names("none", "optional")
+def test_compared_are_all_integrators_that_need_no_predictor():
+    assert list(dict.fromkeys(solver for solver, _ in TRAINING_FREE.values())) == integrator_names("none", "optional")
     assert list(TRAINING_FREE) == [
         *("euler", "heun", "dpm-2", "ipndm-2", "ipndm-3", "ipndm-4", "deis-3"),
         *("dpmpp-2 noise", "dpmpp-3 noise", "dpmpp-2 data", "dpmpp-3 data", "unipc-2", "unipc-3"),
@@ -111,7 +112,7 @@ def test_families_have_colours_and_orders_dashes():
     assert {style(name)[0] for name in ("amed", "nonstationary", "ipndm-2 + amed", "reference")} == {"black"}
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("heun", "nonstationary")])
+@pytest.mark.parametrize("name", [n for n in integrator_names("optional", "required") if SOLVERS[n].answer is Midpoint])
 def test_what_is_tabulated_goes_into_a_table_with_its_predictor(name):
     plan = make_plan(6, solver=name, midpoint=True)
     program = Program.build(plan.make_solver(), plan.levels, AMEDPredictor(scale_dir=0.1, bottleneck=(4, 4)))

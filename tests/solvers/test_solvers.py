@@ -10,7 +10,7 @@ import torch
 from amed_engine import AMEDPredictor, ConfigError, Midpoint, make_schedule, make_solver, sample
 from amed_engine.sampling.denoiser import analytic_first_step, dynamic_thresholding, mean_of_labels, thresholded
 from amed_engine.sampling.loop import integrate
-from amed_engine.solvers import SOLVERS
+from amed_engine.solvers import SOLVERS, integrator_names
 from amed_engine.solvers.base import count_evaluations
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Layout, Row, Stage, fold
@@ -228,7 +228,7 @@ def test_data_prediction_is_thresholded_where_that_is_asked_for(name):
 
 
 @pytest.mark.parametrize(("mu", "sd"), [(0.0, 1.0), (2.0, 4.0)])
-@pytest.mark.parametrize("name", [name for name in SOLVERS if SOLVERS[name].takes_predictor != "required"])
+@pytest.mark.parametrize("name", integrator_names("none", "optional"))
 def test_data_that_leave_minus_one_to_one_are_not_clipped(name, mu, sd):
     def exact(x, sigma):
         s = sigma.view(-1, 1, 1, 1) ** 2
@@ -268,7 +268,7 @@ def test_a_first_step_about_the_mean_is_that_of_the_data_moved_to_zero():
     def at_home(x, sigma):
         return curved(x - m, sigma)[0] + m
 
-    for name in (name for name in SOLVERS if SOLVERS[name].takes_predictor != "required"):
+    for name in integrator_names("none", "optional"):
         about = sample(at_home, x, levels, make_solver(name), afs="mean", mean=m)
         zero = sample(curved, x - m, levels, make_solver(name), afs=True) + m
         torch.testing.assert_close(about, zero, rtol=1e-9, atol=1e-9)
@@ -354,7 +354,7 @@ def test_dpm_solver_2_at_one_half_neither_keeps_nor_reads_its_first_direction():
 
 
 def test_every_solver_says_whether_it_takes_midpoints():
-    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "none"} == {"heun"}
+    assert {name for name in SOLVERS if make_solver(name).takes_predictor == "none"} == {"heun", "consistency"}
     assert {name for name in SOLVERS if make_solver(name).takes_predictor == "required"} == {"amed", "nonstationary"}
 
 

@@ -441,7 +441,7 @@ def test_one_bad_evaluation_costs_one_step_only():
     # Per round: the teacher's 4 intervals of Heun, then 1 + 2 evaluations of the student; one before to see features.
     bad = 0
     good_predictor, good = run()
-    assert len(calls) == 1 + 4 * (8 + 3)
+    assert len(calls) == 1 + 4 * (8 + 3) + 32 + 3 + 3  # and the comparison at the end
     bad = 1 + (8 + 3) + 8 + 1
     predictor, losses = run()
     assert losses.isnan().nonzero().tolist() == [[1, 0]]

@@ -8,24 +8,23 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.options import check_writable, open_network, where_options
 
 
 @click.command()
 @where_options
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
-@click.option("--class", "class_label", type=int, help="Class of all samples.", show_default="drawn by each seed")
+@label_option
 @click.option("--guidance", "guidance_scale", type=float, help="Calibrate for this guidance.", show_default="none")
 @click.option("--batch", type=int, default=64, help="Samples computed at once, of 64.")
 @click.option("--rows", type=click.IntRange(min=1), help="Plans of the table, the best.", show_default="all")
 @click.option("--out", type=click.Path(), required=True, help="A file; for several NFE a folder, of nfe5.json etc.")
-def calibrate(model, weights, device, nfe, class_label, batch, rows, out, **options) -> None:
+def calibrate(model, weights, device, nfe, class_labels, batch, rows, out, **options) -> None:
     """Find the best solver, schedule and first step of a model, and save them for --plan.
 
     It takes up to 10,000 network evaluations for each NFE: on a CPU minutes for a small network, hours for a large one.
     """
-    import torch
-
     import amed_engine
     from amed_engine.engine.seeds import parse_seeds
 
@@ -34,7 +33,7 @@ def calibrate(model, weights, device, nfe, class_label, batch, rows, out, **opti
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
     check_writable(Path(out) / "nfe" if several else out)
     network = open_network(model, weights, device)
-    conditions = None if class_label is None else [torch.full((batch,), class_label, device="cpu")]
+    conditions = in_turn(class_labels, network, batch)
     asked = {"conditions": conditions, "batch": batch, "progress": sys.stderr.isatty(), **options}
     found: Any = amed_engine.calibrate(network, numbers, **asked)
     for number, calibration in found.items():

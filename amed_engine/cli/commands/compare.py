@@ -12,6 +12,7 @@ from amed_engine.cli.options import (
     drawing_options,
     first_step_options,
     grid_options,
+    range_options,
     show,
     typed,
     where_options,
@@ -23,6 +24,7 @@ from amed_engine.cli.options import (
 @click.option("--seeds", default="0-7", help="Columns of the picture.")
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @grid_options
+@range_options
 @first_step_options
 @drawing_options
 @click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
@@ -33,6 +35,8 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
     """All solvers on the same seeds at equal NFE: errors to a fine reference solution.
 
     Each on time_uniform, with an evaluation as its first step where the NFE allows, unless --schedule and --afs say otherwise.
+    A predictor keeps the noise levels it was trained for; --predictor brings their range to the other solvers too, unless
+    --sigma-min and --sigma-max say another, and each row is measured against a solution of its own range.
     """
     from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds

@@ -9,19 +9,26 @@ import click
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("file", type=click.Path(exists=True))
 @click.option("--out", type=click.Path(), help="Where to write it.", show_default="beside the original")
+@click.option(
+    "--weights",
+    metavar="NAME",
+    help="Of a file with several: ema, model, or the place of one in it.",
+    show_default="the averaged ones, where there are any",
+)
 @click.option(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="What the file does not tell, e.g. image_size=256."
 )
-def convert(file: str, out: str | None, pairs: tuple[str, ...]) -> None:
+def convert(file: str, out: str | None, weights: str | None, pairs: tuple[str, ...]) -> None:
     """Convert a published checkpoint: AMED predictor, EDM, guided-diffusion, consistency or latent-diffusion model.
 
-    Nothing in the file is run; what is not plain data is refused by name.
+    FILE is a file, the index of shards, or a folder with one of these. Nothing in it is run; what is not plain data is refused
+    by name.
     """
     from amed_engine.checkpoints import convert as work
 
-    done = work(file, out, **dict(map(_parse, pairs)))
+    done = work(file, out, weights=weights, **dict(map(_parse, pairs)))
     click.echo(done.description)
     click.echo(f"wrote {done.path}")
 

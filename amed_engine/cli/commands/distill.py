@@ -52,4 +52,5 @@ def distill(model, weights, device, out, **options) -> None:
     click.echo(predictor.plan.describe() if predictor.plan else "")
     if rounds:  # none where a finished run was resumed
         click.echo(f"final loss per interval: {' '.join(f'{loss:.4g}' for loss in rounds[-1].losses)}")
+    click.echo(str(predictor.report))
     click.echo(f"wrote {out}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.options import check_writable, first_step_options, open_network, where_options
 
 
@@ -17,6 +18,7 @@ from amed_engine.cli.options import check_writable, first_step_options, open_net
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
 @click.option("--solver", default="amed", help="Of constants and epd: amed, or a solver to refine.")
 @first_step_options
+@label_option
 @click.option("--guidance", "guidance_scale", type=float, help="Fit for this guidance.", show_default="none")
 @click.option("--samples", type=int, default=512, help="Latents that the teacher solves.")
 @click.option("--batch", type=int, default=64, help="Latents at once.")
@@ -28,7 +30,7 @@ from amed_engine.cli.options import check_writable, first_step_options, open_net
 @click.option(
     "--out", type=click.Path(), required=True, help="A file; for several NFE a folder, of nfe5.safetensors etc."
 )
-def fit(model, weights, device, nfe, out, **options) -> None:
+def fit(model, weights, device, nfe, class_labels, out, **options) -> None:
     """Fit a predictor to a model by Gauss-Newton, and save it."""
     import amed_engine
     from amed_engine.engine.seeds import parse_seeds
@@ -38,6 +40,7 @@ def fit(model, weights, device, nfe, out, **options) -> None:
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
     check_writable(Path(out) / "nfe" if several else out)
     network = open_network(model, weights, device)
+    options["conditions"] = in_turn(class_labels, network, min(options["batch"], options["samples"]))
     made: Any = amed_engine.fit(network, nfe=numbers, progress=sys.stderr.isatty(), **options)
     for number, predictor in made.items():
         path = Path(out) / f"nfe{number}.safetensors" if several else out

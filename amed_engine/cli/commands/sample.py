@@ -59,12 +59,17 @@ def _drawn(sampler, seeds, batch, class_labels, guidance_scale) -> Iterator[amed
     """Results batch by batch, under a progress bar where stderr is a terminal."""
     from tqdm import tqdm
 
+    from amed_engine.engine.request import check_labels
+
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
     # Steps count as fractions of an image. Not on a GPU: a callback would keep it from replaying its captured loop.
     stepwise = sampler.device.type == "cpu"
+    labels = None if class_labels is None else check_labels(class_labels, sampler.model, len(seeds), look=True)
     with tqdm(total=len(seeds), desc="sample", unit="image", bar_format=form, disable=None) as bar:
         tick = (lambda step: bar.update(len(step.x) / step.steps)) if stepwise else None
         for start in range(0, len(seeds), batch):
-            result = sampler.run(seeds[start : start + batch], class_labels, guidance_scale, callback=tick)
+            rows = slice(start, start + batch)
+            told = None if labels is None else labels[rows]
+            result = sampler.run(seeds[rows], told, guidance_scale, callback=tick)
             bar.update(0 if stepwise else len(result.images))
             yield result

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.options import first_step_options, open_network, parse_pairs, where_options
-from amed_engine.solvers import alternatives, solver_names
+from amed_engine.solvers import alternatives, integrator_names
 
 
 @click.command("search-schedule")
 @where_options
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
-@click.option("--solver", default="ipndm", help=f"{alternatives(solver_names('none', 'optional'))}.")
+@click.option("--solver", default="ipndm", help=f"{alternatives(integrator_names('none', 'optional'))}.")
 @click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")
 @first_step_options
 @click.option("--cost", default="euler", help="Of which step: euler, or solver, if it has no memory (heun).")
@@ -22,11 +23,12 @@ from amed_engine.solvers import alternatives, solver_names
 @click.option("--grid", type=int, default=61, help="Noise levels to choose from.")
 @click.option("--samples", type=int, default=128, help="Latents that the teacher solves.")
 @click.option("--batch", type=int, default=64, help="Latents at once.")
+@label_option
 @click.option("--guidance", "guidance_scale", type=float, help="Search for this guidance.", show_default="none")
 @click.option("--seed", type=int, default=0, help="Of latents and labels.")
 @click.option("--out", type=click.Path(dir_okay=False), required=True, help="Where to write it, e.g. levels.json.")
 def search_schedule(
-    model, weights, device, nfe, solver, solver_options, afs, guidance_scale, out, **options: Any
+    model, weights, device, nfe, solver, solver_options, afs, guidance_scale, class_labels, out, **options: Any
 ) -> None:
     """Find the noise levels on which a solver errs least, and save them for --schedule."""
     import amed_engine
@@ -35,6 +37,7 @@ def search_schedule(
     from amed_engine.engine.resolve import resolve
 
     network = open_network(model, weights, device)
+    options["conditions"] = in_turn(class_labels, network, min(options["batch"], options["samples"]))
     wished = {"solver": solver, "afs": afs, "guidance_scale": guidance_scale}
     levels = amed_engine.search_schedule(
         network, nfe=nfe, solver_options=solver_options, progress=sys.stderr.isatty(), **wished, **options

@@ -39,7 +39,7 @@ class PackageFacts:
     """What a package says of itself.
 
     shape: (C, H, W) of one sample. label_dim: columns of the second input, labels (B, label_dim); 0 where there is none.
-    dtype: of latents, labels and images. device: its type, "cpu" or "cuda". max_batch: the largest batch of one call.
+    continuous: labels are numbers, and no classes. dtype: of latents, labels and images. device: its type, "cpu" or "cuda". max_batch: the largest batch of one call.
     plan: solver and noise levels, its guidance_scale the one that the loop was exported with. versions: what wrote it.
     """
 
@@ -51,6 +51,7 @@ class PackageFacts:
     max_batch: int
     plan: Plan
     versions: tuple[tuple[str, str], ...] = ()
+    continuous: bool = False
 
     def to_json(self) -> dict:
         inputs = [{"name": "latents", "dtype": self.dtype, "shape": ["batch", *self.shape]}]
@@ -63,6 +64,7 @@ class PackageFacts:
             "outputs": [{**inputs[0], "name": "images"}],
             "shape": list(self.shape),
             "label_dim": self.label_dim,
+            **({"labels": "continuous"} if self.continuous else {}),
             "dtype": self.dtype,
             "device": self.device,
             "max_batch": self.max_batch,
@@ -107,8 +109,11 @@ class PackageFacts:
             raise ConfigError(f"shape {shape}, label_dim {label_dim} and max_batch {max_batch} must be positive")
         if data["dtype"] not in DTYPES or data["device"] not in ("cpu", "cuda"):
             raise ConfigError(f"dtype {data['dtype']!r} on {data['device']!r} is not known")
+        if (labels := data.get("labels", "classes")) not in ("classes", "continuous"):
+            raise ConfigError(f"labels {labels!r} are not known")
         plan, versions = Plan.from_json(data["plan"]), tuple(sorted(data["versions"].items()))
-        return cls(str(data["format"]), shape, label_dim, data["dtype"], data["device"], max_batch, plan, versions)
+        facts = (str(data["format"]), shape, label_dim, data["dtype"], data["device"], max_batch, plan, versions)
+        return cls(*facts, labels == "continuous")
 
 
 class Package:
@@ -121,7 +126,9 @@ class Package:
         self.facts, self._call = facts, call
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
-        self._model = Model(call, facts.shape, facts.label_dim, sigma_min=plan.sigmas[-1], sigma_max=plan.sigmas[0])
+        kind = "vector" if facts.continuous else "rows"
+        levels = {"sigma_min": plan.sigmas[-1], "sigma_max": plan.sigmas[0]}
+        self._model = Model(call, facts.shape, facts.label_dim, **levels, label_kind=kind)
 
     def __repr__(self) -> str:
         format, plan, shape, most = self.facts.format, self.facts.plan, self.facts.shape, self.facts.max_batch
@@ -136,7 +143,7 @@ class Package:
     def run(
         self,
         batch: int | Sequence[int] | Tensor,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | float | Sequence | Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> SampleResult:

@@ -8,6 +8,7 @@ FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
+from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
-from amed_engine.engine.export.write_plan import write_plan
+from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
 from amed_engine.engine.export.write_schedule import write_schedule
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
@@ -67,14 +69,17 @@ class Job:
 
     def request(self, batch: int) -> Request:
         """Latents and labels as `Sampler.run` would have them for these seeds."""
-        return make_request(self.loop.model, range(batch), None, None, dtype=self.dtype, device=self.device)
+        labels = self.loop.model.example_labels(batch)
+        return make_request(self.loop.model, range(batch), labels, None, dtype=self.dtype, device=self.device)
 
     def facts(self, format: str) -> PackageFacts:
         shape, label_dim = self.request(1).latents.shape[1:], self.loop.model.label_dim
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
         wrote = tuple(versions().items())
-        return PackageFacts(format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
+        continuous = self.loop.model.continuous
+        facts = (format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote, continuous)
+        return PackageFacts(*facts)
 
 
 class LoopModule(nn.Module):
@@ -111,10 +116,17 @@ def trace(job: Job) -> torch.export.ExportedProgram:
     except ConfigError:
         raise
     except Exception as error:  # torch.export has no base class for what it raises
-        raise ConfigError(
-            f"the model cannot be exported: {type(error).__name__}: {first_line(error)}; its forward must be "
-            "torch operators without branches on values, for every batch size"
-        ) from error
+        raise ConfigError(f"the model cannot be exported: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What torch.export says, with the way out that it knows."""
+    if (most := re.search(r"Dim\('batch'(?:, min=\d+)?, max=(\d+)\)", str(error))) is not None:
+        return f"it runs otherwise in batches above {most[1]}; pass max_batch={most[1]} or less"
+    return (
+        f"{type(error).__name__}: {first_line(error)}; its forward must be torch operators without branches on values, for "
+        "every batch size"
+    )
 
 
 # ---- one writer per format: (job, file) ----
@@ -199,12 +211,19 @@ def _check(job: Job, path: Path, format: str) -> None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     if not isinstance(job.options, Mapping):
         raise ConfigError(f"options must be a dict of names and values, got {type(job.options).__name__}")
+    if job.program.noises and format in LOOPS:
+        raise ConfigError(f"{ADDS_NOISE}, and a file has no input for it; {DRAW_HERE}")
     suffix = ".onnx" if format == "onnx" else ".pt2" if format in LOOPS else ".json"
     known = OPTIONS.get(format, job.options)
     if not set(job.options) <= set(known):
         raise ConfigError(f"format {format!r} takes {', '.join(known) or 'no options'}, got {sorted(job.options)}")
     if path.suffix != suffix or path.is_dir():
         raise ConfigError(f"format {format!r} is written to a {suffix} file, got {str(path)!r}; name it loop{suffix}")
+    if format in LOOPS and holds_compiled(job.model.network):
+        raise ConfigError(
+            f"format {format!r} is one graph of torch operators, and this network is compiled already (ONNX, or an AOTInductor "
+            "package): export format='plan', a table of numbers for the loop round it, or the network that it was made from"
+        )
     if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
         raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
 

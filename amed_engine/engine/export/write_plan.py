@@ -89,6 +89,10 @@ def _check_readable(tableau: Tableau) -> None:
 
 # ---- the program ----
 
+# Of a program that is not all there is to a sample.
+ADDS_NOISE = "this solver adds fresh noise between its evaluations"
+DRAW_HERE = "sample with Sampler, write a single evaluation (nfe=1), which adds none, or use another solver"
+
 
 def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
     """The program with float64 constants on the host, and the plan it came from. Raises ConfigError for what is no table."""
@@ -96,6 +100,8 @@ def resolve_program(source: Planned | Program) -> tuple[Program, Plan | None]:
         raise ConfigError(f"a plan is made of a Sampler or a Program, got {type(source).__name__}")
     plan = None if isinstance(source, Program) else source.plan
     program = source if isinstance(source, Program) else source.plan.program(source.program.predictor)
+    if program.noises:
+        raise ConfigError(f"{ADDS_NOISE}, and a table has no place for it; {DRAW_HERE}")
     if isinstance(program.predictor, Sequence) and any(callable(choice) for choice in program.predictor):
         raise ConfigError("coefficients that depend on the sample are no table; export format='pt2' or 'onnx'")
     return program, plan

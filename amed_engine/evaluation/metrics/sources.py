@@ -24,7 +24,7 @@ BATCH = 64
 def generate(
     sampler: Sampler,
     seeds: Sequence[int],
-    class_labels: int | Sequence[int] | None = None,
+    class_labels: int | float | Sequence | Tensor | None = None,
     guidance_scale: float | None = None,
     batch: int = BATCH,
 ) -> Iterator[Tensor]:
@@ -32,11 +32,13 @@ def generate(
 
     class_labels: one class for all, one per seed, or None for those the seeds draw. Raises what `Sampler.run` raises.
     """
-    if batch < 1 or not (class_labels is None or isinstance(class_labels, int) or len(class_labels) == len(seeds)):
+    if batch < 1 or not (
+        class_labels is None or isinstance(class_labels, (int, float)) or len(class_labels) == len(seeds)
+    ):
         raise ConfigError(f"batch must be at least 1 and labels one per seed, got batch={batch}, {len(seeds)} seeds")
     for start in range(0, len(seeds), batch):
         rows = slice(start, start + batch)
-        labels = class_labels if class_labels is None or isinstance(class_labels, int) else class_labels[rows]
+        labels = class_labels if class_labels is None or isinstance(class_labels, (int, float)) else class_labels[rows]
         yield sampler.run(seeds[rows], labels, guidance_scale).images
 
 

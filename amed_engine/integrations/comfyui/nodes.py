@@ -1,142 +1,184 @@
-"""Three nodes: load a predictor, its noise levels, and the sampler with the model it watches.
+"""The nodes: a predictor from a file or from numbers, its noise levels and its sampler; and a solver that needs none.
 
 The denoiser is ComfyUI's: it may move or re-create weights at any time, so nothing is ever captured here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from amed_engine.checkpoints import load_predictor
-from amed_engine.errors import ConfigError, require
+from amed_engine.errors import ConfigError
+from amed_engine.integrations.comfyui.constants import DEFAULT_TEXT, constants
+from amed_engine.integrations.comfyui.description import PREDICTOR, Node, Socket, v1
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
-from amed_engine.integrations.comfyui.flow import sample_amed_flow, to_flow
-from amed_engine.integrations.common import one_mean
-from amed_engine.integrations.k_diffusion import sample_amed
+from amed_engine.integrations.comfyui.host import FOLDER, folders, host_levels
+from amed_engine.integrations.comfyui.trained import Trained, check_middle_block, plan_of, reads_bottleneck, sampler
+from amed_engine.integrations.comfyui.training_free import AFS, SCHEDULES, solver
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.sampling.predictors.amed import AMEDPredictor
-from amed_engine.solvers.plan import Plan
+from amed_engine.solvers import solver_names
 
-FOLDER = "amed"  # in ComfyUI's models folder
-_INSIDE = "the nodes run inside ComfyUI; put them into its custom_nodes folder"
+BOTTLENECKS = ["middle_block", "none"]
 
 
-def plan_of(predictor: AMEDPredictor) -> Plan:
-    if predictor.plan is None:
-        raise ConfigError("this predictor does not say which noise levels it is for; save it with its plan")
-    return predictor.plan
+def _files() -> list[str]:
+    return folders().get_filename_list(FOLDER)
 
 
-def options_of(predictor: AMEDPredictor) -> dict[str, Any]:
-    """What `sample_amed` is told of a predictor. Raises ConfigError for one that starts where each class has its own mean."""
-    plan = plan_of(predictor)
-    mean = one_mean(plan)
-    return {"predictor": predictor, "afs": plan.afs, "mean": None if mean is None else mean.rows()}
-
-
-class AMEDPredictorLoader:
-    """A predictor from models/amed (.safetensors)."""
-
-    RETURN_TYPES: ClassVar = ("AMED_PREDICTOR",)
-    FUNCTION: ClassVar = "load"
-    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"predictor_name": (_folders().get_filename_list(FOLDER),)}}
-
-    def load(self, predictor_name: str) -> tuple[Predictor]:
-        path = _folders().get_full_path(FOLDER, predictor_name)
-        if path is None:
-            raise ConfigError(f"there is no predictor {predictor_name!r} in models/{FOLDER}; refresh the list")
-        return (load_predictor(path),)
-
-
-class AMEDSchedule:
-    """The noise levels that a predictor was trained for, for SamplerCustom. A flow model (SD3, Flux) has to be connected."""
-
-    RETURN_TYPES: ClassVar = ("SIGMAS",)
-    FUNCTION: ClassVar = "get_sigmas"
-    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"predictor": ("AMED_PREDICTOR",)}, "optional": {"model": ("MODEL",)}}
-
-    def get_sigmas(self, predictor: AMEDPredictor, model: Any = None) -> tuple[Tensor]:
-        levels = plan_of(predictor).levels
-        return ((to_flow(levels) if model is not None and _is_flow(model) else levels).float(),)
-
-
-class AMEDSampler:
-    """The sampler of a predictor, and the model with its bottleneck watched: use both. `none` is for models without one."""
-
-    RETURN_TYPES: ClassVar = ("MODEL", "SAMPLER")
-    FUNCTION: ClassVar = "get_sampler"
-    CATEGORY: ClassVar = "sampling/custom_sampling/AMED"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        choices = (["middle_block", "none"],)
-        return {"required": {"model": ("MODEL",), "predictor": ("AMED_PREDICTOR",), "bottleneck": choices}}
-
-    def get_sampler(self, model: Any, predictor: AMEDPredictor, bottleneck: str = "middle_block") -> tuple[Any, Any]:
-        if bottleneck not in ("middle_block", "none"):
-            raise ConfigError(f"bottleneck must be middle_block or none, got {bottleneck!r}")
-        options = options_of(predictor)
-        if bottleneck == "middle_block":
-            features, model = ConditionalFeatures(), model.clone()
-            model.set_model_middle_block_after_patch(features.patch)
-            options["bottleneck"] = features.take
-        return model, _sampler(plan_of(predictor), sample_amed_flow if _is_flow(model) else sample_amed, options)
-
-
-def _is_flow(model: Any) -> bool:
-    """Whether the state is (1 - t) x0 + t noise. Raises ConfigError for models that start from anything but noise."""
-    const = require("comfy.model_sampling", _INSIDE).CONST
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, const):
-        return False
-    if type(sampling).noise_scaling is not const.noise_scaling:
+def _path(predictor_name: str) -> Path:
+    path = folders().get_full_path(FOLDER, predictor_name)
+    if path is None:
         raise ConfigError(
-            f"this model does not start from noise ({type(sampling).__mro__[1].__name__}): no AMED for it"
+            f"there is no predictor {predictor_name!r} in models/{FOLDER}, nor in the folders of extra_model_paths.yaml; "
+            "refresh the list (R) and choose one"
         )
-    return True
+    return Path(path)
 
 
-def _sampler(plan: Plan, function: Callable[..., Tensor], options: dict[str, Any]) -> Any:
-    """ComfyUI's sampler object for a function."""
-
-    class Sampler(require("comfy.samplers", _INSIDE).KSAMPLER):
-        def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
-            # Elsewhere the latents of the highest level have variance 1 + sigma²; predictors were trained from sigma².
-            return False
-
-        def sample(self, model_wrap: Any, *arguments: Any, **named: Any) -> Tensor:
-            wanted, given = plan.guidance_scale or 1.0, getattr(model_wrap, "cfg", None)
-            if given is not None and not math.isclose(given, wanted, rel_tol=1e-4):
-                raise ConfigError(f"this predictor was trained with cfg {wanted:g}, got {given:g}; set cfg to that")
-            return super().sample(model_wrap, *arguments, **named)
-
-    return Sampler(function, extra_options=options)
+def load(predictor_name: str) -> tuple[Predictor]:
+    return (load_predictor(_path(predictor_name)),)
 
 
-def _folders() -> Any:
-    """ComfyUI's folder_paths, with models/amed among its folders."""
-    folders = require("folder_paths", _INSIDE)
-    if FOLDER not in folders.folder_names_and_paths:
-        folders.folder_names_and_paths[FOLDER] = ([str(Path(folders.models_dir, FOLDER))], {".safetensors"})
-    return folders
+def file_of(predictor_name: str) -> str:
+    """What is in the file now: a predictor that was fitted anew under the same name is another one."""
+    return hashlib.sha256(_path(predictor_name).read_bytes()).hexdigest()
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (AMEDPredictorLoader, AMEDSchedule, AMEDSampler)}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "AMEDPredictorLoader": "Load AMED Predictor",
-    "AMEDSchedule": "AMED Schedule",
-    "AMEDSampler": "AMED Sampler",
-}
+def get_sigmas(predictor: Predictor, model: Any = None) -> tuple[Tensor]:
+    plan = plan_of(predictor)
+    levels = torch.cat([plan.levels, plan.levels.new_zeros(int(plan.denoise_to_zero))])
+    return (levels.float() if model is None else host_levels(levels, model.get_model_object("model_sampling")),)
+
+
+def get_sampler(model: Any, predictor: Predictor, bottleneck: str = "middle_block") -> tuple[Any, Any]:
+    if bottleneck not in BOTTLENECKS:
+        raise ConfigError(f"bottleneck must be middle_block or none, got {bottleneck!r}")
+    features = None
+    if bottleneck == "middle_block" and reads_bottleneck(predictor):
+        check_middle_block(model, predictor)
+        features = ConditionalFeatures()
+        model = features.attach(model)
+    recipe = Trained(predictor, features)
+    return model, sampler(recipe, recipe.check)
+
+
+_MODEL = Socket("model", "MODEL", "The model that samples.")
+_PREDICTOR = Socket("predictor", PREDICTOR, "From Load AMED Predictor or AMED Constants.")
+_SIGMAS = Socket("sigmas", "SIGMAS", "The noise levels; connect them to SamplerCustom or SamplerCustomAdvanced.")
+_SAMPLER = Socket("sampler", "SAMPLER", "Connect it to SamplerCustom or SamplerCustomAdvanced.")
+_SCHEDULE = Socket("schedule", "COMBO", "How the noise levels lie between those of the model.", SCHEDULES)
+_CFG = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.1}
+
+NODES = (
+    Node(
+        "AMEDPredictorLoader",
+        "Load AMED Predictor",
+        f"A predictor from models/{FOLDER} (.safetensors).",
+        (Socket("predictor_name", "COMBO", "A file that amed fit or amed distill wrote.", _files),),
+        (Socket("predictor", PREDICTOR, "For AMED Schedule and AMED Sampler."),),
+        "load",
+        load,
+        file_of,
+    ),
+    Node(
+        "AMEDSchedule",
+        "AMED Schedule",
+        "The noise levels that a predictor was trained for.",
+        (
+            _PREDICTOR,
+            Socket(
+                "model", "MODEL", "The model that samples; a flow model (SD3, Flux) has to be connected.", optional=True
+            ),
+        ),
+        (_SIGMAS,),
+        "get_sigmas",
+        get_sigmas,
+    ),
+    Node(
+        "AMEDSampler",
+        "AMED Sampler",
+        "The sampler of a predictor, and the model with its middle block heard: connect both.",
+        (
+            _MODEL,
+            _PREDICTOR,
+            Socket(
+                "bottleneck",
+                "COMBO",
+                "What the predictor reads of the model, if it reads anything: the middle block of a U-Net, or none, with which "
+                "it works as constants.",
+                BOTTLENECKS,
+            ),
+        ),
+        (Socket("model", "MODEL", "The model that the sampler is to sample."), _SAMPLER),
+        "get_sampler",
+        get_sampler,
+    ),
+    Node(
+        "AMEDSolver",
+        "AMED Solver",
+        "A solver that needs no predictor, on noise levels of the model's range.",
+        (
+            _MODEL,
+            Socket(
+                "solver",
+                "COMBO",
+                "iPNDM and DEIS for few evaluations.",
+                solver_names("none", "optional"),
+                options={"default": "ipndm"},
+            ),
+            Socket(
+                "nfe",
+                "INT",
+                "How often the model is evaluated; heun and dpm need two for each step.",
+                options={"default": 8, "min": 1, "max": 1000},
+            ),
+            _SCHEDULE,
+            Socket("afs", "COMBO", "Whether the first step is analytic, so that one more step fits into nfe.", AFS),
+            Socket(
+                "denoise",
+                "FLOAT",
+                "Below 1 the given image is changed only that much; nfe stays.",
+                options={"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01},
+            ),
+        ),
+        (_SAMPLER, _SIGMAS),
+        "get_solver",
+        solver,
+    ),
+    Node(
+        "AMEDConstants",
+        "AMED Constants",
+        "A predictor of numbers written here, for the model's range of noise levels.",
+        (
+            _MODEL,
+            Socket(
+                "constants",
+                "STRING",
+                "A line for each step: r, scale_dir and scale_time; the scales are 1 where left out.",
+                options={"default": DEFAULT_TEXT, "multiline": True},
+            ),
+            Socket(
+                "solver",
+                "COMBO",
+                "What takes the numbers: AMED-Solver, or a plugin on another.",
+                ["amed", *solver_names("optional")],
+            ),
+            _SCHEDULE,
+            Socket("afs", "COMBO", "Whether the first evaluation is analytic and free.", AFS),
+            Socket(
+                "cfg", "FLOAT", "The cfg that the numbers are for; the sampler has to be set to the same.", options=_CFG
+            ),
+        ),
+        (Socket("predictor", PREDICTOR, "For AMED Schedule and AMED Sampler."),),
+        "get_predictor",
+        constants,
+    ),
+)
+
+NODE_CLASS_MAPPINGS = {node.name: v1(node) for node in NODES}
+NODE_DISPLAY_NAME_MAPPINGS = {node.name: node.title for node in NODES}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amed_engine.adapters.taps import Bottleneck
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.comfyui.nodes import options_of, plan_of
+from amed_engine.integrations.comfyui.trained import options_of, plan_of
 from amed_engine.integrations.k_diffusion import sample_amed
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 

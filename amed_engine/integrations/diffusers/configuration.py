@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from amed_engine.adapters.schedulers import OWN_SETTINGS, SPACING
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import constants, one_mean, open_predictor
+from amed_engine.integrations.diffusers.limits import Limits
+from amed_engine.integrations.diffusers.parameterization import OPTIONAL
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import Mean, check_first_step
 from amed_engine.solvers.plan_json import as_first_meant
+
+logger = logging.getLogger("amed_engine")
 
 
 def of_predictor(predictor: Any) -> dict[str, Any]:
@@ -41,9 +47,25 @@ def solver_of(config: Mapping[str, Any]) -> Solver:
     made = make_solver(config["solver"], **(config["solver_options"] or {}))
     if made.takes_predictor == "none" or made.evaluations(True) != 2:
         raise ConfigError(f"AMEDScheduler needs a solver of two evaluations per interval, not {config['solver']!r}")
-    if config["afs"] and made.thresholds:
+    limited = Limits.of(config).any
+    if limited and made.thresholds:
+        raise ConfigError(f"{config['solver']} with thresholding has its own; leave out thresholding and clip_sample")
+    if config["afs"] and (made.thresholds or limited):
         raise ConfigError("afs cannot be folded into the first latents of a solver with thresholding; set afs=False")
+    if config["afs"] and config["prediction_type"] == "flow_prediction":
+        raise ConfigError("pipelines of flow-matching models do not scale their first latents; set afs=False")
     return made
+
+
+def told_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the optional settings that nobody said; those of the steps that are said in its own entry."""
+    unsaid = OPTIONAL & set(config.get("_use_default_values", ()))
+    kept = {name: value for name, value in config.items() if name not in unsaid}
+    told = {name: kept[name] for name in sorted(SPACING) if name in kept}
+    if told:
+        kept[OWN_SETTINGS] = {**kept.get(OWN_SETTINGS, {}), **told}
+    defaults = sorted(set(kept.pop("_use_default_values", ())) - unsaid)
+    return kept | ({"_use_default_values": defaults} if defaults else {})
 
 
 def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +74,21 @@ def in_full(config: Mapping[str, Any]) -> dict[str, Any]:
     if "_use_default_values" not in config:
         return options
     return options | {"_use_default_values": sorted({*config["_use_default_values"]} - {"solver_options"})}
+
+
+def as_many_as_betas(config: Mapping[str, Any]) -> dict[str, int]:
+    """The entry that says how many training steps there are, where trained_betas say another number; a warning where both
+    were said.
+    """
+    betas, steps = config["trained_betas"], config["num_train_timesteps"]
+    if betas is None or len(betas) == steps:
+        return {}
+    if "num_train_timesteps" not in config.get("_use_default_values", ()):
+        logger.warning(
+            "num_train_timesteps=%d with trained_betas of %d steps: the betas count, the network is told 0 to %d",
+            *(steps, len(betas), len(betas) - 1),
+        )
+    return {"num_train_timesteps": len(betas)}
 
 
 def as_saved(config: Any) -> Any:

@@ -31,7 +31,7 @@ from amed_engine.integrations.diffusers.conditions import (
 )
 from amed_engine.integrations.diffusers.means import PromptMeans, mean_of_classes
 from amed_engine.integrations.diffusers.predictor import AMEDPredictorModel
-from amed_engine.integrations.diffusers.scheduler import AMEDScheduler
+from amed_engine.integrations.diffusers.scheduler import for_pipeline
 from amed_engine.integrations.diffusers.text import Prompts
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised
 from amed_engine.sampling.loop import State, Trajectory, evaluate
@@ -78,8 +78,7 @@ class AMEDPipeline(DiffusionPipeline):
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
         check_channels(unet, vae)
-        if not isinstance(scheduler, AMEDScheduler):
-            scheduler = AMEDScheduler.from_config({**scheduler.config, "_class_name": type(scheduler).__name__})
+        scheduler = for_pipeline(scheduler)
         if verify and predictor is not None:
             check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
         texts = {"text_encoder": text_encoder, "tokenizer": tokenizer}

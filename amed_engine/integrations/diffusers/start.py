@@ -12,7 +12,7 @@ from amed_engine.integrations.common import check_start
 from amed_engine.sampling.denoiser import analytic_first_step
 from amed_engine.sampling.loop import State, advance
 from amed_engine.solvers.mean import Mean
-from amed_engine.solvers.program import Program
+from amed_engine.solvers.program import Call, Program
 
 
 class Start:
@@ -63,3 +63,18 @@ def check_level(mean: Mean | None, levels: Tensor) -> None:
             f"the mean answer was measured at sigma {mean.sigma:g}, these noise levels start from {float(levels[0]):g}; pass "
             "noise_levels that start there"
         )
+
+
+def evaluations_from(program: Program, evaluations: list[Call], index: int, levels: Tensor) -> list[Call]:
+    """The evaluations of a trajectory that starts at this index of them, without a history. Raises ConfigError."""
+    interval, inside = divmod(index + int(bool(program.afs)), 2)
+    if inside:
+        raise ConfigError(
+            f"a trajectory can only start where an interval does; got index {index} of {len(evaluations)}"
+            f"{'; set afs=False: image-to-image has no analytic first step' if program.afs else ''}"
+        )
+    rest = levels[interval:]
+    if len(rest) == 1:
+        return evaluations[index:]
+    fixed = program.predictor[interval:]  # type: ignore[index]
+    return list(Program.build(program.solver, rest, fixed, denoise_to_zero=program.denoise_to_zero).evaluations())

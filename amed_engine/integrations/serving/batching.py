@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +19,15 @@ MAX_IMAGES = 64  # per request
 
 
 class Order(NamedTuple):
-    """What one request asks for: an image per seed, and a class for each where the model has classes."""
+    """What one request asks for: an image per seed, and a class, or numbers, for each where the model has labels."""
 
     seeds: list[int]
-    classes: list[int] | None
+    classes: list[Any] | None
 
     @classmethod
-    def parse(cls, payload: Any, label_dim: int) -> Order:
-        """From {"seeds": [0, 1], "class_labels": [3, 4]}; one class serves all seeds. Raises ConfigError."""
+    def parse(cls, payload: Any, label_dim: int, continuous: bool = False) -> Order:
+        """From {"seeds": [0, 1], "class_labels": [3, 4]}; one class serves all seeds. continuous: labels are label_dim numbers
+        per seed, [0.3, 0.7] where label_dim is 1, rows of them otherwise. Raises ConfigError."""
         if (
             not isinstance(payload, Mapping)
             or not payload.keys() <= {"seeds", "class_labels"}
@@ -36,7 +38,8 @@ class Order(NamedTuple):
         if not isinstance(seeds, list) or not 1 <= len(seeds) <= MAX_IMAGES:
             raise ConfigError(f"seeds must be a list of 1 to {MAX_IMAGES} integers")
         seeds = check_seeds(seeds)
-        return cls(seeds, _classes(payload.get("class_labels"), len(seeds), label_dim))
+        read = _numbers if continuous else _classes
+        return cls(seeds, read(payload.get("class_labels"), len(seeds), label_dim))
 
 
 def _classes(given: Any, count: int, label_dim: int) -> list[int] | None:
@@ -51,13 +54,30 @@ def _classes(given: Any, count: int, label_dim: int) -> list[int] | None:
     return classes
 
 
+def _numbers(given: Any, count: int, width: int) -> list[list[float]]:
+    """A row of numbers per seed, from one row for all or one each; where rows have one number, that may stand alone."""
+    rows = given if isinstance(given, list) else [given]
+    single = width > 1 and not any(isinstance(row, list) for row in rows)
+    rows = [rows] if single else [row if isinstance(row, list) else [row] for row in rows]
+    rows = rows * count if len(rows) == 1 else rows
+    valid = all(len(row) == width and all(map(_is_number, row)) for row in rows)
+    if len(rows) != count or not valid:
+        each = "one number" if width == 1 else f"a list of {width} numbers"
+        raise ConfigError(f"class_labels must be {each} that the model is told, or {count} of them, one per seed")
+    return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def answer(sampler: Sampler, payloads: Sequence[Any]) -> list[Tensor | AmedError]:
     """The images (seeds, C, H, W) of each request, or what is wrong with it; a bad request spoils no other.
 
     Requests with classes go through the engine as one batch, those without as another. The same seed and class give the
     same image, whoever else is served.
     """
-    answers: list[Any] = [_parsed(payload, sampler.model.label_dim) for payload in payloads]
+    answers: list[Any] = [_parsed(payload, sampler) for payload in payloads]
     for with_classes in (True, False):
         rows = [i for i, a in enumerate(answers) if isinstance(a, Order) and (a.classes is not None) is with_classes]
         if rows:
@@ -66,9 +86,9 @@ def answer(sampler: Sampler, payloads: Sequence[Any]) -> list[Tensor | AmedError
     return answers
 
 
-def _parsed(payload: Any, label_dim: int) -> Order | ConfigError:
+def _parsed(payload: Any, sampler: Sampler) -> Order | ConfigError:
     try:
-        return Order.parse(payload, label_dim)
+        return Order.parse(payload, sampler.model.label_dim, sampler.model.continuous)
     except ConfigError as error:
         return error
 

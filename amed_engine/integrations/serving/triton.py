@@ -26,7 +26,7 @@ backend: "python"
 max_batch_size: {max_batch_size}
 input [
   {{ name: "SEEDS" data_type: TYPE_INT64 dims: [ 1 ] }},
-  {{ name: "CLASS_LABELS" data_type: TYPE_INT64 dims: [ 1 ] optional: true }}
+  {{ name: "CLASS_LABELS" data_type: {labels} optional: {optional} }}
 ]
 output [ {{ name: "IMAGES" data_type: TYPE_FP32 dims: [ {dims} ] }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 10000 }}
@@ -63,6 +63,8 @@ def write_repository(
     config = _CONFIG.format(
         name=name,
         max_batch_size=max_batch_size,
+        labels=f"TYPE_FP32 dims: [ {opened.label_dim} ]" if opened.continuous else "TYPE_INT64 dims: [ 1 ]",
+        optional="false" if opened.continuous else "true",
         dims=", ".join(map(str, opened.shape)),
         kind="KIND_GPU" if gpu else "KIND_CPU",
         options=json.dumps(json.dumps(options)),
@@ -92,11 +94,14 @@ class TritonPythonModel:
         """One response per request, in their order."""
         import triton_python_backend_utils as pb_utils  # pyright: ignore[reportMissingImports]
 
-        def column(request: Any, name: str) -> list[int] | None:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            return None if tensor is None else torch.from_dlpack(tensor).reshape(-1).tolist()
+        rows = self.sampler.model.continuous and self.sampler.model.label_dim > 1
 
-        payloads = [{"seeds": column(r, "SEEDS"), "class_labels": column(r, "CLASS_LABELS")} for r in requests]
+        def column(request: Any, name: str, rows: bool = False) -> list | None:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            values = None if tensor is None else torch.from_dlpack(tensor)
+            return None if values is None else (values if rows else values.reshape(-1)).tolist()
+
+        payloads = [{"seeds": column(r, "SEEDS"), "class_labels": column(r, "CLASS_LABELS", rows)} for r in requests]
         return [self._response(pb_utils, drawn) for drawn in answer(self.sampler, payloads)]
 
     def _response(self, pb_utils: Any, drawn: Any) -> Any:

@@ -5,6 +5,8 @@ Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Step
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ import amed_engine.kernels as kernels
 from amed_engine.errors import ConfigError
 from amed_engine.kernels import MidpointStep
 from amed_engine.kernels.reference import frequencies, predict
-from amed_engine.sampling.denoiser import Denoiser, is_tracing
+from amed_engine.sampling.denoiser import Denoiser, check_features, is_tracing
 from amed_engine.sampling.loop import sample
 from amed_engine.sampling.modules import device_of, dtype_of, said
 from amed_engine.sampling.predictors.constant import ConstantPredictor
@@ -64,6 +66,7 @@ class AMEDPredictor(nn.Module):
         if embedding_dim < 4 or embedding_dim % 2:
             raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")
         self.plan: Plan | None = None
+        self.report: Any = None  # of `distill`: how it compares with what runs without it; not saved
         self.scale_dir, self.scale_time, self.scales = float(scale_dir), float(scale_time), scales
         self.bottleneck = (int(bottleneck[0]), int(bottleneck[1]))
         self.hidden_dim, self.bottleneck_dim, self.embedding_dim = hidden_dim, bottleneck_dim, embedding_dim
@@ -90,7 +93,8 @@ class AMEDPredictor(nn.Module):
         """Its answers averaged over latents (B, C, H, W) of unit variance: constants, for models without a bottleneck at hand.
 
         denoiser: (x, sigma) -> (D, features), the one it was trained for with its conditions bound. latents: or how many to
-        draw, for a network that tells its img_channels and img_resolution. Raises ConfigError where shape or plan are unknown.
+        draw, for a network that tells its sample_shape, or its img_channels and img_resolution. Raises ConfigError where
+        shape or plan are unknown.
         """
         if self.plan is None:
             raise ConfigError(
@@ -123,7 +127,7 @@ class AMEDPredictor(nn.Module):
         if not self._has_kernel(features, sigma):
             return None, None
         if features is not None:
-            self._check(features)
+            check_features(features, self.bottleneck, sigma.shape[0])
         step = kernels.midpoint(features, sigma, sigma_next, self._weights(), self.scale_dir, self.scale_time)
         return Midpoint(*step[:3]), _updates(step) if solver == AMED() else None
 
@@ -144,17 +148,10 @@ class AMEDPredictor(nn.Module):
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Midpoint:
         if features is not None:
-            self._check(features)
+            check_features(features, self.bottleneck, sigma.shape[0] if sigma.dim() else None)
             features = features.mean(dim=1)
         widths = (self.scale_dir, self.scale_time)
         return Midpoint(*predict(features, sigma, sigma_next, self._weights(), self.frequencies, *widths, self.scales))
-
-    def _check(self, features: Tensor) -> None:
-        if features.dim() != 4 or tuple(features.shape[2:]) != self.bottleneck:
-            raise ConfigError(
-                f"predictor expects bottleneck features (B, C, {self.bottleneck[0]}, {self.bottleneck[1]}), got "
-                f"{tuple(features.shape)}; it was made for another network"
-            )
 
 
 def _updates(step: MidpointStep) -> tuple[Update, ...]:
@@ -165,9 +162,10 @@ def _updates(step: MidpointStep) -> tuple[Update, ...]:
 
 def _latents(network: Denoiser, count: int) -> Tensor:
     channels, size = (said(network, name) for name in ("img_channels", "img_resolution"))
-    if channels is None or size is None or count < 1:
+    shape = said(network, "sample_shape") or (None if channels is None or size is None else (channels, size, size))
+    if shape is None or count < 1:
         raise ConfigError(
-            f"freeze cannot draw {count} latents for this model; pass latents (B, C, H, W) of unit variance"
+            f"freeze cannot draw {count} latents for this model; pass latents (B, C, ...) of unit variance"
         )
-    drawn = torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
     return drawn.to(device_of(network), dtype_of(network) or drawn.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import check_features
 from amed_engine.solvers.base import in_range
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Row
@@ -83,6 +84,8 @@ class CoefficientPredictor(nn.Module):
 
     def _choose(self, i: int, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Row:
         row = self.coefficients[i].expand(sigma.shape[0], -1)  # (B, intervals + 1)
+        if features is not None and self.heads is not None:
+            check_features(features, rows=sigma.shape[0])
         phi = self.code(features, i)
         if phi is not None:
             row = row + phi @ self.heads[i].mT  # type: ignore[index]
@@ -95,4 +98,5 @@ class CoefficientPredictor(nn.Module):
 
 def summary(features: Tensor) -> Tensor:
     """What a CoefficientPredictor reads of a bottleneck (B, C, h, w): means over channels and over places, (B, h·w + C)."""
+    check_features(features)
     return torch.cat([features.mean(1).flatten(1), features.mean((2, 3))], dim=1)

@@ -62,7 +62,8 @@ class Figures(NamedTuple):
 
 class Asked(NamedTuple):
     """ask: (x (B, ...), sigma (B,)) -> D in float32. skip: the part of x that is added to what the network says at sigma_max.
-    nearest: a noise level that the network was trained on, of two that it knows only in a table."""
+    nearest: of a network that knows the levels of a table alone, the one next to a noise level. middle: the lowest to look at,
+    None for one of the size of the answers."""
 
     ask: Callable[[Tensor, Tensor], Tensor]
     shape: tuple[int, ...]
@@ -71,11 +72,12 @@ class Asked(NamedTuple):
     device: torch.device
     skip: float = 0.0
     nearest: Callable[[float], float] = float
+    middle: float | None = None
 
 
 def figures_of(asked: Asked) -> Figures:
     """Raises ConfigError for numbers that are not finite."""
-    ask, shape, sigma_min, sigma_max, device, skip, nearest = asked
+    ask, shape, sigma_min, sigma_max, device, skip, nearest, lowest = asked
     generator, half = torch.Generator().manual_seed(0), ROWS // (2 if math.prod(shape) < LARGE else 4)
     noise = torch.randn((2 * half, *shape), generator=generator, dtype=torch.float32, device="cpu")
 
@@ -88,7 +90,7 @@ def figures_of(asked: Asked) -> Figures:
     first, second, low = noise[:half], noise[half:], nearest(sigma_max / RATIO)
     top, below = answers(sigma_max, noise), answers(low, first)
     size = (top - top.mean()).square().mean().sqrt().item()
-    middle = nearest(min(max(size, sigma_min, 1e-4 * sigma_max), sigma_max / 16))
+    middle = nearest(lowest or min(max(size, sigma_min, 1e-4 * sigma_max), sigma_max / 16))
     at = _level(sigma_max, top[:half], first), _level(low, below, first)
     positive = min(level.gain for level in at) > 0 and low < sigma_max
     return Figures(
@@ -136,7 +138,9 @@ def opposing(seen: Figures) -> Level | None:
     high = seen.high
     if high.likeness < -0.9 and (high.kept < -0.5 or high.gain < -0.5 * max(1.0, seen.size)):
         return high
-    return next((level for level in (seen.below, seen.middle) if level.likeness < -0.5 and level.kept < -0.05), None)
+    if seen.below.likeness < -0.6 and seen.below.kept < -0.08:
+        return seen.below
+    return seen.middle if seen.middle.likeness < -0.25 and seen.middle.kept < -0.05 else None
 
 
 def stays(seen: Figures) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amed_engine.adapters import look
 from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept
@@ -24,14 +25,17 @@ logger = logging.getLogger("amed_engine")
 CONSISTENCY = (
     'wrap(network, "consistency"), or adapters.Consistency(boundary=True), and Sampler(solver="consistency") draw it'
 )
+# A noise level at which steps of other betas are of another noise: the answers take too much of it away, or too little.
+BETAS_TELL = 3.0
 # What most likely answers so, by what was said to be predicted.
 _NOISE_EXPECTED = 'a network that predicts v or the data answers so: prediction="v" or "x0"'
-_OTHER = "so does one of another prediction"
+_OTHER = "a network of another prediction answers so"
 _KEEPS: dict[str, str] = dict.fromkeys(("epsilon", "vp", "iddpm", "ve"), _NOISE_EXPECTED)
 _OPPOSES: dict[str, str] = {
     "epsilon": 'other betas than it was trained with, or prediction="flow"',
     "v": 'it predicts the noise: prediction="epsilon"',
-    "x0": 'a score, prediction="score" or "ve", or v',
+    "x0": 'a score, prediction="score" or "ve", or v, answers so',
+    "score": "the score of a VP process, amed_engine.adapters.VPScore(), or a network that predicts the noise answers so",
     "denoised": 'a raw network answers so: amed_engine.wrap(network, prediction=...), "ve" or "flow", say',
 }
 
@@ -116,7 +120,8 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     low, high = ends(adapter.sigma_min, adapter.sigma_max)
     ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim)
     skip = family(torch.full((1,), high, device=device)).skip.item()
-    asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float))
+    middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
+    asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float), middle)
     found = looked_at(adapter.network, asked, family.name)
     if found is None or (family.consistency and found.kind == "consistency"):
         return adapter

@@ -107,6 +107,14 @@ def check_known(network: Any) -> None:
     )
 
 
+def is_raw(network: Any) -> bool:
+    """Whether it is known to need a preconditioning: a published network that is no denoiser."""
+    inner = bare(network)
+    known = {*READERS, *SEQUENCES} - {"OnnxModel"}
+    names = {ancestor.__name__ for ancestor in type(inner).__mro__} & known
+    return bool(names) and not _read(inner).denoises
+
+
 def as_tuple(network: Any) -> dict[str, Any]:
     """How a network of diffusers is told to answer a tuple; nothing where a wrapper may take the answer apart itself."""
     return {} if unknown_wrapper(network) is not None else {"return_dict": False}

@@ -178,7 +178,7 @@ PROGRAMS = {
     ],
     "docs/fitting.md": [Program(fitted)],
     "docs/kernels.md": [Program(two_ways)],
-    "docs/models.md": [Program(described, blocks=4)],
+    "docs/models.md": [Program(described, blocks=6)],
     "docs/schedules.md": [Program(calibrated), Program(searched)],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],

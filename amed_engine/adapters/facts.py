@@ -63,8 +63,8 @@ class NetworkFacts:
 
     @property
     def rank(self) -> str:
-        """The shape of a sample in letters."""
-        return ", ".join(self.axes) or "C, ..."
+        """The shape of a sample, in letters and the number of channels where it is known."""
+        return (", ".join(self.axes) or "C, ...").replace("C", str(self.channels or "C"))
 
 
 def facts_of(network: Any) -> NetworkFacts:
@@ -105,6 +105,14 @@ def check_known(network: Any) -> None:
         f"{kinds[0].__name__} is a network of diffusers that wrap does not know how to call ({told}): wrap a module whose "
         "forward(x, t) calls it and returns the prediction alone, with prediction= and shape="
     )
+
+
+def is_raw(network: Any) -> bool:
+    """Whether it is known to need a preconditioning: a published network that is no denoiser."""
+    inner = bare(network)
+    known = {*READERS, *SEQUENCES} - {"OnnxModel"}
+    names = {ancestor.__name__ for ancestor in type(inner).__mro__} & known
+    return bool(names) and not _read(inner).denoises
 
 
 def as_tuple(network: Any) -> dict[str, Any]:

@@ -27,6 +27,8 @@ def notes_of(
     numbers = {"float": "none; a number per sample (B,)", "vector": f"none; {facts.label_dim} numbers per sample"}
     classes = numbers.get(facts.labels, f"{facts.label_dim}") if facts.label_dim else "none"
     none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
+    if facts.label_dim and facts.labels == "rows" and not facts.prediction:
+        none = ", told as one-hot rows; zeros mean no class, where it was trained so"
     bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
     return {
         "network": type(bare(model)).__name__,

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled, converted
+from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
 from amed_engine.adapters.onnx_inputs import ANSWERS, FLOATS, LABELS, RAW, STEPS, TYPES, Roles, describe, roles_of
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.denoiser import Denoised, ask
-
-PACKAGE = "amed_engine"  # the key of a whole loop's facts
 
 
 class OnnxModel(Compiled):
@@ -27,12 +26,14 @@ class OnnxModel(Compiled):
     "float" or "vector", as `wrap` has them; conditions: dtype and shape by name.
     """
 
-    def __init__(self, session: OnnxSession, roles: Roles, signature: Signature):
-        super().__init__(_Call(session, roles), signature)
+    def __init__(
+        self, session: OnnxSession, roles: Roles, signature: Signature, facts: Mapping[str, Any] | None = None
+    ):
+        super().__init__(_Call(session, roles), signature, facts=facts)
         self.session, self.roles = session, roles
         self.conditions = {entry.name: _input(entry) for entry in roles.conditions}
         if roles.labels is not None:
-            self.label_kind = _label_kind(roles.labels)
+            self.label_kind = self.facts.get("label_kind", _label_kind(roles.labels))
         self.label_dim = 1 if self.label_kind == "float" else signature.label_dim
 
     @property
@@ -48,8 +49,8 @@ class OnnxModel(Compiled):
 
     @property
     def can_guide(self) -> bool:
-        """Whether zero labels mean "no class": for one-hot rows."""
-        return self.label_kind == "rows"
+        """Whether zero labels mean "no class": for one-hot rows, where the file does not say otherwise."""
+        return self.facts.get("can_guide", self.label_kind == "rows")
 
     @property
     def whole_times(self) -> bool:
@@ -180,12 +181,12 @@ def load_onnx(
     FileFormatError for a file that is no ONNX model.
     """
     session = OnnxSession(path, threads)
-    if PACKAGE in session.metadata:
-        raise ConfigError(f"{path} is a whole sampling loop, no network: open it with amed_engine.load_package")
+    check_no_loop(session.metadata, path)
     session.outputs = _answers(session.answers, outputs, path)
     answer = next(entry for entry in session.answers if entry.name == session.outputs[0])
     roles = roles_of(session.inputs, answer, path, inputs)
-    return OnnxModel(session, roles, _signature(roles, session.metadata, path))
+    signature = _signature(roles, session.metadata, path)
+    return OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
 
 
 def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.PathLike) -> list[str]:

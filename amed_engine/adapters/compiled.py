@@ -53,12 +53,7 @@ class Compiled(nn.Module):
 
     @property
     def can_guide(self) -> bool:
-        return self.facts.get("can_guide", True)
-
-    @property
-    def can_guide(self) -> bool:
-        """Whether zero labels mean "no class", as far as it can be known."""
-        return self.label_kind not in CONTINUOUS
+        return self.facts.get("can_guide", True) and self.label_kind not in CONTINUOUS
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""

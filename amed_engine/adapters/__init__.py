@@ -2,6 +2,7 @@
 
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.autoencoders import decode_latents
+from amed_engine.adapters.choosing import PREDICTIONS
 from amed_engine.adapters.compiled import Compiled, is_package, load_compiled, save_package
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
 from amed_engine.adapters.exporting import save_onnx, save_program
@@ -13,8 +14,9 @@ from amed_engine.adapters.karras import EDM, IDDPM, VE, VP, Consistency, Consist
 from amed_engine.adapters.latents import encode_texts, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.schedulers import shift_of
+from amed_engine.adapters.score import IndexedScore, Score, VPScore
 from amed_engine.adapters.signature import Signature
-from amed_engine.adapters.wrapping import PREDICTIONS, wrap
+from amed_engine.adapters.wrapping import wrap
 
 load_package = load_compiled  # its public name here; amed_engine.load_package opens whole loops
 
@@ -35,9 +37,12 @@ __all__ = [
     "Family",
     "Flow",
     "Flux",
+    "IndexedScore",
     "OnnxModel",
+    "Score",
     "Signature",
     "Thresholded",
+    "VPScore",
     "alphas_cumprod",
     "decode_latents",
     "encode_texts",

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters import taps
+from amed_engine.adapters.answers import prediction_of
+from amed_engine.adapters.calling import Calling, calling_of
 from amed_engine.adapters.compiled import compiled_of
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
+from amed_engine.adapters.lookups import explained
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
@@ -54,7 +57,12 @@ class Adapter(Telling):
         self._tap = None if bottleneck is None else taps.attach(network, bottleneck, self)
         self._precision, self._foreign = Precision(network), not never_writes(network)
         self._form = as_tuple(network)
+        classes = 0 if conditions.names else facts.label_dim
+        self._calling = Calling() if facts.diffusers else calling_of(network, conditions.names, classes)
+        self.looked_at, self.beware = False, ""  # whether its answers were, and what was seen in them that is no fault
         own = {"family": type(family).__name__, **family.settings(), "told": getattr(network, "guidance", None)}
+        if facts.whole_times and compiled_of(network) is None:
+            own["whole"] = True
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
         keep_facts(self)
 
@@ -112,7 +120,7 @@ class Adapter(Telling):
         labels = self._labels(class_labels, x, bool(conditions))
         given = self.conditions(labels, conditions, x.shape[0])
         c = self.family(sigma)
-        time = self.family.whole(c.time) if self.facts.whole_times else c.time
+        time = self.family.whole(c.time).long() if self.facts.whole_times else c.time
         labels = None if self.conditions.names or not self.facts.label_dim else labels
         if labels is not None:
             labels = told(labels, self.facts.labels, self.facts.null_class)
@@ -122,7 +130,7 @@ class Adapter(Telling):
             named = {name: state(value) for name, value in given.items()}
             return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
-        raw, caught = self._precision.call(self.network, x.dtype, ask)
+        raw, caught = explained(lambda: self._precision.call(self.network, x.dtype, ask), time, labels)
         features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
         features = None if features is None else features.to(x.dtype)
@@ -147,7 +155,7 @@ class Adapter(Telling):
         finally:
             caught = None if self._tap is None else self._tap.take()
         returned = isinstance(output, (tuple, list))
-        raw = output[0] if returned else output
+        raw = prediction_of(output)
         if self._tap is not None:
             return raw, caught
         return raw, output[1] if returned and self.facts.returns_bottleneck else None
@@ -160,12 +168,12 @@ class Adapter(Telling):
 
     def _output(self, x: Tensor, t: Tensor, labels: Tensor | None, given: dict[str, Tensor]) -> Any:
         if self.facts.diffusers:
-            output = self.network(x, timestep=t, **keywords(labels, given), **self._form)
-            return getattr(output, "sample", output)
-        inputs = (x, t, *(() if labels is None else (labels,)))
+            return self.network(x, timestep=t, **keywords(labels, given), **self._form)
         if (compiled := compiled_of(self.network)) is not None:
-            inputs, given = compiled.convert(*inputs, **given)
-        return self.network(*inputs, **given)
+            inputs, given = compiled.convert(x, t, *(() if labels is None else (labels,)), **given)
+            return self.network(*inputs, **given)
+        placed, named = self._calling.arguments(x, t, labels)
+        return self.network(*placed, **named, **given)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -192,10 +200,11 @@ class Adapter(Telling):
     def _check_state(self, x: Tensor) -> None:
         if is_tracing():
             return
-        shape = self.sample_shape
-        fits = len(self.facts.axes) in (0, x.dim() - 1)
-        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+        shape, facts = self.sample_shape, self.facts
+        fits = x.dim() > 1 and len(facts.axes) in (0, x.dim() - 1)
+        fits = fits and facts.in_channels in (None, x.shape[1 + facts.channel_axis])
+        if not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = facts.rank if shape is None else ", ".join(map(str, shape))
             raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:

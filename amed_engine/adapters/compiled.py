@@ -43,7 +43,7 @@ class Compiled(nn.Module):
         self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
         self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
         if signature.continuous:
-            self.label_kind, self.can_guide = "vector", False
+            self.label_kind = "vector"
         for name in ("sigma_min", "sigma_max"):
             if getattr(signature, name) is not None:
                 setattr(self, name, getattr(signature, name))
@@ -53,7 +53,7 @@ class Compiled(nn.Module):
 
     @property
     def can_guide(self) -> bool:
-        return self.facts.get("can_guide", True)
+        return self.facts.get("can_guide", not self.signature.continuous)
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
@@ -89,11 +89,11 @@ def holds_compiled(network: Any) -> bool:
 
 def converted(name: str, tensor: Tensor, expected: Input) -> Tensor:
     """A tensor in the dtype of an input; rows (B, 1) as (B,), one-hot rows as integers (B,) where it takes these."""
-    whole = expected.dtype.startswith("int")
-    if tensor.dim() == 2 and expected.shape in ((), (1,)) and whole and tensor.is_floating_point():
-        tensor = class_index(tensor, None).reshape(-1, *expected.shape)
-    elif expected.shape in ((), (1,)) and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
-        tensor = tensor.reshape(-1, *expected.shape)
+    whole, single = expected.dtype.startswith("int"), expected.shape in ((), (1,))
+    if single and whole and tensor.dim() == 2 and tensor.is_floating_point():
+        tensor = class_index(tensor, None)
+    if single and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
+        tensor = tensor.reshape(-1, *[1] * len(expected.shape))
     if whole and tensor.is_floating_point() and bool((tensor != tensor.round()).any()):
         raise ConfigError(f"{name} must be whole numbers for this model, {expected.describe()}, got {tensor.dtype}")
     return tensor.to(DTYPES[expected.dtype])

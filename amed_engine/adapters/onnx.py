@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class OnnxModel(Compiled):
     def out_channels(self) -> int | None:
         """Of the prediction, where the file tells them of samples that have channels."""
         shape = _entry(self.session.answers, self.session.outputs[0]).shape or ()
-        known = len(shape) == len(self.roles.x.shape) and len(shape) > 1
-        return _static(shape[1]) if known else None
+        known = shape if len(shape) == len(self.roles.x.shape) else ()
+        return _static(known[1]) if len(known) > 1 else None
 
     @property
     def can_guide(self) -> bool:
@@ -73,20 +74,20 @@ class OnnxModel(Compiled):
         for what its graph refuses."""
         self._check(*inputs)
         self.signature.check_named(inputs[0], conditions, self.conditions)
-        return ask(self.call, *inputs, **conditions)
+        return ask(partial(self.call, **conditions), *inputs)
 
     def check_ready(self) -> None:
         """Raise ConfigError where this is no denoiser, or takes what a sampler cannot know."""
         if self.conditions:
             raise ConfigError(
-                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and perhaps "
-                "labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows being chosen by class_labels"
+                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and "
+                "perhaps labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows by class_labels"
             )
         time, answer = self.roles.time, self.session.outputs[0]
         if self.whole_times or time.name.lower() in STEPS or answer.lower() in RAW:
             raise ConfigError(
-                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) -> D; "
-                'pass wrap(load_onnx(path), prediction), e.g. prediction="epsilon", or "denoised" where it is one all the same'
+                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) "
+                '-> D; pass wrap(load_onnx(path), prediction), prediction="epsilon", say, or "denoised" where it is one'
             )
 
 
@@ -134,7 +135,7 @@ class _Call:
         self._session, self._roles = session, roles
         self._one_time = _is_for_all(roles)
 
-    def __call__(self, x: Tensor, time: Tensor, *labels: Tensor, **conditions: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, time: Tensor, /, *labels: Tensor, **conditions: Tensor) -> tuple[Tensor, ...]:
         given = {entry.name: value for entry, value in self._named(x, labels)} | conditions
         if not self._one_time:
             return self._run(given, time.reshape(-1, *[1] * (len(self._roles.time.shape) - 1)))
@@ -194,7 +195,8 @@ def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.
     if told is not None:
         if isinstance(told, str) or len(told) not in (1, 2) or not set(told) <= set(known):
             raise ConfigError(
-                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has {describe(entries)}"
+                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has "
+                f"{describe(entries)}"
             )
         names = list(told)
     else:
@@ -228,8 +230,9 @@ def _signature(roles: Roles, metadata: dict[str, str], path: str | os.PathLike) 
         raise ConfigError(
             f"{path}: {describe([roles.time])} is not one time per sample of {describe([roles.x])}, nor one for all"
         )
-    levels = (_level(metadata, name, path) for name in ("sigma_min", "sigma_max"))
-    return Signature(tuple(inputs), batch, "cpu", *levels)
+    return Signature(
+        tuple(inputs), batch, "cpu", _level(metadata, "sigma_min", path), _level(metadata, "sigma_max", path)
+    )
 
 
 def _is_for_all(roles: Roles) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters.fingerprint import can_tell, is_model
+from amed_engine.adapters.fingerprint import can_tell
+from amed_engine.adapters.recorded import difference, is_recorded
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model, check_integrable
 from amed_engine.engine.steps import check_steps, steps_for
@@ -104,7 +105,7 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     if predictor is not None and not rules:
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
-        check_model(model, rule, made)
+        check_model(model, rule, made, reads_bottleneck=predictor is not None and predictor.reads_bottleneck)
         if not bundled:  # nobody who asks for autocast alone chose a predictor
             check_dtype(replace(model, autocast=autocast), rule, made)
     if predictor is None:
@@ -201,7 +202,7 @@ def ruling(recipe: Plan | None, predictor: Predictor | None) -> list[tuple[Plan,
 
 def differences(plan: Plan, other: Plan) -> list[str]:
     """The entries in which two plans differ, apart from what they note of the model."""
-    names = (field.name for field in fields(Plan) if field.name not in ("model", "dtype"))
+    names = (field.name for field in fields(Plan) if field.name not in ("model", "dtype", "wrapping"))
     return [name for name in names if getattr(plan, name) != getattr(other, name)]
 
 
@@ -246,16 +247,16 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
         )
 
 
-def check_model(model: Model, plan: Plan, made: str) -> None:
+def check_model(model: Model, plan: Plan, made: str, *, reads_bottleneck: bool = True) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
         if made == MADE:  # of published predictors, the levels in their files rule
             check_steps(model, plan)
-    elif not is_model(model.network, plan.model):
+    elif not is_recorded(model.network, plan, reads_bottleneck=reads_bottleneck):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
-            f"{_REMEDIES[made]}, or verify=False to use it all the same"
+            f"{difference(model.network, plan)}; {_REMEDIES[made]}, or verify=False to use it all the same"
         )
 
 

@@ -18,7 +18,7 @@ import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
-from amed_engine.adapters.facts import check_classes_known
+from amed_engine.adapters.facts import check_classes_known, is_raw
 from amed_engine.adapters.labels import KINDS
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.adapted import is_adapter, load_adapter
@@ -27,7 +27,7 @@ from amed_engine.checkpoints.files import read_config
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.kept import kept
-from amed_engine.sampling.modules import as_module, bound, module_of, never_writes, said
+from amed_engine.sampling.modules import as_module, bare, bound, module_of, never_writes, said
 
 
 def resolve(
@@ -54,6 +54,10 @@ def resolve(
     if not callable(network):
         raise ConfigError(
             f"model must be a zoo name, a path, an nn.Module, an ExportedProgram or a callable, got {type(model).__name__}"
+        )
+    if is_raw(network):
+        raise ConfigError(
+            f"{type(bare(network)).__name__} is a raw network, no denoiser: amed_engine.wrap(network, prediction=...) makes one"
         )
     if (module := module_of(network)) is not None:
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes

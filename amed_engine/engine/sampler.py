@@ -25,6 +25,7 @@ from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult, StepInfo, make_observer
 from amed_engine.engine.runner import BoundLoop, Runner
+from amed_engine.engine.verification import verify_model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.mean import FirstStep, Mean
@@ -54,7 +55,8 @@ class Sampler:
     sigma_min, sigma_max, shape (C, H, W), label_dim: facts of the model, where its attributes do not tell. weights: file or
         folder of a published model's; None looks where the environment variable AMED_WEIGHTS says.
     device: the model is moved there; None leaves it. dtype: float32 or float64, of state and coefficients.
-    verify: compare the model with the fingerprint and the dtype in the plan, given or the predictor's.
+    verify: compare the model with the fingerprint and the dtype in the plan, given or the predictor's, and look at what a
+        module of unknown make answers to 16 latents at most, as `wrap` does: what is no denoiser is logged, once.
     backend: "auto" captures the whole loop as a CUDA graph on a GPU and runs eagerly elsewhere; "graph" insists, "eager"
         never captures. batch_sizes: what is captured; other batches are padded or split.
     compile: a mode of torch.compile ("default", "max-autotune-no-cudagraphs") for the network. memory_format: e.g.
@@ -107,10 +109,12 @@ class Sampler:
         pairing = pair(self.model, predictor, request, verify=verify, autocast=autocast)
         announce(self.model, predictor, request, pairing)
         plan, chosen, fallback = pairing
+        if verify:
+            verify_model(self.model, plan)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         for made in (plan, fallback):
-            if made is not None and made.mean is not None:
-                check_mean(made.mean, tuned, verify=verify)
+            if made is not None:
+                check_mean(made, tuned, verify=verify)
         self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
@@ -143,7 +147,7 @@ class Sampler:
     ) -> SampleResult:
         """Draw samples.
 
-        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance (not where the solver adds fresh
+        batch: how many; or the seeds, one per sample; or latents (B, C, ...) of unit variance (not where the solver adds fresh
             noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
             generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws

@@ -32,7 +32,7 @@ from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Conditions, mean_answer
 from amed_engine.training.gauss_newton import Example
-from amed_engine.training.held_out import LATENTS, STREAM, HeldOut, default_plan, fine_plan, judge, unseen
+from amed_engine.training.held_out import LATENTS, REPORTED, STREAM, HeldOut, default_plan, fine_plan, judge, unseen
 from amed_engine.training.presets import Settings, choose, made_for, noise_range
 from amed_engine.training.ranks import join
 from amed_engine.training.resume import Checkpoints
@@ -140,14 +140,14 @@ def distill(
         predictor.plan = trainer.plan
         predictor.report = _judge(trainer, fresh, seed, len(range(settings.batch)[parts[0]]))
     level = logging.WARNING if leads and predictor.report.lost else logging.INFO
-    logger.log(level, "NFE %d: %s", trainer.plan.nfe, predictor.report)
+    logger.log(level, "NFE %d: %s", trainer.plan.nfe, predictor.report, extra=REPORTED)
     return predictor.eval()
 
 
-def _judge(trainer: Trainer, fresh: tuple[Denoiser, Tensor], seed: int, rows: int) -> HeldOut:
+def _judge(trainer: Trainer, denoiser: Denoiser, seed: int, rows: int) -> HeldOut:
     """Beside what runs without a predictor, on latents that were not trained on, at most `rows` at a time."""
-    model, plan, (denoiser, x) = trainer.data.model, trainer.plan, fresh
-    fine = fine_plan(model, plan.nfe)
+    model, plan = trainer.data.model, trainer.plan
+    fine, x = fine_plan(model, plan.nfe), torch.empty(trainer.data.batch, *trainer.data.shape, device=model.device)
     bound = Example(denoiser, x, x, mean_answer(plan.mean, denoiser))
     examples = list(unseen([bound], fine, seed, min(LATENTS, len(x)), rows))
     return judge(plan, trainer.predictor, [default_plan(model, plan.nfe)], examples, fine, _REMEDY)

@@ -78,7 +78,8 @@ def as_denoiser(network: nn.Module, name: str, path: Path, **conditions: Any) ->
             raise FileFormatError(f"{path} is not {name}: its {key} is {facts[key]}, expected {expected}")
     if entry.prediction == "denoised":
         return network
-    return adapters.wrap(network, entry.prediction, shape=entry.shape, betas=entry.alphas_cumprod(), **conditions)
+    known: Mapping[str, Any] = {"shape": entry.shape, "betas": entry.alphas_cumprod(), "verify": False}
+    return adapters.wrap(network, entry.prediction, **known, **conditions)
 
 
 def _listed(value: Any) -> Any:

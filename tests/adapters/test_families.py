@@ -66,8 +66,11 @@ def network_of(prediction):
         sigma = column(2 * time.exp())
         return (ideal(x, sigma) - x) / sigma
 
+    def score(x, sigma):
+        return (ideal(x, column(sigma)) - x) / column(sigma) ** 2
+
     return {
-        "epsilon": epsilon, "v": v, "x0": x0, "flow": flow, "edm": edm, "cm": lambda x, t: edm(x, t, 1 / 250), "vp": vp,
+        "score": score, "epsilon": epsilon, "v": v, "x0": x0, "flow": flow, "edm": edm, "cm": lambda x, t: edm(x, t, 1 / 250), "vp": vp,
         "ve": ve, "iddpm": epsilon, "denoised": lambda x, sigma: ideal(x, column(sigma)),
         "consistency": lambda x, sigma: ideal(x, column(sigma)),
     }[prediction]  # fmt: skip

@@ -273,7 +273,8 @@ def test_a_shape_that_is_not_square_reaches_the_sampler():
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (lambda x: {"sample": x}, "got dict; .*takes it out of the answer"),
+        (lambda x: {"mean": x, "std": x}, "dict of 'mean': Tensor, 'std': Tensor; .*takes it out of the answer"),
+        (lambda x: {}, "dict of nothing"),
         (lambda x: None, "got NoneType"),
         (lambda x: x.long(), "got torch.int64"),
         (lambda x: x + 0j, "got torch.complex64"),
@@ -283,6 +284,8 @@ def test_a_shape_that_is_not_square_reaches_the_sampler():
     ],
 )
 def test_predictions_that_are_no_tensor_like_the_samples_are_refused(answer, told):
-    denoiser = wrap(lambda x, t: answer(x), "epsilon", shape=(3, 8, 8))
+    denoiser = wrap(lambda x, t: answer(x), "epsilon", shape=(3, 8, 8), verify=False)
     with pytest.raises(ConfigError, match=told):
         denoiser(torch.ones(2, 3, 8, 8), torch.ones(2))
+    with pytest.raises(ConfigError, match=told.replace(r"\(2", r"\(8")):
+        wrap(lambda x, t: answer(x), "epsilon", shape=(3, 8, 8))

@@ -40,9 +40,9 @@ class PackageFacts:
     """What a package says of itself.
 
     shape: (C, H, W) of one sample. label_dim: columns of the second input, labels (B, label_dim); 0 where there is none.
-    continuous: labels are numbers, and no classes. dtype: of latents, labels and images. device: its type, "cpu" or "cuda". max_batch: the largest batch of one call.
-    plan: solver and noise levels, its guidance_scale the one that the loop was exported with. versions: what wrote it.
-    fingerprint: of the denoiser in it, None for one without weights.
+    continuous: labels are numbers, and no classes. dtype: of latents, labels and images. device: its type, "cpu" or "cuda".
+    max_batch: the largest batch of one call. plan: solver and noise levels, its guidance_scale the one that the loop was
+    exported with. versions: what wrote it. fingerprint: of the denoiser in it, None for one without weights.
     """
 
     format: str
@@ -133,8 +133,8 @@ class Package:
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
         kind = "vector" if facts.continuous else "rows"
-        levels = {"sigma_min": plan.sigmas[-1], "sigma_max": plan.sigmas[0]}
-        self._model = Model(call, facts.shape, facts.label_dim, **levels, label_kind=kind)
+        first, *_, last = plan.sigmas
+        self._model = Model(call, facts.shape, facts.label_dim, sigma_min=last, sigma_max=first, label_kind=kind)
 
     def __repr__(self) -> str:
         format, plan, shape, most = self.facts.format, self.facts.plan, self.facts.shape, self.facts.max_batch

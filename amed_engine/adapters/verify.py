@@ -1,0 +1,165 @@
+"""What is said of a network after a look at its answers: errors for what cannot be sampled, a sentence for what looks wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amed_engine.adapters import look
+from amed_engine.adapters.adapter import Adapter
+from amed_engine.adapters.discrete import DiscreteSteps
+from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import modes_kept
+from amed_engine.sampling.modules import bare, device_of, layers, module_of
+from amed_engine.sampling.offloaded import brings_weights
+
+logger = logging.getLogger("amed_engine")
+
+CONSISTENCY = (
+    'wrap(network, "consistency"), or adapters.Consistency(boundary=True), and Sampler(solver="consistency") draw it'
+)
+# A noise level at which steps of other betas are of another noise: the answers take too much of it away, or too little.
+BETAS_TELL = 3.0
+# What most likely answers so, by what was said to be predicted.
+_NOISE_EXPECTED = 'a network that predicts v or the data answers so: prediction="v" or "x0"'
+_OTHER = "a network of another prediction answers so"
+_KEEPS: dict[str, str] = dict.fromkeys(("epsilon", "vp", "iddpm", "ve"), _NOISE_EXPECTED)
+_OPPOSES: dict[str, str] = {
+    "epsilon": 'other betas than it was trained with, or prediction="flow"',
+    "v": 'it predicts the noise: prediction="epsilon"',
+    "x0": 'a score, prediction="score" or "ve", or v, answers so',
+    "score": "the score of a VP process, amed_engine.adapters.VPScore(), or a network that predicts the noise answers so",
+    "denoised": 'a raw network answers so: amed_engine.wrap(network, prediction=...), "ve" or "flow", say',
+}
+
+
+class Verdict(NamedTuple):
+    """kind: "keeps", "opposes", "noise" or "consistency". level: where it is seen. text: the figures and the likely fix."""
+
+    kind: str
+    level: float
+    text: str
+
+
+def verdict(seen: look.Figures, name: str) -> Verdict | None:
+    """What does not look like a denoiser; name: of the family."""
+    high, below = seen.high, seen.below
+    if look.keeps_noise(seen):
+        fix = _KEEPS.get(name, _OTHER)
+        figure = f"at sigma={high.sigma:.3g} its answers keep {high.kept:.0%} of the noise; a denoiser's keep little"
+        return Verdict("keeps", high.sigma, f"{figure} unless the data are wider than sigma_max: {fix}")
+    if (level := look.opposing(seen)) is not None:
+        fix = _OPPOSES.get(name, _OTHER)
+        figure = f"at sigma={level.sigma:.3g} its answers run against the noise (cosine {level.likeness:.2f}, "
+        return Verdict(
+            "opposes", level.sigma, f"{figure}{level.kept:.2g} of it), which the mean of clean data never does: {fix}"
+        )
+    if not look.stays(seen):
+        return None
+    levels = f"at sigma={high.sigma:.3g} and {below.sigma:.3g} alike"
+    if look.is_noise(seen):
+        figure = f"{levels} its answers are the noise of the latents (cosine {high.likeness:.2f}, size {high.gain:.2f})"
+        wrapped = "amed_engine.wrap(network, " if name == "denoised" else ""
+        fix = f'prediction="epsilon"{")" if wrapped else ""}'
+        return Verdict("noise", high.sigma, f"{figure}: a network that predicts the noise is for {wrapped}{fix}")
+    figure = f"{levels} its answers vary from latent to latent by {high.spread:.2g}, as samples do"
+    return Verdict(
+        "consistency",
+        high.sigma,
+        f"{figure}; the mean of clean data would vary {look.RATIO:g} times less at the higher: a consistency function, whose "
+        f"ODE ends in noise ({CONSISTENCY}), or another prediction than {name!r}",
+    )
+
+
+@torch.no_grad()
+def looked_at(network: Any, asked: look.Asked, name: str = "denoised") -> Verdict | None:
+    """The verdict on a denoiser round a network, in evaluation mode and left in its own.
+
+    None too for a network that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of
+    its own, will tell. Raises ConfigError.
+    """
+    try:
+        with modes_kept(module_of(network)), _left_alone(asked.device), _eager(network):
+            return verdict(look.figures_of(asked), name)
+    except ConfigError:
+        raise
+    except Exception as error:
+        logger.debug("no look at %s: %s", type(network).__name__, error)
+        return None
+
+
+def of_class_0(denoise: Callable[..., Tensor], classes: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, sigma) -> D of a denoiser (x, sigma[, labels (B,)]) -> D."""
+
+    def ask(x: Tensor, sigma: Tensor) -> Tensor:
+        labels = (torch.zeros(len(x), dtype=torch.int64, device=x.device),) if classes else ()
+        return denoise(x, sigma, *labels)
+
+    return ask
+
+
+def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Adapter:
+    """The adapter, looked at where it can be: shape and conditions known, weights here. Logs what is wrong; what only solvers
+    of the ODE must know, of a network that was said to be a consistency function, it keeps in `beware`.
+
+    Raises ConfigError as the adapter does, and for a network that predicts the noise and was said to predict v.
+    """
+    shape = shape or adapter.sample_shape
+    ready = (adapter.conditions.count or not adapter.conditions.names) and adapter.label_kind not in CONTINUOUS
+    if shape is None or not ready or not can_look(adapter.network):
+        return adapter
+    adapter.looked_at = True
+    family, device = adapter.family, device_of(adapter.network)
+    low, high = ends(adapter.sigma_min, adapter.sigma_max)
+    ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim)
+    skip = family(torch.full((1,), high, device=device)).skip.item()
+    middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
+    asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float), middle)
+    found = looked_at(adapter.network, asked, family.name)
+    if found is None or (family.consistency and found.kind == "consistency"):
+        return adapter
+    if family.name == "v" and found.kind == "opposes" and found.level == high:
+        raise ConfigError(f"prediction='v' was asked for, but {found.text}, or verify=False")
+    if family.name == "cm" and found.kind == "consistency":
+        adapter.beware = found.text
+    else:
+        logger.warning("%s wrapped as %r: %s; verify=False skips this look", *_named(adapter, family.name), found.text)
+        adapter.notes["beware"] = found.text
+    return adapter
+
+
+def _named(adapter: Adapter, name: str) -> tuple[str, str]:
+    inner = bare(adapter.network)
+    return getattr(inner, "__name__", type(inner).__name__), name
+
+
+def can_look(network: Any) -> bool:
+    """Whether a few calls cost little and mean something: not where weights come and go, or batches are fixed."""
+    module, signature = module_of(network), getattr(bare(network), "signature", None)
+    least, most = getattr(signature, "batch", (1, look.ROWS))
+    return (module is None or not brings_weights(module)) and least <= look.ROWS // 4 and most >= look.ROWS
+
+
+def ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """The noise levels to look at: a network without a highest is sampled from 80."""
+    return sigma_min, sigma_max if math.isfinite(sigma_max) else 80.0
+
+
+@contextmanager
+def _left_alone(device: torch.device) -> Iterator[None]:
+    """The caller's random numbers, where a network draws some."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _eager(network: Any) -> Any:
+    """A compiled network is asked as it was written: nothing is compiled for a look."""
+    compiled = any(hasattr(layer, "_orig_mod") for layer in layers(network))
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

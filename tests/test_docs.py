@@ -100,7 +100,10 @@ def two_ways(names, printed):
 
 
 def described(names, printed):
-    result(names, printed)
+    if "result" in names:
+        result(names, printed)
+    else:  # of blocks that draw videos
+        assert names["videos"].isfinite().all()
     shown = re.search(r"says what was inferred and why:\n\n((?:    .*\n)+)", text("docs/models.md"))[1]
     for line in shown.splitlines():
         assert re.sub(r"\s+", " ", line).strip() in re.sub(r"\s+", " ", printed)

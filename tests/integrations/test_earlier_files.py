@@ -77,7 +77,7 @@ def test_a_predictor(file, solver, tiny_model, latents):
 @SOLVERS
 def test_a_workflow_of_comfyui_with_such_a_predictor(file, solver, monkeypatch, tiny_model, latents):
     folders = ModuleType("folder_paths")
-    folders.models_dir, folders.folder_names_and_paths = str(file.parents[1]), {}
+    folders.models_dir, folders.add_model_folder_path = str(file.parents[1]), lambda folder, path: None
     folders.get_full_path = lambda folder, name: str(file.parents[1] / folder / name)
     monkeypatch.setitem(sys.modules, "folder_paths", folders)
     (predictor,) = NODE_CLASS_MAPPINGS["AMEDPredictorLoader"]().load("old.safetensors")

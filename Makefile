@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet
 CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
 COMFYUI ?=
+DIFFUSERS ?=
 
-.PHONY: demo test test-integrations lint format docs bench clean
+.PHONY: demo test test-integrations test-physicsnemo lint format docs bench clean
 
 demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side by side
 	$(BIN)/amed sample --model digits --seeds 0-63 --nfe 5 --out samples.png
@@ -17,8 +18,12 @@ test: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 # COMFYUI=/path[:/path]: checkouts of ComfyUI to start as servers; COMFYUI_PYTHON, a Python that has what they need.
+# DIFFUSERS=/path: a checkout of diffusers, whose own scheduler tests are run too.
 test-integrations: $(VENV)-integrations/.installed  ## against the real stacks, in an environment of its own
-	COMFYUI='$(COMFYUI)' $(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
+	COMFYUI='$(COMFYUI)' DIFFUSERS='$(abspath $(DIFFUSERS))' $(VENV)-integrations/bin/pytest tests/integrations tests/test_docs.py::test_a_program_of_an_integration_runs $(PYTEST_ARGS)
+
+test-physicsnemo: $(VENV)-physicsnemo/.installed  ## against PhysicsNeMo, in an environment of 7 GB
+	$(VENV)-physicsnemo/bin/pytest tests/integrations/test_physicsnemo.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -39,7 +44,7 @@ bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks -m "not gpu" --benchmark-only $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-integrations build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks samples.png compare.png
+	rm -rf $(VENV) $(VENV)-integrations $(VENV)-physicsnemo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks samples.png compare.png
 	find amed_engine kernels csrc tests -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +
 
 # Stamps, so that a second `make demo` installs nothing. --no-deps and --no-build-isolation: the lock file has it all.
@@ -63,4 +68,11 @@ $(VENV)-integrations/.installed: requirements.lock requirements-integrations.loc
 	$(VENV)-integrations/bin/python -m pip install --quiet -r requirements.lock
 	$(VENV)-integrations/bin/python -m pip install --quiet --no-deps -r requirements-integrations.lock
 	$(VENV)-integrations/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)-physicsnemo/.installed: requirements.lock requirements-physicsnemo.lock pyproject.toml setup.py $(CSRC)
+	$(PYTHON) -m venv $(VENV)-physicsnemo
+	grep -v '^torch==\|^triton==' requirements.lock > $(VENV)-physicsnemo/others.txt
+	$(VENV)-physicsnemo/bin/python -m pip install --quiet --no-deps -r $(VENV)-physicsnemo/others.txt -r requirements-physicsnemo.lock
+	$(VENV)-physicsnemo/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

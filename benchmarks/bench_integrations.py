@@ -21,7 +21,6 @@ from routes import Bench, Route, as_pictures
 from routes_files import FILES
 from routes_samplers import SAMPLERS
 from routes_servers import SERVERS
-from torchvision_operators import declare
 
 ROUTES = (*FILES, *SAMPLERS, *SERVERS)
 CPU = torch.device("cpu")
@@ -71,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the servers
-    declare()  # before any route imports torchvision
     wanted = tuple(options.routes.lower().split(","))
     chosen = [route for route in ROUTES if route.name.lower().startswith(wanted)]
     bench, found = Bench(options.model, options.batch), {}

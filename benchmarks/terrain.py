@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amed_engine import Sampler
+from amed_engine import Sampler, wrap
+from amed_engine.adapters import Adapter, load_onnx
 from amed_engine.checkpoints import atomic_write
 from amed_engine.engine.images import grid, png, to_uint8
 
@@ -41,36 +42,34 @@ SHAPE, RANGE, SCALE, LEVELS = (1, 128, 128), 22.16864013671875, 0.1, 100
 SAME = 1e-5  # metres
 
 
-def unpacked(folder: Path = FOLDER) -> Path:
-    """The wheel's content in this folder, downloaded by pip where it is not there. Raises ValueError where its bytes differ."""
+def download(folder: Path) -> Path:
+    """The wheel in this folder, downloaded by pip where it is not there yet. Raises ValueError where its bytes differ."""
     wheel = folder / WHEEL
     if not wheel.is_file():
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
         subprocess.run(pip, check=True)
     if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
         raise ValueError(f"{wheel} has SHA-256 {found}, expected {SHA256}: another file; delete it and run again")
+    return wheel
+
+
+def network(wheel: Path) -> Path:
+    """The ONNX file beside its wheel."""
+    path = wheel.parent / Path(WEIGHTS).name
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "wheel")
-    return folder / "wheel"
+        atomic_write(path, archive.read(WEIGHTS))
+    return path
 
 
-class Terrain:
-    """f(x, sigma) of one difficulty, as `Sampler` takes it."""
-
-    def __init__(self, path: Path, difficulty: int):
-        from amed_engine.adapters.onnx import OnnxSession
-
-        self.session, self.condition = OnnxSession(path), (difficulty - 1) / (LEVELS - 1)
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.session(x, sigma, x.new_full((len(x),), self.condition))[0]
-
-
-def sampler(folder: Path, difficulty: int, middle: float | None = None) -> Sampler:
+def sampler(model: Adapter, middle: float | None = None) -> Sampler:
     """One evaluation, or a second one from the noise level `middle`."""
     levels = [80.0, 0.002] if middle is None else [80.0, middle, 0.002]
-    network = Terrain(folder / WEIGHTS, difficulty)
-    return Sampler(network, solver="consistency", schedule=torch.tensor(levels), shape=SHAPE)
+    return Sampler(model, solver="consistency", schedule=torch.tensor(levels))
+
+
+def condition(difficulty: int) -> float:
+    """What the network is told of a difficulty from 1 to 100."""
+    return (difficulty - 1) / (LEVELS - 1)
 
 
 def heights(images: Tensor) -> Tensor:
@@ -100,13 +99,15 @@ def app() -> None:
 @click.option("--count", type=click.IntRange(min=1), default=4)
 def check(difficulty: int, count: int) -> None:
     """Compare one step with the package's own generator, on the same noise."""
-    folder = unpacked()
-    sys.path.insert(0, str(folder))
+    wheel = download(FOLDER)
+    path = network(wheel)
+    sys.path.insert(0, str(wheel))
     from terrain_diffusion import TerrainGenerator  # pyright: ignore[reportMissingImports]
 
-    theirs = TerrainGenerator(device="cpu").generate(count, difficulty=difficulty, seed=7, zero_floor=False)
+    theirs = TerrainGenerator(path, device="cpu").generate(count, difficulty=difficulty, seed=7, zero_floor=False)
     noise = np.random.default_rng(7).standard_normal((count, *SHAPE), dtype=np.float32)
-    ours = heights(sampler(folder, difficulty).run(torch.from_numpy(noise)).images)
+    mine = sampler(wrap(load_onnx(path), "consistency"))
+    ours = heights(mine.run(torch.from_numpy(noise), condition(difficulty)).images)
     difference = float((ours - torch.from_numpy(theirs).double()).abs().max())
     click.echo(f"{count} terrains of {theirs.min():.3g} to {theirs.max():.3g} m differ by at most {difference:.2g} m")
     if not difference <= SAME:
@@ -120,10 +121,10 @@ def check(difficulty: int, count: int) -> None:
 @click.option("--out", type=click.Path(dir_okay=False), help="A PNG: a row for each line of the table.")
 def draw(middle: tuple[float, ...], difficulty: list[int], count: int, out: str | None) -> None:
     """Draw terrains with one evaluation and with two, and say how rough they are."""
-    folder, pictures = unpacked(), []
+    model, pictures = wrap(load_onnx(network(download(FOLDER))), "consistency"), []
     click.echo(f"{'difficulty':>10}  {'second from':>11}  {'deviation':>9}  {'neighbours':>10}")
     for each, level in itertools.product(difficulty, (None, *middle)):
-        images = sampler(folder, each, level).run(range(count)).images
+        images = sampler(model, level).run(range(count), condition(each)).images
         spread, steps = roughness(heights(images))
         click.echo(f"{each:>10}  {level or 'none':>11}  {spread:9.3f}  {steps:10.4f}")
         pictures.append(to_uint8(images))

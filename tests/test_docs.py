@@ -180,12 +180,13 @@ PROGRAMS = {
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=4)],
     "docs/schedules.md": [Program(calibrated), Program(searched)],
-    "docs/solvers.md": [Program()],
+    "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
 }
 INTEGRATIONS = {
     "docs/integrations/comfyui.md": [Program(nodes), Program(own_levels)],
     "docs/integrations/diffusers.md": [
+        Program(trajectory, needs=("diffusers",)),
         Program(trajectory, needs=("diffusers",)),
         Program(images(2), needs=("diffusers",)),
         Program(images(2), needs=("diffusers",)),

@@ -5,6 +5,7 @@ from amed_engine.adapters.autoencoders import decode_latents
 from amed_engine.adapters.choosing import PREDICTIONS
 from amed_engine.adapters.compiled import Compiled, is_package, load_compiled, save_package
 from amed_engine.adapters.discrete import DiscreteSteps, alphas_cumprod
+from amed_engine.adapters.exporting import save_onnx, save_program
 from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.adapters.flux import Flux
@@ -50,7 +51,9 @@ __all__ = [
     "load_compiled",
     "load_onnx",
     "load_package",
+    "save_onnx",
     "save_package",
+    "save_program",
     "shift_of",
     "wrap",
     "wrap_pipeline",

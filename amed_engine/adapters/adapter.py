@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amed_engine.adapters import taps
 from amed_engine.adapters.answers import prediction_of
@@ -21,10 +21,11 @@ from amed_engine.adapters.lookups import explained
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
+from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modules import never_writes
 
 
-class Adapter(nn.Module):
+class Adapter(Telling):
     """Denoiser (x, sigma (B,)[, class_labels], **conditions) -> Denoised(D, bottleneck), D = skip·x + out·F(scale·x; time).
 
     Made by `wrap`, which explains the arguments. The network runs in the dtype that its layers take, the preconditioning in
@@ -63,6 +64,7 @@ class Adapter(nn.Module):
         if facts.whole_times and compiled_of(network) is None:
             own["whole"] = True
         keep_settings(self, **own, bottleneck=bottleneck, labels=facts.labels, null_class=facts.null_class)
+        keep_facts(self)
 
     @property
     def img_channels(self) -> int | None:
@@ -198,10 +200,11 @@ class Adapter(nn.Module):
     def _check_state(self, x: Tensor) -> None:
         if is_tracing():
             return
-        shape = self.sample_shape
-        fits = len(self.facts.axes) in (0, x.dim() - 1)
-        if x.dim() < 2 or not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
-            expected = self.facts.rank if shape is None else ", ".join(map(str, shape))
+        shape, facts = self.sample_shape, self.facts
+        fits = x.dim() > 1 and len(facts.axes) in (0, x.dim() - 1)
+        fits = fits and facts.in_channels in (None, x.shape[1 + facts.channel_axis])
+        if not fits or (shape is not None and tuple(x.shape[1:]) != tuple(shape)):
+            expected = facts.rank if shape is None else ", ".join(map(str, shape))
             raise ConfigError(f"x must have shape (B, {expected}), got {tuple(x.shape)}")
 
     def _cut(self, raw: Any, x: Tensor) -> Tensor:

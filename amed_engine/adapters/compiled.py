@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters.conditions import class_index
-from amed_engine.adapters.facts import square
+from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.sampling.denoiser import Denoised, as_denoised, ask
+from amed_engine.sampling.denoiser import Denoised, ask
 from amed_engine.sampling.modules import bare, device_of, module_of
 
 KEY = "amed.signature"  # among the package's metadata
@@ -33,10 +34,11 @@ class Compiled(nn.Module):
     """A denoiser that only runs forward: its inputs checked against a signature, its facts read from it."""
 
     label_kind: str | None = None
-    can_guide = True
     lends_copies = True
+    bottleneck_size: tuple[int, ...] | None = None
+    recorded: str | None = None  # the fingerprint of what it was made from
 
-    def __init__(self, call: Any, signature: Signature, device: str = "cpu"):
+    def __init__(self, call: Any, signature: Signature, device: str = "cpu", facts: Mapping[str, Any] | None = None):
         super().__init__()
         self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
         self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
@@ -45,6 +47,13 @@ class Compiled(nn.Module):
         for name in ("sigma_min", "sigma_max"):
             if getattr(signature, name) is not None:
                 setattr(self, name, getattr(signature, name))
+        self.facts = dict(facts or {})
+        for name in self.facts.keys() - {"can_guide"}:
+            setattr(self, name, self.facts[name])
+
+    @property
+    def can_guide(self) -> bool:
+        return self.facts.get("can_guide", True)
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
@@ -80,11 +89,11 @@ def holds_compiled(network: Any) -> bool:
 
 def converted(name: str, tensor: Tensor, expected: Input) -> Tensor:
     """A tensor in the dtype of an input; rows (B, 1) as (B,), one-hot rows as integers (B,) where it takes these."""
-    whole = expected.dtype.startswith("int")
-    if tensor.dim() == 2 and expected.shape in ((), (1,)) and whole and tensor.is_floating_point():
-        tensor = class_index(tensor, None).reshape(-1, *expected.shape)
-    elif expected.shape in ((), (1,)) and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
-        tensor = tensor.reshape(-1, *expected.shape)
+    whole, single = expected.dtype.startswith("int"), expected.shape in ((), (1,))
+    if single and whole and tensor.dim() == 2 and tensor.is_floating_point():
+        tensor = class_index(tensor, None)
+    if single and tensor.dim() in (1, 2) and tensor.numel() == len(tensor):
+        tensor = tensor.reshape(-1, *[1] * len(expected.shape))
     if whole and tensor.is_floating_point() and bool((tensor != tensor.round()).any()):
         raise ConfigError(f"{name} must be whole numbers for this model, {expected.describe()}, got {tensor.dtype}")
     return tensor.to(DTYPES[expected.dtype])
@@ -101,7 +110,7 @@ def is_package(path: str | os.PathLike) -> bool:
 
 def load_compiled(path: str | os.PathLike) -> Compiled:
     """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
-    signature = _read_signature(path)
+    signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
     # Inside a CUDA graph a package must not keep events of its own per thread: one at a time, then.
@@ -110,7 +119,7 @@ def load_compiled(path: str | os.PathLike) -> Compiled:
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=single)
     except Exception as error:  # a loader of native code raises what it happens to raise
         raise FileFormatError(f"{path} cannot be loaded here: {str(error).splitlines()[0]}") from error
-    return Compiled(_OneAtATime(package) if single else package, signature)
+    return Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
 
 
 class _OneAtATime:
@@ -124,13 +133,15 @@ class _OneAtATime:
             return self.package(*inputs)
 
 
-def _read_signature(path: str | os.PathLike) -> Signature:
+def _read_signature(path: str | os.PathLike) -> tuple[Signature, dict[str, Any]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.filename.endswith("_metadata.json") and info.file_size <= MAX_METADATA:
-                text = _metadata(archive.read(info), path).get(KEY)
-                if isinstance(text, str):
-                    return Signature.from_json(_metadata(text, path), str(path))
+                told = _metadata(archive.read(info), path)
+                check_no_loop(told, path)
+                if isinstance(text := told.get(KEY), str):
+                    signature = Signature.from_json(_metadata(text, path), str(path))
+                    return signature, read_facts(told.get(FACTS), signature, path)
     raise ConfigError(
         f"{path} is an AOTInductor package without a signature, and such packages do not check their inputs; compile it with "
         "amed_engine.adapters.save_package"
@@ -151,15 +162,15 @@ def _metadata(text: str | bytes, path: str | os.PathLike) -> dict[str, Any]:
 def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 64) -> Path:
     """Compile a denoiser with AOTInductor for the device it is on, for batches of 1 to max_batch. Needs a C++ compiler.
 
-    denoiser: what `wrap` returns, or a network with EDM's attributes; float32 inputs. Returns the path, which ends in .pt2.
-    Raises ConfigError where the shape of a sample is not known.
+    denoiser: what `wrap` returns, or a network with EDM's attributes; float32 inputs. Its range, classes and fingerprint are
+    part of the file. Returns the path, which ends in .pt2. Raises ConfigError where the shape of a sample is not known.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ConfigError(f"a package is saved as .pt2, got {path.name!r}")
-    program = _export(denoiser, max_batch)
+    program = export_denoiser(denoiser, max_batch)
     signature = Signature.of_program(program, _facts(denoiser))
-    options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json())}}
+    options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
     # Beside its destination, so that it can be renamed into place whole.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = torch._inductor.aoti_compile_and_package(
@@ -167,32 +178,6 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
         )
         os.replace(made, path)
     return path
-
-
-def _export(denoiser: nn.Module, max_batch: int) -> torch.export.ExportedProgram:
-    shape = getattr(denoiser, "sample_shape", None)
-    shape = shape or square(getattr(denoiser, "img_channels", None), getattr(denoiser, "img_resolution", None))
-    if shape is None or max_batch < 2:
-        raise ConfigError(
-            f"need a denoiser that tells its sample shape, and max_batch of 2 or more; got {shape}, {max_batch}"
-        )
-    device, label_dim = device_of(denoiser), int(getattr(denoiser, "label_dim", 0) or 0)
-    x = torch.zeros((2, *shape), dtype=torch.float32, device=device)
-    inputs = [x, x.new_ones(2)] + ([x.new_zeros(2, label_dim)] if label_dim else [])
-    batch = {0: torch.export.Dim("batch", min=1, max=max_batch)}
-    dynamic = {"x": batch, "sigma": batch} | ({"class_labels": (batch,)} if label_dim else {})
-    return torch.export.export(_Positional(denoiser.eval()), tuple(inputs), dynamic_shapes=dynamic)
-
-
-class _Positional(nn.Module):
-    """The denoiser with exactly the inputs that its signature names."""
-
-    def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, x: Tensor, sigma: Tensor, *class_labels: Tensor) -> Denoised:
-        return as_denoised(self.denoiser(x, sigma, *class_labels))
 
 
 def _facts(denoiser: nn.Module) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amed_engine.adapters.family import Coefficients, Family
 from amed_engine.adapters.fingerprint import summary
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modules import bare
 from amed_engine.solvers.schedule import DiscreteTime
 
 BETAS = ("scaled_linear", "linear", "cosine")
@@ -42,6 +43,29 @@ def alphas_cumprod(betas: str, steps: int = 1000, start: float | None = None, en
     return (1 - torch.linspace(low**0.5, high**0.5, steps, dtype=torch.float64, device="cpu") ** 2).cumprod(0)
 
 
+def family_of(network: Any) -> Family | None:
+    """What a network that `wrap` adapted is of, inside guidance too; None for others."""
+    network = bare(network)
+    if not isinstance(network, nn.Module):
+        return None
+    family = getattr(network, "family", None)
+    return family if isinstance(family, Family) else family_of(getattr(network, "denoiser", None))
+
+
+def alphas_of(network: Any) -> Tensor | None:
+    """alphas_cumprod of a network's own training steps, (steps,) float64 on the CPU; None for one without, or unknown ones.
+
+    A traced or exported network has them in the buffers of what `wrap` made.
+    """
+    network = bare(network)
+    if not isinstance(network, nn.Module):
+        return None
+    table = getattr(getattr(network, "family", None), "log_alpha", None)
+    if isinstance(table, Tensor):
+        return (2 * table.detach().cpu()).exp()
+    return alphas_of(getattr(network, "denoiser", None))
+
+
 class DiscreteSteps(Family):
     """time = steps·t(sigma) - 1 with log alpha piecewise linear in t; a whole number on the trained noise levels.
 
@@ -55,13 +79,22 @@ class DiscreteSteps(Family):
 
     fixed = ("name", "steps")
 
-    def __init__(self, prediction: str, alphas: Any):
+    def __init__(self, prediction: str, alphas: Any, *, log_alpha: Tensor | None = None):
         super().__init__()
-        self.name, self._table = prediction, DiscreteTime.of(alphas).log_alpha
+        self.name = prediction
+        self._table = DiscreteTime.of(alphas).log_alpha if log_alpha is None else log_alpha
         self.register_buffer("log_alpha", self._table.clone(), persistent=False)
         self.steps = len(self._table)
         ends = torch.expm1(-2 * self._table[[0, -1]]).sqrt()
         self.sigma_min, self.sigma_max = ends.tolist()
+
+    @classmethod
+    def of_table(cls, prediction: str, log_alpha: Tensor) -> DiscreteSteps:
+        """Of log sqrt(alphas_cumprod), (steps,) float64, as a file holds it. Raises ConfigError."""
+        if prediction not in PREDICTS:
+            raise ConfigError(f"discrete steps predict {', '.join(PREDICTS)}, got {prediction!r}")
+        DiscreteTime.of((2 * log_alpha.double()).exp())
+        return cls(prediction, None, log_alpha=log_alpha.double())
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -63,8 +63,8 @@ class NetworkFacts:
 
     @property
     def rank(self) -> str:
-        """The shape of a sample in letters."""
-        return ", ".join(self.axes) or "C, ..."
+        """The shape of a sample, in letters and the number of channels where it is known."""
+        return (", ".join(self.axes) or "C, ...").replace("C", str(self.channels or "C"))
 
 
 def facts_of(network: Any) -> NetworkFacts:
@@ -125,8 +125,8 @@ def check_classes_known(network: Any) -> None:
     module = bare(network)
     if getattr(module, "label_kind", None) and not getattr(module, "label_dim", 0):
         raise ConfigError(
-            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of classes, "
-            "or of numbers per sample"
+            f"{type(module).__name__} takes labels and does not say how many there are; pass label_dim=: the number of "
+            "classes, or of numbers per sample"
         )
     told = getattr(module, "label_dim", None) is not None or "class_labels" in bound(network)
     if told or not isinstance(module, nn.Module) or not takes_more(module):

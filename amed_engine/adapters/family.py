@@ -34,10 +34,10 @@ class Family(Settled):
     )
 
     def whole(self, time: Tensor) -> Tensor:
-        """The time (B,) of a network that is told whole numbers alone. Raises ConfigError where time is not counted in steps."""
+        """The time (B,) of a network that is told whole numbers alone. Raises ConfigError where it is no count of steps."""
         raise ConfigError(
-            f"the network is told whole numbers (int64), and prediction={self.name!r} has no steps to round to ({self.describe()}); "
-            "pass the prediction that it was trained for, or export it with a time in floating point"
+            f"the network is told whole numbers (int64), and prediction={self.name!r} has no steps to round to "
+            f"({self.describe()}); pass the prediction that it was trained for, or export it with a time in floating point"
         )
 
     def describe(self) -> str:

@@ -17,11 +17,11 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from amed_engine.adapters.weights import OnDisk, readable, weights_of
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modules import Bound, as_module, gathered, placed, plain_name
+from amed_engine.sampling.modules import Bound, as_module, bare, gathered, placed, plain_name, unknown_wrapper
 from amed_engine.sampling.modules import whole as in_one_piece
 from amed_engine.sampling.wrappers import computes_nothing, passed_on
 
-BUFFER = "amed_settings"
+BUFFER, TOLD = "amed_settings", "amed_settings_told"
 WRAPPED = "(wrapper)"
 
 
@@ -40,13 +40,18 @@ class Settled(nn.Module):
 
 
 def keep_settings(module: nn.Module, **settings: Any) -> None:
-    """Register the SHA-256 of JSON-able settings as the buffer `amed_settings` (32,) uint8 of the module, outside state dicts.
+    """Register the SHA-256 of JSON-able settings as the buffer `amed_settings` (32,) uint8 of the module, outside state dicts;
+    their text stays beside it, for people.
 
     A predictor is for one setting: whatever changes the answer of the wrapper round the same network belongs here.
     """
-    text = json.dumps([type(module).__name__, settings], sort_keys=True)
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    module.register_buffer(BUFFER, digest, persistent=False)
+    setattr(module, TOLD, json.dumps([type(module).__name__, settings], sort_keys=True))
+    module.register_buffer(BUFFER, hashed(getattr(module, TOLD)), persistent=False)
+
+
+def hashed(text: str) -> Tensor:
+    """SHA-256, (32,) uint8."""
+    return torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
 
 
 def summary(table: Tensor) -> list[str]:
@@ -60,39 +65,56 @@ def fingerprint(model: Any) -> str | None:
     and thresholding in it; None for a callable without parameters, or one whose parameters cannot be read.
 
     Compiled, traced, exported and wrapped forms of a module (DataParallel, FSDP, AveragedModel) have its fingerprint, and so
-    has one that accelerate offloads.
+    have one that accelerate offloads, and the files of `save_package`, `save_program` and `save_onnx`.
     """
+    if (recorded := getattr(bare(model), "recorded", None)) is not None and unknown_wrapper(model) is None:
+        return recorded
     with gathered(model):
-        weights = _weights(model)
-        return _digest(weights | _settings(model)) if weights and readable(weights) else None
+        weights = model_weights(model)
+        return digest(weights | settings_of(model)) if weights and readable(weights) else None
 
 
 def is_model(model: Any, recorded: str) -> bool:
     """Whether `recorded` is the fingerprint of this model; the older form, of its parameters alone, counts as well."""
+    if (own := getattr(bare(model), "recorded", None)) is not None and unknown_wrapper(model) is None:
+        return recorded == own
     with gathered(model):
-        weights, settings = _weights(model), _settings(model)
+        weights, settings = model_weights(model), settings_of(model)
         # Hashing reads every weight: the older form only where it differs and the newer one did not match.
         older = bool(settings) and not any(name.endswith(WRAPPED) for name in settings)
-        return recorded == _digest(weights | settings) or (older and recorded == _digest(weights))
+        return recorded == digest(weights | settings) or (older and recorded == digest(weights))
 
 
 def can_tell(model: Any) -> bool:
     """Whether a model is a module, and all of its weights can be read."""
-    return isinstance(as_module(model), nn.Module) and readable(_weights(model))
+    return isinstance(as_module(model), nn.Module) and readable(model_weights(model))
 
 
-def _weights(model: Any) -> dict[str, Tensor | OnDisk]:
+def model_weights(model: Any) -> dict[str, Tensor | OnDisk]:
     module = as_module(model)
-    return weights_of(module) if isinstance(module, nn.Module) else {}
+    return weights_of(module) | _recorded(module) if isinstance(module, nn.Module) else {}
 
 
-def _settings(model: Any) -> dict[str, Tensor]:
-    """Those of this package's parts, what partials give, and the names of wrappers that may compute something."""
-    module, settings = as_module(model), {}
+def _recorded(module: nn.Module) -> dict[str, Tensor | OnDisk]:
+    """What files of compiled parts say in place of weights."""
+    told = ((prefix, getattr(part, "recorded", None)) for prefix, part, _ in placed(module))
+    return {f"{prefix}(recorded)": _bytes(text) for prefix, text in told if text is not None}
+
+
+def own_parts(model: Any) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """This package's parts of a model that keep settings: name of the buffer, part, buffer."""
+    module = as_module(model)
     for prefix, part, whole in placed(module) if isinstance(module, nn.Module) else ():
         for name, buffer in part.named_buffers(recurse=whole):
-            if name.rpartition(".")[2] == BUFFER:
-                settings[prefix + plain_name(part, name)] = buffer
+            owner, _, last = name.rpartition(".")
+            if last == BUFFER:
+                yield prefix + plain_name(part, name), part.get_submodule(owner), buffer
+
+
+def settings_of(model: Any) -> dict[str, Tensor]:
+    """Those of this package's parts, what partials give, and the names of wrappers that may compute something."""
+    module, settings = as_module(model), {name: buffer for name, _, buffer in own_parts(model)}
+    for prefix, part, whole in placed(module) if isinstance(module, nn.Module) else ():
         if passed_on(part) is not None and not computes_nothing(part):
             settings[f"{prefix}{type(part).__name__}{WRAPPED}"] = _bytes(type(part).__name__)
         for name, inner in part.named_modules() if whole else (("", part),):
@@ -102,10 +124,10 @@ def _settings(model: Any) -> dict[str, Tensor]:
 
 def _given(name: str, part: nn.Module) -> dict[str, Tensor]:
     keywords = part.keywords if isinstance(part, Bound) else {}
-    return {f"{name}({key}){place}": told for key, value in keywords.items() for place, told in _told(value)}
+    return {f"{name}({key}){place}": told for key, value in keywords.items() for place, told in _leaves(value)}
 
 
-def _told(value: Any) -> Iterator[tuple[str, Tensor]]:
+def _leaves(value: Any) -> Iterator[tuple[str, Tensor]]:
     """A keyword's value; where it holds arrays, each of its parts by its place."""
     leaves, _ = tree_flatten_with_path(value)
     if not any(isinstance(leaf, (Tensor, numpy.ndarray)) for _, leaf in leaves):
@@ -123,16 +145,17 @@ def _bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
 
 
-def _digest(tensors: Mapping[str, Tensor | OnDisk]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor | OnDisk]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    sha = hashlib.sha256()
     for name in sorted(tensors):
         kept = tensors[name]
         tensor = kept.read() if isinstance(kept, OnDisk) else in_one_piece(kept)
         for part, value in _plain_parts(name, tensor.detach()):
             value = value.cpu().contiguous()
-            digest.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
-            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            sha.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
+            sha.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

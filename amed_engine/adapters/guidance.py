@@ -16,6 +16,7 @@ from amed_engine.adapters.labels import CONTINUOUS, label_rows
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing, parted
+from amed_engine.sampling.kept import Telling, keep_facts
 from amed_engine.sampling.modes import differentiable
 from amed_engine.sampling.modules import as_module, bare, never_writes, said
 
@@ -25,7 +26,7 @@ FACTS = (
 )
 
 
-class _Around(Settled):
+class _Around(Telling, Settled):
     """A module round a denoiser, with its facts."""
 
     sample_shape: tuple[int, ...] | None = None
@@ -86,6 +87,7 @@ class ClassifierFree(_Around):
             raise ConfigError(f"need a finite scale and 0 <= lo < hi, got scale={scale}, interval={interval}")
         self.scale, self.low, self.high, self.batched = scale, low, high, batched
         keep_settings(self, scale=float(scale), interval=[float(low), float(high)])
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         calls = "one doubled batch" if self.batched else "two calls"
@@ -168,6 +170,7 @@ class ClassifierGuided(_Around):
             raise ConfigError(f"the classifier tells {known} classes, the network {own}; pass label_dim=...")
         self.label_dim = int(known)
         keep_settings(self, scale=float(scale), clamp=None if clamp is None else float(clamp))
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, clamp={self.clamp}"
@@ -216,6 +219,7 @@ class Thresholded(_Around):
         self.quantile, self.floor = quantile, floor
         self.can_guide = said(denoiser, "can_guide", True)
         keep_settings(self, quantile=float(quantile), floor=float(floor))
+        keep_facts(self)
 
     def extra_repr(self) -> str:
         return f"quantile={self.quantile:g}, floor={self.floor:g}"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled, converted
+from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
 from amed_engine.adapters.onnx_inputs import ANSWERS, FLOATS, LABELS, RAW, STEPS, TYPES, Roles, describe, roles_of
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.denoiser import Denoised, ask
-
-PACKAGE = "amed_engine"  # the key of a whole loop's facts
 
 
 class OnnxModel(Compiled):
@@ -26,12 +26,14 @@ class OnnxModel(Compiled):
     "float" or "vector", as `wrap` has them; conditions: dtype and shape by name.
     """
 
-    def __init__(self, session: OnnxSession, roles: Roles, signature: Signature):
-        super().__init__(_Call(session, roles), signature)
+    def __init__(
+        self, session: OnnxSession, roles: Roles, signature: Signature, facts: Mapping[str, Any] | None = None
+    ):
+        super().__init__(_Call(session, roles), signature, facts=facts)
         self.session, self.roles = session, roles
         self.conditions = {entry.name: _input(entry) for entry in roles.conditions}
         if roles.labels is not None:
-            self.label_kind = _label_kind(roles.labels)
+            self.label_kind = self.facts.get("label_kind", _label_kind(roles.labels))
         self.label_dim = 1 if self.label_kind == "float" else signature.label_dim
 
     @property
@@ -42,13 +44,13 @@ class OnnxModel(Compiled):
     def out_channels(self) -> int | None:
         """Of the prediction, where the file tells them of samples that have channels."""
         shape = _entry(self.session.answers, self.session.outputs[0]).shape or ()
-        known = len(shape) == len(self.roles.x.shape) and len(shape) > 1
-        return _static(shape[1]) if known else None
+        known = shape if len(shape) == len(self.roles.x.shape) else ()
+        return _static(known[1]) if len(known) > 1 else None
 
     @property
     def can_guide(self) -> bool:
-        """Whether zero labels mean "no class": for one-hot rows."""
-        return self.label_kind == "rows"
+        """Whether zero labels mean "no class": for one-hot rows, where the file does not say otherwise."""
+        return self.facts.get("can_guide", self.label_kind == "rows")
 
     @property
     def whole_times(self) -> bool:
@@ -72,20 +74,20 @@ class OnnxModel(Compiled):
         for what its graph refuses."""
         self._check(*inputs)
         self.signature.check_named(inputs[0], conditions, self.conditions)
-        return ask(self.call, *inputs, **conditions)
+        return ask(partial(self.call, **conditions), *inputs)
 
     def check_ready(self) -> None:
         """Raise ConfigError where this is no denoiser, or takes what a sampler cannot know."""
         if self.conditions:
             raise ConfigError(
-                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and perhaps "
-                "labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows being chosen by class_labels"
+                f"the ONNX model takes {', '.join(self.conditions)} beside what a sampler hands it (expected x, sigma and "
+                "perhaps labels); bind them: wrap(load_onnx(path), prediction, conditions={...}), rows by class_labels"
             )
         time, answer = self.roles.time, self.session.outputs[0]
         if self.whole_times or time.name.lower() in STEPS or answer.lower() in RAW:
             raise ConfigError(
-                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) -> D; "
-                'pass wrap(load_onnx(path), prediction), e.g. prediction="epsilon", or "denoised" where it is one all the same'
+                f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) "
+                '-> D; pass wrap(load_onnx(path), prediction), prediction="epsilon", say, or "denoised" where it is one'
             )
 
 
@@ -133,7 +135,7 @@ class _Call:
         self._session, self._roles = session, roles
         self._one_time = _is_for_all(roles)
 
-    def __call__(self, x: Tensor, time: Tensor, *labels: Tensor, **conditions: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, time: Tensor, /, *labels: Tensor, **conditions: Tensor) -> tuple[Tensor, ...]:
         given = {entry.name: value for entry, value in self._named(x, labels)} | conditions
         if not self._one_time:
             return self._run(given, time.reshape(-1, *[1] * (len(self._roles.time.shape) - 1)))
@@ -179,12 +181,12 @@ def load_onnx(
     FileFormatError for a file that is no ONNX model.
     """
     session = OnnxSession(path, threads)
-    if PACKAGE in session.metadata:
-        raise ConfigError(f"{path} is a whole sampling loop, no network: open it with amed_engine.load_package")
+    check_no_loop(session.metadata, path)
     session.outputs = _answers(session.answers, outputs, path)
     answer = next(entry for entry in session.answers if entry.name == session.outputs[0])
     roles = roles_of(session.inputs, answer, path, inputs)
-    return OnnxModel(session, roles, _signature(roles, session.metadata, path))
+    signature = _signature(roles, session.metadata, path)
+    return OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
 
 
 def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.PathLike) -> list[str]:
@@ -193,7 +195,8 @@ def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.
     if told is not None:
         if isinstance(told, str) or len(told) not in (1, 2) or not set(told) <= set(known):
             raise ConfigError(
-                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has {describe(entries)}"
+                f"outputs must name the prediction and perhaps the bottleneck of {path}, got {told!r}; it has "
+                f"{describe(entries)}"
             )
         names = list(told)
     else:
@@ -227,8 +230,9 @@ def _signature(roles: Roles, metadata: dict[str, str], path: str | os.PathLike) 
         raise ConfigError(
             f"{path}: {describe([roles.time])} is not one time per sample of {describe([roles.x])}, nor one for all"
         )
-    levels = (_level(metadata, name, path) for name in ("sigma_min", "sigma_max"))
-    return Signature(tuple(inputs), batch, "cpu", *levels)
+    return Signature(
+        tuple(inputs), batch, "cpu", _level(metadata, "sigma_min", path), _level(metadata, "sigma_max", path)
+    )
 
 
 def _is_for_all(roles: Roles) -> bool:

@@ -69,8 +69,8 @@ def _check_types(entries: Sequence[Any], path: str | os.PathLike) -> None:
     for entry in entries:
         if entry.type not in TYPES:
             raise ConfigError(
-                f"{path}: its input {describe([entry])} must be one of {', '.join(TYPES.values())}, the types that are handed to "
-                "ONNX models; export it with one of them"
+                f"{path}: its input {describe([entry])} must be one of {', '.join(TYPES.values())}, the types that are "
+                "handed to ONNX models; export it with one of them"
             )
     if len(entries) < 2:
         raise ConfigError(

@@ -51,6 +51,11 @@ class Signature:
     def label_dim(self) -> int:
         return (self.inputs[2].shape[0] or 0) if len(self.inputs) > 2 and self.inputs[2].shape else 0
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether classes are told as integers (B,) instead of rows."""
+        return len(self.inputs) > 2 and not self.inputs[2].shape and self.inputs[2].dtype in ("int32", "int64")
+
     def check(self, tensors: Sequence[Any], *, strides: bool = True) -> None:
         """Raise ConfigError for a tensor of another number, dtype, shape, batch or device than expected, or (with `strides`)
         one that is not contiguous.

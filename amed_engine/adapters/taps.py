@@ -111,23 +111,24 @@ class Tap:
                 x0 = as_denoised(model(x, sigma)).x0
             finally:
                 features = self.take()
-            return Denoised(x0, self._checked(features, x.shape[0]))
+            return Denoised(x0, self._checked(features, x))
 
         return denoise
 
-    def _checked(self, caught: Any, batch: int) -> Tensor:
+    def _checked(self, caught: Any, x: Tensor) -> Tensor:
         features = caught if isinstance(self.source, nn.Module) else copied(self.source())  # type: ignore[misc]
         if features is None:
             raise ConfigError(
                 "the bottleneck was not read in this evaluation; hooks see no call inside a compiled, traced or exported "
                 "model: pass the plain module, or a function that returns the features"
             )
-        if features.shape[0] != batch:
+        if features.shape[0] != x.shape[0]:
             raise ConfigError(
-                f"the bottleneck holds {features.shape[0]} rows for {batch} samples, as under batched guidance; pass a "
+                f"the bottleneck holds {features.shape[0]} rows for {x.shape[0]} samples, as under batched guidance; pass a "
                 "function that returns the conditional rows"
             )
-        return features
+        read = None if features.dim() == 4 else readable(features, x, folded=False)
+        return features if read is None else read
 
 
 def _remove_left() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.choosing import Wanted, choose_family
-from amed_engine.adapters.compiled import compiled_of
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_known, facts_of
 from amed_engine.adapters.family import Family
@@ -21,11 +20,12 @@ from amed_engine.adapters.flux import Flux
 from amed_engine.adapters.karras import Denoising
 from amed_engine.adapters.labels import check_kind
 from amed_engine.adapters.lookups import TableError
+from amed_engine.adapters.notes import notes_of
 from amed_engine.adapters.schedulers import told_by
 from amed_engine.adapters.verify import verify_adapter
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import plain_tensors
-from amed_engine.sampling.modules import as_module, bare, dtype_of, said
+from amed_engine.sampling.modules import as_module, bare, said
 
 
 @plain_tensors()
@@ -93,7 +93,7 @@ def wrap(
     name, found = _choose_bottleneck(model, facts, bottleneck)
     if bottleneck != "auto":
         facts = replace(facts, reduction=None)  # another module's output has its own size
-    notes = _notes(model, facts, family, why, tables, found)
+    notes = notes_of(model, facts, family, why, tables, found)
     if facts.denoises:  # a denoiser's own range of noise levels
         family.sigma_min = float(said(model, "sigma_min", 0) or family.sigma_min)
         family.sigma_max = float(said(model, "sigma_max", 0) or family.sigma_max)
@@ -202,39 +202,3 @@ def _choose_bottleneck(model: Any, facts: NetworkFacts, asked: str | None) -> tu
         return None, "returned by the network"
     name = taps.find(bare(model))
     return name, "none known: predictors read zeros" if name is None else f"{name}, found"
-
-
-_WHOLE = "the network takes whole numbers: fractions are rounded to the nearest, the other coefficients stay exact"
-
-
-def _notes(
-    model: Any, facts: NetworkFacts, family: Family, why: str, tables: Conditions, bottleneck: str
-) -> dict[str, str]:
-    dtype = dtype_of(model)
-    letters = ", ".join(facts.axes or "CHW")
-    shape = f"not known: pass shape=({letters}) to Sampler" if facts.shape is None else str(tuple(facts.shape))
-    if facts.shape is not None and facts.out_channels == 2 * facts.shape[facts.channel_axis]:
-        shape += ", learned variances cut off"
-    numbers = {"float": "none; a number per sample (B,)", "vector": f"none; {facts.label_dim} numbers per sample"}
-    classes = numbers.get(facts.labels, f"{facts.label_dim}") if facts.label_dim else "none"
-    none = "" if facts.null_class is None else f", {facts.null_class} meaning no class"
-    if facts.label_dim and facts.labels == "rows" and not facts.prediction:
-        none = ", told as one-hot rows; zeros mean no class, where it was trained so"
-    bound = f", {tables.count} bound" if tables.count else ", given in each call" if tables.names else ""
-    return {
-        "network": type(bare(model)).__name__,
-        "predicts": f"{family.describe()} ({why})",
-        **({"time": _WHOLE} if facts.whole_times else {}),
-        "sigma": f"{family.sigma_min:.4g} to {family.sigma_max:.4g}",
-        "samples": shape,
-        "classes": classes + none,
-        "conditions": (", ".join(tables.names) or "none") + bound + (", with null" if tables.has_null else ""),
-        "bottleneck": bottleneck,
-        "precision": _precision(model, dtype),
-    }
-
-
-def _precision(model: Any, dtype: torch.dtype | None) -> str:
-    if (compiled := compiled_of(model)) is not None:
-        return f"network {compiled.describe()}, state x's"
-    return "x's" if dtype is None else f"network {dtype}, state x's".replace("torch.", "")

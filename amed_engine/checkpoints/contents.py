@@ -99,9 +99,11 @@ def _read(path: Path, start: bytes) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The line of torch's message that names what was found; others tell how to load it all the same."""
+    """What torch found; its message tells how to load that all the same."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0])[:300]
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it names {named[1][:200]!r}"
+    return next((line for line in lines if "nsupported" in line), lines[0])[:300]
 
 
 def _check_archive(path: Path) -> None:

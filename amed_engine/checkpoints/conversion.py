@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
-from amed_engine.checkpoints.files import check_values, save_diffusers
+from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_values, save_diffusers
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.state_dicts import find_network
@@ -59,7 +59,8 @@ def convert(
     path = Path(path)
     opened = _open(path, settings, weights)
     target = _beside(path, opened.layout.suffix) if out is None else Path(out)
-    if any(target in (source, source.parent) for source in opened.sources):
+    written = {target, *(target / name for name in (WEIGHTS_FILE, CONFIG_FILE, DIFFUSERS_FILE))}
+    if {file.resolve() for file in written} & {source.resolve() for source in opened.sources}:
         raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
     return Converted(target, opened.layout.convert(opened.data, path, target, settings) + opened.chosen)
 

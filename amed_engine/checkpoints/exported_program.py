@@ -37,6 +37,15 @@ def load_program(path: str | os.PathLike) -> torch.export.ExportedProgram:
         raise FileFormatError(f"{path} is no readable ExportedProgram: {reason}") from error
 
 
+def extra_names(path: str | os.PathLike) -> list[str]:
+    """The names of the extra files in a .pt2; none where it is no archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.split("/extra/", 1)[1] for name in archive.namelist() if "/extra/" in name]
+    except (zipfile.BadZipFile, OSError):
+        return []
+
+
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
     """Refuse what makes torch.export.load unpickle, and names that two readers could resolve differently."""
     infos = [info for info in archive.infolist() if not info.is_dir()]

@@ -23,6 +23,7 @@ from amed_engine.solvers.files import atomic_write
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 PUBLISHED = (".pkl", ".pt", ".pth", ".ckpt")
 HOW_TO_CONVERT = "if it is published, `amed convert {}` makes it so"
 MAX_HEADER = 8 << 20  # bytes, a plan's mean answer among them; checked before anything is parsed

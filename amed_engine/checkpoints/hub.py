@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from amed_engine.adapters import Adapter
+from amed_engine.checkpoints.adapted import FOLDER, WRAP_FILE, is_adapter, load_adapter, save_adapter
 from amed_engine.checkpoints.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from amed_engine.checkpoints.native import PREDICTORS, load_model, load_predictor, save_model, save_predictor
 from amed_engine.errors import ConfigError, FileFormatError, require
@@ -21,12 +23,16 @@ logger = logging.getLogger("amed_engine")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# Ours, and those of a network of diffusers in a folder of its own; no pickle among them.
+FILES = [WEIGHTS_FILE, CONFIG_FILE, WRAP_FILE, f"{FOLDER}/*.safetensors", f"{FOLDER}/*.json"]
 
 
-def save_pretrained(item: Predictor | EDMPrecond, directory: str | os.PathLike) -> None:
-    """Save a predictor, its plan included, or a network as a directory of model.safetensors and config.json.
+def save_pretrained(item: Predictor | EDMPrecond | Adapter, directory: str | os.PathLike) -> None:
+    """Save a predictor, its plan included, a network, or what `wrap` made of one, as a directory of safetensors and JSON.
 
-    The directory can be uploaded to the Hub as it is. Raises ConfigError for anything else.
+    The directory can be uploaded to the Hub as it is. Of a wrapped network all is saved that wrap was told or found:
+    prediction, betas, range, bottleneck, shape, classes, bound conditions; its fingerprint is checked when it is loaded.
+    Raises ConfigError for anything else, a network of another's making among them.
     """
     if Path(directory).suffix == ".safetensors":
         raise ConfigError(f"{directory} names a file; pass a directory, or use save_predictor for one file")
@@ -34,8 +40,13 @@ def save_pretrained(item: Predictor | EDMPrecond, directory: str | os.PathLike) 
         save_predictor(item, directory)
     elif isinstance(bare(item), EDMPrecond):
         save_model(item, directory)
+    elif isinstance(bare(item), Adapter):
+        save_adapter(bare(item), Path(directory))
     else:
-        raise ConfigError(f"save_pretrained saves a predictor or an EDMPrecond, got {type(item).__name__}")
+        raise ConfigError(
+            f"save_pretrained saves a predictor or an EDMPrecond, got {type(item).__name__}; or what wrap returns, without "
+            "guidance or thresholding round it"
+        )
 
 
 def from_pretrained(
@@ -46,7 +57,7 @@ def from_pretrained(
     cache_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
 ) -> Predictor | nn.Module:
-    """The predictor or network of a local directory or of a Hub repository ("owner/name"), loaded strictly.
+    """The predictor, network or wrapped network of a local directory or of a Hub repository ("owner/name"), loaded strictly.
 
     revision: a branch, tag or commit; it is resolved to a commit once, and both files are of that commit.
     local_files_only: nothing is asked of the network; what is not in the cache is an error.
@@ -62,6 +73,8 @@ def from_pretrained(
         folder = _fetch(source, revision, local_files_only, cache_dir, token)
     else:
         raise ConfigError(f"{str(source)!r} is no directory, and no Hub repository of the form 'owner/name'")
+    if is_adapter(folder):
+        return load_adapter(folder, read_config(folder))
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileFormatError(f"{folder} has no {WEIGHTS_FILE}; nothing else is loaded, pickles least of all")
     config = read_config(folder)
@@ -69,7 +82,7 @@ def from_pretrained(
 
 
 def _fetch(repo: str, revision: str | None, offline: bool, cache: Any, token: Any) -> Path:
-    """The local folder of one commit of a repository, with our two files and no others."""
+    """The local folder of one commit of a repository, with our files and no others."""
     hub = require("huggingface_hub", "hub", "a model of the Hub", "pass a local directory")
     try:
         if not offline and not (revision and COMMIT.fullmatch(revision)):
@@ -79,7 +92,7 @@ def _fetch(repo: str, revision: str | None, offline: bool, cache: Any, token: An
             hub.snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[WEIGHTS_FILE, CONFIG_FILE],
+                allow_patterns=FILES,
                 local_files_only=offline,
                 cache_dir=cache,
                 token=token,

@@ -21,6 +21,9 @@ PART = re.compile(r"(?:^|(?<=\.))(?:(?:time_embed|label_emb|input_blocks|middle_
 WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 AVERAGED = re.compile(r"(?:^|[_-])(?:ema|averaged?|avg|shadow|swa|polyak)(?:[_-]|$)", re.IGNORECASE)
 TRAINED = re.compile(r"online", re.IGNORECASE)
+OPTIMIZER = re.compile(
+    r"opt|optim\w*|exp_avg(_sq)?|max_exp_avg_sq|momentum\w*|grads?", re.IGNORECASE
+)  # has the same names
 SHADOW = "shadow_params"  # a list of averages in the order of the parameters
 MAX_DEPTH = 4  # of dictionaries in dictionaries
 
@@ -70,12 +73,13 @@ def find_network(data: Any, path: Path, weights: str | None) -> tuple[Network, s
 
 
 def _dictionaries(data: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary inside a file's, with its place."""
+    """Every dictionary inside a file's, with its place; none of an optimizer."""
     if not isinstance(data, Mapping) or depth > MAX_DEPTH:
         return
     yield label, {str(name): value for name, value in data.items()}
     for name, value in data.items():
-        yield from _dictionaries(value, _at(label, str(name)), depth + 1)
+        if not OPTIMIZER.fullmatch(str(name)):
+            yield from _dictionaries(value, _at(label, str(name)), depth + 1)
 
 
 def _at(label: str, name: str) -> str:
@@ -84,7 +88,8 @@ def _at(label: str, name: str) -> str:
 
 def _networks(own: Mapping[str, Any], label: str, path: Path, weights: str | None) -> Iterator[Network]:
     """Those in one dictionary, each under a prefix of its own."""
-    prefixes = {name[: part.start()]: None for name in own if (part := PART.search(name))}
+    names = [name for name, value in own.items() if isinstance(value, Tensor)]
+    prefixes = {name[: part.start()]: None for name in names if (part := PART.search(name))}
     groups = {prefix: _group(own, prefix, list(prefixes), path) for prefix in prefixes}
     every = {name: value for group in groups.values() for name, value in group.items()}
     if not _is_network(every):
@@ -149,19 +154,24 @@ def _lost(own: Mapping[str, Any], label: str) -> list[_Unread]:
 
 def _named(networks: list[Network], unread: list[_Unread], data: Any) -> tuple[list[Network], list[_Unread]]:
     """With lists of averages, each under the names of the one trained network that it has the shapes of."""
-    for label, own in _dictionaries(data):
-        values = own.get(SHADOW)
-        if not isinstance(values, (list, tuple)):
-            continue
-        shapes = [getattr(value, "shape", None) for value in values]
+    for place, values in _lists(data):
+        shapes = [value.shape for value in values]
         like = [n for n in networks if not n.averaged and shapes == [tensor.shape for tensor in n.tensors.values()]]
-        place = _at(label, SHADOW)
         if len(like) == 1:
             averages = dict(zip(like[0].tensors, values, strict=True))
             networks = [*networks, Network(place, averages, True, like[0].beside)]
         else:
             unread = [*unread, _Unread(place, f"its {len(values)} tensors have no names, and not its network's shapes")]
     return networks, unread
+
+
+def _lists(data: Any) -> Iterator[tuple[str, list[Tensor]]]:
+    """Lists of tensors that are called averages."""
+    for label, own in _dictionaries(data):
+        for name, values in own.items():
+            tensors = isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values)
+            if tensors and (name == SHADOW or _is_averaged(_at(label, name))):
+                yield _at(label, name), list(values)
 
 
 def _choose(networks: list[Network], unread: list[_Unread], path: Path, weights: str | None) -> Network:
@@ -172,7 +182,8 @@ def _choose(networks: list[Network], unread: list[_Unread], path: Path, weights:
             f"{path} has averaged weights at {unread[0].label!r}, but {unread[0].why}; "
             "--weights model converts the trained ones"
         )
-    fitting = fitting or kinds.get(weights or ("ema" if kinds["ema"] else "model"), [])
+    usual = "ema" if kinds["ema"] else "model"
+    fitting = fitting or kinds.get(usual if weights is None else weights, [])
     if len(fitting) == 1:
         return fitting[0]
     have = ", ".join(f"{each.label or 'model'!r} ({'averaged' if each.averaged else 'trained'})" for each in networks)

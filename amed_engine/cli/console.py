@@ -78,6 +78,7 @@ def _messages(name: str | None) -> Iterator[None]:
 
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: show(record.getMessage())
+    handler.addFilter(lambda record: not getattr(record, "reported", False))  # commands print their reports
     logger = logging.getLogger("amed_engine")
     logger.addHandler(handler)
     with warnings.catch_warnings():

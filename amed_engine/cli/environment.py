@@ -40,9 +40,9 @@ def facts() -> dict[str, dict[str, Any]]:
     }
 
 
-def mean_facts(model: str) -> dict[str, dict[str, Any]]:
-    """What a model answers to noise alone, on average: see `measure_mean`."""
-    mean = amed_engine.measure_mean(model)
+def mean_facts(name: str, model: Any, sigma_max: float | None = None) -> dict[str, dict[str, Any]]:
+    """What a model answers to noise alone, on average: see `measure_mean`. name: of the model, for the heading."""
+    mean = amed_engine.measure_mean(model, sigma_max=sigma_max)
     rows = mean.rows().flatten(1).double()
     names = (
         ["all"]
@@ -53,7 +53,7 @@ def mean_facts(model: str) -> dict[str, dict[str, Any]]:
         name: f"mean {row.mean():.4g}, standard deviation {row.std(correction=0):.4g}"
         for name, row in zip(names, rows, strict=True)
     }
-    return {f"mean answer of {model} at sigma {mean.sigma:g}": {"latents": str(mean.latents), **answers}}
+    return {f"mean answer of {name} at sigma {mean.sigma:g}": {"latents": str(mean.latents), **answers}}
 
 
 def _library() -> str:

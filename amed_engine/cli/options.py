@@ -59,7 +59,7 @@ range_options = options(
 grid_options = options(
     click.option(
         "--schedule",
-        help="time_uniform, polynomial, logsnr, or a file of levels.",
+        help="time_uniform, polynomial, logsnr, discrete (over the network's own training steps), or a file of levels.",
         show_default="time_uniform with a solver by name (consistency: polynomial), else the best at hand",
     ),
     click.option("--rho", type=float, help="Exponent of the schedule.", show_default="1, of polynomial 7"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.recorded import elsewhere, recorded_wrapping
 from amed_engine.adapters.taps import Tap
 from amed_engine.engine.model import Model
 from amed_engine.engine.resolve import resolve
@@ -131,8 +132,10 @@ def measured(plan: Plan | None, model: Model, known: Mean | None = None) -> Plan
     )
 
 
-def check_mean(mean: Mean, model: Model, *, verify: bool) -> None:
-    """Whether a mean answer that was measured elsewhere is this model's. Raises ConfigError."""
+def check_mean(plan: Plan, model: Model, *, verify: bool) -> None:
+    """Whether a plan's mean answer, if it has one, is this model's. Raises ConfigError."""
+    if (mean := plan.mean) is None:
+        return
     if model.shape is not None and mean.shape != tuple(model.shape):
         raise ConfigError(
             f"this plan's mean answer has shape {mean.shape}, the model's samples {tuple(model.shape)}; {_ANEW}"
@@ -141,12 +144,19 @@ def check_mean(mean: Mean, model: Model, *, verify: bool) -> None:
         raise ConfigError(
             f"this plan's mean answer is for {mean.classes} classes, the model has {model.classes}; {_ANEW}"
         )
-    identity = identify(model) if verify and mean.model is not None else None
-    if not mean.is_for(mean.sigma, identity, model.precision if verify else None):
+    if verify and not (mean.is_for(mean.sigma, None, model.precision) and _is_of(mean, model, plan)):
         raise ConfigError(
             "this plan's mean answer was measured on another model, or in another dtype: the fingerprints differ; "
             f"{_ANEW}, or pass verify=False to use it all the same"
         )
+
+
+def _is_of(mean: Mean, model: Model, plan: Plan) -> bool:
+    """Whether it is this model's, whatever bottleneck the model reads beside its answer."""
+    if mean.model is None or (own := identify(model)) is None:
+        return True
+    others = elsewhere(model.network, recorded_wrapping(plan))
+    return mean.model == own or any(mean.model == _with_tables(model, other) for other in others)
 
 
 _ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
@@ -154,8 +164,13 @@ _ANEW = "measure it anew: pass dataclasses.replace(plan, mean=None)"
 
 def identify(model: Model) -> str | None:
     """The fingerprint of a model, and of the conditions bound to it; None for a callable without parameters."""
-    own, tables = fingerprint(model.network), [table for bound in _bound(model) for table in bound.named_buffers()]
-    if own is None or not tables:
+    own = fingerprint(model.network)
+    return None if own is None else _with_tables(model, own)
+
+
+def _with_tables(model: Model, own: str) -> str:
+    tables = [table for bound in _bound(model) for table in bound.named_buffers()]
+    if not tables:
         return own
     digest = hashlib.sha256(own.encode())
     for name, table in sorted(tables, key=lambda named: named[0]):

@@ -211,26 +211,35 @@ def tune(
     if model.shape is not None:
         check_format(memory_format, len(model.shape))
     if memory_format is not None and model.module is not None:
-        model.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+        _lay_out(model.module, memory_format)
     if autocast is not None and holds_compiled(model.network):
         raise ConfigError(
-            f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it out, "
-            "or export the network in that dtype"
+            f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it "
+            "out, or export the network in that dtype"
         )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
 
 
+# How many axes a sample has in each; its weights have one more.
+RANKS = {torch.channels_last: 3, torch.channels_last_3d: 4}
+
+
+def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """`Module.to` takes no network that has convolutions of images and of volumes: those of another rank stay as they are."""
+    rank = 1 + RANKS.get(memory_format, -1)
+    module._apply(lambda t: t.contiguous(memory_format=memory_format) if rank in (0, t.dim()) else t)
+
+
 def check_format(memory_format: torch.memory_format | None, rank: int) -> None:
     """Raise ConfigError for a memory format that samples of this rank cannot have."""
-    ranks = {torch.channels_last: 3, torch.channels_last_3d: 4}
-    if ranks.get(memory_format, rank) == rank:  # type: ignore[arg-type]
-        return
-    instead = next((f"pass {known}, or " for known, own in ranks.items() if own == rank), "")
-    raise ConfigError(
-        f"memory_format={memory_format} is for samples of {ranks[memory_format]} axes, channels first, these have {rank}; "  # type: ignore[index]
-        f"{instead}leave memory_format out"
-    )
+    expected = RANKS.get(memory_format, rank)  # type: ignore[arg-type]
+    if expected != rank:
+        instead = next((f"pass {known}, or " for known, own in RANKS.items() if own == rank), "")
+        raise ConfigError(
+            f"memory_format={memory_format} is for samples of {expected} axes, channels first, these have {rank}; {instead}"
+            "leave memory_format out"
+        )
 
 
 def _check_compile(model: Model, mode: Any) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.adapters.fingerprint import can_tell, is_model
+from amed_engine.adapters.fingerprint import can_tell
+from amed_engine.adapters.recorded import difference, is_recorded
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.model import Model, check_integrable
+from amed_engine.engine.steps import check_steps, steps_for
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
@@ -45,6 +47,7 @@ class PlanRequest:
     usable: tuple[float, float]  # noise levels of the model that schedules use
     recipe: Plan | None = None
     mean: Mean | None = None  # of the model, where it is known without measuring
+    network: Any = None  # of the model, whose training steps "discrete" is spaced over
 
     @property
     def open(self) -> bool:
@@ -60,6 +63,7 @@ class PlanRequest:
         known = self.mean is not None and not midpoint and self.mean.is_for(start, None, None)
         first = {"afs": self.afs, "mean": self.mean if known else None}
         common: dict[str, Any] = {"rho": self.rho, **first, "sigma_min": low, "sigma_max": high}
+        common["alphas_cumprod"] = steps_for(self.network, schedule)
         if self.rho is not None and (isinstance(schedule, Tensor) or schedule == "logsnr"):
             raise ConfigError(
                 f"rho={self.rho} is the exponent of the other schedules; with logsnr or levels, leave it out"
@@ -101,7 +105,7 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
     if predictor is not None and not rules:
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
-        check_model(model, rule, made)
+        check_model(model, rule, made, reads_bottleneck=predictor is not None and predictor.reads_bottleneck)
         if not bundled:  # nobody who asks for autocast alone chose a predictor
             check_dtype(replace(model, autocast=autocast), rule, made)
     if predictor is None:
@@ -198,7 +202,7 @@ def ruling(recipe: Plan | None, predictor: Predictor | None) -> list[tuple[Plan,
 
 def differences(plan: Plan, other: Plan) -> list[str]:
     """The entries in which two plans differ, apart from what they note of the model."""
-    names = (field.name for field in fields(Plan) if field.name not in ("model", "dtype"))
+    names = (field.name for field in fields(Plan) if field.name not in ("model", "dtype", "wrapping"))
     return [name for name in names if getattr(plan, name) != getattr(other, name)]
 
 
@@ -243,14 +247,16 @@ def check_bottleneck(model: Model, predictor: Predictor) -> None:
         )
 
 
-def check_model(model: Model, plan: Plan, made: str) -> None:
+def check_model(model: Model, plan: Plan, made: str, *, reads_bottleneck: bool = True) -> None:
     """By its fingerprint; a plan without one, as of published predictors, at least by the noise levels that the model knows."""
     if plan.model is None or not can_tell(model.network):
         _check_levels(model, plan, made)
-    elif not is_model(model.network, plan.model):
+        if made == MADE:  # of published predictors, the levels in their files rule
+            check_steps(model, plan)
+    elif not is_recorded(model.network, plan, reads_bottleneck=reads_bottleneck):
         raise ConfigError(
             f"{made} for another model (or other weights or another wrapping of it): the fingerprints differ; "
-            f"{_REMEDIES[made]}, or verify=False to use it all the same"
+            f"{difference(model.network, plan)}; {_REMEDIES[made]}, or verify=False to use it all the same"
         )
 
 

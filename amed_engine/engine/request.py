@@ -88,8 +88,8 @@ def make_request(
     classes = drawn if class_labels is None else check_labels(class_labels, model, len(latents), look)
     if classes is None and model.continuous:
         raise ConfigError(
-            f"class_labels are missing: this model is told {model.numbers} per sample, which no seed draws; pass class_labels=, or "
-            "--class on the command line"
+            f"class_labels are missing: this model is told {model.numbers} per sample, which no seed draws; pass "
+            "class_labels=, or --class on the command line"
         )
     classes = None if classes is None else classes.clone()  # reported, whatever the caller does to its own
     labels = None if classes is None else model.label_rows(_sent(classes, device)).to(dtype)

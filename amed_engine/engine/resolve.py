@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
+from amed_engine.adapters.conditions import class_index
+from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known, is_raw
 from amed_engine.adapters.labels import KINDS
 from amed_engine.checkpoints import load_model, load_program
+from amed_engine.checkpoints.adapted import is_adapter, load_adapter
+from amed_engine.checkpoints.exported_program import extra_names
+from amed_engine.checkpoints.files import read_config
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.kept import kept
 from amed_engine.sampling.modules import as_module, bare, bound, module_of, never_writes, said
 
 
@@ -40,7 +46,7 @@ def resolve(
     evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
-    network = as_module(_open(model, weights))
+    network = as_module(opened(model, weights))
     if isinstance(network, type):
         raise ConfigError(
             f"model is the class {network.__name__}, not a model; pass an instance, {network.__name__}(...)"
@@ -124,7 +130,8 @@ def _image_shape(network: Any) -> tuple[int, ...] | None:
     return None if channels is None or size is None else (int(channels), int(size), int(size))
 
 
-def _open(model: Any, weights: str | os.PathLike | None) -> Any:
+def opened(model: Any, weights: str | os.PathLike | None = None) -> Any:
+    """The network of a name or a path, as it is; anything else is returned. Raises ConfigError or FileFormatError."""
     if isinstance(model, str) and model in (*zoo.names(), *zoo.published()):
         return zoo.load(model, weights)
     if weights is not None:
@@ -147,14 +154,17 @@ def _open(model: Any, weights: str | os.PathLike | None) -> Any:
 
 def _read(path: Path) -> Any:
     """The model in a file or directory. Raises ConfigError or FileFormatError."""
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir():
+        return load_adapter(path, read_config(path)) if is_adapter(path) else load_model(path)
+    if path.suffix == ".safetensors":
         return load_model(path)
     if path.suffix == ".onnx":
         return load_onnx(path)
     if path.suffix == ".pt2" and is_package(path):
         return load_compiled(path)
+    check_no_loop(extra_names(path), path)
     try:
-        opened = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+        found = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
@@ -163,12 +173,34 @@ def _read(path: Path) -> Any:
             f"ONNX (.onnx), this package's .safetensors or directory; a published one: `amed convert {path}` first; a state "
             "dict of your own: load it into its network and pass that"
         ) from error
-    return checked(opened) if isinstance(opened, torch.export.ExportedProgram) else opened
+    return checked(found) if isinstance(found, torch.export.ExportedProgram) else found
 
 
 def checked(program: torch.export.ExportedProgram) -> nn.Module:
-    """The program's module, which checks its inputs first and knows the shape of its samples."""
+    """The program's module, which checks its inputs first and knows the shape of its samples and its classes."""
     module, signature = program.module(), Signature.of_program(program)
-    module.register_forward_pre_hook(lambda _, inputs: signature.check(inputs, strides=False), prepend=True)
+
+    def check(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs = _as_taken(inputs, signature)
+        signature.check(inputs, strides=False)
+        return inputs
+
+    module.register_forward_pre_hook(check, prepend=True)
     module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    if signature.label_dim:
+        module.label_dim = signature.label_dim  # type: ignore[assignment]
+    if signature.takes_integers and not kept(module):
+        module.label_kind = "index"  # type: ignore[assignment]
+        module.can_guide = False  # type: ignore[assignment]  (which integer is no class is not known)
     return module
+
+
+def _as_taken(inputs: tuple[Any, ...], signature: Signature) -> tuple[Any, ...]:
+    """The inputs, rows of labels as integers (B,) where the program takes these: for no class one more than there are; or as a
+    number each."""
+    if len(inputs) != 3 or signature.inputs[2].shape or inputs[2].dim() != 2:
+        return inputs
+    x, sigma, rows = inputs
+    if signature.takes_integers:
+        return x, sigma, class_index(rows, rows.shape[1]).to(getattr(torch, signature.inputs[2].dtype))
+    return x, sigma, rows[:, 0] if rows.shape[1] == 1 else rows

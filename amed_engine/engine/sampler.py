@@ -102,6 +102,7 @@ class Sampler:
         usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
         mean = _bundled_mean(replace(self.model, autocast=autocast))
         levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
+        levels["network"] = self.model.network
         request = PlanRequest(
             solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
         )
@@ -112,8 +113,8 @@ class Sampler:
             verify_model(self.model, plan)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         for made in (plan, fallback):
-            if made is not None and made.mean is not None:
-                check_mean(made.mean, tuned, verify=verify)
+            if made is not None:
+                check_mean(made, tuned, verify=verify)
         self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
         self._program = self._build(self.plan, chosen)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
@@ -146,7 +147,7 @@ class Sampler:
     ) -> SampleResult:
         """Draw samples.
 
-        batch: how many; or the seeds, one per sample; or latents (B, C, H, W) of unit variance (not where the solver adds fresh
+        batch: how many; or the seeds, one per sample; or latents (B, C, ...) of unit variance (not where the solver adds fresh
             noise, which seeds draw). The same seed gives the same noise and label in any batch, order or device; the global
             generators are untouched.
         class_labels: one class for all, or one per sample, or vectors (B, label_dim). None on a conditional model draws

@@ -70,6 +70,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     sigma_min: float | None = None
     sigma_max: float | None = None
+    verify: bool = True
 
     @property
     def noise(self) -> dict[str, float | None]:
@@ -77,7 +78,8 @@ class Setting:
 
     def sampler(self, model: Model, predictor: Any = None, **plan: Any) -> Sampler:
         # Eager: no solver here runs often enough for a captured graph to pay.
-        return Sampler(model.network, predictor, device=self.device, dtype=self.dtype, backend="eager", **plan)
+        own = {"device": self.device, "dtype": self.dtype, "verify": self.verify}
+        return Sampler(model.network, predictor, backend="eager", **own, **plan)
 
     def results(self, sampler: Sampler, seeds: list[int] | Tensor, bar: tqdm) -> Iterator[SampleResult]:
         """What these seeds, or latents, become, at most `batch` at a time."""

@@ -65,11 +65,10 @@ def unread(caught: Any, rows: Tensor) -> Tensor:
 def check_features(features: Tensor, size: tuple[int, int] | None = None, rows: int | None = None) -> None:
     """Raise ConfigError unless features are (B, C, h, w), of this size and batch where it is known."""
     if features.dim() > 1 and features.shape[1] == 0:
-        shape = tuple(features.shape[2:])
+        got = tuple(features.shape[2:]) or "no tensor, or its module was not called"
         raise ConfigError(
-            f"this model has a bottleneck that cannot be read as (B, C, h, w): {shape or 'its module was not called'} for "
-            f"{features.shape[0]} samples; wrap it with bottleneck=None, with which predictors read zeros, or with the name of "
-            f"another module{OWN_FEATURES}"
+            f"this model has a bottleneck that cannot be read as (B, C, h, w): {got} for {features.shape[0]} samples; wrap it "
+            f"with bottleneck=None, with which predictors read zeros, or with the name of another module{OWN_FEATURES}"
         )
     height, width = size or ("h", "w")
     if features.dim() != 4 or (size is not None and tuple(features.shape[2:]) != size):
@@ -88,7 +87,7 @@ def parted(features: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
     """Features of several batches in one; those that have other rows than the batch, as of frames, are not read."""
     if features is None:
         return [None] * len(sizes)
-    if is_tracing() or features.shape[0] == sum(sizes):
+    if is_tracing() or (features.dim() and features.shape[0] == sum(sizes)):
         return [*features.split(sizes)]
     return [unread(features, features.new_empty(size)) for size in sizes]
 

@@ -83,14 +83,6 @@ class Trajectory:
 
     def start(self, x: Tensor, noises: Sequence[Tensor]) -> State:
         """The state at sigmas[0], with the noises (B, ...) of unit variance that the program adds, in order."""
-        if len(noises) != (needed := self.program.noises):
-            remedy = (
-                "pass noises= to sample, or seeds to Sampler.run, which draws them" if needed else "leave noises out"
-            )
-            raise ConfigError(
-                f"{type(self.program.solver).__name__} on {self.program.intervals} intervals adds {needed} noises to each "
-                f"sample, got {len(noises)}; {remedy}"
-            )
         return State(x, directions=tuple(reversed(noises)))
 
     def interval(self, state: State, i: int) -> list[State]:
@@ -99,6 +91,8 @@ class Trajectory:
         Intervals are to be run in order: past noise levels are carried along.
         """
         denoiser = self.network if i else self.first
+        if not i:
+            self._check_noises(len(state.directions))
         evaluated = evaluate(denoiser, state.y, (self.program.sigmas[i],))
         updates = self._updates(i, evaluated[0].features, state.x.shape[0])
         states = []
@@ -108,6 +102,17 @@ class Trajectory:
             state = advance(state, tuple(d.x0 for d in evaluated), update)
             states.append(state)
         return states
+
+    def _check_noises(self, got: int) -> None:
+        """A host that knows nothing of noises starts without."""
+        if got != (needed := self.program.noises):
+            remedy = (
+                "pass noises= to sample, or seeds to Sampler.run, which draws them" if needed else "leave noises out"
+            )
+            raise ConfigError(
+                f"{type(self.program.solver).__name__} on {self.program.intervals} intervals adds {needed} noises to each "
+                f"sample, got {got}; {remedy}"
+            )
 
     def _updates(self, i: int, features: Tensor | None, batch: int) -> tuple[Update, ...]:
         program, predictor = self.program, self.program.predictor
@@ -216,7 +221,7 @@ def integrate(
 ) -> list[Tensor]:
     """`sample` for a program that is already built and on x's device: what is captured and exported.
 
-    mean: see `Trajectory`. noises: see `Trajectory.start`.
+    mean: see `Trajectory`. noises: see `Trajectory.start`. Raises ConfigError.
 
     Returns the states, start and end included. observe(interval, state) is called after each interval; the state of a
     predictor-corrector there is its prediction.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from amed_engine.sampling.kept import kept
 from amed_engine.sampling.wrappers import computes_nothing, only_child, passed_on
 
 OWN = "amed_engine"
@@ -118,9 +119,10 @@ def as_module(network: Any) -> Any:
 
 
 def said(network: Any, name: str, default: Any = None) -> Any:
-    """An attribute of the network, the outermost wrapper's that has it."""
+    """An attribute of the network, the outermost wrapper's that has it; a traced or exported one may have kept it."""
     values = (getattr(layer, name, None) for layer in layers(network))
-    return next((value for value in values if value is not None), default)
+    told = next((value for value in values if value is not None), None)
+    return kept(bare(network)).get(name, default) if told is None else told
 
 
 def module_of(network: Any) -> nn.Module | None:

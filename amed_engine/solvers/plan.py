@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ class Plan:
     from none). options: the solver's, all of them. afs: the first step, see `make_plan`; mean: what "mean" starts about, None
     where it is yet to be measured. midpoint: whether a predictor refines every interval. guidance_scale: the
     classifier-free guidance it is for, None for none. model, dtype: fingerprint of the denoiser it was trained for and the
-    dtype of that one's arithmetic, if any.
+    dtype of that one's arithmetic, if any. wrapping: its settings that the fingerprint is of, JSON text, None if not known.
     """
 
     solver: str
@@ -50,6 +51,7 @@ class Plan:
     model: str | None = None
     dtype: str | None = None
     mean: Mean | None = None
+    wrapping: str | None = None
 
     def __post_init__(self):
         # In full: plans that say the same are equal, and mean the same where a default is another one.
@@ -123,10 +125,16 @@ class Plan:
 
     def to_json(self) -> dict:
         """Every option in full, so that a file means the same wherever it is read."""
-        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "wrapping"}
         mean = None if self.mean is None else self.mean.to_json()
-        written = {"sigmas": list(self.sigmas), "options": dict(self.options), "afs": NAMES[self.afs], "mean": mean}
-        return {"version": VERSION, **said, **written}
+        written = {
+            "sigmas": list(self.sigmas),
+            "options": dict(self.options),
+            "afs": NAMES[self.afs],
+            "mean": mean,
+        }
+        told = {} if self.wrapping is None else {"wrapping": json.loads(self.wrapping)}
+        return {"version": VERSION, **said, **written, **told}
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -141,7 +149,9 @@ class Plan:
             raise ConfigError(f"plan entry 'sigmas' holds a number beyond float64: {error}") from error
         options, afs = tuple(sorted(said["options"].items())), read_first_step(said["afs"])
         mean = None if said["mean"] is None else Mean.from_json(said["mean"])
-        return cls(**{**said, "sigmas": tuple(sigmas.tolist()), "options": options, "afs": afs, "mean": mean})
+        told = None if said["wrapping"] is None else json.dumps(said["wrapping"], sort_keys=True)
+        rest = {"sigmas": tuple(sigmas.tolist()), "options": options, "afs": afs, "mean": mean, "wrapping": told}
+        return cls(**{**said, **rest})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan as JSON, whole or not at all. Raises ConfigError for one that `load` would refuse, and OSError."""

@@ -26,7 +26,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "model": (str, type(None)),
     "dtype": (str, type(None)),
     "mean": (dict, type(None)),
+    "wrapping": (dict, type(None)),
 }
+OPTIONAL = ("wrapping",)  # later than version 2, and for people: what is left out is not known
 
 
 def as_first_meant(solver: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    said = {name: value for name, value in data.items() if name != "version"}
+    said: dict[str, Any] = {name: value for name, value in data.items() if name != "version"}
     if "version" in data:
         _check_version(data["version"])
     if missing := [name for name in ("solver", "sigmas") if name not in said]:
@@ -52,6 +54,7 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(_TYPES))}")
     if "version" not in data:
         said = _of_version_1(said, usual)
+    said = {**dict.fromkeys(OPTIONAL), **said}
     if missing := [name for name in _TYPES if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}; version {VERSION} says everything, null for none")
     _check_types(said)
@@ -100,5 +103,7 @@ def _check_types(data: Mapping) -> None:
         raise ConfigError(
             f"plan entry 'schedule' must be custom, {', '.join(SCHEDULES)}; got {data['schedule'][:40]!r}"
         )
+    if not all(isinstance(settings, dict) for settings in (data["wrapping"] or {}).values()):
+        raise ConfigError("plan entry 'wrapping' must hold an object for each place")
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in data["sigmas"]):
         raise ConfigError("plan entry 'sigmas' must be a list of numbers")

@@ -123,17 +123,25 @@ class Batches:
         """A denoiser and a starting point for a first look at what the network returns; no condition is used up."""
         if self.conditions is None:
             return self.draw([slice(0, 1)], 1)[0]
-        first = next(self.conditions)
-        self.conditions = itertools.chain([first], self.conditions)
-        return self._bind(first, slice(0, self.batch)), self._noise(self.batch)
+        return self._bind(self._first(), slice(0, self.batch)), self._noise(self.batch)
 
-    def unseen(self, seed: int) -> tuple[Denoiser, Tensor]:
-        """A batch that is not trained on: noise and labels by a generator of its own, and the first conditions, which stay."""
+    def unseen(self, seed: int) -> Denoiser:
+        """The denoiser of a batch that is not trained on: labels by a generator of its own, or the first conditions, which
+        stay."""
+        if self.conditions is not None:
+            return self._bind(self._first(), slice(0, self.batch))
         generator, self.generator = self.generator, torch.Generator().manual_seed(seed)
         try:
-            return self.draw([slice(0, self.batch)])[0] if self.conditions is None else self.probe()
+            return self.bind([slice(0, self.batch)])[0]
         finally:
             self.generator = generator
+
+    def _first(self) -> Condition:
+        """The next of the conditions, which stays the next."""
+        assert self.conditions is not None
+        first = next(self.conditions)
+        self.conditions = itertools.chain([first], self.conditions)
+        return first
 
     def draw(self, parts: list[slice], batch: int | None = None) -> list[tuple[Denoiser, Tensor]]:
         """The next batch's parts. All of it is drawn whatever the parts, so that they are the same however it is cut."""
@@ -159,8 +167,9 @@ class Batches:
             return None
         if self.model.continuous:
             raise ConfigError(
-                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not known; "
-                f"pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command line --class"
+                f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not "
+                f"known; pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command "
+                "line --class"
             )
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 

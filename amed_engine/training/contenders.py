@@ -9,10 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from amed_engine.adapters.discrete import DiscreteSteps
-from amed_engine.adapters.family import Family
+from amed_engine.adapters.discrete import alphas_of, family_of
 from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.engine.model import Model
 from amed_engine.evaluation.comparison import TRAINING_FREE
@@ -72,8 +69,8 @@ def contenders(
 
 def spacings(model: Model) -> Iterator[Spacing]:
     """Every schedule that needs no table, with the table too where the network knows its own betas; for flows, times."""
-    family = family_of(model.network)
-    tables = {"alphas_cumprod": family.alphas_cumprod} if isinstance(family, DiscreteSteps) else None
+    own_table, family = alphas_of(model.network), family_of(model.network)
+    tables = None if own_table is None else {"alphas_cumprod": own_table}
     for schedule, exponents in RHOS.items():
         own = tables if schedule == "discrete" else {}
         if own is not None:
@@ -90,11 +87,3 @@ def _flow(intervals: int, shift: float, sigma_min: float, sigma_max: float) -> d
     """Times equally spaced, then shifted, between the same ends whatever the shift."""
     low, high = (sigma / shift / (1 + sigma / shift) for sigma in (sigma_min, sigma_max))
     return {"schedule": flow_levels(intervals, shift, low, high)}
-
-
-def family_of(network: Any) -> Family | None:
-    """What a network that `wrap` adapted is of, inside guidance too; None for others."""
-    if not isinstance(network, nn.Module):
-        return None
-    family = getattr(network, "family", None)
-    return family if isinstance(family, Family) else family_of(getattr(network, "denoiser", None))

@@ -20,6 +20,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.notices import tell_of_zero
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import Runner
+from amed_engine.engine.steps import steps_for
 from amed_engine.errors import ConfigError, NonFiniteError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, check_features
 from amed_engine.sampling.modes import differentiable, exactly, leaving_modes, plain_defaults
@@ -31,7 +32,7 @@ from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training import report
 from amed_engine.training.batches import Batches, Conditions, mean_answer
 from amed_engine.training.gauss_newton import Example
-from amed_engine.training.held_out import LATENTS, STREAM, HeldOut, default_plan, fine_plan, judge, unseen
+from amed_engine.training.held_out import LATENTS, REPORTED, STREAM, HeldOut, default_plan, fine_plan, judge, unseen
 from amed_engine.training.presets import Settings, choose, made_for, noise_range
 from amed_engine.training.ranks import join
 from amed_engine.training.resume import Checkpoints
@@ -114,8 +115,8 @@ def distill(
     settings = choose(preset, {**student, **taught, **rest})
     _check_objective(objective, learn_sigmas)
     plan = _student_plan(resolved, nfe, settings, afs, guidance_scale)
-    extra = settings.teacher_intermediate
-    teach = Teacher.of(plan, settings.teacher, settings.teacher_options, extra, teacher_schedule, teacher_rho)
+    fine = teacher_schedule, teacher_rho, steps_for(resolved.network, settings.schedule, teacher_schedule)
+    teach = Teacher.of(plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, *fine)
     if out_dir is not None:
         report.import_figure()
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
@@ -139,14 +140,14 @@ def distill(
         predictor.plan = trainer.plan
         predictor.report = _judge(trainer, fresh, seed, len(range(settings.batch)[parts[0]]))
     level = logging.WARNING if leads and predictor.report.lost else logging.INFO
-    logger.log(level, "NFE %d: %s", trainer.plan.nfe, predictor.report)
+    logger.log(level, "NFE %d: %s", trainer.plan.nfe, predictor.report, extra=REPORTED)
     return predictor.eval()
 
 
-def _judge(trainer: Trainer, fresh: tuple[Denoiser, Tensor], seed: int, rows: int) -> HeldOut:
+def _judge(trainer: Trainer, denoiser: Denoiser, seed: int, rows: int) -> HeldOut:
     """Beside what runs without a predictor, on latents that were not trained on, at most `rows` at a time."""
-    model, plan, (denoiser, x) = trainer.data.model, trainer.plan, fresh
-    fine = fine_plan(model, plan.nfe)
+    model, plan = trainer.data.model, trainer.plan
+    fine, x = fine_plan(model, plan.nfe), torch.empty(trainer.data.batch, *trainer.data.shape, device=model.device)
     bound = Example(denoiser, x, x, mean_answer(plan.mean, denoiser))
     examples = list(unseen([bound], fine, seed, min(LATENTS, len(x)), rows))
     return judge(plan, trainer.predictor, [default_plan(model, plan.nfe)], examples, fine, _REMEDY)
@@ -243,6 +244,7 @@ def _student_plan(
         raise ConfigError(f"an AMEDPredictor gives one midpoint, solver options {options} want more points")
     own = {"solver": solver, "options": options, "schedule": settings.schedule, "rho": settings.rho}
     rest = {"afs": afs, "guidance_scale": guidance_scale, **noise_range(model)}
+    own["alphas_cumprod"] = steps_for(model.network, settings.schedule)
     plan = make_plan(nfe, midpoint=True, **own, **rest)
     tell_of_zero(afs, plan, logging.INFO)  # training learns to make up for it
     return made_for(model, measured(plan, model))

@@ -31,7 +31,7 @@ from amed_engine.training.contenders import Contender, contenders, first_steps
 from amed_engine.training.fit_report import Report
 from amed_engine.training.gauss_newton import Example, Progress, adaptive, gauss_newton, loss_of
 from amed_engine.training.halving import halve
-from amed_engine.training.held_out import LATENTS, default_plan, fine_plan, judge, solved, unseen
+from amed_engine.training.held_out import LATENTS, REPORTED, default_plan, fine_plan, judge, solved, unseen
 from amed_engine.training.presets import TEACHER, made_for, noise_range
 
 logger = logging.getLogger("amed_engine")
@@ -173,7 +173,7 @@ def _judge(model: Model, fitted: Mapping[int, Fitted], examples: list[Example], 
         told = predictor.report._replace(held_out=judge(predictor.plan, predictor, free, fresh, fine, _REMEDY))
         predictor.report = told
         worse = told.held_out.lost or told.rmse > told.free_rmse
-        logger.log(logging.WARNING if worse else logging.INFO, "NFE %d: %s", nfe, told)
+        logger.log(logging.WARNING if worse else logging.INFO, "NFE %d: %s", nfe, told, extra=REPORTED)
 
 
 def _reporter(bar: tqdm) -> Progress:

@@ -200,8 +200,8 @@ def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -
     """The candidate with heads at zero that read the principal components of the bottleneck along its trajectories."""
     predictor = candidate.predictor
     runs = [Recorded.of(candidate.program(example.x), example) for example in examples]
-    seen = [[run.evaluations[i].features for run in runs] for i in range(predictor.intervals)]
-    inputs = [None if part[0] is None else torch.cat([summary(f) for f in part]).double().cpu() for part in seen]  # type: ignore[arg-type]
+    seen = [[run.evaluations[i] for run in runs] for i in range(predictor.intervals)]
+    inputs = [None if part[0].features is None else torch.cat([*map(_summary, part)]).double().cpu() for part in seen]
     width = next((len(part[0]) for part in inputs if part is not None), 0)
     if not width:
         raise ConfigError("this model returns no bottleneck features to adapt to; use the variant without offsets")
@@ -212,6 +212,10 @@ def adaptive(candidate: Coefficients, examples: Sequence[Example], codes: int) -
         if part is not None:
             grown.centre[i], grown.basis[i] = _whitening(part, grown.codes)
     return replace(candidate, predictor=grown)
+
+
+def _summary(evaluation: Denoised) -> Tensor:
+    return summary(evaluation.features, len(evaluation.x0))  # type: ignore[arg-type]
 
 
 def _whitening(inputs: Tensor, codes: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from amed_engine.training.presets import TEACHER, noise_range
 
 LATENTS = 64  # at most
 FINE = 32  # evaluations of the solution that is taken for exact, twice the plans' own where those are many
+REPORTED = {"reported": True}  # of log records that commands print themselves
 STREAM = 1 << 40  # beyond the seeds of what is learned from
 
 
@@ -101,7 +102,7 @@ def unseen(examples: Sequence[Example], fine: Plan, seed: int, count: int, rows:
         for some in numbers.split(rows if can_cut else len(example.x)):
             if len(some):
                 part = some_of(example, some)
-                noise = torch.randn(part.x.shape, generator=generator, dtype=torch.float32, device="cpu")
+                noise = torch.empty(part.x.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
                 yield solved(part.denoiser, noise.to(part.x) * fine.sigmas[0], fine, part.mean)
                 count -= len(part.x)
 

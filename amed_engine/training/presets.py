@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.recorded import wrapping_of
 from amed_engine.engine.model import Model, check_integrable
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.plan import Plan, own_range
@@ -77,4 +79,6 @@ def noise_range(model: Model) -> dict[str, Any]:
 
 def made_for(model: Model, plan: Plan) -> Plan:
     """The plan of a predictor that was trained for this model and no other."""
-    return replace(plan, model=fingerprint(model.network), dtype=model.precision)
+    model_is, wrapping = fingerprint(model.network), wrapping_of(model.network)
+    told = None if model_is is None or wrapping is None else json.dumps(wrapping, sort_keys=True)
+    return replace(plan, model=model_is, dtype=model.precision, wrapping=told)

@@ -44,13 +44,19 @@ class Teacher:
         intermediate: int,
         schedule: str | None = None,
         rho: float | None = None,
+        alphas_cumprod: Tensor | None = None,
     ) -> Teacher:
         """`intermediate` more levels inside each of the student's intervals, spaced as the student's schedule spaces
-        them; another schedule's fine levels are taken at the student's, so that its states are where they are needed."""
+        them; another schedule's fine levels are taken at the student's, so that its states are where they are needed.
+        alphas_cumprod: of the network, for "discrete"."""
         if not isinstance(intermediate, int) or intermediate < 0:
             raise ConfigError(f"teacher_intermediate must be an integer that is not negative, got {intermediate}")
         stride = intermediate + 1
-        levels = _refined(student, stride) if schedule is None else _inside(student, stride, schedule, rho)
+        levels = (
+            _refined(student, stride, alphas_cumprod)
+            if schedule is None
+            else _inside(student, stride, schedule, rho, alphas_cumprod)
+        )
         plan = make_plan(None, solver=solver, options=options, schedule=levels, afs=False)
         if plan.midpoint or not plan.make_solver().integrates:
             reason = "needs a predictor itself" if plan.midpoint else "adds fresh noise and has no solution to teach"
@@ -93,18 +99,19 @@ class Course:
         return torch.stack(integrate(self.program, denoiser, x)[:: self.stride], dim=1)
 
 
-def _refined(student: Plan, stride: int) -> Tensor:
+def _refined(student: Plan, stride: int, alphas_cumprod: Tensor | None) -> Tensor:
     count = student.intervals * stride + 1
-    levels = make_schedule(student.schedule, count, student.sigmas[-1], student.sigmas[0], student.rho)
+    ends = student.sigmas[-1], student.sigmas[0]
+    levels = make_schedule(student.schedule, count, *ends, student.rho, alphas_cumprod)
     if not torch.allclose(levels[::stride], student.levels, rtol=1e-6):
         raise ConfigError(f"schedule {student.schedule!r} does not refine: its levels move with their number")
     return levels
 
 
-def _inside(student: Plan, stride: int, schedule: str, rho: float | None) -> Tensor:
+def _inside(student: Plan, stride: int, schedule: str, rho: float | None, alphas_cumprod: Tensor | None) -> Tensor:
     """Every interval of the student, cut by the named schedule between its ends."""
     parts = [
-        make_schedule(schedule, stride + 1, low, high, rho)[:-1]
+        make_schedule(schedule, stride + 1, low, high, rho, alphas_cumprod)[:-1]
         if stride > 1
         else student.levels[:1].new_tensor([high])
         for high, low in itertools.pairwise(student.sigmas)

@@ -106,6 +106,25 @@ def test_the_denoiser_of_an_exact_score_is_exact(bench):
     torch.testing.assert_close(denoiser(x, sigma), expected, rtol=1e-7, atol=1e-9)
 
 
+def test_a_network_is_written_for_the_commands(bench, tmp_path, amed):
+    torch.manual_seed(0)
+    denoiser = bench.galaxygrad.Denoiser(bench.galaxygrad.ScoreNetwork(SIZE), SIZE).eval()
+    path = tmp_path / "galaxy.pt2"
+    bench.galaxygrad.save(denoiser, path)
+    for count in (1, 3):
+        expected = Sampler(denoiser, solver="euler", nfe=3).run(range(count)).images
+        torch.testing.assert_close(Sampler(path, solver="euler", nfe=3).run(range(count)).images, expected)
+    code, out, _ = amed("sample", "--model", path, "--solver", "euler", "--seeds", "0-2", "--out", tmp_path / "a.png")
+    assert (code, "3 images" in out) == (0, True)
+
+
+def test_a_file_for_the_commands_is_a_pt2(bench, tmp_path):
+    refused = CliRunner().invoke(bench.galaxygrad.app, ["hsc32", str(tmp_path / "hsc32.onnx")])
+    assert refused.exit_code == 2
+    assert "name it" in refused.output
+    assert "hsc32.pt2" in refused.output
+
+
 def gaussian(x, sigma):
     """D of data N(CENTRE, SPREAD²), bent a little so that no solver is exact."""
     sigma = sigma.reshape(-1, 1, 1, 1)

@@ -1,5 +1,6 @@
 """What a file holds is read from what is in it: the index of shards, folders of trainers, and names that say another thing."""
 
+import argparse
 import json
 import pickle
 
@@ -245,3 +246,9 @@ def test_the_command_takes_folders(tmp_path, state, amed):
     code, out, _ = amed("convert", tmp_path / "run", "--set", "image_size=32", "--set", "num_head_channels=32")
     assert code == 0
     assert "run-converted.safetensors" in out
+
+
+def test_what_is_no_tensor_is_named_with_the_way_out(tmp_path, state):
+    torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "net.pt")
+    with pytest.raises(UnsafeFileError, match=r"it names 'argparse\.Namespace'; .*: save its state dict alone"):
+        convert(tmp_path / "net.pt", **TOLD)

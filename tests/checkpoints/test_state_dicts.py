@@ -59,6 +59,11 @@ WRAPPINGS = {
     "deepspeed": lambda s: {"module": s, "ds_version": "0.15", "param_shapes": [{"a": torch.Size([3])}]},
     "averaged by torch": lambda s: {**under("module.", s), "n_averaged": torch.tensor(7)},
     "diffusion with buffers": lambda s: {"model": {**under("model.", s), "betas": torch.ones(1000)}},
+    "moments by name": lambda s: {
+        "model": s,
+        "optimizer": {"state": {name: {"exp_avg": value} for name, value in s.items()}},
+        "exp_avg": s,
+    },
     "nested twice": lambda s: {"checkpoint": {"generator": {"state_dict": under("module.", s)}}},
 }
 
@@ -91,6 +96,7 @@ AVERAGES = {
         "model": under("module.", s),
         "ema": {"shadow_params": [*e.values()], "decay": 0.999, "num_updates": 5},
     },
+    "list": lambda s, e: {"model": s, "ema_params": [*e.values()]},
     "latent": lambda s, e: {
         "state_dict": {
             **under("model.diffusion_model.", s),
@@ -120,8 +126,9 @@ def test_a_place_in_the_file_chooses_as_well(converted, state, ema):
         converted(data)
     assert same(converted(data, weights="ema_0.9999.module")[1], other)
     assert same(converted(data, weights="model")[1], state)
-    with pytest.raises(ConfigError, match=r"has no 'best' weights; there are 'net'"):
-        converted(data, weights="best")
+    for name in ("best", "", "EMA"):
+        with pytest.raises(ConfigError, match=rf"has no '{name}' weights; there are 'net'"):
+            converted(data, weights=name)
     with pytest.raises(ConfigError, match=r"has no 'ema' weights; there is 'model' \(trained\)"):
         converted({"model": state}, weights="ema")
 

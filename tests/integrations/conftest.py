@@ -1,6 +1,5 @@
 """A predictor that listens to its bottleneck, a class-conditional model, and what the engine makes of both."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -15,12 +14,6 @@ from amed_engine import AMEDPredictor, Sampler, make_plan
 # `python -m pytest` puts the checkout on the path, where transformers takes its kernels/ for another package.
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-
-# Before transformers or PhysicsNeMo import a torchvision that was built for another torch.
-_SPEC = importlib.util.spec_from_file_location("operators", ROOT / "benchmarks" / "torchvision_operators.py")
-_OPERATORS = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(_OPERATORS)
-_OPERATORS.declare()
 
 
 def make_predictor(plan, scale: float = 4.0) -> AMEDPredictor:

@@ -15,6 +15,7 @@ from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_N
 from amed_engine.integrations.comfyui.constants import read
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.training_free import register
+from amed_engine.sampling.predictors import ConstantPredictor
 
 
 @pytest.fixture
@@ -56,6 +57,17 @@ def test_features_keep_no_more_than_one_evaluation():
     assert len(features._parts) == 1
     assert torch.equal(features.take(), torch.ones(2, 1, 2, 2))
     assert features.take() is None
+
+
+def test_a_prompt_that_is_asked_again_counts_as_it_was_first():
+    """As perturbed attention does; two prompts at once are averaged, and the next evaluation is another."""
+    features = ConditionalFeatures()
+    for start in (0.0, 8.0):
+        options = {"sigmas": torch.ones(1), "block": ("output", 0)}
+        for flags, uuids, value in (([1, 0], ["n", "p"], 1.0), ([0], ["q"], 3.0), ([0], ["p"], 50.0)):
+            h = torch.full((len(flags), 1, 1, 1), start + value)
+            features.output_patch(h, h, {**options, "cond_or_uncond": flags, "uuids": uuids})
+        assert features.take().item() == start + 2
 
 
 def test_the_loader_lists_and_loads_what_is_in_the_models_folder(comfy, predictor):
@@ -105,6 +117,45 @@ def test_a_predictor_without_levels_is_refused(comfy, predictor):
     predictor.plan = None
     with pytest.raises(ConfigError, match="save it with its plan"):
         node("AMEDSchedule", predictor)
+
+
+@pytest.mark.parametrize("sampling", [EPS, CONST])
+def test_denoise_leaves_the_last_steps_of_a_predictor(comfy, tiny_conditional, predictor, latents, sampling):
+    """A third of three, or a half of two: the last interval, without an analytic step before it."""
+
+    def flow(x, t, labels):
+        rest = (1 - t.double()).reshape(-1, 1, 1, 1)
+        return tiny_conditional((x / rest).float(), (t.double() / (1 - t.double())).float(), labels)
+
+    plan = predictor.plan = replace(predictor.plan, guidance_scale=GUIDANCE)
+    patcher = ModelPatcher(flow if sampling is CONST else tiny_conditional, sampling)
+    model, sampler = node("AMEDSampler", patcher, predictor)
+    (sigmas,) = node("AMEDSchedule", predictor, patcher, 0.33 if plan.intervals == 3 else 0.5)
+    assert len(sigmas) == 2
+    drawn = sample(model, sampler, sigmas, latents)
+    predictor.plan = replace(plan, sigmas=plan.sigmas[-2:], schedule="custom", rho=None, afs=False)
+    wanted = {"class_labels": [3, 1, 4], "guidance_scale": GUIDANCE}
+    expected = Sampler(tiny_conditional, predictor).run(latents, **wanted).images
+    assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_denoise_between_two_steps_is_refused(comfy, predictor):
+    predictor.plan = make_plan(6, solver="amed", afs=False)
+    with pytest.raises(ConfigError, match=r"has 3 steps, so denoise is one of 0\.33, 0\.67, 1; got 0\.5"):
+        node("AMEDSchedule", predictor, None, 0.5)
+    with pytest.raises(ConfigError, match="has 3 steps, so denoise is one of"):
+        node("AMEDSchedule", predictor, None, 0.0)
+
+
+def test_steps_that_build_on_those_before_are_not_cut(comfy, tiny_conditional, latents):
+    predictor = ConstantPredictor(3)
+    predictor.plan = make_plan(6, solver="ipndm", midpoint=True, afs=False, guidance_scale=GUIDANCE)
+    with pytest.raises(ConfigError, match=r"build on those before, got denoise 0\.67; set denoise to 1"):
+        node("AMEDSchedule", predictor, None, 0.67)
+    model, sampler = node("AMEDSampler", ModelPatcher(tiny_conditional), predictor)
+    (sigmas,) = node("AMEDSchedule", predictor)
+    with pytest.raises(ConfigError, match=r"was trained for 3 steps from noise level 80 to 0\.002, got SIGMAS of 2"):
+        sample(model, sampler, sigmas[1:], latents)
 
 
 def asked(**options):
@@ -222,6 +273,7 @@ def test_the_lists_of_ksampler_grow_once(comfy):
     assert samplers.KSampler.SAMPLERS[:2] == ["euler", "ddim"]
     assert samplers.KSampler.SAMPLERS.count("amed_ipndm") == samplers.KSAMPLER_NAMES.count("amed_ipndm") == 1
     assert callable(sys.modules["comfy.k_diffusion.sampling"].sample_amed_ipndm)
+    assert "amed_consistency" not in samplers.KSAMPLER_NAMES  # no solver of the ODE
     assert samplers.SCHEDULER_NAMES == ["amed_polynomial", "amed_time_uniform", "amed_logsnr"]
 
 

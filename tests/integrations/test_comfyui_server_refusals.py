@@ -33,8 +33,8 @@ def wrong(case, work):
         work.sample(model, sampler, sigmas, cfg=7.0)
         return "trained with cfg 2.5, got 7; set cfg to that"
     if case == "split":
-        work.sample(model, sampler, add("SplitSigmas", sigmas=sigmas, step=1)[1])
-        return "connect those of AMED Schedule, whole and with the MODEL that samples"
+        work.sample(model, sampler, add("SplitSigmas", sigmas=sigmas, step=1)[0])
+        return "connect those of AMED Schedule, with the MODEL that samples"
     if case == "levels of another":
         work.sample(model, sampler, add("KarrasScheduler", steps=3, sigma_max=10.0, sigma_min=0.1, rho=7.0))
         return "this predictor was trained for 2 steps from noise level 14.6146 to 0.0291672, got SIGMAS of 2 from 10"

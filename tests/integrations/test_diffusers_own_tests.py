@@ -39,7 +39,7 @@ FAILING = {
 }
 
 
-@pytest.mark.skipif(CHECKOUT is None, reason=f"needs DIFFUSERS=/path/to/a/checkout of diffusers {TAG}")
+@pytest.mark.skipif(not CHECKOUT, reason=f"needs DIFFUSERS=/path/to/a/checkout of diffusers {TAG}")
 def test_exactly_these_fail():
     command = [sys.executable, "-P", Path(__file__).with_name("run_own_tests_of_diffusers.py"), CHECKOUT, *FILES]
     said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

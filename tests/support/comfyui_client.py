@@ -30,9 +30,7 @@ class Server:
     """ComfyUI of a checkout on the CPU, with the nodes and the test's own, in a folder of its own."""
 
     def __init__(self, checkout: Path, base: Path, line: str):
-        self.checkout, self.base = checkout, base
-        version = (checkout / "comfyui_version.py").read_text()
-        self.version = tuple(map(int, re.search(r'"([\d.]+)"', version)[1].split(".")))
+        self.checkout, self.base, self.process = checkout, base, None
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         networks = base / "models" / "diffusion_models"
         subprocess.run(script(checkout, HERE / "checkpoints.py", networks), check=True, env=self.environment)
@@ -43,14 +41,21 @@ class Server:
             (base / "models" / folder).mkdir()
         paths = f"mine:\n  base_path: {base}\n  amed: models/elsewhere\n"
         (base / "extra.yaml").write_text(paths)
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
 
     def _start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        flags = ["--cpu", "--port", self.port, "--base-directory", self.base, "--disable-api-nodes"]
-        flags += ["--extra-model-paths-config", self.base / "extra.yaml", "--database-url", "sqlite:///:memory:"]
+        flags = ["--cpu", "--port", self.port, "--base-directory", self.base]
+        flags += ["--extra-model-paths-config", self.base / "extra.yaml"]
+        known = (self.checkout / "comfy" / "cli_args.py").read_text()
+        for later, *value in (["--disable-api-nodes"], ["--database-url", "sqlite:///:memory:"]):
+            flags += [later, *value] if later in known else []
         self.log = self.base / "server.log"
         command = script(self.checkout, self.checkout / "main.py", *flags)
         with self.log.open("w") as log:
@@ -71,6 +76,8 @@ class Server:
             raise RuntimeError(f"ComfyUI could not import our nodes: {self.log.read_text()[-4000:]}")
 
     def stop(self) -> None:
+        if self.process is None:
+            return
         self.process.terminate()
         try:
             self.process.wait(20)

@@ -57,10 +57,10 @@ class Work:
         save_predictor(predictor, self.path)
         return self.graph.add("AMEDPredictorLoader", predictor_name=name)
 
-    def predictor(self, loaded, bottleneck="middle_block"):
+    def predictor(self, loaded, bottleneck="middle_block", **schedule):
         """(model, SAMPLER, SIGMAS)"""
         both = self.graph.add("AMEDSampler", model=self.model, predictor=loaded, bottleneck=bottleneck)
-        sigmas = self.graph.add("AMEDSchedule", predictor=loaded, model=self.model)
+        sigmas = self.graph.add("AMEDSchedule", predictor=loaded, model=self.model, **schedule)
         return both, both[1], sigmas
 
     def sample(self, model, sampler, sigmas, cfg=GUIDANCE):
@@ -91,6 +91,7 @@ class Work:
         drawn, expected = latents[drawn], latents[expected]
         assert (drawn - expected).abs().max() < 1e-5 * expected.abs().max()
         assert (drawn[0] - drawn[1]).abs().max() > 1e-2 * drawn.abs().max()
+        return drawn
 
 
 def solver_node(work, **options):

@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 from amed_engine.cli.labels import in_turn, label_option
-from amed_engine.cli.options import check_writable, open_network, where_options
+from amed_engine.cli.network import network_options, no_verify
+from amed_engine.cli.options import check_writable, open_network
 
 
 @click.command()
-@where_options
+@network_options(checks=False)
+@no_verify
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
 @label_option
 @click.option("--guidance", "guidance_scale", type=float, help="Calibrate for this guidance.", show_default="none")

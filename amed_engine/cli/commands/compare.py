@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import click
 
+from amed_engine.cli.network import network_options, no_verify
 from amed_engine.cli.options import (
     check_png,
     check_writable,
     drawing_options,
     first_step_options,
     grid_options,
-    range_options,
     show,
     typed,
-    where_options,
 )
 
 
 @click.command()
-@where_options
+@network_options()
+@no_verify
 @click.option("--seeds", default="0-7", help="Columns of the picture.")
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @grid_options
-@range_options
 @first_step_options
 @drawing_options
 @click.option("--samples", type=int, default=128, help="How many samples the RMSE is over.")
@@ -62,4 +62,4 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
     )
     if out:
         atomic_write(out, figure.plot(comparison))
-    show(comparison, json_file)
+    show(replace(comparison, model=click.get_current_context().params["model"]), json_file)

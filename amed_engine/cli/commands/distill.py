@@ -9,14 +9,16 @@ from typing import Any
 import click
 
 import amed_engine
-from amed_engine.cli.options import PAIRS, check_writable, open_network, plan_options, where_options
+from amed_engine.cli.network import network_options, no_verify
+from amed_engine.cli.options import PAIRS, check_writable, open_network, plan_options
 from amed_engine.solvers import solver_names
 
 _preset: dict[str, Any] = {"show_default": "the preset's"}
 
 
 @click.command()
-@where_options
+@network_options(checks=False)
+@no_verify
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--preset", default="amed-solver", help="The paper's settings: amed-solver or amed-plugin.")
 @click.option("--solver", help=f"amed, or one to refine: {', '.join(solver_names('optional'))}.", **_preset)

@@ -6,14 +6,16 @@ import sys
 
 import click
 
-from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, show, where_options
+from amed_engine.cli.network import network_options, no_verify
+from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, show
 from amed_engine.errors import ConfigError
 
 BUNDLED = "digits"
 
 
 @click.command()
-@where_options
+@network_options()
+@no_verify
 @click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
 @sampler_options
 @drawing_options

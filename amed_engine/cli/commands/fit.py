@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 from amed_engine.cli.labels import in_turn, label_option
-from amed_engine.cli.options import check_writable, first_step_options, open_network, where_options
+from amed_engine.cli.network import network_options, no_verify
+from amed_engine.cli.options import check_writable, first_step_options, open_network
 
 
 @click.command()
-@where_options
+@network_options(checks=False)
+@no_verify
 @click.option("--variant", default="nonstationary", help="nonstationary, adaptive, constants or epd.")
 @click.option("--nfe", default="5", help="Network evaluations per sample: a number, or several such as 3-10 or 3,5.")
 @click.option("--solver", default="amed", help="Of constants and epd: amed, or a solver to refine.")

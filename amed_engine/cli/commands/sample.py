@@ -7,18 +7,19 @@ from collections.abc import Iterator
 import click
 
 import amed_engine
+from amed_engine.cli.network import network_options, no_verify
 from amed_engine.cli.options import (
     check_png,
     check_writable,
     drawing_options,
     make_sampler,
     sampler_options,
-    where_options,
 )
 
 
 @click.command()
-@where_options
+@network_options()
+@no_verify
 @click.option("--seeds", default="0-63", help="One sample each, e.g. 0-63 or 1,5,9.")
 @sampler_options
 @drawing_options

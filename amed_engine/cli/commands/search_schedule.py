@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from amed_engine.cli.labels import in_turn, label_option
-from amed_engine.cli.options import first_step_options, open_network, parse_pairs, where_options
+from amed_engine.cli.network import network_options, no_verify
+from amed_engine.cli.options import first_step_options, open_network, parse_pairs
 from amed_engine.solvers import alternatives, integrator_names
 
 
 @click.command("search-schedule")
-@where_options
+@network_options(checks=False)
+@no_verify
 @click.option("--nfe", type=int, default=5, help="Network evaluations per sample.")
 @click.option("--solver", default="ipndm", help=f"{alternatives(integrator_names('none', 'optional'))}.")
 @click.option("--solver-option", "solver_options", multiple=True, callback=parse_pairs, help="E.g. max_order=3.")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.exporting import LOOP
 from amed_engine.adapters.onnx import TYPES, OnnxSession
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
@@ -27,7 +28,7 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.plan import Plan
 
-KEY = "amed_engine"
+KEY = LOOP
 MAX_FACTS = 1 << 20  # bytes
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -39,8 +40,9 @@ class PackageFacts:
     """What a package says of itself.
 
     shape: (C, H, W) of one sample. label_dim: columns of the second input, labels (B, label_dim); 0 where there is none.
-    continuous: labels are numbers, and no classes. dtype: of latents, labels and images. device: its type, "cpu" or "cuda". max_batch: the largest batch of one call.
-    plan: solver and noise levels, its guidance_scale the one that the loop was exported with. versions: what wrote it.
+    continuous: labels are numbers, and no classes. dtype: of latents, labels and images. device: its type, "cpu" or "cuda".
+    max_batch: the largest batch of one call. plan: solver and noise levels, its guidance_scale the one that the loop was
+    exported with. versions: what wrote it. fingerprint: of the denoiser in it, None for one without weights.
     """
 
     format: str
@@ -52,6 +54,7 @@ class PackageFacts:
     plan: Plan
     versions: tuple[tuple[str, str], ...] = ()
     continuous: bool = False
+    fingerprint: str | None = None
 
     def to_json(self) -> dict:
         inputs = [{"name": "latents", "dtype": self.dtype, "shape": ["batch", *self.shape]}]
@@ -73,6 +76,7 @@ class PackageFacts:
             "sigma_min": self.plan.sigmas[-1],
             "plan": replace(self.plan, mean=None).to_json(),  # the mean answer is in the graph
             "versions": dict(self.versions),
+            "fingerprint": self.fingerprint,
         }
 
     def texts(self) -> dict[str, str]:
@@ -111,9 +115,11 @@ class PackageFacts:
             raise ConfigError(f"dtype {data['dtype']!r} on {data['device']!r} is not known")
         if (labels := data.get("labels", "classes")) not in ("classes", "continuous"):
             raise ConfigError(f"labels {labels!r} are not known")
+        if not isinstance(own := data.get("fingerprint"), (str, type(None))):
+            raise ConfigError(f"its fingerprint is no text, got {own!r}")
         plan, versions = Plan.from_json(data["plan"]), tuple(sorted(data["versions"].items()))
         facts = (str(data["format"]), shape, label_dim, data["dtype"], data["device"], max_batch, plan, versions)
-        return cls(*facts, labels == "continuous")
+        return cls(*facts, labels == "continuous", own)
 
 
 class Package:
@@ -127,8 +133,8 @@ class Package:
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
         kind = "vector" if facts.continuous else "rows"
-        levels = {"sigma_min": plan.sigmas[-1], "sigma_max": plan.sigmas[0]}
-        self._model = Model(call, facts.shape, facts.label_dim, **levels, label_kind=kind)
+        first, *_, last = plan.sigmas
+        self._model = Model(call, facts.shape, facts.label_dim, sigma_min=last, sigma_max=first, label_kind=kind)
 
     def __repr__(self) -> str:
         format, plan, shape, most = self.facts.format, self.facts.plan, self.facts.shape, self.facts.max_batch

@@ -8,7 +8,6 @@ FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
+from amed_engine.adapters.exporting import check_exportable, why_not_exported
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
 from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
@@ -29,6 +30,7 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import BoundLoop
 from amed_engine.errors import AmedError, ConfigError, require
+from amed_engine.sampling.denoiser import bind_labels
 from amed_engine.sampling.modes import evaluating
 from amed_engine.sampling.modules import passed_on
 from amed_engine.solvers.plan import Plan
@@ -77,9 +79,9 @@ class Job:
         dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
         device = "cpu" if format == "onnx" else self.device.type
         wrote = tuple(versions().items())
-        continuous = self.loop.model.continuous
-        facts = (format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote, continuous)
-        return PackageFacts(*facts)
+        known = {"continuous": self.loop.model.continuous, "fingerprint": fingerprint(self.loop.model.network)}
+        facts = (format, tuple(shape), label_dim, dtype, device, self.max_batch, self.plan, wrote)
+        return PackageFacts(*facts, **known)
 
 
 class LoopModule(nn.Module):
@@ -112,21 +114,19 @@ def trace(job: Job) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=job.max_batch)
     try:
         with kernels.use("reference"), torch.no_grad():
+            _first_call(job)
             return torch.export.export(LoopModule(job.loop), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
     except ConfigError:
         raise
     except Exception as error:  # torch.export has no base class for what it raises
-        raise ConfigError(f"the model cannot be exported: {_why(error)}") from error
+        raise ConfigError(f"the model cannot be exported: {why_not_exported(error)}") from error
 
 
-def _why(error: Exception) -> str:
-    """What torch.export says, with the way out that it knows."""
-    if (most := re.search(r"Dim\('batch'(?:, min=\d+)?, max=(\d+)\)", str(error))) is not None:
-        return f"it runs otherwise in batches above {most[1]}; pass max_batch={most[1]} or less"
-    return (
-        f"{type(error).__name__}: {first_line(error)}; its forward must be torch operators without branches on values, for "
-        "every batch size"
-    )
+def _first_call(job: Job) -> None:
+    """The first call of a network of half precision finds what its layers take, which a graph cannot."""
+    request = job.request(1)
+    bound = bind_labels(job.model.denoise, request.labels, job.loop.scale)
+    bound(request.latents, request.latents.new_full((1,), float(job.program.sigmas[0])))
 
 
 # ---- one writer per format: (job, file) ----
@@ -224,6 +224,8 @@ def _check(job: Job, path: Path, format: str) -> None:
             f"format {format!r} is one graph of torch operators, and this network is compiled already (ONNX, or an AOTInductor "
             "package): export format='plan', a table of numbers for the loop round it, or the network that it was made from"
         )
+    if format in LOOPS:
+        check_exportable(job.model.network)
     if not isinstance(job.max_batch, int) or isinstance(job.max_batch, bool) or job.max_batch < _TRACED_BATCH:
         raise ConfigError(f"max_batch must be an integer of at least {_TRACED_BATCH}, got {job.max_batch!r}")
 

@@ -16,12 +16,14 @@ class ConditionalFeatures:
 
     ComfyUI runs the conditional and unconditional parts of one evaluation in any order, in one batch or in several,
     as memory allows; "cond_or_uncond" names the parts of a batch. Where several prompts are conditional, their mean
-    counts. Parts belong to one evaluation as long as they carry the same "sigmas" tensor.
+    counts. Parts belong to one evaluation as long as they carry the same "sigmas" tensor; a prompt that is asked again
+    in it, as perturbed attention does, is named by the same of "uuids", and counts as it was first.
     """
 
     def __init__(self) -> None:
         self._sigmas: Any = None
         self._parts: list[Tensor] = []
+        self._prompts: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConditionalFeatures:
         return self  # ModelPatcher.clone copies its patches deeply, and what they hear is taken here
@@ -53,19 +55,26 @@ class ConditionalFeatures:
     def _hear(self, h: Tensor, options: dict[str, Any]) -> None:
         """h: (parts · B, C, h, w)."""
         if options.get("sigmas") is not self._sigmas:
-            self._sigmas, self._parts = options.get("sigmas"), []
+            self._clear()
+            self._sigmas = options.get("sigmas")
         flags = options["cond_or_uncond"]
         if max(flags) > 1:
             raise ConfigError(
                 "AMED reads the prompt's part of a guided pair, and this guider has three: use CFG Guider"
             )
-        parts = h.chunk(len(flags))
-        # Copies: patches that follow write to h.
-        self._parts += [part.clone() for part, flag in zip(parts, flags, strict=True) if flag == CONDITIONAL]
+        prompts = options.get("uuids") or [object() for _ in flags]
+        for part, flag, prompt in zip(h.chunk(len(flags)), flags, prompts, strict=True):
+            if flag == CONDITIONAL and prompt not in self._prompts:
+                self._prompts.add(prompt)
+                self._parts.append(part.clone())  # patches that follow write to h
+
+    def _clear(self) -> None:
+        self._sigmas, self._parts, self._prompts = None, [], set()
 
     def take(self) -> Tensor | None:
         """The features (B, C, h, w) of the evaluation that just ended, kept no longer; None if the model has none."""
-        parts, self._parts, self._sigmas = self._parts, [], None
+        parts = self._parts
+        self._clear()
         if len({part.shape for part in parts}) > 1:
             raise ConfigError(
                 "prompts for areas of different size have bottlenecks that cannot be averaged: set bottleneck to none"

@@ -18,8 +18,15 @@ from amed_engine.integrations.comfyui.constants import DEFAULT_TEXT, constants
 from amed_engine.integrations.comfyui.description import PREDICTOR, Node, Socket, v1
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.host import FOLDER, folders, host_levels
-from amed_engine.integrations.comfyui.trained import Trained, check_middle_block, plan_of, reads_bottleneck, sampler
-from amed_engine.integrations.comfyui.training_free import AFS, SCHEDULES, solver
+from amed_engine.integrations.comfyui.trained import (
+    Trained,
+    check_middle_block,
+    plan_of,
+    reads_bottleneck,
+    sampler,
+    stands_alone,
+)
+from amed_engine.integrations.comfyui.training_free import AFS, NAMES, SCHEDULES, solver
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers import solver_names
 
@@ -49,10 +56,25 @@ def file_of(predictor_name: str) -> str:
     return hashlib.sha256(_path(predictor_name).read_bytes()).hexdigest()
 
 
-def get_sigmas(predictor: Predictor, model: Any = None) -> tuple[Tensor]:
+def get_sigmas(predictor: Predictor, model: Any = None, denoise: float = 1.0) -> tuple[Tensor]:
     plan = plan_of(predictor)
-    levels = torch.cat([plan.levels, plan.levels.new_zeros(int(plan.denoise_to_zero))])
+    levels = plan.levels[plan.intervals - _steps(predictor, denoise) :]
+    levels = torch.cat([levels, levels.new_zeros(int(plan.denoise_to_zero))])
     return (levels.float() if model is None else host_levels(levels, model.get_model_object("model_sampling")),)
+
+
+def _steps(predictor: Predictor, denoise: float) -> int:
+    """How many of a predictor's last steps denoise leaves. Raises ConfigError between two of them."""
+    whole = plan_of(predictor).intervals
+    steps = round(whole * denoise)
+    if not 0 < denoise <= 1 or abs(denoise - steps / whole) > 0.0051 or not steps:  # of two digits
+        possible = ", ".join(f"{k / whole:.2g}" for k in range(1, whole + 1))
+        raise ConfigError(f"this predictor has {whole} steps, so denoise is one of {possible}; got {denoise:g}")
+    if steps < whole and not stands_alone(predictor):
+        raise ConfigError(
+            f"the steps of this predictor build on those before, got denoise {denoise:g}; set denoise to 1, or use AMED Solver"
+        )
+    return steps
 
 
 def get_sampler(model: Any, predictor: Predictor, bottleneck: str = "middle_block") -> tuple[Any, Any]:
@@ -72,6 +94,7 @@ _PREDICTOR = Socket("predictor", PREDICTOR, "From Load AMED Predictor or AMED Co
 _SIGMAS = Socket("sigmas", "SIGMAS", "The noise levels; connect them to SamplerCustom or SamplerCustomAdvanced.")
 _SAMPLER = Socket("sampler", "SAMPLER", "Connect it to SamplerCustom or SamplerCustomAdvanced.")
 _SCHEDULE = Socket("schedule", "COMBO", "How the noise levels lie between those of the model.", SCHEDULES)
+_DENOISE = {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}
 _CFG = {"default": 1.0, "min": 0.0, "max": 100.0, "step": 0.1}
 
 NODES = (
@@ -93,6 +116,13 @@ NODES = (
             _PREDICTOR,
             Socket(
                 "model", "MODEL", "The model that samples; a flow model (SD3, Flux) has to be connected.", optional=True
+            ),
+            Socket(
+                "denoise",
+                "FLOAT",
+                "Below 1 the given image is changed only that much: the last of the predictor's steps, such as 0.5 of four.",
+                optional=True,
+                options=_DENOISE,
             ),
         ),
         (_SIGMAS,),
@@ -128,7 +158,7 @@ NODES = (
                 "solver",
                 "COMBO",
                 "iPNDM and DEIS for few evaluations.",
-                solver_names("none", "optional"),
+                NAMES,
                 options={"default": "ipndm"},
             ),
             Socket(
@@ -143,7 +173,7 @@ NODES = (
                 "denoise",
                 "FLOAT",
                 "Below 1 the given image is changed only that much; nfe stays.",
-                options={"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01},
+                options=_DENOISE,
             ),
         ),
         (_SAMPLER, _SIGMAS),

@@ -32,7 +32,7 @@ class Recipe(Protocol):
 class TrainingFree:
     """A solver on the host's noise levels; from a last level to 0 goes one evaluation, whose D is the result."""
 
-    bottleneck = None
+    bottleneck: Bottleneck | None = None
 
     def __init__(self, solver: Solver):
         self.solver = solver

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from amed_engine.adapters.taps import Bottleneck
 from amed_engine.errors import ConfigError, require
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.flow import INSIDE, flow_of
 from amed_engine.integrations.comfyui.host import noise_range
 from amed_engine.integrations.comfyui.sampling import Recipe, draw
 from amed_engine.integrations.common import SAME_LEVEL, make_program, one_mean, without_zero
-from amed_engine.sampling.predictors import AMEDPredictor, CoefficientPredictor, Predictor
+from amed_engine.sampling.predictors import AMEDPredictor, CoefficientPredictor, ConstantPredictor, Predictor
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
@@ -45,12 +47,20 @@ class Trained:
     def __init__(self, predictor: Predictor, features: ConditionalFeatures | None):
         self.predictor, self.plan, self.features = predictor, plan_of(predictor), features
         self.options = options_of(predictor)
-        self.bottleneck = None if features is None else self._heard
+        self.bottleneck: Bottleneck | None = None if features is None else self._heard
 
     def program(self, levels: Tensor, like: Tensor) -> Program:
-        return make_program(
-            self.predictor, self.plan.levels, self.plan.afs, like, _on(self.options["mean"], like.device)
-        )
+        own = self.part(levels)
+        mean = own.options["mean"]
+        mean = None if mean is None else mean.to(like.device)
+        return make_program(own.predictor, own.plan.levels, own.plan.afs, like, mean)
+
+    def part(self, sigmas: Tensor) -> Trained:
+        """The recipe for as many of its last steps as these levels have."""
+        steps = len(without_zero(sigmas)) - 1
+        if not 0 < steps < self.plan.intervals or not stands_alone(self.predictor):
+            return self
+        return Trained(last_steps(self.predictor, steps), self.features)
 
     def _heard(self) -> Tensor:
         assert self.features is not None
@@ -65,17 +75,30 @@ class Trained:
 
     def check(self, guider: Any, sigmas: Tensor, model_options: dict[str, Any], noise: Tensor) -> None:
         """A ConfigError where guider, SIGMAS, MODEL or latent are not what the predictor was trained with."""
-        sampling = guider.inner_model.model_sampling
-        check_guider(guider, self.plan)
-        check_levels(self.plan, sigmas, sampling)
-        check_range(self.plan, sampling)
-        check_latent(self.options["mean"], noise)
+        sampling, own = guider.inner_model.model_sampling, self.part(sigmas)
+        check_guider(guider, own.plan)
+        check_levels(self.plan, own.plan, sigmas, sampling)
+        check_range(own.plan, sampling)
+        check_latent(own.options["mean"], noise)
         if self.features is not None:
             check_heard(self.features, model_options)
 
 
-def _on(mean: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if mean is None else mean.to(device)
+def stands_alone(predictor: Predictor) -> bool:
+    """Whether what a predictor says of a step needs none of the steps before."""
+    return isinstance(predictor, (AMEDPredictor, ConstantPredictor)) and not plan_of(predictor).make_solver().memory
+
+
+def last_steps(predictor: Predictor, steps: int) -> Predictor:
+    """The predictor for its last steps, which no analytic one precedes."""
+    plan = plan_of(predictor)
+    if isinstance(predictor, ConstantPredictor):
+        predictor = ConstantPredictor.of(predictor.choices()[-steps:])
+    else:
+        predictor = copy.copy(predictor)
+    last = plan.sigmas[-steps - 1 :]
+    predictor.plan = replace(plan, sigmas=last, schedule="custom", rho=None, afs=False, mean=None)
+    return predictor
 
 
 def check_guider(guider: Any, plan: Plan) -> None:
@@ -90,8 +113,8 @@ def check_guider(guider: Any, plan: Plan) -> None:
         raise ConfigError(f"this predictor was trained with cfg {wanted:g}, got {guider.cfg:g}; set cfg to that")
 
 
-def check_levels(plan: Plan, sigmas: Tensor, sampling: Any) -> None:
-    """The host's levels are float32, and near t = 1 a flow model's have few digits of 1 - t."""
+def check_levels(whole: Plan, plan: Plan, sigmas: Tensor, sampling: Any) -> None:
+    """SIGMAS are the levels of `plan`, a part of the `whole`, in float32: a flow model's have few digits near t = 1."""
     flow, got = flow_of(sampling), without_zero(sigmas).cpu().double()
     if flow is not None and bool((got > 1).any()):
         raise ConfigError(
@@ -99,11 +122,12 @@ def check_levels(plan: Plan, sigmas: Tensor, sampling: Any) -> None:
         )
     wanted = plan.levels if flow is None else flow.time(plan.levels)
     near = SAME_LEVEL * wanted * (1 if flow is None else 1 - wanted) + (0 if flow is None else 2e-7)
+    first = whole.levels[0] if flow is None else flow.time(whole.levels[0])
     if len(got) != len(wanted) or bool(((got - wanted).abs() > near).any()):
         raise ConfigError(
-            f"this predictor was trained for {plan.intervals} steps from noise level {wanted[0]:g} to {wanted[-1]:g}, got "
-            f"SIGMAS of {len(got) - 1} from {got[0]:g} to {got[-1]:g}; connect those of AMED Schedule, whole and "
-            "with the MODEL that samples, or use AMED Solver, which works off any"
+            f"this predictor was trained for {whole.intervals} steps from noise level {first:g} to {wanted[-1]:g}, got "
+            f"SIGMAS of {len(got) - 1} from {got[0]:g} to {got[-1]:g}; connect those of AMED Schedule, with "
+            "the MODEL that samples, or use AMED Solver, which works off any"
         )
 
 

@@ -14,13 +14,15 @@ from amed_engine.integrations.comfyui.host import host_levels, usable_range
 from amed_engine.integrations.comfyui.sampling import TrainingFree, draw
 from amed_engine.integrations.comfyui.trained import sampler
 from amed_engine.integrations.common import without_zero
-from amed_engine.solvers import make_solver, solver_names
+from amed_engine.solvers import integrator_names, make_solver
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.schedule import make_schedule
 
 SCHEDULES = ["polynomial", "time_uniform", "logsnr", "discrete"]
 AFS = ["off", "on"]
+# Those of the ODE: consistency sampling needs a model of another kind, and fresh noise.
+NAMES = integrator_names("none", "optional")
 PREFIX = "amed_"  # in the lists of KSampler
 
 
@@ -83,11 +85,13 @@ def alphas_cumprod(sampling: Any) -> Tensor:
 
 
 def register() -> None:
-    """Every training-free solver as amed_NAME in KSampler's list of samplers, and three schedules in that of schedulers."""
+    """Every training-free solver as amed_NAME in the list of samplers of KSampler, and three schedules in its other one."""
     samplers, functions = require("comfy.samplers", INSIDE), require("comfy.k_diffusion.sampling", INSIDE)
-    for name in solver_names("none", "optional"):
+    for name in NAMES:
         setattr(functions, f"sample_{PREFIX}{name}", _function(name))
         _append(PREFIX + name, samplers.KSAMPLER_NAMES, samplers.SAMPLER_NAMES, samplers.KSampler.SAMPLERS)
+    if not hasattr(samplers, "SCHEDULER_HANDLERS"):  # until 0.3.10 there was no table to add a schedule to
+        return
     for name in ("polynomial", "time_uniform", "logsnr"):
         samplers.SCHEDULER_HANDLERS[PREFIX + name] = samplers.SchedulerHandler(_handler(name))
         _append(PREFIX + name, samplers.SCHEDULER_NAMES, samplers.KSampler.SCHEDULERS)

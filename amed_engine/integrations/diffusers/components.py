@@ -11,6 +11,7 @@ from torch import nn
 from amed_engine.adapters import wrap
 from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.adapters.fingerprint import is_model
+from amed_engine.adapters.recorded import difference
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.diffusers.parameterization import Parameterization
 from amed_engine.solvers.plan import Plan
@@ -42,14 +43,14 @@ def check_trained_for(plan: Plan | None, unet: Any, scheduler: Any, null_class: 
         return
     wrapped = wrap(unet, scheduler=scheduler, null_class=null_class, verify=False)
     try:
-        same = is_model(wrapped, plan.model)
+        differs = None if is_model(wrapped, plan.model) else difference(wrapped, plan)
     finally:
         if wrapped._tap is not None:
             wrapped._tap.detach()
-    if not same:
+    if differs is not None:
         raise ConfigError(
             "this predictor was trained for another model (or other weights, another precision or another wrapping of it): the "
-            "fingerprints differ; pass its own predictor, or AMEDPipeline(..., verify=False) to use it all the same"
+            f"fingerprints differ; {differs}; pass its own predictor, or AMEDPipeline(..., verify=False) to use it all the same"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ def check_spacing(settings: Mapping[str, Any], model: Parameterization) -> None:
         raise ConfigError(
             f"sigma_schedule must be karras or exponential, got {settings['sigma_schedule']!r}; pass sigmas for others"
         )
-    if not isinstance(settings["rho"], Real) or not 0 < settings["rho"] < math.inf:
+    if not isinstance(settings["rho"], (int, float)) or not 0 < settings["rho"] < math.inf:
         raise ConfigError(f"rho must be a positive number, got {settings['rho']!r}")
     if told and settings["noise_levels"] is not None:
         raise ConfigError(
@@ -82,9 +81,8 @@ def spaced(model: Parameterization, settings: Mapping[str, Any], steps: int, mu:
         levels = torch.cat([levels, levels.new_tensor([low])])
     elif ends_low:
         levels = model.sigma(timesteps(settings, len(model.family.log_alpha), count))  # type: ignore[union-attr]
-    ends = [settings[name] for name in ("sigma_min", "sigma_max")]
-    told = (end or float(own) for end, own in zip(ends, levels[[-1, 0]], strict=True))
-    return _scheduled(settings, count, *told, levels)
+    low, high = settings["sigma_min"] or float(levels[-1]), settings["sigma_max"] or float(levels[0])
+    return _scheduled(settings, count, low, high, levels)
 
 
 def trained_levels(model: Parameterization, settings: Mapping[str, Any]) -> Tensor:

@@ -80,6 +80,11 @@ class AMEDPredictor(nn.Module):
         self.register_buffer("frequencies", frequencies(embedding_dim), persistent=False)
 
     @property
+    def reads_bottleneck(self) -> bool:
+        """Whether what it says depends on the network's bottleneck."""
+        return True
+
+    @property
     def config(self) -> dict:
         """The constructor's arguments, JSON-able."""
         names = ("scale_dir", "scale_time", "scales", "bottleneck", "hidden_dim", "bottleneck_dim", "embedding_dim")

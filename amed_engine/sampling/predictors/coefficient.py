@@ -61,6 +61,11 @@ class CoefficientPredictor(nn.Module):
         return described(self.plan, self.config)
 
     @property
+    def reads_bottleneck(self) -> bool:
+        """Whether what it says depends on the network's bottleneck."""
+        return self.heads is not None
+
+    @property
     def config(self) -> dict:
         """The constructor's arguments, JSON-able."""
         return {name: getattr(self, name) for name in ("intervals", "sigma_max", "afs", "codes", "inputs")}
@@ -75,18 +80,16 @@ class CoefficientPredictor(nn.Module):
         """How many coefficients row i has: x_0's and one for each evaluation so far."""
         return i + 1 if self.afs else i + 2
 
-    def code(self, features: Tensor | None, i: int) -> Tensor | None:
+    def code(self, features: Tensor | None, i: int, rows: int | None = None) -> Tensor | None:
         """phi_i, (B, codes)."""
         if features is None or self.heads is None:
             return None
-        u = (summary(features).to(self.centre.dtype) - self.centre[i]) @ self.basis[i]
+        u = (summary(features, rows).to(self.centre.dtype) - self.centre[i]) @ self.basis[i]
         return u / (1 + u.square() / 9).sqrt()
 
     def _choose(self, i: int, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Row:
         row = self.coefficients[i].expand(sigma.shape[0], -1)  # (B, intervals + 1)
-        if features is not None and self.heads is not None:
-            check_features(features, rows=sigma.shape[0])
-        phi = self.code(features, i)
+        phi = self.code(features, i, sigma.shape[0])
         if phi is not None:
             row = row + phi @ self.heads[i].mT  # type: ignore[index]
         return self._row(row, i)
@@ -96,7 +99,10 @@ class CoefficientPredictor(nn.Module):
         return Row(a / self.sigma_max, tuple(b))
 
 
-def summary(features: Tensor) -> Tensor:
-    """What a CoefficientPredictor reads of a bottleneck (B, C, h, w): means over channels and over places, (B, h·w + C)."""
-    check_features(features)
+def summary(features: Tensor, rows: int | None = None) -> Tensor:
+    """What a CoefficientPredictor reads of a bottleneck (B, C, h, w): means over channels and over places, (B, h·w + C).
+
+    Raises ConfigError for what is none, or has not this many rows.
+    """
+    check_features(features, rows=rows)
     return torch.cat([features.mean(1).flatten(1), features.mean((2, 3))], dim=1)

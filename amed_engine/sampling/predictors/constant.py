@@ -48,6 +48,11 @@ class ConstantPredictor(nn.Module):
         return described(self.plan, self.config)
 
     @property
+    def reads_bottleneck(self) -> bool:
+        """Whether what it says depends on the network's bottleneck."""
+        return False
+
+    @property
     def config(self) -> dict:
         """The constructor's arguments, JSON-able."""
         return {"intervals": self.intervals, "points": self.points}

@@ -1,4 +1,4 @@
-"""For packages that import torchvision without using it, beside a torch that torchvision was not built for."""
+"""For ComfyUI, which imports torchvision for nodes that these tests do not run, beside a torch that it was not built for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def declare() -> None:
     """Declare the two operators that torchvision's Python part asks for while it is imported.
 
     The package index has torchvision for CUDA only: beside a torch for CPUs its library does not load, and importing it
-    fails on them. PhysicsNeMo imports it by way of timm, and transformers wherever it is installed.
+    fails on them.
     """
     if torch.version.cuda is not None or find_spec("torchvision") is None:
         return

@@ -1,0 +1,211 @@
+"""What `wrap` returns as a directory: the network's weights, and in config.json and wrap.safetensors how it was wrapped.
+
+A network of this package lies in model.safetensors, one of diffusers in network/, as its own save_pretrained writes it. Nothing
+in the directory is code: the classes that it may name are those listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amed_engine.adapters import EDM, IDDPM, VE, VP, Adapter, Consistency, DiscreteSteps, Family, Flow, wrap
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.karras import Denoising
+from amed_engine.checkpoints.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_diffusers,
+    read,
+    read_config,
+    save_diffusers,
+    write,
+)
+from amed_engine.checkpoints.native import KINDS, restore, versions
+from amed_engine.errors import ConfigError, FileFormatError, require
+from amed_engine.networks import EDMPrecond, OpenAIUNet
+from amed_engine.sampling.modules import bare, bound, gathered, unknown_wrapper, whole
+from amed_engine.solvers.files import write_json
+
+KIND = "wrapped_network"
+WRAP_FILE, FOLDER = "wrap.safetensors", "network"
+OWN: dict[type[nn.Module], str] = {EDMPrecond: "edm_precond", OpenAIUNet: "openai_unet"}
+DIFFUSERS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "SD3Transformer2DModel")
+FAMILIES: dict[type[Family], Callable[[Any], dict[str, Any]]] = {
+    DiscreteSteps: lambda family: {"prediction": family.name},
+    Denoising: lambda family: {},
+    EDM: lambda family: {"sigma_data": float(family.sigma_data), "v_prediction": family.v_prediction},
+    Consistency: lambda family: {"sigma_data": float(family.sigma_data)},
+    Flow: lambda family: {"steps": family.steps},
+    VP: lambda family: {"beta_d": family.vp.beta_d, "beta_min": family.vp.beta_min, "steps": family.steps},
+    VE: lambda family: {},
+    IDDPM: lambda family: {"steps": family.steps},
+}
+TABLE, CONDITION = "log_alpha", "condition."
+
+
+def save_adapter(adapter: Adapter, folder: Path) -> None:
+    """Save what `wrap` returned; `load_adapter` gives the same denoiser, bit for bit. Raises ConfigError, naming what to do."""
+    network = _plain(adapter)
+    config = {"kind": KIND, "wrap": _said(adapter), "fingerprint": fingerprint(adapter), **versions()}
+    write(folder / WRAP_FILE, _tables(adapter), {"kind": KIND})
+    if (kind := OWN.get(type(network))) is not None:
+        with gathered(adapter.network):
+            tensors = {name: whole(tensor) for name, tensor in network.state_dict().items()}
+            config |= {"network": kind, "model": network.config}
+            write(folder / WEIGHTS_FILE, tensors, {"kind": kind, "model": network.config})
+    else:
+        dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+        config |= {"network": type(network).__name__, "dtype": dtype}
+        save_diffusers(network, folder / FOLDER)
+    # Last: without it the directory is none of ours.
+    write_json(folder / CONFIG_FILE, config)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory is one that `save_adapter` wrote."""
+    return (folder / CONFIG_FILE).is_file() and read_config(folder).get("kind") == KIND
+
+
+def load_adapter(folder: Path, config: dict[str, Any]) -> Adapter:
+    """The denoiser of a directory that `save_adapter` wrote. Raises FileFormatError, MissingDependency."""
+    _, tables = read(folder / WRAP_FILE)
+    network = _network(folder, config)
+    try:
+        adapter = _wrapped(network, config["wrap"], tables)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a ConfigError is a ValueError
+        raise FileFormatError(f"{folder}: it cannot be wrapped as its {CONFIG_FILE} says: {error}") from error
+    if fingerprint(adapter) != config.get("fingerprint"):
+        raise FileFormatError(
+            f"{folder}: its fingerprint is not the one that was saved: weights or settings were changed, or another version of "
+            "diffusers builds another network; save it again"
+        )
+    return adapter
+
+
+# ---- what is said of the wrapping ----
+
+
+def _said(adapter: Adapter) -> dict[str, Any]:
+    facts, family = adapter.facts, adapter.family
+    levels = {name: _finite(getattr(adapter, name)) for name in ("sigma_min", "sigma_max")}
+    return {
+        "family": type(family).__name__,
+        "arguments": _family_arguments(family),
+        **levels,
+        "bottleneck": "auto" if adapter._found or facts.reduction is not None else adapter.bottleneck,
+        "shape": None if adapter.sample_shape is None else list(adapter.sample_shape),
+        "label_dim": facts.label_dim,
+        "labels": facts.labels,
+        "null_class": facts.null_class,
+        "conditions": list(adapter.conditions.names),
+        "bound": adapter.conditions.count,
+        "has_null": adapter.conditions.has_null,
+    }
+
+
+def _finite(level: float) -> float | None:
+    """None for no end."""
+    return float(level) if float(level) < float("inf") else None
+
+
+def _family_arguments(family: Family) -> dict[str, Any]:
+    if type(family) not in FAMILIES:
+        raise ConfigError(
+            f"{type(family).__name__} is no family that a directory can name; known are "
+            f"{', '.join(kind.__name__ for kind in FAMILIES)}: save the network's weights, and wrap it where they are loaded"
+        )
+    arguments = FAMILIES[type(family)](family)
+    if not isinstance(family, DiscreteSteps) and type(family)(**arguments).settings() != family.settings():
+        raise ConfigError(
+            f"{type(family).__name__} has options that a directory does not hold; wrap the network anew instead"
+        )
+    return arguments
+
+
+def _tables(adapter: Adapter) -> dict[str, Tensor]:
+    names = adapter.conditions.names if adapter.conditions.count else ()
+    bound = {CONDITION + name: getattr(adapter.conditions, f"table_{name}") for name in names}
+    steps = adapter.family.log_alpha if isinstance(adapter.family, DiscreteSteps) else None
+    return {**bound, **({} if steps is None else {TABLE: steps})}
+
+
+def _plain(adapter: Adapter) -> Any:
+    """The network itself, where a directory can hold it. Raises ConfigError."""
+    network = bare(adapter.network)
+    known = type(network) in OWN or type(network).__name__ in DIFFUSERS
+    known = known and type(network).__module__.partition(".")[0] in ("amed_engine", "diffusers")
+    if not known or bound(adapter.network):
+        own = f"functools.partial of {type(network).__name__}" if known else type(network).__name__
+        raise ConfigError(
+            f"save_pretrained saves what wrap made of EDMPrecond, OpenAIUNet, {', '.join(DIFFUSERS)}, which are built again "
+            f"without code from a file, got {own}; save its weights yourself and wrap it where they are loaded, or write the "
+            "whole denoiser as a graph: amed_engine.adapters.save_program(denoiser, 'model.pt2')"
+        )
+    if (unknown := unknown_wrapper(adapter.network)) is not None:
+        raise ConfigError(
+            f"{type(unknown[0]).__name__} may compute something, which a directory of the network alone would lose; wrap its "
+            f".{unknown[1]} instead"
+        )
+    if len({parameter.dtype for parameter in network.parameters()}) > 1 or not network.state_dict():
+        raise ConfigError("the network's parameters are of several dtypes, which no directory tells; save it in one")
+    return network
+
+
+# ---- and read back ----
+
+
+def _network(folder: Path, config: dict[str, Any]) -> nn.Module:
+    kind = config.get("network")
+    if kind in OWN.values():
+        told, tensors = read(folder / WEIGHTS_FILE)
+        if told.get("network", told.get("kind")) != kind:
+            raise FileFormatError(f"{folder}: {WEIGHTS_FILE} holds {told.get('kind')!r}, {CONFIG_FILE} says {kind!r}")
+        module = restore(KINDS[kind], config.get("model"), tensors, folder)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in tensors:
+                tensor.data = tensor.data.to(tensors[name].dtype)
+        return module.eval()
+    if kind not in DIFFUSERS or not isinstance(config.get("dtype"), str):
+        raise FileFormatError(
+            f"{folder} holds a network {kind!r}, expected one of {', '.join((*OWN.values(), *DIFFUSERS))}"
+        )
+    diffusers = require("diffusers", "diffusers", f"a {kind}")
+    dtype = getattr(torch, config["dtype"], None)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise FileFormatError(f"{folder}: dtype {config['dtype'][:20]!r} is not known")
+    return load_diffusers(getattr(diffusers, kind), folder / FOLDER, kind).to(dtype)
+
+
+def _wrapped(network: nn.Module, said: dict[str, Any], tables: dict[str, Tensor]) -> Adapter:
+    bound: Any = {name.removeprefix(CONDITION): table for name, table in tables.items() if name.startswith(CONDITION)}
+    null = {name: table[-1:] for name, table in bound.items()} if said["has_null"] else None
+    bound = {name: table[:-1] for name, table in bound.items()} if said["has_null"] else bound
+    adapter = wrap(
+        network,
+        _family(said, tables),
+        bottleneck=said["bottleneck"],
+        shape=None if said["shape"] is None else tuple(said["shape"]),
+        label_dim=said["label_dim"] or None,
+        labels=said["labels"] if said["label_dim"] else None,
+        null_class=said["null_class"],
+        conditions=(bound if said["bound"] else said["conditions"]) or None,
+        null_conditions=null,
+        verify=False,
+    )
+    for name in ("sigma_min", "sigma_max"):
+        setattr(adapter, name, float("inf") if said[name] is None else float(said[name]))
+    return adapter
+
+
+def _family(said: dict[str, Any], tables: dict[str, Tensor]) -> Family:
+    make = next((kind for kind in FAMILIES if kind.__name__ == said["family"]), None)
+    if make is None:
+        raise ConfigError(f"family {str(said['family'])[:40]!r} is not known")
+    if make is DiscreteSteps:
+        return DiscreteSteps.of_table(said["arguments"]["prediction"], tables[TABLE])
+    return make(**said["arguments"])

@@ -73,10 +73,6 @@ _CLIP = (
     "D is the network's own here, which no step clips: pass scheduler=type(scheduler).from_config(scheduler.config, "
     "clip_sample=False); what keeps D in -1 .. 1 is amed_engine.adapters.Thresholded round the denoiser"
 )
-_ZERO = (
-    "a zero terminal signal-to-noise ratio has no highest noise level; pass rescale_betas_zero_snr=False and trained_betas, "
-    "the last of them below 1, or sample with amed_engine.adapters.wrap_pipeline and Sampler"
-)
 _SHIFTED = "its betas are shifted; pass snr_shift_scale=None and trained_betas, those of the scheduler's alphas_cumprod"
 _LEVELS = "pass the noise levels themselves, as Sampler(schedule=...)"
 # Fields that only one value of is understood, and what to do about another.
@@ -87,7 +83,6 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "timestep_type": ("discrete", "'continuous' is known with prediction_type='v_prediction' alone"),
     "interpolation_type": ("linear", "its levels are not those of the steps that the network is told then"),
     "invert_sigmas": (False, "its network is told 1 - t: wrap a function (x, t) -> prediction that turns time round"),
-    "rescale_betas_zero_snr": (False, _ZERO),
     "snr_shift_scale": (None, _SHIFTED),
     "scale_factors": (None, "its samples change their size on the way: sample it with its own pipeline"),
 }

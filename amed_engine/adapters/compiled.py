@@ -43,7 +43,7 @@ class Compiled(nn.Module):
         self.call, self.signature, self.device = call, signature, torch.device(signature.device or device)
         self.sample_shape, self.label_dim = signature.sample_shape, signature.label_dim
         if signature.continuous:
-            self.label_kind, self.can_guide = "vector", False
+            self.label_kind = "vector"
         for name in ("sigma_min", "sigma_max"):
             if getattr(signature, name) is not None:
                 setattr(self, name, getattr(signature, name))
@@ -53,7 +53,7 @@ class Compiled(nn.Module):
 
     @property
     def can_guide(self) -> bool:
-        return self.facts.get("can_guide", True)
+        return self.facts.get("can_guide", True) and self.label_kind not in CONTINUOUS
 
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""

@@ -75,6 +75,9 @@ class VPScore(Family):
         time = (self.steps * self.time(sigma)).to(sigma.dtype)
         return Coefficients(torch.ones_like(sigma), sigma**2 * scale, scale, time)
 
+    def whole(self, time: Tensor) -> Tensor:
+        return super().whole(time) if self.steps <= 1 else time.round()
+
     def describe(self) -> str:
         return f"the score of x/sqrt(1 + sigma²); told {self.steps:g}·t, beta {self.betas[1]:g} + {self.betas[0]:g}·t"
 
@@ -121,6 +124,9 @@ class IndexedScore(Family):
         index = (sigma.double().log()[:, None] - self.levels.log()).abs().argmin(dim=1)
         one = torch.ones_like(sigma)
         return Coefficients(one, sigma * self.levels[index].to(sigma.dtype), one, index)
+
+    def whole(self, time: Tensor) -> Tensor:
+        return time
 
     def describe(self) -> str:
         return f"the score, D = x + sigma·level F; told the index of the nearest of {len(self._table)} levels"

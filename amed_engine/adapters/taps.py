@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def _no_compiler() -> Iterator[bool]:
         return
     held = lock.acquire(blocking=False)
     try:
-        yield held and torch._guards.CompileContext.try_get() is None
+        yield held and import_module("torch._guards").CompileContext.try_get() is None
     finally:
         if held:
             lock.release()

@@ -176,7 +176,7 @@ def _plain(adapter: Adapter) -> Any:
 
 
 def _network(folder: Path, config: dict[str, Any]) -> nn.Module:
-    kind = config.get("network")
+    kind: Any = config.get("network")
     if kind in OWN.values():
         told, tensors = read(folder / WEIGHTS_FILE)
         if told.get("network", told.get("kind")) != kind:

@@ -39,7 +39,7 @@ def save_pretrained(item: Predictor | EDMPrecond | Adapter, directory: str | os.
     if isinstance(item, Predictor):
         save_predictor(item, directory)
     elif isinstance(bare(item), EDMPrecond):
-        save_model(item, directory)
+        save_model(item, directory)  # type: ignore[arg-type]
     elif isinstance(bare(item), Adapter):
         save_adapter(bare(item), Path(directory))
     else:

@@ -27,7 +27,7 @@ def _shape(context: click.Context, option: click.Parameter, text: str | None) ->
 facts_options = options(
     click.option(
         "--prediction",
-        help="What a raw network in a file predicts: epsilon, v, x0, flow, edm, cm, vp, ve, iddpm or denoised.",
+        help="What a raw network in a file predicts: epsilon, v, x0, flow, edm, cm, vp, ve, iddpm, denoised or consistency.",
         show_default="none: the file holds a denoiser",
     ),
     click.option(

@@ -33,7 +33,7 @@ class Telling(nn.Module):
 def facts_in(denoiser: Any) -> dict[str, Any]:
     """Its shape of samples, classes, whether it can be guided, its bottleneck and noise levels, as JSON has them; levels
     without an end are left out."""
-    told = {name: getattr(denoiser, name, None) for name in NAMES}
+    told: dict[str, Any] = {name: getattr(denoiser, name, None) for name in NAMES}
     levels = {name: float(told[name]) for name in LEVELS if told[name] is not None}
     sizes = {name: told[name] and list(told[name]) for name in SIZES}
     kind = told["label_kind"] if told["label_kind"] in NUMBERS else None

@@ -6,7 +6,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine import ConfigError, Sampler, make_solver, sample, wrap
-from amed_engine.adapters import ClassifierFree, Consistency
+from amed_engine.adapters import ClassifierFree, Consistency, save_program
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.evaluation.comparison import compare
 
@@ -105,3 +105,12 @@ def test_guidance_round_it_leaves_it_what_it_is():
     with pytest.raises(ConfigError, match="consistency function"):
         Sampler(guided)
     assert Sampler(guided, solver="consistency", nfe=2).run([1, 2]).images.isfinite().all()
+
+
+def test_a_file_of_it_says_what_it_is(tmp_path):
+    denoiser, path = function(), tmp_path / "function.pt2"
+    save_program(denoiser, path)
+    with pytest.raises(ConfigError, match="consistency function"):
+        Sampler(path)
+    images = [Sampler(each, solver="consistency", nfe=3).run([1, 2]).images for each in (path, denoiser)]
+    torch.testing.assert_close(*images, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,8 @@ from onnx_graphs import SHAPE, network, reference
 
 import amed_engine
 from amed_engine import Stepper, read_plan
-from amed_engine.adapters import load_onnx, wrap
+from amed_engine.adapters import Flow, load_onnx, wrap
+from amed_engine.adapters.score import IndexedScore, VPScore
 from amed_engine.errors import ConfigError
 
 SAMPLE = ("float32", SHAPE)
@@ -54,14 +55,17 @@ def test_whole_number_steps_are_the_nearest_and_levels_stay_exact(tmp_path, time
     torch.testing.assert_close(denoiser(X, beyond).x0, held(X, beyond).x0)
 
 
-@pytest.mark.parametrize("prediction", ["flow", "vp", "iddpm"])
+LEVELS = torch.tensor([50.0, 10.0, 2.0, 0.4])
+
+
+@pytest.mark.parametrize("prediction", ["flow", "vp", "iddpm", VPScore(steps=999), IndexedScore(LEVELS)])
 def test_other_families_that_count_steps_round_them_too(tmp_path, prediction):
     denoiser = wrap(opened(tmp_path, {"sample": SAMPLE, "timestep": STEP}), prediction)
     expected = wrap(rounded, prediction, shape=(3, 8, 8))(X, SIGMA).x0
     torch.testing.assert_close(denoiser(X, SIGMA).x0, expected)
 
 
-@pytest.mark.parametrize("prediction", ["edm", "ve", "cm", "denoised", amed_engine.adapters.Flow(steps=1)])
+@pytest.mark.parametrize("prediction", ["edm", "ve", "cm", "denoised", Flow(steps=1), VPScore()])
 def test_families_without_steps_are_refused_for_whole_numbers(tmp_path, prediction):
     with pytest.raises(ConfigError, match=r"whole numbers \(int64\).*no steps to round to"):
         wrap(opened(tmp_path, {"sample": SAMPLE, "timestep": STEP}), prediction)

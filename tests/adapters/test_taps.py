@@ -194,3 +194,34 @@ def test_a_network_that_was_compiled_in_place_is_refused_before_it_runs():
     network.compile(backend="eager")
     with pytest.raises(ConfigError, match="cannot be read from a network that is already scripted or compiled"):
         taps.attach(network, "0", object())
+
+
+def test_a_hook_is_not_removed_while_torch_compile_counts_them(make_unet):
+    """Its guards look the last hook up by its number, after the graph was compiled."""
+    network = make_unet()
+    older, denoiser = [wrap(network, "epsilon")], wrap(network, "epsilon")
+
+    def backend(graph, _):
+        older.clear()
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(denoiser, backend=backend)
+        answers = compiled(*inputs()), denoiser(*inputs())
+    torch.testing.assert_close(answers[0].x0, answers[1].x0)
+    torch.testing.assert_close(answers[0].features, answers[1].features)
+    assert not older
+    assert len(network.middle_block._forward_hooks) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prediction", ["epsilon", "flow", "edm"])
+def test_an_adapter_without_a_bottleneck_is_traced(make_unet, prediction):
+    denoiser = wrap(make_unet(), prediction, bottleneck=None)
+    with torch.no_grad():
+        answer = traced(denoiser, *inputs())(*inputs(4))
+        assert isinstance(answer, torch.Tensor)
+        torch.testing.assert_close(answer, denoiser(*inputs(4)).x0)
+    sampler = amed_engine.Sampler(traced(denoiser, *inputs()), solver="euler", nfe=2, sigma_min=0.1, sigma_max=10.0)
+    assert sampler.run(2).images.shape == (2, 1, 8, 8)

@@ -10,7 +10,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine import ConfigError, FileFormatError, Sampler, from_pretrained, save_pretrained
-from amed_engine.adapters import EDM, VE, VP, ClassifierFree, Family, Flow, alphas_cumprod, wrap
+from amed_engine.adapters import EDM, VE, VP, ClassifierFree, Coefficients, Family, Flow, alphas_cumprod, wrap
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.networks import OpenAIUNet
 
@@ -121,6 +121,10 @@ class Odd(Family):
 
     def describe(self):
         return "odd"
+
+    def forward(self, sigma):
+        one = torch.ones_like(sigma)
+        return Coefficients(one, -sigma, one, sigma)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def hub(tmp_path, monkeypatch, predictor) -> list:
     return asked
 
 
-FILES = ["config.json", "model.safetensors"]
+FILES = ["config.json", "model.safetensors", "network/*.json", "network/*.safetensors", "wrap.safetensors"]
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1"])

@@ -9,6 +9,7 @@ from amed_engine.engine.graphs import GraphCache, Stats
 from amed_engine.engine.seeds import draw, draw_all
 from amed_engine.evaluation.quality import evaluate
 from amed_engine.integrations.diffusers import AMEDScheduler
+from amed_engine.integrations.serving.batching import answer
 
 SHAPE = (1, 8, 8)
 
@@ -177,3 +178,9 @@ def _folder(path):
 
     images.save_each(path, list(images.to_uint8(walker().run(range(4)).images)), range(4), False)
     return str(path)
+
+
+def test_servers_answer_a_seed_with_its_sample_whoever_else_asks():
+    alone, (first, second) = answer(walker(), [{"seeds": [5]}]), answer(walker(), [{"seeds": [7, 9]}, {"seeds": [5]}])
+    assert torch.equal(alone[0], second)
+    assert torch.equal(first, walker().run([7, 9]).images)

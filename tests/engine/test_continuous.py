@@ -1,13 +1,15 @@
 """Conditions that are numbers per sample, wherever classes are taken; never one-hot, never drawn, refused where only classes
 serve."""
 
+import shutil
+
 import numpy
 import pytest
 import torch
 from torch import nn
 
 import amed_engine
-from amed_engine.adapters import ClassifierFree, ClassifierGuided, Thresholded, wrap
+from amed_engine.adapters import ClassifierFree, ClassifierGuided, Thresholded, load_compiled, save_package, wrap
 from amed_engine.adapters.signature import Signature
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.resolve import resolve
@@ -253,3 +255,16 @@ def test_servers_take_them():
     first, second = answer(vectors, [{"seeds": [1, 2], "class_labels": row}, {"seeds": [1], "class_labels": [row]}])
     torch.testing.assert_close(first, vectors.run([1, 2], row).images)
     torch.testing.assert_close(second, first[:1])
+
+
+@pytest.mark.slow
+def test_compiled_packages_keep_what_their_labels_are(tmp_path):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("needs a C++ compiler")
+    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        opened = load_compiled(save_package(three(), tmp_path / "net.pt2", max_batch=4))
+    assert (opened.label_kind, opened.label_dim, opened.can_guide) == ("vector", 3, False)
+    rows = [[0.1, 0.2, 0.3], [1, 0, 2]]
+    torch.testing.assert_close(sampler(opened).run([1, 2], rows).images, sampler(three()).run([1, 2], rows).images)
+    with pytest.raises(ConfigError, match="which no seed draws"):
+        sampler(opened).run([1, 2])

@@ -4,10 +4,10 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from comfy_standin import folder_paths
 from safetensors.torch import save_file
 
 from amed_engine import Plan, Sampler, load_predictor, make_plan
@@ -76,10 +76,7 @@ def test_a_predictor(file, solver, tiny_model, latents):
 
 @SOLVERS
 def test_a_workflow_of_comfyui_with_such_a_predictor(file, solver, monkeypatch, tiny_model, latents):
-    folders = ModuleType("folder_paths")
-    folders.models_dir, folders.folder_names_and_paths = str(file.parents[1]), {}
-    folders.get_full_path = lambda folder, name: str(file.parents[1] / folder / name)
-    monkeypatch.setitem(sys.modules, "folder_paths", folders)
+    monkeypatch.setitem(sys.modules, "folder_paths", folder_paths(file.parents[1]))
     (predictor,) = NODE_CLASS_MAPPINGS["AMEDPredictorLoader"]().load("old.safetensors")
     (sigmas,) = NODE_CLASS_MAPPINGS["AMEDSchedule"]().get_sigmas(predictor)
     _, function, _, _ = sampler_entry(predictor)

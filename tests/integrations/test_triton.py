@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from onnx_graphs import network
 
 from amed_engine import AmedError, ConfigError, Sampler, save_predictor
 from amed_engine.errors import MissingDependency
@@ -68,7 +69,12 @@ def backend(monkeypatch):
 @pytest.fixture
 def model(backend, tmp_path):
     """Of model.py, loaded from a repository and opened as the Python backend does it."""
-    folder = write_repository(tmp_path, model="digits", nfe=5)
+    model = started(write_repository(tmp_path, model="digits", nfe=5))
+    yield model
+    model.finalize()
+
+
+def started(folder):
     spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,8 +83,7 @@ def model(backend, tmp_path):
     model = module.TritonPythonModel()
     args = {"model_config": json.dumps(config), "model_instance_kind": "CPU", "model_instance_device_id": "0"}
     model.initialize(args)
-    yield model
-    model.finalize()
+    return model
 
 
 def columns(seeds, classes):
@@ -96,6 +101,22 @@ def test_a_repository_serves_the_engine_s_images(model, expected):
             assert [tensor.name for tensor in response.tensors] == ["IMAGES"]
             assert response.tensors[0].held.dtype == torch.float32
             np.testing.assert_allclose(response.tensors[0].held, images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "labels"), [(("B",), [[0.5], [40.0]]), (("B", 2), [[0.5, 1.0], [40.0, 0.0]])])
+def test_a_model_that_is_told_numbers_takes_them_as_floats(backend, tmp_path, shape, labels):
+    inputs = {"x": ("float32", ("B", 1, 4, 4)), "sigma": ("float32", ("B",)), "strength": ("float32", shape)}
+    path = network(tmp_path / "net.onnx", inputs, answer="denoised")
+    folder = write_repository(tmp_path, model=str(path), nfe=3)
+    width = len(labels[0])
+    declared = f'"CLASS_LABELS" data_type: TYPE_FP32 dims: [ {width} ] optional: false'
+    assert declared in (folder / "config.pbtxt").read_text()
+    model = started(folder)
+    asked = {"SEEDS": Tensor("SEEDS", [[1], [2]]), "CLASS_LABELS": Tensor("CLASS_LABELS", labels)}
+    drawn, refused = model.execute([asked, {"SEEDS": asked["SEEDS"]}])
+    expected = Sampler(str(path), nfe=3).run([1, 2], labels).images
+    torch.testing.assert_close(drawn.tensors[0].held, expected, rtol=1e-5, atol=1e-5)
+    assert "that the model is told" in refused.error.message
 
 
 def test_a_sample_that_broke_is_the_server_s_error(model, monkeypatch):

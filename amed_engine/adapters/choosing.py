@@ -49,12 +49,13 @@ def choose_family(wanted: Wanted, facts: NetworkFacts, says: Told | None) -> tup
     """The family, and a word on where it comes from. Raises ConfigError."""
     prediction, told = wanted.prediction, None if says is None else says.prediction
     if isinstance(prediction, Family):
-        beside = [name for name in ("scheduler", "betas", "steps", "levels") if getattr(wanted, name) is not None]
+        beside = [name for name in ("scheduler", "betas", "levels") if getattr(wanted, name) is not None]
         if beside:
             raise ConfigError(
-                f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out, as steps and "
-                f"levels; got {', '.join(beside)}"
+                f"prediction={prediction.name!r} is a Family, which says all: leave scheduler and betas out, as levels; got "
+                f"{', '.join(beside)}"
             )
+        _check_steps(wanted)
         return copy.deepcopy(prediction), "given"  # it follows the network to its device
     known = told or facts.prediction
     name = prediction or known
@@ -84,8 +85,7 @@ def _check_fits(wanted: Wanted, name: str) -> None:
     """Options of other predictions than `name` are refused."""
     if name not in PREDICTS and wanted.betas is not None:
         raise ConfigError(f"betas are for {', '.join(PREDICTS)}, not for prediction={name!r}; leave them out")
-    if wanted.steps not in (None, *STEPS):
-        raise ConfigError(f"steps must be one of {', '.join(STEPS)}, got {wanted.steps!r}")
+    _check_steps(wanted)
     if name not in PREDICTS and wanted.steps is not None:
         raise ConfigError(f"steps are for {', '.join(PREDICTS)}, not for prediction={name!r}; leave them out")
     if name != "score" and wanted.levels is not None:
@@ -93,6 +93,11 @@ def _check_fits(wanted: Wanted, name: str) -> None:
             f'levels are for prediction="score", told the index of one of them, not for {name!r}; leave them out, or pass '
             'betas= and steps="integer"'
         )
+
+
+def _check_steps(wanted: Wanted) -> None:
+    if wanted.steps not in (None, *STEPS):
+        raise ConfigError(f"steps must be one of {', '.join(STEPS)}, got {wanted.steps!r}")
 
 
 def _choose_betas(betas: Any, facts: NetworkFacts, scheduler: Any) -> tuple[Tensor, str]:

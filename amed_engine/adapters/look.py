@@ -61,7 +61,7 @@ class Figures(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """ask: (x (B, ...), sigma (B,)) -> D in float32. skip: the part of x that is added to what the network says at sigma_max.
+    """ask: (x (B, ...), sigma (B,)) -> D in float32. skip: of sigma, the part of x that is added to what the network says.
     nearest: of a network that knows the levels of a table alone, the one next to a noise level. middle: the lowest to look at,
     None for one of the size of the answers."""
 
@@ -70,7 +70,7 @@ class Asked(NamedTuple):
     sigma_min: float
     sigma_max: float
     device: torch.device
-    skip: float = 0.0
+    skip: Callable[[Tensor], Tensor] = torch.zeros_like
     nearest: Callable[[float], float] = float
     middle: float | None = None
 
@@ -92,6 +92,7 @@ def figures_of(asked: Asked) -> Figures:
     size = (top - top.mean()).square().mean().sqrt().item()
     middle = nearest(lowest or min(max(size, sigma_min, 1e-4 * sigma_max), sigma_max / 16))
     at = _level(sigma_max, top[:half], first), _level(low, below, first)
+    part = skip(torch.full((1,), sigma_max, device=device)).item()
     positive = min(level.gain for level in at) > 0 and low < sigma_max
     return Figures(
         _level(sigma_max, top, noise),
@@ -100,7 +101,7 @@ def figures_of(asked: Asked) -> Figures:
         growth=math.log(at[1].gain / at[0].gain, sigma_max / low) if positive else math.nan,
         change=_ratio((below - top[:half]).square().mean().item(), at[0].spread ** 2),
         share=sum(level.spread**2 / (level.sigma * level.gain) for level in at) / 2 if positive else math.nan,
-        size=(top - skip * sigma_max * noise).square().mean().sqrt().item(),
+        size=(top - part * sigma_max * noise).square().mean().sqrt().item(),
     )
 
 

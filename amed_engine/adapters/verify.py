@@ -17,7 +17,7 @@ from amed_engine.adapters.discrete import DiscreteSteps
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept
-from amed_engine.sampling.modules import bare, device_of, layers, module_of
+from amed_engine.sampling.modules import bare, device_of, is_lazy, layers, module_of
 from amed_engine.sampling.offloaded import brings_weights
 
 logger = logging.getLogger("amed_engine")
@@ -119,9 +119,10 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     family, device = adapter.family, device_of(adapter.network)
     low, high = ends(adapter.sigma_min, adapter.sigma_max)
     ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim)
-    skip = family(torch.full((1,), high, device=device)).skip.item()
     middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
-    asked = look.Asked(ask, shape, low, high, device, skip, getattr(family, "nearest", float), middle)
+    asked = look.Asked(
+        ask, shape, low, high, device, lambda sigma: family(sigma).skip, getattr(family, "nearest", float), middle
+    )
     found = looked_at(adapter.network, asked, family.name)
     if found is None or (family.consistency and found.kind == "consistency"):
         return adapter
@@ -141,10 +142,11 @@ def _named(adapter: Adapter, name: str) -> tuple[str, str]:
 
 
 def can_look(network: Any) -> bool:
-    """Whether a few calls cost little and mean something: not where weights come and go, or batches are fixed."""
+    """Whether a few calls cost little and mean something: not where weights come, go or are not made, or batches are fixed."""
     module, signature = module_of(network), getattr(bare(network), "signature", None)
     least, most = getattr(signature, "batch", (1, look.ROWS))
-    return (module is None or not brings_weights(module)) and least <= look.ROWS // 4 and most >= look.ROWS
+    unmade = module is not None and (brings_weights(module) or any(map(is_lazy, module.parameters())))
+    return not unmade and least <= look.ROWS // 4 and most >= look.ROWS
 
 
 def ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:

@@ -13,7 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amed_engine.adapters import EDM, IDDPM, VE, VP, Adapter, Consistency, DiscreteSteps, Family, Flow, wrap
+from amed_engine.adapters import (
+    EDM,
+    IDDPM,
+    VE,
+    VP,
+    Adapter,
+    Consistency,
+    DiscreteSteps,
+    Family,
+    Flow,
+    Score,
+    VPScore,
+    wrap,
+)
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.adapters.karras import Denoising
 from amed_engine.checkpoints.files import (
@@ -44,6 +57,8 @@ FAMILIES: dict[type[Family], Callable[[Any], dict[str, Any]]] = {
     VP: lambda family: {"beta_d": family.vp.beta_d, "beta_min": family.vp.beta_min, "steps": family.steps},
     VE: lambda family: {},
     IDDPM: lambda family: {"steps": family.steps},
+    Score: lambda family: {"time": family.told},
+    VPScore: lambda family: {"beta_d": family.betas[0], "beta_min": family.betas[1], "steps": family.steps},
 }
 TABLE, CONDITION = "log_alpha", "condition."
 
@@ -96,6 +111,7 @@ def _said(adapter: Adapter) -> dict[str, Any]:
     return {
         "family": type(family).__name__,
         "arguments": _family_arguments(family),
+        **({"steps": "integer"} if facts.whole_times else {}),
         **levels,
         "bottleneck": "auto" if adapter._found or facts.reduction is not None else adapter.bottleneck,
         "shape": None if adapter.sample_shape is None else list(adapter.sample_shape),
@@ -188,6 +204,7 @@ def _wrapped(network: nn.Module, said: dict[str, Any], tables: dict[str, Tensor]
     adapter = wrap(
         network,
         _family(said, tables),
+        steps=said.get("steps"),
         bottleneck=said["bottleneck"],
         shape=None if said["shape"] is None else tuple(said["shape"]),
         label_dim=said["label_dim"] or None,

@@ -70,9 +70,10 @@ def network_of(prediction):
         return (ideal(x, column(sigma)) - x) / column(sigma) ** 2
 
     return {
-        "score": score, "epsilon": epsilon, "v": v, "x0": x0, "flow": flow, "edm": edm, "cm": lambda x, t: edm(x, t, 1 / 250), "vp": vp,
+        "epsilon": epsilon, "v": v, "x0": x0, "flow": flow, "edm": edm, "cm": lambda x, t: edm(x, t, 1 / 250), "vp": vp,
         "ve": ve, "iddpm": epsilon, "denoised": lambda x, sigma: ideal(x, column(sigma)),
         "consistency": lambda x, sigma: ideal(x, column(sigma)),
+        "score": score,
     }[prediction]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def flow_to_data(denoise, steps=12):
 
     def sample(x, sigma):
         levels = [sigma[0].item() * (0.01 / sigma[0].item()) ** (i / steps) for i in range(steps + 1)]
-        for level, after in zip(levels, levels[1:], strict=False):
+        for level, after in pairwise(levels):
             slope = (x - denoise(x, torch.full_like(sigma, level))) / level
             guess = x + (after - level) * slope
             other = (guess - denoise(guess, torch.full_like(sigma, after))) / after

@@ -33,7 +33,8 @@ class OnnxModel(Compiled):
         self.session, self.roles = session, roles
         self.conditions = {entry.name: _input(entry) for entry in roles.conditions}
         if roles.labels is not None:
-            self.label_kind = self.facts.get("label_kind", _label_kind(roles.labels))
+            classes = "can_guide" in self.facts  # of this package's making, which writes out a kind that is none
+            self.label_kind = self.facts.get("label_kind", "rows" if classes else _label_kind(roles.labels))
         self.label_dim = 1 if self.label_kind == "float" else signature.label_dim
 
     @property

@@ -23,8 +23,11 @@ from amed_engine.sampling.offloaded import brings_weights
 logger = logging.getLogger("amed_engine")
 
 CONSISTENCY = (
-    'wrap(network, "consistency"), or adapters.Consistency(boundary=True), and Sampler(solver="consistency") draw it'
+    'wrap(network, "consistency"), or adapters.Consistency(boundary=True), and Sampler(solver="consistency") draw it, '
+    "--prediction consistency --solver consistency on the command line"
 )
+# The number that a network is told where it is told numbers, and nobody has said which.
+GUESS = 0.5
 # A noise level at which steps of other betas are of another noise: the answers take too much of it away, or too little.
 BETAS_TELL = 3.0
 # What most likely answers so, by what was said to be predicted.
@@ -79,28 +82,34 @@ def verdict(seen: look.Figures, name: str) -> Verdict | None:
 
 
 @torch.no_grad()
-def looked_at(network: Any, asked: look.Asked, name: str = "denoised") -> Verdict | None:
+def looked_at(network: Any, asked: look.Asked, name: str = "denoised", *, guessed: bool = False) -> Verdict | None:
     """The verdict on a denoiser round a network, in evaluation mode and left in its own.
 
-    None too for a network that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of
-    its own, will tell. Raises ConfigError.
+    guessed: it was told numbers that may be none of its own, so what it refuses then is no fault of it. None too for a network
+    that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of its own, will tell. Raises
+    ConfigError.
     """
     try:
         with modes_kept(module_of(network)), _left_alone(asked.device), _eager(network):
-            return verdict(look.figures_of(asked), name)
-    except ConfigError:
-        raise
+            found = verdict(look.figures_of(asked), name)
+            return found._replace(text=f"told {GUESS:g}, {found.text}") if found and guessed else found
     except Exception as error:
+        if isinstance(error, ConfigError) and not guessed:
+            raise
         logger.debug("no look at %s: %s", type(network).__name__, error)
         return None
 
 
-def of_class_0(denoise: Callable[..., Tensor], classes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, sigma) -> D of a denoiser (x, sigma[, labels (B,)]) -> D."""
+def of_class_0(
+    denoise: Callable[..., Tensor], label_dim: int, *, continuous: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, sigma) -> D of a denoiser (x, sigma[, labels]) -> D; labels: classes (B,), or numbers (B, label_dim), all `GUESS`."""
 
     def ask(x: Tensor, sigma: Tensor) -> Tensor:
-        labels = (torch.zeros(len(x), dtype=torch.int64, device=x.device),) if classes else ()
-        return denoise(x, sigma, *labels)
+        if not label_dim:
+            return denoise(x, sigma)
+        classes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return denoise(x, sigma, x.new_full((len(x), label_dim), GUESS) if continuous else classes)
 
     return ask
 
@@ -112,21 +121,21 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     Raises ConfigError as the adapter does, and for a network that predicts the noise and was said to predict v.
     """
     shape = shape or adapter.sample_shape
-    ready = (adapter.conditions.count or not adapter.conditions.names) and adapter.label_kind not in CONTINUOUS
+    ready, continuous = adapter.conditions.count or not adapter.conditions.names, adapter.label_kind in CONTINUOUS
     if shape is None or not ready or not can_look(adapter.network):
         return adapter
     adapter.looked_at = True
     family, device = adapter.family, device_of(adapter.network)
     low, high = ends(adapter.sigma_min, adapter.sigma_max)
-    ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim)
+    ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim, continuous=continuous)
     middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
     asked = look.Asked(
         ask, shape, low, high, device, lambda sigma: family(sigma).skip, getattr(family, "nearest", float), middle
     )
-    found = looked_at(adapter.network, asked, family.name)
+    found = looked_at(adapter.network, asked, family.name, guessed=continuous)
     if found is None or (family.consistency and found.kind == "consistency"):
         return adapter
-    if family.name == "v" and found.kind == "opposes" and found.level == high:
+    if family.name == "v" and found.kind == "opposes" and found.level == high and not continuous:
         raise ConfigError(f"prediction='v' was asked for, but {found.text}, or verify=False")
     if family.name == "cm" and found.kind == "consistency":
         adapter.beware = found.text

@@ -8,6 +8,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from amed_engine.adapters import Adapter
+from amed_engine.adapters.compiled import Compiled
 from amed_engine.adapters.look import Asked
 from amed_engine.adapters.verify import can_look, ends, looked_at, of_class_0, verify_adapter
 from amed_engine.engine.model import Model
@@ -38,20 +39,25 @@ def verify_model(model: Model, plan: Plan) -> None:
 
 def _is_unknown(model: Model, module: nn.Module) -> bool:
     inner = bare(model.network)
-    ours = any(kind.__module__.partition(".")[0] == OWN for kind in type(inner).__mro__)
-    known = ours or model.continuous or model.name is not None or isinstance(inner, COMPILED) or module in _SEEN
+    if isinstance(inner, Compiled):  # of ours, or of others where the file does not say
+        ours = bool(inner.facts)
+    else:
+        ours = any(kind.__module__.partition(".")[0] == OWN for kind in type(inner).__mro__)
+    known = ours or model.name is not None or isinstance(inner, COMPILED) or module in _SEEN
     return not known and model.shape is not None and can_look(model.network)
 
 
 def _look(model: Model, module: nn.Module, plan: Plan) -> None:
     def denoise(x: Tensor, sigma: Tensor, *classes: Tensor) -> Tensor:
-        return model.denoise(x, sigma, *(one_hot(each, model.label_dim, x) for each in classes)).x0
+        rows = (each if model.continuous else one_hot(each, model.label_dim, x) for each in classes)
+        return model.denoise(x, sigma, *rows).x0
 
     assert model.shape is not None
     low, high = ends(model.sigma_min, model.sigma_max)
-    asked = Asked(of_class_0(denoise, model.label_dim), model.shape, low, high, model.device)
+    ask = of_class_0(denoise, model.label_dim, continuous=model.continuous)
+    asked = Asked(ask, model.shape, low, high, model.device)
     with plain_tensors():
-        found = looked_at(model.network, asked)
+        found = looked_at(model.network, asked, guessed=model.continuous)
     known = said(model.network, "consistency", False) or plan.solver == "consistency"
     if found is not None and not (found.kind == "consistency" and known):
         logger.warning(

@@ -216,6 +216,61 @@ def test_a_consistency_function_taken_for_a_teacher_is_told_where_an_ode_is_solv
     assert any("consistency function" in text for text in caplog.messages)
 
 
+class Told(nn.Module):
+    """f(x, sigma; number) of N(number, 0.5²): its consistency function, good near sigma_max alone, or else its denoiser."""
+
+    label_dim, label_kind, sample_shape, sigma_min, sigma_max = 1, "float", (1, 8, 8), 0.002, 80.0
+
+    def __init__(self, generates=True):
+        super().__init__()
+        self.generates, self.weight = generates, nn.Parameter(torch.ones(1))
+
+    def forward(self, x, sigma, number):
+        number, sigma = spread(number.flatten(), x), spread(sigma, x)
+        away, variance = (x - number) * self.weight, 0.25 + sigma**2
+        drawn = away * 0.5 / variance.sqrt() + away.roll(1, 3) * 0.25 / (variance.sqrt() * (1 + sigma / 20))
+        return number + (drawn if self.generates else away * 0.25 / variance)
+
+
+def test_a_network_that_is_told_numbers_is_looked_at_too(caplog):
+    amed_engine.Sampler(Told(generates=False), solver="euler", nfe=2)
+    wrap(Told(generates=False), "denoised", shape=(1, 8, 8))
+    assert not caplog.messages
+    amed_engine.Sampler(Told(), solver="euler", nfe=2)
+    assert re.search(r"Told taken as a denoiser: told 0\.5, .* a consistency function.*--solver consistency", caplog.text)
+    assert "a consistency function" in wrap(Told(), "denoised", shape=(1, 8, 8)).notes["beware"]
+    caplog.clear()
+    wrap(Told(), "consistency", shape=(1, 8, 8))
+    assert not caplog.messages
+
+
+def test_numbers_that_nobody_gave_make_no_error():
+    def network(x, time, number):
+        return x / (number.view(-1, 1, 1, 1) - 0.5)
+
+    assert wrap(network, "epsilon", labels="float", shape=(1, 8, 8)).looked_at
+
+
+def test_an_onnx_file_of_unknown_make_is_looked_at(caplog, tmp_path):
+    x, ones = torch.zeros(2, 1, 8, 8), torch.ones(2)
+    axes = {name: {0: "batch"} for name in ("noisy", "sigma", "number", "out")}
+    names = {"input_names": ["noisy", "sigma", "number"], "output_names": ["out"]}
+    torch.onnx.export(Told(), (x, ones, ones), tmp_path / "told.onnx", dynamo=False, dynamic_axes=axes, **names)
+    amed_engine.Sampler(tmp_path / "told.onnx", solver="euler", nfe=2)
+    assert "OnnxModel taken as a denoiser: told 0.5" in caplog.text
+
+
+def test_a_generator_of_one_noise_level_is_told_from_modes_and_errors():
+    """Figures of networks that others trained: heights, told 0.5, and galaxies; and of two far modes."""
+    level = look.Level(80.0, 0.011, 0.035, 0.318)
+    below, middle = look.Level(26.7, 0.0119, 0.073, 0.163), look.Level(0.279, 0.107, 0.97, 0.109)
+    heights = look.Figures(level, below, middle, growth=0.10, change=0.70, share=0.068, size=0.42, modes=20.0)
+    assert look.stays(heights)
+    assert not look.stays(heights._replace(modes=2.0))
+    assert not look.stays(heights._replace(growth=-1.04, share=0.012, change=1.36))
+    assert not look.stays(heights._replace(change=8.2))
+
+
 # ---- raw networks given to Sampler
 
 

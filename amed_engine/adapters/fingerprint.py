@@ -5,6 +5,7 @@ Settings are a buffer of the wrapper: unlike attributes, buffers are still there
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -106,9 +107,9 @@ def own_parts(model: Any) -> Iterator[tuple[str, nn.Module, Tensor]]:
     module = as_module(model)
     for prefix, part, whole in placed(module) if isinstance(module, nn.Module) else ():
         for name, buffer in part.named_buffers(recurse=whole):
-            owner, _, last = name.rpartition(".")
-            if last == BUFFER:
-                yield prefix + plain_name(part, name), part.get_submodule(owner), buffer
+            *owners, last = name.split(".")
+            if last == BUFFER:  # TorchScript has no get_submodule
+                yield prefix + plain_name(part, name), functools.reduce(getattr, owners, part), buffer
 
 
 def settings_of(model: Any) -> dict[str, Tensor]:

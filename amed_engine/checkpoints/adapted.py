@@ -28,7 +28,8 @@ from amed_engine.adapters import (
     wrap,
 )
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.adapters.karras import Denoising
+from amed_engine.adapters.karras import ConsistencyFunction, Denoising
+from amed_engine.adapters.score import IndexedScore
 from amed_engine.checkpoints.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -52,15 +53,19 @@ FAMILIES: dict[type[Family], Callable[[Any], dict[str, Any]]] = {
     DiscreteSteps: lambda family: {"prediction": family.name},
     Denoising: lambda family: {},
     EDM: lambda family: {"sigma_data": float(family.sigma_data), "v_prediction": family.v_prediction},
-    Consistency: lambda family: {"sigma_data": float(family.sigma_data)},
+    Consistency: lambda family: {"sigma_data": float(family.sigma_data), **_boundary(family)},
+    ConsistencyFunction: lambda family: {},
     Flow: lambda family: {"steps": family.steps},
     VP: lambda family: {"beta_d": family.vp.beta_d, "beta_min": family.vp.beta_min, "steps": family.steps},
     VE: lambda family: {},
     IDDPM: lambda family: {"steps": family.steps},
     Score: lambda family: {"time": family.told},
     VPScore: lambda family: {"beta_d": family.betas[0], "beta_min": family.betas[1], "steps": family.steps},
+    IndexedScore: lambda family: {},
 }
-TABLE, CONDITION = "log_alpha", "condition."
+# Families of a table, and the tensor that it is in the file and in the family.
+TABLES: dict[type[Family], str] = {DiscreteSteps: "log_alpha", IndexedScore: "levels"}
+CONDITION = "condition."
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
@@ -129,6 +134,11 @@ def _finite(level: float) -> float | None:
     return float(level) if float(level) < float("inf") else None
 
 
+def _boundary(family: Consistency) -> dict[str, Any]:
+    """Where a consistency function is the identity."""
+    return {} if family.boundary is None else {"sigma_min": family.boundary, "boundary": True}
+
+
 def _family_arguments(family: Family) -> dict[str, Any]:
     if type(family) not in FAMILIES:
         raise ConfigError(
@@ -136,7 +146,7 @@ def _family_arguments(family: Family) -> dict[str, Any]:
             f"{', '.join(kind.__name__ for kind in FAMILIES)}: save the network's weights, and wrap it where they are loaded"
         )
     arguments = FAMILIES[type(family)](family)
-    if not isinstance(family, DiscreteSteps) and type(family)(**arguments).settings() != family.settings():
+    if type(family) not in TABLES and type(family)(**arguments).settings() != family.settings():
         raise ConfigError(
             f"{type(family).__name__} has options that a directory does not hold; wrap the network anew instead"
         )
@@ -146,8 +156,8 @@ def _family_arguments(family: Family) -> dict[str, Any]:
 def _tables(adapter: Adapter) -> dict[str, Tensor]:
     names = adapter.conditions.names if adapter.conditions.count else ()
     bound = {CONDITION + name: getattr(adapter.conditions, f"table_{name}") for name in names}
-    steps = adapter.family.log_alpha if isinstance(adapter.family, DiscreteSteps) else None
-    return {**bound, **({} if steps is None else {TABLE: steps})}
+    table = TABLES.get(type(adapter.family))
+    return {**bound, **({} if table is None else {table: getattr(adapter.family, table)})}
 
 
 def _plain(adapter: Adapter) -> Any:
@@ -214,8 +224,7 @@ def _wrapped(network: nn.Module, said: dict[str, Any], tables: dict[str, Tensor]
         null_conditions=null,
         verify=False,
     )
-    for name in ("sigma_min", "sigma_max"):
-        setattr(adapter, name, float("inf") if said[name] is None else float(said[name]))
+    adapter.sigma_min, adapter.sigma_max = _levels(said)
     return adapter
 
 
@@ -224,5 +233,12 @@ def _family(said: dict[str, Any], tables: dict[str, Tensor]) -> Family:
     if make is None:
         raise ConfigError(f"family {str(said['family'])[:40]!r} is not known")
     if make is DiscreteSteps:
-        return DiscreteSteps.of_table(said["arguments"]["prediction"], tables[TABLE])
-    return make(**said["arguments"])
+        family = DiscreteSteps.of_table(said["arguments"]["prediction"], tables[TABLES[make]])
+    else:
+        family = make(*(tables[TABLES[make]],) if make in TABLES else (), **said["arguments"])
+    family.sigma_min, family.sigma_max = _levels(said)
+    return family
+
+
+def _levels(said: dict[str, Any]) -> tuple[float, float]:
+    return float(said["sigma_min"] or 0), float("inf") if said["sigma_max"] is None else float(said["sigma_max"])

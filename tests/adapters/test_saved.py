@@ -74,6 +74,7 @@ def denoisers(make_unet):
         "classes": wrap(make_unet(num_classes=4), "epsilon"),
         "a class that is none": wrap(make_unet(num_classes=4), "x0", betas="cosine", null_class=3),
         "prompts": wrap(Prompted(), "epsilon", shape=(1, 8, 8), conditions=prompts, null_conditions=nothing),
+        "one prompt": wrap(Prompted(), "epsilon", shape=(1, 8, 8), conditions={"prompt": prompts["prompt"][:1]}),
         "guided": ClassifierFree(wrap(make_unet(num_classes=4), "epsilon", null_class=3), 2.0),
     }
 
@@ -84,7 +85,7 @@ def denoisers(make_unet):
     [
         *itertools.product(("plain", "without a bottleneck", "a class that is none", "prompts"), (traced, exported)),
         *itertools.product(("classes", "guided"), (program,)),
-        *itertools.product(("a class that is none", "guided"), (onnx,)),
+        *itertools.product(("a class that is none", "guided", "one prompt"), (onnx,)),
     ],
 )
 def test_a_file_is_sampled_as_what_it_was_made_from(denoisers, name, form, tmp_path):
@@ -95,7 +96,7 @@ def test_a_file_is_sampled_as_what_it_was_made_from(denoisers, name, form, tmp_p
         assert getattr(opened, fact) == getattr(own, fact), fact
     assert [said(opened.network, fact) for fact in TOLD] == [said(denoiser, fact) for fact in TOLD]
     assert fingerprint(opened.network) == fingerprint(denoiser)
-    asked = {"class_labels": [0, 1]} if own.label_dim else {}
+    asked = {"class_labels": [0, 1]} if own.label_dim > 1 else {}
     asked |= {"guidance_scale": 2.0} if own.label_dim and said(denoiser, "can_guide") else {}
     got, expected = (Sampler(model, solver="ipndm", nfe=3).run([1, 2], **asked).images for model in (path, denoiser))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

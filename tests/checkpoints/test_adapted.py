@@ -10,7 +10,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine import ConfigError, FileFormatError, Sampler, from_pretrained, save_pretrained
-from amed_engine.adapters import EDM, VE, VP, ClassifierFree, Coefficients, Family, Flow, alphas_cumprod, wrap
+from amed_engine.adapters import EDM, VE, VP, ClassifierFree, Coefficients, Consistency, Family, Flow, VPScore, alphas_cumprod, wrap
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.networks import OpenAIUNet
 
@@ -55,8 +55,12 @@ def prompts(rows):
     return {"encoder_hidden_states": torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(rows))}
 
 
+LEVELS = torch.tensor([50.0, 10.0, 2.0, 0.4])
 SAVED = {
     "noise": lambda: wrap(unet(), "epsilon"),
+    "score of a table of levels": lambda: wrap(unet(), "score", levels=LEVELS, verify=False),
+    "score of a range of its own": lambda: wrap(unet(), VPScore(0, 1, horizon=10), verify=False),
+    "EDM's with a range of its own": lambda: wrap(unet(), EDM(1.0, 0.01, 30.0), verify=False),
     "steps of its own": lambda: wrap(unet(), "v", betas=alphas_cumprod("cosine", steps=77), verify=False),
     "no bottleneck": lambda: wrap(unet(), "x0", betas="scaled_linear", bottleneck=None),
     "classes": lambda: wrap(unet(5), "epsilon"),
@@ -89,9 +93,21 @@ def test_it_comes_back_as_it_was(name, tmp_path):
     assert fingerprint(again) == fingerprint(denoiser)
     for fact in ("sample_shape", "label_dim", "sigma_min", "sigma_max", "can_guide", "bottleneck", "bottleneck_size"):
         assert getattr(again, fact) == getattr(denoiser, fact), fact
+    assert again.notes["sigma"] == denoiser.notes["sigma"] or name == "noise"  # its range is set above
     torch.testing.assert_close(drawn(again), drawn(denoiser), rtol=0, atol=0)
     torch.testing.assert_close(Sampler(tmp_path / "saved", nfe=3).plan.levels, Sampler(denoiser, nfe=3).plan.levels)
     assert not [file for file in (tmp_path / "saved").rglob("*") if file.suffix not in (".json", ".safetensors", "")]
+
+
+@pytest.mark.parametrize("family", ["consistency", Consistency(sigma_min=0.01, boundary=True)])
+def test_a_consistency_function_comes_back_as_one(family, tmp_path):
+    denoiser = wrap(unet(), family, verify=False)
+    save_pretrained(denoiser, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert again.consistency
+    assert again.notes["predicts"] == denoiser.notes["predicts"]
+    images = [Sampler(model, solver="consistency", nfe=2).run([0, 1]).images for model in (again, denoiser)]
+    assert torch.equal(*images)
 
 
 def test_prompts_that_each_call_brings_are_named(tmp_path):

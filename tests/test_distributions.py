@@ -63,7 +63,7 @@ for module in pkgutil.walk_packages(amed_engine.__path__, "amed_engine.", onerro
     try:
         importlib.import_module(module.name)
     except Exception as error:
-        if "amed-engine[" not in str(error):
+        if not re.search(r"amed-engine\\[|the nodes run inside ComfyUI", str(error)):
             print(f"{module.name}: {type(error).__name__}: {error}")
 """
 

@@ -171,7 +171,7 @@ PROGRAMS = {
     "docs/architecture.md": [Program(rows_of_updates)],
     "docs/arrays.md": [Program(result)],
     "docs/c-api.md": [Program(host_in_c)],
-    "docs/checkpoints.md": [Program(), Program(), Program()],
+    "docs/checkpoints.md": [Program(), Program(), Program(), Program()],
     "docs/cupy.md": [Program(stepper)],
     "docs/evaluation.md": [Program(distance), Program(errors), Program(evaluation), Program(manifold)],
     "docs/export.md": [

@@ -18,7 +18,13 @@ from amed_engine.networks import OpenAIUNet
 def unet(classes=None, dtype=torch.float32):
     torch.manual_seed(0)
     network = OpenAIUNet(
-        image_size=8, in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_classes=classes,
+        image_size=8,
+        in_channels=3,
+        out_channels=3,
+        model_channels=32,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        num_classes=classes,
         attention_resolutions=(),
     )  # fmt: skip
     for parameter in network.parameters():  # the last layers start at zero

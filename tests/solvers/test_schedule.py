@@ -39,7 +39,7 @@ def test_vp_time_that_rises_is_the_published_one():
 
 @pytest.mark.parametrize("steps", [2, 3, 1000])
 def test_discrete_time_is_that_of_a_search_in_the_sorted_table(steps):
-    """The step is counted, which ONNX can do; it is the one that torch.searchsorted finds, on and between and beyond all levels."""
+    """The step is counted, which ONNX can do; it is that of torch.searchsorted, on and between and beyond all levels."""
     time = DiscreteTime.of((1 - torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)).cumprod(0))
     own = time.sigma(time.grid())
     sigma = torch.cat([own, own * (1 + 1e-12), torch.logspace(-6, 6, 999, dtype=torch.float64)])

@@ -48,7 +48,7 @@ class Figures(NamedTuple):
 
     growth: d log<D, n> / d log(1/sigma) from high to below; nan where a gain is not positive. change: mean square of what
     the answers to the same noise change between the two, over that of their spread. share: Σa²/Σa, mean of the two.
-    size: root mean square of the network's own part of D at sigma_max. modes: (Σa)²/Σa² there, in how many directions it varies.
+    size: root mean square of the network's own part of D at sigma_max. modes: (Σa)²/Σa², directions in which it varies there.
     """
 
     high: Level

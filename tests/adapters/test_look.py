@@ -281,7 +281,9 @@ def test_a_network_that_is_told_numbers_is_looked_at_too(caplog):
     wrap(Told(generates=False), "denoised", shape=(1, 8, 8))
     assert not caplog.messages
     amed_engine.Sampler(Told(), solver="euler", nfe=2)
-    assert re.search(r"Told taken as a denoiser: told 0\.5, .* a consistency function.*--solver consistency", caplog.text)
+    assert re.search(
+        r"Told taken as a denoiser: told 0\.5, .* a consistency function.*--solver consistency", caplog.text
+    )
     assert "a consistency function" in wrap(Told(), "denoised", shape=(1, 8, 8)).notes["beware"]
     caplog.clear()
     wrap(Told(), "consistency", shape=(1, 8, 8))
@@ -295,7 +297,10 @@ def test_numbers_that_nobody_gave_make_no_error():
     assert wrap(network, "epsilon", labels="float", shape=(1, 8, 8)).looked_at
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_onnx_file_of_unknown_make_is_looked_at(caplog, tmp_path):
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name)
     x, ones = torch.zeros(2, 1, 8, 8), torch.ones(2)
     axes = {name: {0: "batch"} for name in ("noisy", "sigma", "number", "out")}
     names = {"input_names": ["noisy", "sigma", "number"], "output_names": ["out"]}

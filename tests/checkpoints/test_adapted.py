@@ -10,7 +10,19 @@ from torch import nn
 
 import amed_engine
 from amed_engine import ConfigError, FileFormatError, Sampler, from_pretrained, save_pretrained
-from amed_engine.adapters import EDM, VE, VP, ClassifierFree, Coefficients, Consistency, Family, Flow, VPScore, alphas_cumprod, wrap
+from amed_engine.adapters import (
+    EDM,
+    VE,
+    VP,
+    ClassifierFree,
+    Coefficients,
+    Consistency,
+    Family,
+    Flow,
+    VPScore,
+    alphas_cumprod,
+    wrap,
+)
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.networks import OpenAIUNet
 

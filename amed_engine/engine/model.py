@@ -265,8 +265,8 @@ def check_integrable(model: Model) -> None:
     if said(model.network, "consistency", False):
         raise ConfigError(
             "this model is a consistency function: it answers with a sample, not with the mean of the data, and no ODE leads "
-            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation; --solver consistency "
-            "on the command line"
+            "on from there; draw with Sampler(model, solver='consistency'), nfe=1 being one-step generation; --solver "
+            "consistency on the command line"
         )
 
 

@@ -23,7 +23,8 @@ _OUTSIDE = re.compile(r"index out of range|index \d+ is out of bounds|[Cc]lass v
 # How it says that a layer of floating weights got whole numbers.
 _WHOLE = re.compile(r"same dtype.*\b(Long|Int)\b|not implemented for '(Long|Int)'")
 # How it says that a layer is not of the size of what it got, and that one number was wanted of several.
-_SIZE = re.compile(r"mat1 and mat2 shapes cannot be multiplied|size mismatch|to have \d+ channels, but got")
+_SIZE = re.compile(r"mat1 and mat2 shapes cannot be multiplied|size mismatch")
+_CHANNELS = re.compile(r"to have \d+ channels, but got")
 _ONE_NUMBER = re.compile(r"cannot be converted to Scalar|Boolean value of Tensor|only one element tensors")
 
 
@@ -88,7 +89,7 @@ def _reason(error: Exception, time: Tensor, labels: Tensor | None, network: Any)
             f"{_shape(labels)}: "
             'labels="rows" tells it one-hot rows, which say no class by zeros; leave null_class out'
         )
-    if _SIZE.search(text):
+    if _CHANNELS.search(text) or (labels is not None and _SIZE.search(text)):
         return _wrong_size(_first(text), labels)
     if _ONE_NUMBER.search(text):
         return ConfigError(

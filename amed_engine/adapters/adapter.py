@@ -17,7 +17,7 @@ from amed_engine.adapters.facts import ADDED, NetworkFacts, as_tuple
 from amed_engine.adapters.family import Family, spread
 from amed_engine.adapters.fingerprint import keep_settings
 from amed_engine.adapters.labels import CONTINUOUS, check_rows, rows_of, told
-from amed_engine.adapters.lookups import explained
+from amed_engine.adapters.lookups import explained, null_class_hint
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, is_tracing, unread
@@ -135,7 +135,7 @@ class Adapter(Telling):
             named = {name: state(value) for name, value in given.items()}
             return self._call((spread(c.scale, x) * x).to(handed.state), rest(time), rest(labels), named)
 
-        raw, caught = explained(lambda: self._precision.call(self.network, x.dtype, ask), time, labels)
+        raw, caught = explained(lambda: self._precision.call(self.network, x.dtype, ask), time, labels, self.network)
         features = caught if self._tap is None else self._read(caught, x)
         raw = self._cut(raw, x).to(x.dtype)
         features = None if features is None else features.to(x.dtype)
@@ -198,7 +198,8 @@ class Adapter(Telling):
             raise ConfigError(f"class_labels are missing: this denoiser is told numbers, {self.label_dim} per sample")
         if not self.can_guide:
             raise ConfigError(
-                f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers"
+                f"class_labels are missing: this denoiser has {self.label_dim} classes; pass (B,) integers, or to wrap "
+                f"{null_class_hint(self.network, self.facts.label_dim)} for none"
             )
         return x.new_zeros(x.shape[0], self.label_dim)
 

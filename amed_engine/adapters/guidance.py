@@ -13,6 +13,7 @@ from amed_engine.adapters.adapter import Adapter, chosen_rows, level_rows
 from amed_engine.adapters.family import spread
 from amed_engine.adapters.fingerprint import Settled, keep_settings
 from amed_engine.adapters.labels import CONTINUOUS, label_rows
+from amed_engine.adapters.lookups import null_class_hint
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, answered, ask, dynamic_thresholding, is_tracing, parted
@@ -80,7 +81,7 @@ class ClassifierFree(_Around):
         if not said(denoiser, "can_guide", True):
             raise ConfigError(
                 "classifier-free guidance needs a network trained without its condition too: pass null_conditions={...} or "
-                "null_class=... to wrap, and a denoiser that is not guided yet"
+                f"{null_class_hint(denoiser, said(denoiser, 'label_dim', 0))} to wrap, and a denoiser that is not guided yet"
             )
         low, high = (0.0, math.inf) if interval is None else interval
         if not math.isfinite(scale) or not 0 <= low < high:

@@ -119,9 +119,10 @@ def _ratio(part: float, whole: float) -> float:
 
 def _check_finite(answer: Tensor, sigma: float) -> None:
     if not bool(answer.isfinite().all()):
-        share = 1 - answer.isfinite().double().mean().item()
+        bad, count = int((~answer.isfinite()).sum()), answer.numel()
+        share = f"{bad / count:.0%}" if bad > count / 100 else f"{bad} of {count} numbers"
         raise ConfigError(
-            f"{share:.0%} of what the network answers to noise at sigma={sigma:.3g} is nan or infinite; check its weights, its "
+            f"{share} of what the network answers to noise at sigma={sigma:.3g} is nan or infinite; check its weights, its "
             "dtype (float16 ends at 65504) and the noise levels it was trained for, or pass verify=False"
         )
 
@@ -142,6 +143,16 @@ def opposing(seen: Figures) -> Level | None:
     if seen.below.likeness < -0.6 and seen.below.kept < -0.08:
         return seen.below
     return seen.middle if seen.middle.likeness < -0.25 and seen.middle.kept < -0.05 else None
+
+
+def widens(seen: Figures) -> bool:
+    """Whether sigma² times what is kept, the variance of x0 given x, falls from a third of sigma_max to sigma_max.
+
+    More noise never tells more of the data. Networks err by a few per cent of the noise: more, or as much below as well.
+    """
+    below, middle = seen.below, seen.middle
+    grown = below.kept > 2 * RATIO**2 * max(seen.high.kept, 0.0) + 0.025 and below.likeness > 0.9
+    return grown and (below.kept > 0.1 or (middle.kept > 0.75 and middle.likeness > 0.9))
 
 
 def stays(seen: Figures) -> bool:

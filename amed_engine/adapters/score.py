@@ -85,6 +85,13 @@ class VPScore(Family):
         return {"betas": list(self.betas), "steps": float(self.steps)}
 
 
+def _as_table(levels: Any) -> Tensor:
+    try:
+        return torch.as_tensor(levels, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"levels must be the noise levels (L,) as numbers, got {levels!r}") from error
+
+
 class IndexedScore(Family):
     """The score of x, told the whole number of the nearest of `levels` (L,), counted in their order, int64:
 
@@ -99,7 +106,7 @@ class IndexedScore(Family):
 
     def __init__(self, levels: Any):
         super().__init__()
-        table = torch.as_tensor(levels, dtype=torch.float64).detach().cpu()
+        table = _as_table(levels)
         steps = table.diff() if table.dim() == 1 else table
         good = table.dim() == 1 and len(table) > 1 and bool((table > 0).all() and table.isfinite().all())
         if not good or not bool((steps < 0).all() or (steps > 0).all()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amed_engine.adapters import look
 from amed_engine.adapters.adapter import Adapter
-from amed_engine.adapters.discrete import DiscreteSteps
+from amed_engine.adapters.discrete import PREDICTS, DiscreteSteps
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import modes_kept
@@ -27,16 +27,25 @@ CONSISTENCY = (
 )
 # A noise level at which steps of other betas are of another noise: the answers take too much of it away, or too little.
 BETAS_TELL = 3.0
+DOUBLE = 1.5  # times the noise in the answer: more than the state had
 # What most likely answers so, by what was said to be predicted.
-_NOISE_EXPECTED = 'a network that predicts v or the data answers so: prediction="v" or "x0"'
+_TOLD_SIGMA = 'or "score", "edm" or "denoised" of one told sigma'
+_NOISE_EXPECTED = f'a network that predicts v or the data answers so: prediction="v" or "x0", {_TOLD_SIGMA}'
 _OTHER = "a network of another prediction answers so"
-_KEEPS: dict[str, str] = dict.fromkeys(("epsilon", "vp", "iddpm", "ve"), _NOISE_EXPECTED)
+_RAW = "a raw network answers so: amed_engine.wrap(network, prediction=...)"
+_NOISES = ("epsilon", "vp", "iddpm")
+_KEEPS: dict[str, str] = dict.fromkeys((*_NOISES, "ve", "score"), _NOISE_EXPECTED) | {"denoised": _RAW}
+# Twice the noise and more is left: it is added where it had to be taken away.
+_DOUBLES: dict[str, str] = dict.fromkeys(_NOISES, 'the score answers so: prediction="score" or "ve"')
+_DOUBLES |= dict.fromkeys(("ve", "score"), 'a network told steps answers so: prediction="epsilon", "v" or "x0"')
 _OPPOSES: dict[str, str] = {
     "epsilon": 'other betas than it was trained with, or prediction="flow"',
-    "v": 'it predicts the noise: prediction="epsilon"',
+    "vp": 'other noise levels than it was trained with, prediction="epsilon" with its betas=, or "flow"',
+    "v": 'it predicts the noise: prediction="epsilon", or "flow" for the noise less the data',
     "x0": 'a score, prediction="score" or "ve", or v, answers so',
+    "ve": 'a score, prediction="score", or the noise, alone or less the data, prediction="epsilon" or "flow", answers so',
     "score": "the score of a VP process, amed_engine.adapters.VPScore(), or a network that predicts the noise answers so",
-    "denoised": 'a raw network answers so: amed_engine.wrap(network, prediction=...), "ve" or "flow", say',
+    "denoised": f'{_RAW}, "ve" or "flow", say',
 }
 
 
@@ -47,12 +56,17 @@ class Verdict(NamedTuple):
     level: float
     text: str
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether a consistency function answers so, for data of unit variance with the noise itself."""
+        return self.kind in ("consistency", "noise")
+
 
 def verdict(seen: look.Figures, name: str) -> Verdict | None:
     """What does not look like a denoiser; name: of the family."""
     high, below = seen.high, seen.below
     if look.keeps_noise(seen):
-        fix = _KEEPS.get(name, _OTHER)
+        fix = (_DOUBLES if high.kept > DOUBLE else _KEEPS).get(name, _KEEPS.get(name, _OTHER))
         figure = f"at sigma={high.sigma:.3g} its answers keep {high.kept:.0%} of the noise; a denoiser's keep little"
         return Verdict("keeps", high.sigma, f"{figure} unless the data are wider than sigma_max: {fix}")
     if (level := look.opposing(seen)) is not None:
@@ -61,20 +75,34 @@ def verdict(seen: look.Figures, name: str) -> Verdict | None:
         return Verdict(
             "opposes", level.sigma, f"{figure}{level.kept:.2g} of it), which the mean of clean data never does: {fix}"
         )
+    if name in PREDICTS and look.widens(seen):
+        figure = f"at sigma={below.sigma:.3g} its answers keep {below.kept:.2g} of the noise, "
+        figure += f"at {high.sigma:.3g} {high.kept:.2g}"
+        text = f"{figure}, as if the data were wider there: {_OPPOSES['epsilon' if name == 'epsilon' else 'vp']}"
+        return Verdict("opposes", below.sigma, text)
     if not look.stays(seen):
         return None
     levels = f"at sigma={high.sigma:.3g} and {below.sigma:.3g} alike"
     if look.is_noise(seen):
         figure = f"{levels} its answers are the noise of the latents (cosine {high.likeness:.2f}, size {high.gain:.2f})"
-        wrapped = "amed_engine.wrap(network, " if name == "denoised" else ""
-        fix = f'prediction="epsilon"{")" if wrapped else ""}'
-        return Verdict("noise", high.sigma, f"{figure}: a network that predicts the noise is for {wrapped}{fix}")
+        return Verdict("noise", high.sigma, f"{figure}: {_noise_fix(name)}")
     figure = f"{levels} its answers vary from latent to latent by {high.spread:.2g}, as samples do"
     return Verdict(
         "consistency",
         high.sigma,
         f"{figure}; the mean of clean data would vary {look.RATIO:g} times less at the higher: a consistency function, whose "
         f"ODE ends in noise ({CONSISTENCY}), or another prediction than {name!r}",
+    )
+
+
+def _noise_fix(name: str) -> str:
+    """For answers that are the noise itself."""
+    if name == "flow":  # D = (x - sigma F)/(1 + sigma), and F took nothing away
+        return _NOISE_EXPECTED
+    wrapped, end = ("amed_engine.wrap(network, ", ")") if name == "denoised" else ("", "")
+    return (
+        f'a network that predicts the noise is for {wrapped}prediction="epsilon"{end}, one that predicts the noise '
+        f'less the data for "flow", and a consistency function answers so for data of unit variance ({CONSISTENCY})'
     )
 
 
@@ -124,11 +152,11 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
         ask, shape, low, high, device, lambda sigma: family(sigma).skip, getattr(family, "nearest", float), middle
     )
     found = looked_at(adapter.network, asked, family.name)
-    if found is None or (family.consistency and found.kind == "consistency"):
+    if found is None or (family.consistency and found.is_sample):
         return adapter
     if family.name == "v" and found.kind == "opposes" and found.level == high:
         raise ConfigError(f"prediction='v' was asked for, but {found.text}, or verify=False")
-    if family.name == "cm" and found.kind == "consistency":
+    if family.name == "cm" and found.is_sample:
         adapter.beware = found.text
     else:
         logger.warning("%s wrapped as %r: %s; verify=False skips this look", *_named(adapter, family.name), found.text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amed_engine.adapters.compiled import compiled_of, holds_compiled
 from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.lookups import null_class_hint, told_floats, wants_index
 from amed_engine.adapters.precision import Handed, Precision
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
@@ -132,7 +133,9 @@ class Model:
             runs = inputs[0].device.type != "meta"  # there all is without numbers, and shapes alone are asked for
             with brought(self._awaited) if runs and self._awaited else nullcontext():
                 answer = as_denoised(self.network(*given))
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, RuntimeError, IndexError) as error:
+            if wants_index(error):
+                raise told_floats(error, self.network, self.label_dim) from error
             names = ("x", "sigma", "labels")[: len(inputs)]
             named = ", ".join(f"{name} {_named(tensor)}" for name, tensor in zip(names, inputs, strict=True))
             error.add_note(f"the model was called with {named}; {_HOW_TO_WRAP}")
@@ -290,8 +293,8 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
         )
     if not said(model.network, "can_guide", True):
         raise ConfigError(
-            'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions '
-            "or null_class, or leave guidance_scale out"
+            'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions or '
+            f"{null_class_hint(model.network, model.label_dim)}, or leave guidance_scale out"
         )
 
 

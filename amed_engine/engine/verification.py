@@ -53,7 +53,7 @@ def _look(model: Model, module: nn.Module, plan: Plan) -> None:
     with plain_tensors():
         found = looked_at(model.network, asked)
     known = said(model.network, "consistency", False) or plan.solver == "consistency"
-    if found is not None and not (found.kind == "consistency" and known):
+    if found is not None and not (found.is_sample and known):
         logger.warning(
             "%s taken as a denoiser: %s; verify=False skips this look", type(bare(module)).__name__, found.text
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import amed_engine
-from amed_engine.adapters import IndexedScore, wrap
+from amed_engine.adapters import ClassifierFree, IndexedScore, wrap
 from amed_engine.errors import ConfigError
 
 X, SIGMA = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 3.0])
@@ -175,6 +175,88 @@ def test_guidance_needs_the_class_that_means_none():
     small = amed_engine.Sampler(wrapped(Embedded(0, 10), label_dim=10, null_class=10), solver="euler", nfe=2)
     with pytest.raises(ConfigError, match="no such row"):
         small.run(2, 3, guidance_scale=2.0)
+
+
+def test_a_table_of_one_row_more_than_classes_names_the_class_that_means_none():
+    network = Embedded(steps=0, classes=11)
+    told, sampler = wrapped(network, label_dim=10), amed_engine.Sampler(wrapped(network, label_dim=10), nfe=2)
+    raw = Sized(label_dim=10)
+    for ask in (
+        lambda: ClassifierFree(told, 2.0),
+        lambda: sampler.run(2, 3, guidance_scale=2.0),
+        lambda: told(X, SIGMA),
+        lambda: wrap(network, "epsilon", label_dim=10)(X, SIGMA, torch.tensor([3, 9])),
+        lambda: amed_engine.Sampler(raw, shape=(3, 8, 8)),
+        lambda: amed_engine.Sampler(raw, shape=(3, 8, 8), verify=False).run(2, 3),
+    ):
+        with pytest.raises(ConfigError, match=r"null_class=10 \(its table of classes has 11 rows, the last for none\)"):
+            ask()
+    with pytest.raises(ConfigError, match=r"null_class=\.\.\."):
+        ClassifierFree(wrapped(Embedded(0, 10), label_dim=10), 2.0)
+
+
+class Sized(Embedded):
+    """One that says how many classes it has."""
+
+    def __init__(self, label_dim: int):
+        super().__init__(0, label_dim + 1)
+        self.label_dim = label_dim
+
+
+def test_a_denoiser_that_looks_steps_up_is_told_how_to_be_wrapped():
+    with pytest.raises(ConfigError, match=r'denoisers are told noise levels \(.*steps="integer"'):
+        amed_engine.Sampler(Embedded(), shape=(3, 8, 8))
+
+
+class Rows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classes = nn.Linear(10, 3)
+
+    def forward(self, x, t, y):
+        return x + self.classes(y)[:, :, None, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"label_dim": 9}, r"one-hot rows float32 \(8, 9\) among it: check shape, label_dim"),
+        ({"label_dim": 10, "null_class": 10}, r"an index int64 \(8,\): labels=.rows. tells"),
+        ({"label_dim": 10, "labels": "index"}, 'labels="rows" tells it one-hot rows'),
+    ],
+)
+def test_labels_of_another_form_than_a_layer_takes_are_told(options, told):
+    with pytest.raises(ConfigError, match=told):
+        wrapped(Rows(), **options)
+
+
+def test_samples_of_another_size_than_a_layer_takes_are_told():
+    with pytest.raises(ConfigError, match=r"have 1 channels.*check shape$"):
+        wrap(as_taken(nn.Conv2d(1, 1, 1)), "epsilon", shape=(3, 8, 8))
+    with pytest.raises(ConfigError, match=r"mat1 and mat2.*check shape$"):
+        wrap(as_taken(nn.Linear(4, 4)), "epsilon", shape=(2,))
+
+
+def as_taken(layer):
+    return lambda x, t: layer(x)
+
+
+@pytest.mark.parametrize("read", [float, bool])
+def test_a_network_of_one_time_for_all_is_told(read):
+    with pytest.raises(ConfigError, match="one time for all samples"):
+        wrapped(lambda x, t: x * read(t))
+
+
+def test_another_error_of_a_network_says_what_it_was_told():
+    denoiser = wrapped(lambda x, t: x + torch.cat([x, t], 1))
+    with pytest.raises(RuntimeError) as caught:
+        denoiser(X, SIGMA)
+    assert "its time as float32 (2,); one that takes them otherwise" in "".join(caught.value.__notes__)
+
+
+def test_levels_that_are_no_numbers_are_refused():
+    with pytest.raises(ConfigError, match=r"levels must be the noise levels .* got 'geometric'"):
+        wrap(plain, "score", shape=(3, 8, 8), levels="geometric")
 
 
 @pytest.mark.parametrize("null_class", [-1, 11, 3.0, True])

@@ -177,6 +177,41 @@ def test_a_wrong_prediction_is_told(caplog, true, said, told):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("true", "said", "told"),
+    [
+        ("flow", "x0", 'prediction="epsilon", one that predicts the noise less the data for "flow"'),
+        ("edm", "flow", 'or "score", "edm" or "denoised" of one told sigma'),
+        ("score", "ve", 'a score, prediction="score"'),
+        ("epsilon", "ve", 'told steps answers so: prediction="epsilon"'),
+        ("epsilon", "score", 'told steps answers so: prediction="epsilon"'),
+        ("epsilon", "denoised", r"a raw network answers so: amed_engine\.wrap\(network"),
+        ("flow", "vp", r'prediction="epsilon" with its betas=, or "flow"'),
+    ],
+)
+def test_the_right_prediction_is_among_those_named(true, said, told):
+    assert re.search(told, wrap(network_of(gaussian(), family_of(true)), said, shape=(1, 8, 8)).notes["beware"])
+
+
+def test_a_flow_network_said_to_predict_v_is_told_both_that_answer_so():
+    with pytest.raises(ConfigError, match='prediction="epsilon", or "flow"'):
+        wrap(network_of(gaussian(), family_of("flow")), "v", shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.3])
+def test_a_flow_network_of_unit_data_said_to_predict_the_noise_is_told(mean):
+    """Nothing runs against the noise there: it is more of it that is kept below than the data could be."""
+    denoiser = wrap(network_of(gaussian(mean, 1.0), family_of("flow")), "epsilon", shape=(4, 8, 8))
+    assert re.search(r"at sigma=52.5 .* as if the data were wider there.*\"flow\"", denoiser.notes["beware"])
+
+
+@pytest.mark.parametrize("sd", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("name", ["epsilon", "v", "x0"])
+def test_wide_data_of_discrete_steps_raise_no_alarm(caplog, name, sd):
+    wrap(network_of(gaussian(0.0, sd), family_of(name)), name, shape=(4, 8, 8))
+    assert not caplog.messages
+
+
 def test_betas_of_more_noise_than_it_was_trained_with_are_told(caplog, digits):
     @torch.no_grad()
     def denoise(x, sigma):
@@ -198,6 +233,15 @@ def test_a_consistency_function_is_told_from_a_denoiser(digits):
         told = verdict(figures(flow_to_data(true)), "denoised")
         assert told.kind == "consistency"
         assert "vary from latent to latent by" in told.text
+
+
+def test_a_consistency_function_of_unit_data_may_answer_with_the_noise(caplog):
+    sample = flow_to_data(gaussian(0.0, 1.0))
+    for solver in ("consistency", "euler"):
+        amed_engine.Sampler(wrap(sample, "consistency", shape=(1, 8, 8)), solver="consistency", nfe=1)
+        amed_engine.Sampler(wrap(network_of(sample, family_of("cm")), "cm", shape=(1, 8, 8)), solver=solver, nfe=2)
+        assert any("consistency function" in text for text in caplog.messages) == (solver == "euler")
+    assert 'wrap(network, "consistency")' in verdict(figures(sample), "denoised").text
 
 
 class Generator(nn.Module):
@@ -265,6 +309,16 @@ def test_answers_that_are_not_finite_are_refused():
     for bad in (math.nan, math.inf):
         with pytest.raises(ConfigError, match="100% of what the network answers to noise at sigma=157"):
             wrap(lambda x, t, bad=bad: x * 0 + bad, "epsilon", shape=(1, 8, 8))
+
+
+def test_one_number_that_is_not_finite_is_counted():
+    def network(x, t):
+        x = x.clone()
+        x[3, 0, 0, 0] = math.inf
+        return x
+
+    with pytest.raises(ConfigError, match="1 of 512 numbers of what the network answers"):
+        wrap(network, "epsilon", shape=(1, 8, 8))
 
 
 def test_a_network_of_one_batch_is_left_to_its_sampler(caplog):

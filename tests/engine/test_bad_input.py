@@ -201,7 +201,10 @@ def test_a_number_of_samples_of_unknown_shape(gaussian_denoiser):
         ({"schedule": "cosine"}, "unknown schedule 'cosine'; valid names: polynomial, logsnr, time_uniform, discrete"),
         ({"schedule": [80.0, 1.0, 0.1]}, "schedule must be a name .*or a tensor|unknown schedule"),
         ({"schedule": np.array([80.0, 1.0, 0.1])}, "schedule must be a name .*or a tensor|unknown schedule"),
-        ({"schedule": "discrete"}, "schedule 'discrete' needs alphas_cumprod"),
+        (
+            {"schedule": "discrete"},
+            "is spaced over the training steps of a network, and this one is known to have none",
+        ),
         ({"solver": "heun", "solver_options": {"order": 2}}, "solver 'heun' has no option order; valid options: none"),
         ({"solver": "ipndm", "solver_options": {"order": 2}}, "has no option order; valid options: max_order"),
         ({"solver_options": {"max_order": 2}}, "solver_options need a solver; pass solver=... as well"),

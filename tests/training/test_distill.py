@@ -464,7 +464,10 @@ def test_one_bad_evaluation_costs_one_step_only():
         ({"solver_options": {"points": 2}}, "points"),
         ({"solver": "ipndm", "solver_options": {"max_order": 5}}, "max_order must be an integer from 1 to 4, got 5"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'; valid names: polynomial, logsnr"),
-        ({"schedule": "discrete"}, "schedule 'discrete' needs alphas_cumprod"),
+        (
+            {"schedule": "discrete"},
+            "is spaced over the training steps of a network, and this one is known to have none",
+        ),
         ({"rho": -1.0}, "rho must be a positive number or None, got -1"),
         ({"scale_dir": 1.0}, r"scale_dir must be in \[0, 1\), got 1"),
         ({"scale_time": -0.1}, r"scale_time must be in \[0, 1\), got -0\.1"),

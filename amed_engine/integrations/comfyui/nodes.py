@@ -164,7 +164,7 @@ NODES = (
             Socket(
                 "nfe",
                 "INT",
-                "How often the model is evaluated; heun and dpm need two for each step.",
+                "How often the model is evaluated; some solvers need two for each step.",
                 options={"default": 8, "min": 1, "max": 1000},
             ),
             _SCHEDULE,

@@ -76,6 +76,11 @@ class Adapter(Telling):
         return self.facts.channel_axis
 
     @property
+    def sample_axes(self) -> str | None:
+        """What a sample's shape is made of, such as "4, F, H, W"; None where it takes any."""
+        return self.facts.rank if self.facts.axes else None
+
+    @property
     def img_resolution(self) -> int | None:
         """Height and width of a square sample, None for another shape; see `sample_shape`."""
         shape = self.sample_shape

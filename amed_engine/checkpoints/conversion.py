@@ -17,13 +17,14 @@ from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
 from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_values, save_diffusers
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
-from amed_engine.checkpoints.state_dicts import find_network
+from amed_engine.checkpoints.state_dicts import dictionaries, find_network
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
 MAX_LAYERS = 32  # of modules inside modules
 DIFFUSERS = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions)|transformer_blocks\.\d+)\.")
+EDM = re.compile(r"(?:^|\.)(?:map_layer0|enc\.\d+x\d+_\w+)\.")
 
 
 class Converted(NamedTuple):
@@ -124,7 +125,13 @@ def _keys(data: Any) -> str:
     names = [f"{key} ({data[key].kind})" if isinstance(data[key], Record) else str(key)[:60] for key in data]
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     told = f"it has the keys {', '.join(names[:20]) or '(none)'}{more}"
-    return f"{told}; they are of {needs_none('network')}" if any(DIFFUSERS.search(name) for name in names) else told
+    inner = [str(name) for _, own in dictionaries(data) for name in own]
+    if any(map(DIFFUSERS.search, inner)):
+        return f"{told}; they are of {needs_none('network')}"
+    if any(map(EDM.search, inner)):
+        told += "; they are of an EDM network, whose tensors alone do not tell how it is made: convert its pickle, or "
+        told += "load them into an amed_engine.networks.EDMPrecond of its arguments"
+    return told
 
 
 def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -188,7 +195,7 @@ def _openai_parts(data: Mapping[str, Any], path: Path, settings: Mapping[str, An
 
 def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> str:
     config, tensors = _openai_parts(data, path, settings)
-    save_tensors(kind, config, tensors, out)
+    save_tensors(kind, config, tensors, out, path)
     size = f"{config['in_channels']}x{config['image_size']}x{config['image_size']}"
     if kind == CLASSIFIER:
         return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"

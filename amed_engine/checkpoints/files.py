@@ -123,6 +123,9 @@ def _read_text(file: Path) -> str:
 
 
 def check_values(file: Path, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "no values: it was saved from the meta device" if tensor.is_meta else f"the layout {tensor.layout}"
+        raise FileFormatError(f"{file}: tensor {name!r} has {kind}; save it again, dense and with its values")
     if not tensor.is_floating_point():
         return
     if tensor.dtype not in FLOATS:

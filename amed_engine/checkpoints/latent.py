@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from amed_engine.checkpoints.files import load_diffusers, save_diffusers
 from amed_engine.errors import ConfigError, FileFormatError, require
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
+COMPILED = re.compile(r"_orig_mod\.?")  # of torch.compile round a part, its dot lost in names of averages
 HOW_TO_SET = "pass what differs from Stable Diffusion 1.x, e.g. --set cross_attention_dim=1024"
 # The unconditional networks on latents of 64 x 64 (faces, bedrooms): heads of 32 channels.
 UNCONDITIONAL = {"image_size": 64, "num_head_channels": 32}
@@ -45,20 +47,22 @@ def averaged(
     state: Mapping[str, Any], outer: str, tensors: Mapping[str, Tensor], path: Path, trained: bool
 ) -> dict[str, Tensor]:
     """The averages of a U-Net's tensors, whose names have no dots; none where there are none. outer: prefix of all names.
-    trained: they are not asked for. Raises FileFormatError where only some are there."""
-    keys = {name: f"{outer}{AVERAGED}{name.replace('.', '')}" for name in tensors}
-    missing = [name for name, key in keys.items() if not isinstance(state.get(key), Tensor)]
-    if missing and len(missing) < len(keys) and not trained:
+    trained: they are not asked for. Raises FileFormatError where not all are there."""
+    held = {COMPILED.sub("", name): value for name, value in state.items() if name.startswith(f"{outer}model_ema.")}
+    keys = {name: f"{COMPILED.sub('', outer)}{AVERAGED}{name.replace('.', '')}" for name in tensors}
+    missing = [name for name, key in keys.items() if not isinstance(held.get(key), Tensor)]
+    if missing and not trained and any(isinstance(value, Tensor) and value.dim() for value in held.values()):
         raise FileFormatError(
             f"{path} has averages of {len(keys) - len(missing)} of its network's {len(keys)} tensors, none of {missing[0]!r}; "
             "--weights model converts the trained ones"
         )
-    return {} if missing else {name: state[key] for name, key in keys.items()}
+    return {} if missing else {name: held[key] for name, key in keys.items()}
 
 
 def beside(state: Mapping[str, Any], outer: str) -> dict[str, Any]:
     """The first stage of the same file, under its published names."""
-    plain = {name.removeprefix(outer): value for name, value in state.items() if name.startswith(outer)}
+    inner = {name.removeprefix(outer): value for name, value in state.items() if name.startswith(outer)}
+    plain = {COMPILED.sub("", name): value for name, value in inner.items()}
     return {name: plain[name] for name in plain if name.startswith("first_stage_model.") or name == "scale_factor"}
 
 

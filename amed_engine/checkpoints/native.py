@@ -73,9 +73,14 @@ def save_model(model: EDMPrecond, path: str | os.PathLike, **notes: Any) -> None
         write(path, tensors, {"kind": "edm_precond", "model": network.config, **notes, **versions()})
 
 
-def save_tensors(kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Save a network that is not built: its kind, constructor arguments and tensors, checked against each other."""
-    _check_fit(KINDS[kind], arguments, tensors, path)
+def save_tensors(
+    kind: str, arguments: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike, source: str | os.PathLike
+) -> None:
+    """Save a network that is not built: its kind, constructor arguments and tensors, checked against each other.
+
+    source: the file they are from, of which errors speak.
+    """
+    _check_fit(KINDS[kind], arguments, tensors, source)
     write(path, tensors, {"kind": kind, "model": arguments, **versions()})
 
 

@@ -19,6 +19,8 @@ from amed_engine.errors import ConfigError, FileFormatError
 PART = re.compile(r"(?:^|(?<=\.))(?:(?:time_embed|label_emb|input_blocks|middle_block|output_blocks)\.|out\.[\d_])")
 # Inside names, of torch's wrappers round single parts.
 WRAPPERS = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The prefix of latent diffusion with these in it, at the end of another.
+LATENT = re.compile(rf"(?:^|(?<=\.))model\.(?:{WRAPPERS.pattern})*diffusion_model\.(?:{WRAPPERS.pattern})*$")
 AVERAGED = re.compile(r"(?:^|[_-])(?:ema|averaged?|avg|shadow|swa|polyak)(?:[_-]|$)", re.IGNORECASE)
 TRAINED = re.compile(r"online", re.IGNORECASE)
 OPTIMIZER = re.compile(
@@ -60,7 +62,7 @@ def find_network(data: Any, path: Path, weights: str | None) -> tuple[Network, s
     """
     networks: list[Network] = []
     unread: list[_Unread] = []
-    for label, own in _dictionaries(data):
+    for label, own in dictionaries(data):
         found = list(_networks(own, label, path, weights))
         networks += found
         unread += _lost(own, label) if not found else []
@@ -72,14 +74,14 @@ def find_network(data: Any, path: Path, weights: str | None) -> tuple[Network, s
     return chosen, f"; of the file's {chosen.label!r}, not of {others} (--weights)" if others else ""
 
 
-def _dictionaries(data: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+def dictionaries(data: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every dictionary inside a file's, with its place; none of an optimizer."""
     if not isinstance(data, Mapping) or depth > MAX_DEPTH:
         return
     yield label, {str(name): value for name, value in data.items()}
     for name, value in data.items():
         if not OPTIMIZER.fullmatch(str(name)):
-            yield from _dictionaries(value, _at(label, str(name)), depth + 1)
+            yield from dictionaries(value, _at(label, str(name)), depth + 1)
 
 
 def _at(label: str, name: str) -> str:
@@ -100,7 +102,8 @@ def _networks(own: Mapping[str, Any], label: str, path: Path, weights: str | Non
         if not _is_network(tensors):
             continue
         place = _at(label, prefix)
-        outer = prefix.removesuffix(latent.PREFIX) if prefix.endswith(latent.PREFIX) else None
+        inside = LATENT.search(prefix)
+        outer = None if inside is None else prefix[: inside.start()]
         beside = None if outer is None else latent.beside(own, outer)
         yield Network(place, tensors, _is_averaged(place), beside)
         if outer is not None and (average := latent.averaged(own, outer, tensors, path, weights == "model")):
@@ -167,7 +170,7 @@ def _named(networks: list[Network], unread: list[_Unread], data: Any) -> tuple[l
 
 def _lists(data: Any) -> Iterator[tuple[str, list[Tensor]]]:
     """Lists of tensors that are called averages."""
-    for label, own in _dictionaries(data):
+    for label, own in dictionaries(data):
         for name, values in own.items():
             tensors = isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values)
             if tensors and (name == SHADOW or _is_averaged(_at(label, name))):

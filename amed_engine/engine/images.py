@@ -22,9 +22,8 @@ LEGIBLE = 64  # pixels; images of at most half as many are enlarged on a contact
 def check_pictures(shape: Sequence[int] | None) -> None:
     """Raise ConfigError unless samples of this shape (C, H, W) can be shown; None, not known yet, passes."""
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
-        raise ConfigError(
-            f"pictures need samples of shape (1 or 3, H, W), got {tuple(shape)}; decode latents to pixels and save those"
-        )
+        remedy = "decode latents to pixels" if len(shape) == 3 else "draw them with amed_engine.Sampler(...).run"
+        raise ConfigError(f"pictures need samples of shape (1 or 3, H, W), got {tuple(shape)}; {remedy} and save those")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -70,7 +70,7 @@ def mean_of(model: Model, sigma: float) -> Mean:
     if model.shape is None:
         raise ConfigError(
             "the mean answer is measured on latents, and the model does not say what shape its samples have; pass "
-            "shape=(C, H, W), or another afs than 'mean'"
+            f"{model.shape_asked}, or another afs than 'mean'"
         )
     if model.continuous:
         raise ConfigError(

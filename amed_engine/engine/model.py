@@ -39,6 +39,12 @@ class Model:
     label_kind: str = "rows"  # see `amed_engine.adapters.labels`
 
     @property
+    def shape_asked(self) -> str:
+        """`shape=` of a model that does not say its own, for people."""
+        axes = said(self.network, "sample_axes")
+        return f"shape=({axes if isinstance(axes, str) else 'C, H, W'})"
+
+    @property
     def continuous(self) -> bool:
         """Whether labels are numbers, and no classes."""
         return bool(self.label_dim) and self.label_kind in CONTINUOUS
@@ -209,8 +215,11 @@ def tune(
         raise ConfigError(f"autocast must be torch.float16, torch.bfloat16 or None, got {autocast!r}")
     if memory_format not in (None, torch.contiguous_format, torch.channels_last, torch.channels_last_3d):
         raise ConfigError(
-            f"memory_format must be torch.channels_last, another one of torch, or None, got {memory_format!r}"
+            "memory_format must be torch.channels_last, torch.channels_last_3d, torch.contiguous_format or None, got "
+            f"{memory_format!r}"
         )
+    if memory_format in RANKS and holds_compiled(model.network):
+        raise ConfigError(f"memory_format={memory_format}: compiled models and ONNX graphs take none; leave it out")
     if model.shape is not None:
         check_format(memory_format, len(model.shape))
     if memory_format is not None and model.module is not None:

@@ -36,6 +36,7 @@ _ABOUT_ZERO = (
 def announce(model: Model, predictor: Any, request: PlanRequest, pairing: Pairing) -> None:
     """predictor: what was given."""
     plan, own = pairing.plan, pairing.predictor
+    warn_of_more(model, plan)
     if not isinstance(request.schedule, Tensor):  # the caller's own levels were asked for
         warn_of_range(model, plan, low=request.sigma_min is None, high=request.sigma_max is None)
     if request.recipe is not None or (own is not None and own.plan is not None):
@@ -69,4 +70,15 @@ def warn_of_range(model: Model, plan: Plan, *, low: bool = True, high: bool = Tr
             "the model's noise levels are %g to %g, this plan's %g to %g: what lies outside is left out; pass sigma_max= and "
             "sigma_min= if that is meant, or a plan for all of them",
             *(most, least, plan.sigmas[0], plan.sigmas[-1]),
+        )
+
+
+def warn_of_more(model: Model, plan: Plan) -> None:
+    """Noise levels above those that the model states; a network of discrete steps is told steps after its last."""
+    most = said(model.network, "sigma_max")
+    if isinstance(most, float) and 0 < 1.01 * most < plan.sigmas[0]:
+        logger.warning(
+            "the model's noise levels end at %g, this plan's begin at %g: the network is told what it was not trained for; "
+            "leave sigma_max= out, or pass noise levels up to the model's",
+            *(most, plan.sigmas[0]),
         )

@@ -118,7 +118,7 @@ def _name(value: Any) -> str:
 def _shape(model: Model) -> tuple[int, ...]:
     if model.shape is None:
         raise ConfigError(
-            "the model does not say what shape its samples have; pass shape=(C, H, W) to the Sampler, or latents to run"
+            f"the model does not say what shape its samples have; pass {model.shape_asked} to the Sampler, or latents to run"
         )
     return model.shape
 

@@ -15,6 +15,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, mean_of_labels, owned
 from amed_engine.sampling.predictors import Predictor
 from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.mean import FirstStep, Mean, check_first_step
 from amed_engine.solvers.plan import Plan
@@ -41,8 +42,10 @@ def open_predictor(predictor: Any) -> Predictor | list[Midpoint]:
     )
 
 
-def constants(predictor: AMEDPredictor, sigmas: Tensor) -> list[Midpoint]:
+def constants(predictor: AMEDPredictor | ConstantPredictor, sigmas: Tensor) -> list[Midpoint]:
     """What the predictor says without features, one Midpoint of numbers per interval of `sigmas` (N + 1,)."""
+    if isinstance(predictor, ConstantPredictor):
+        return [Midpoint(*map(float, midpoint)) for midpoint in predictor.choices()]
     exact = copy.deepcopy(predictor).to("cpu", torch.float64).eval()
     said: Any = Program.build(make_solver("amed"), sigmas, exact).frozen().predictor
     return [Midpoint(*map(float, midpoint)) for midpoint in said]

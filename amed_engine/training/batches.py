@@ -91,7 +91,7 @@ def first_answer(plan: Plan, denoiser: Denoiser) -> Denoiser | None:
 def known_shape(model: Model) -> tuple[int, ...]:
     """The shape of one sample. Raises ConfigError where the model does not say."""
     if model.shape is None:
-        raise ConfigError("the model does not say what shape its samples have; pass shape=(C, H, W)")
+        raise ConfigError(f"the model does not say what shape its samples have; pass {model.shape_asked}")
     return model.shape
 
 

@@ -94,6 +94,16 @@ def test_it_answers_as_the_autoencoder_it_was_made_from(checkpoint, network, kin
     assert all(torch.equal(load_model(done.path).state_dict()[k], v) for k, v in network.state_dict().items())
 
 
+def test_one_that_was_compiled_is_the_same(tmp_path, network):
+    original = make("AutoencoderKL")
+    named = {
+        name.replace("_model.", "_model._orig_mod.", 1): value for name, value in published_state(original).items()
+    }
+    torch.save({"state_dict": {**network.state_dict(prefix="model.diffusion_model."), **named}}, tmp_path / "last.ckpt")
+    again = load_first_stage(tmp_path / "last.ckpt").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in original.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "scale"),
     [

@@ -157,6 +157,26 @@ def test_averages_of_some_tensors_are_refused(converted, state, ema):
     assert same(converted({"state_dict": data}, weights="model")[1], state)
 
 
+@pytest.mark.parametrize("outer", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["model._orig_mod.diffusion_model.", "model.diffusion_model._orig_mod."])
+def test_latent_diffusion_with_compiled_parts_is_latent_diffusion(tmp_path, state, ema, outer, prefix):
+    """Its size of latents, its width of heads and its averages are those of latent diffusion."""
+    inner = under(prefix.removeprefix("model."), ema)
+    averages = {"model_ema." + name.replace(".", ""): value for name, value in inner.items()}
+    for data, expected in (({}, state), (averages, ema)):
+        torch.save({"state_dict": under(outer, {**under(prefix, state), **data})}, tmp_path / "last.ckpt")
+        config, tensors = read(convert(tmp_path / "last.ckpt", tmp_path / "out.safetensors").path)
+        assert same(tensors, expected)
+        assert (config["model"]["image_size"], config["model"]["num_head_channels"]) == (64, 32)
+
+
+def test_averages_of_another_network_are_not_left_out_silently(converted, state):
+    data = {"state_dict": {**under("model.diffusion_model.", state), "model_ema.other": torch.ones(3)}}
+    with pytest.raises(FileFormatError, match="averages of 0 of its network's"):
+        converted(data)
+    assert same(converted(data, weights="model")[1], state)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
 def test_a_prefix_of_some_names_alone_is_refused(converted, state, prefix):
     names = list(state)
@@ -180,7 +200,7 @@ def test_what_is_no_part_of_the_network_is_named(converted, state):
     with pytest.raises(FileFormatError, match=r"'module.out.2.bias' is a list, expected a tensor"):
         converted(under("module.", {**state, "out.2.bias": [1.0, 2.0]}))
     lacking = {name: value for name, value in state.items() if name != "time_embed.2.bias"}
-    with pytest.raises(FileFormatError, match=r"lacks tensor 'time_embed\.2\.bias'"):
+    with pytest.raises(FileFormatError, match=r"net_32\.pt lacks tensor 'time_embed\.2\.bias'"):
         converted({"model": under("module.", lacking)})
 
 
@@ -223,3 +243,15 @@ def test_a_pickle_that_says_all_about_itself_has_no_choice(tmp_path, publish, ti
     assert convert(file, weights="ema").path.is_file()
     with pytest.raises(ConfigError, match="no 'model' weights: it is an EDM network"):
         convert(file, weights="model")
+
+
+@pytest.mark.parametrize("made", [lambda v: v.to("meta"), lambda v: v.to_sparse()])
+def test_tensors_without_plain_values_are_refused_by_name(converted, state, made):
+    with pytest.raises(FileFormatError, match=r"'out\.2\.weight' has .*save it again"):
+        converted({**state, "out.2.weight": made(state["out.2.weight"])})
+
+
+@pytest.mark.parametrize("wrapped", [lambda s: s, lambda s: {"ema": under("module.", s)}])
+def test_a_state_dict_of_edm_is_told_what_it_lacks(converted, tiny_model, wrapped):
+    with pytest.raises(FileFormatError, match=r"of an EDM network, .* convert its pickle, or load them into"):
+        converted(wrapped(tiny_model.state_dict()))

@@ -21,6 +21,7 @@ from amed_engine import (
     make_schedule,
     read_plan,
     save_predictor,
+    wrap,
     write_plan,
 )
 
@@ -175,6 +176,18 @@ def test_a_model_s_own_range_is_sampled_over_and_a_plan_that_leaves_some_of_it_w
             "the model's noise levels are 2560 to 0.06, this plan's 80 to 0.06: what lies outside is left out"
             in caplog.text
         )
+
+
+@pytest.mark.parametrize(
+    "asked", [{"sigma_max": 2000.0}, {"schedule": torch.tensor([2000.0, 1.0])}], ids=["range", "levels"]
+)
+def test_noise_levels_above_the_model_s_own_warn(caplog, asked):
+    """Told 1250 of 1000 steps, a network of discrete ones answers anything."""
+    model = wrap(lambda x, t: x, "epsilon", shape=SHAPE, verify=False)
+    Sampler(model, solver="euler", sigma_max=157.4)
+    assert not caplog.records
+    Sampler(model, solver="euler", **asked)
+    assert "the model's noise levels end at 157.407, this plan's begin at 2000: the network is told" in caplog.text
 
 
 @pytest.mark.parametrize("own", [True, -1.0, float("nan"), "80", [1.0, 2.0]])

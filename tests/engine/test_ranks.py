@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from amed_engine import Sampler, load_package, measure_mean
-from amed_engine.adapters import ClassifierFree, ClassifierGuided, Thresholded, wrap
+from amed_engine import Sampler, fit, load_package, measure_mean
+from amed_engine.adapters import ClassifierFree, ClassifierGuided, Thresholded, save_onnx, wrap
 from amed_engine.engine.images import to_uint8
 from amed_engine.errors import ConfigError
 
@@ -31,6 +31,15 @@ class Conditional(nn.Module):
 
     def forward(self, x, t, labels):
         return self.layer(x) + self.classes(labels).reshape(-1, *[1] * (x.dim() - 1))
+
+
+class Convolution(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        return self.layer(x)
 
 
 class Classifier(nn.Module):
@@ -136,17 +145,8 @@ def test_a_memory_format_is_for_samples_of_its_rank(shape, told, asked):
     assert not seen
 
 
-class Volume(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv3d(3, 3, 3, padding=1)
-
-    def forward(self, x, t):
-        return self.layer(x)
-
-
 def test_a_refused_memory_format_leaves_the_weights_as_they_are():
-    network = Volume()
+    network = Convolution(nn.Conv3d)
     before = [parameter.stride() for parameter in network.parameters()]
     with pytest.raises(ConfigError, match=r"pass torch\.channels_last_3d"):
         Sampler(lambda x, s: x, shape=(3, 4, 8, 8), memory_format=torch.channels_last)
@@ -155,7 +155,40 @@ def test_a_refused_memory_format_leaves_the_weights_as_they_are():
     assert [parameter.stride() for parameter in network.parameters()] == before
 
 
+def test_files_of_networks_take_no_memory_format(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs pip install 'amed-engine[onnx]'")
+    save_onnx(wrap(Convolution(nn.Conv2d), "epsilon", shape=(3, 8, 8), verify=False), tmp_path / "net.onnx")
+    with pytest.raises(ConfigError, match=r"memory_format=torch\.channels_last: .*ONNX graphs take none; leave it out"):
+        Sampler(tmp_path / "net.onnx", solver="euler", memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [(nn.Conv1d, "3, L"), (nn.Conv2d, "3, H, W"), (nn.Conv3d, "3, F, H, W")],
+    ids=["1-D", "2-D", "3-D"],
+)
+def test_the_shape_that_is_asked_for_is_of_the_network_s_rank(kind, axes):
+    class Net(nn.Module):
+        in_channels = out_channels = 3
+
+        def __init__(self):
+            super().__init__()
+            self.middle_block = kind(3, 3, 1)
+
+        def forward(self, x, timesteps):
+            return self.middle_block(x)
+
+    model, asked = wrap(Net(), "epsilon"), rf"pass shape=\({axes}\)"
+    for use in (
+        lambda: Sampler(model, solver="euler").run([0]),
+        lambda: measure_mean(model),
+        lambda: fit(model, progress=False),
+    ):
+        with pytest.raises(ConfigError, match=asked):
+            use()
+
+
 @pytest.mark.parametrize("shape", [(3, 16), (3, 4, 8, 8)], ids=["1-D", "3-D"])
 def test_only_images_are_pictures(shape):
-    with pytest.raises(ConfigError, match=r"pictures need samples of shape \(1 or 3, H, W\)"):
+    with pytest.raises(ConfigError, match=r"pictures need samples of shape \(1 or 3, H, W\), .*; draw them with .*run"):
         to_uint8(Sampler(shrink, nfe=5, shape=shape).run(2).images)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from amed_engine import ConfigError, Sampler, make_plan
+from amed_engine import ConfigError, ConstantPredictor, Sampler, make_plan
 from amed_engine.adapters import wrap, wrap_pipeline
 from amed_engine.adapters.fingerprint import fingerprint
 
@@ -143,6 +143,28 @@ def test_the_network_must_be_the_predictor_s(vae, predictor, tmp_path):
     with pytest.raises(ConfigError, match="trained for another model"):
         AMEDPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert AMEDPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16, verify=False).config.verify is False
+
+
+def test_predictors_of_other_kinds_are_for_the_scheduler_or_the_engine():
+    """Constants give there what the engine draws with them."""
+    euler, unet = diffusers.EulerDiscreteScheduler(**SD), make_unet()
+    constants = ConstantPredictor(2)
+    constants.plan = make_plan(4, solver="amed", sigma_min=0.03, sigma_max=14.0)
+    for given in (constants, MIDS):
+        with pytest.raises(ConfigError, match=r"takes an AMEDPredictor, got a .*AMEDScheduler\.from_predictor"):
+            AMEDPipeline(unet, euler, given)
+    latents, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 16)
+    pipe = quiet(AMEDPipeline(unet, AMEDScheduler.from_predictor(constants, euler.config)))
+    drawn = pipe(prompt_embeds=embeds, latents=latents, num_inference_steps=2, output_type="latent").images
+    denoiser = wrap(unet, scheduler=euler, conditions={"encoder_hidden_states": embeds})
+    assert close(drawn, Sampler(denoiser, constants).run(latents, class_labels=[0, 1]).images)
+
+
+def test_networks_of_other_samples_than_images_are_refused():
+    blocks = {"down_block_types": ("DownBlock3D",) * 2, "up_block_types": ("UpBlock3D",) * 2}
+    video = diffusers.UNet3DConditionModel(8, block_out_channels=(8, 16), norm_num_groups=4, **blocks)
+    with pytest.raises(ConfigError, match=r"draws images, UNet3DConditionModel takes samples \(4, F, H, W\): .*wrap"):
+        AMEDPipeline(video, AMEDScheduler())
 
 
 @ONE

@@ -350,8 +350,8 @@ def test_calls_that_cannot_work_are_refused(dummy):
         scheduler.step(dummy, 17, dummy)
     with pytest.raises(ConfigError, match="model_output must have the shape of sample"):
         scheduler.step(dummy[:1], scheduler.timesteps[0], dummy)
-    with pytest.raises(ConfigError, match="takes an AMEDPredictor, got ConstantPredictor"):
-        AMEDScheduler.from_predictor(ConstantPredictor(3))
+    with pytest.raises(ConfigError, match=r"takes an AMEDPredictor, .* of one point, got ConstantPredictor"):
+        AMEDScheduler.from_predictor(ConstantPredictor(3, points=2))
     scheduler.set_begin_index(1)
     with pytest.raises(ConfigError, match="got index 1 of 6"):
         scheduler.scale_model_input(dummy, scheduler.timesteps[1])

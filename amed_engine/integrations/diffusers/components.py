@@ -10,6 +10,7 @@ from torch import nn
 
 from amed_engine.adapters import wrap
 from amed_engine.adapters.discrete import DiscreteSteps
+from amed_engine.adapters.facts import facts_of
 from amed_engine.adapters.fingerprint import is_model
 from amed_engine.adapters.recorded import difference
 from amed_engine.errors import ConfigError
@@ -19,8 +20,14 @@ from amed_engine.solvers.plan import Plan
 logger = logging.getLogger("amed_engine")
 
 
-def check_channels(unet: Any, vae: Any) -> None:
-    """Raise ConfigError for an autoencoder of other latents than the network's."""
+def check_network(unet: Any, vae: Any) -> None:
+    """Raise ConfigError for a network of other samples than images, or an autoencoder of other latents than the network's."""
+    facts = facts_of(unet)
+    if facts.axes not in ("", "CHW"):
+        raise ConfigError(
+            f"AMEDPipeline draws images, {type(unet).__name__} takes samples ({facts.rank}): amed_engine.wrap makes a denoiser "
+            "of it for amed_engine.Sampler, and AMEDScheduler serves the network's own pipeline"
+        )
     if vae is not None and vae.config.latent_channels != unet.config.in_channels:
         raise ConfigError(
             f"the VAE has latents of {vae.config.latent_channels} channels, the network takes {unet.config.in_channels}: they "

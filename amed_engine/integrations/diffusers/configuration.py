@@ -12,6 +12,7 @@ from amed_engine.integrations.common import constants, one_mean, open_predictor
 from amed_engine.integrations.diffusers.limits import Limits
 from amed_engine.integrations.diffusers.parameterization import OPTIONAL
 from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import make_solver
 from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import Mean, check_first_step
@@ -23,9 +24,11 @@ logger = logging.getLogger("amed_engine")
 def of_predictor(predictor: Any) -> dict[str, Any]:
     """The configuration of the setting that a predictor, or the one in a file, was trained for. Raises ConfigError."""
     predictor = open_predictor(predictor)
-    if not isinstance(predictor, AMEDPredictor):
+    single = isinstance(predictor, ConstantPredictor) and predictor.points == 1
+    if not single and not isinstance(predictor, AMEDPredictor):
         raise ConfigError(
-            f"from_predictor takes an AMEDPredictor, got {type(predictor).__name__}; for others use AMEDPipeline or Sampler"
+            "from_predictor takes an AMEDPredictor, or a ConstantPredictor of one point, got "
+            f"{type(predictor).__name__}; others are for amed_engine.Sampler"
         )
     if predictor.plan is None:
         raise ConfigError("from_predictor needs a predictor that was saved with its plan; pass midpoints otherwise")

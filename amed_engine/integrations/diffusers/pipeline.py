@@ -19,7 +19,7 @@ from amed_engine.adapters.latents import time_ids
 from amed_engine.adapters.taps import Tap
 from amed_engine.errors import ConfigError
 from amed_engine.integrations.common import check_start, make_program, open_predictor
-from amed_engine.integrations.diffusers.components import check_channels, check_trained_for
+from amed_engine.integrations.diffusers.components import check_network, check_trained_for
 from amed_engine.integrations.diffusers.conditions import (
     Ask,
     Conditions,
@@ -77,7 +77,7 @@ class AMEDPipeline(DiffusionPipeline):
             predictor = AMEDPredictorModel.of(open_predictor(predictor))  # type: ignore[arg-type]
         if predictor is not None and predictor.predictor.plan is None:
             raise ConfigError("AMEDPipeline needs a predictor that was saved with its plan")
-        check_channels(unet, vae)
+        check_network(unet, vae)
         scheduler = for_pipeline(scheduler)
         if verify and predictor is not None:
             check_trained_for(predictor.predictor.plan, unet, scheduler, null_class)
@@ -87,8 +87,7 @@ class AMEDPipeline(DiffusionPipeline):
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.register_to_config(null_class=null_class, verify=verify)
         self.image_processor = VaeImageProcessor()
-        self._interrupt, self._num_timesteps = False, 0
-        self._means = PromptMeans()
+        self._interrupt, self._num_timesteps, self._means = False, 0, PromptMeans()
 
     @property
     def interrupt(self) -> bool:

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
 
@@ -40,8 +41,14 @@ class AMEDPredictorModel(ModelMixin, ConfigMixin):
         self.predictor.plan = None if plan is None else Plan.from_json(plan)
 
     @classmethod
-    def of(cls, predictor: AMEDPredictor) -> AMEDPredictorModel:
-        """A predictor as such a component, with its own copy of the weights."""
+    def of(cls, predictor: Any) -> AMEDPredictorModel:
+        """An AMEDPredictor as such a component, with its own copy of the weights. Raises ConfigError for another."""
+        if not isinstance(predictor, AMEDPredictor):
+            kind = type(predictor).__name__
+            raise ConfigError(
+                f"AMEDPipeline takes an AMEDPredictor, got a {kind}; constants are for its scheduler, "
+                "AMEDScheduler.from_predictor(predictor) or AMEDScheduler(midpoints=...), others for amed_engine.Sampler"
+            )
         model = cls(**predictor.config, plan=None if predictor.plan is None else predictor.plan.to_json())
         model.predictor.load_state_dict(predictor.state_dict())
         return model.eval()

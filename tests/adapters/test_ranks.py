@@ -124,7 +124,7 @@ def test_a_bottleneck_that_nobody_reads_does_not_matter(kind):
     assert "(x, sigma) -> (D, features)" in str(caught.value)
     with pytest.raises(ConfigError, match="bottleneck=None"):
         amed_engine.distill(wrapped(network, shape), nfe=3, total_kimg=0.008, batch=8, progress=False)
-    with pytest.raises(ConfigError, match=r"the module 'mid_block' gave .* as the bottleneck of 2 samples"):
+    with pytest.raises(ConfigError, match=r"the module 'mid_block' gave .* as the bottleneck of 8 samples"):
         Sampler(wrapped(network, shape, bottleneck="mid_block"), nfe=5).run([0, 1])
     assert Sampler(wrapped(network, shape, bottleneck=None), predictor((8, 8)), verify=False).run(2).nfe == 5
 

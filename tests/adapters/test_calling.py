@@ -231,8 +231,8 @@ def test_labels_of_another_form_than_a_layer_takes_are_told(options, told):
 
 
 def test_samples_of_another_size_than_a_layer_takes_are_told():
+    layer = nn.Conv2d(1, 1, 1)
     with pytest.raises(ConfigError, match=r"have 1 channels.*check shape$"):
-        layer = nn.Conv2d(1, 1, 1)
         wrapped(lambda x, t: layer(x))
 
 

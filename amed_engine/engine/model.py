@@ -16,6 +16,7 @@ from amed_engine.adapters.compiled import compiled_of, holds_compiled
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.lookups import null_class_hint, told_floats, wants_index
 from amed_engine.adapters.precision import Handed, Precision
+from amed_engine.engine.formats import RANKS, check_format, lay_out
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
@@ -223,7 +224,7 @@ def tune(
     if model.shape is not None:
         check_format(memory_format, len(model.shape))
     if memory_format is not None and model.module is not None:
-        _lay_out(model.module, memory_format)
+        lay_out(model.module, memory_format)
     if autocast is not None and holds_compiled(model.network):
         raise ConfigError(
             f"autocast={autocast!r} has no say in a compiled model or an ONNX graph, whose arithmetic is in the file; leave it "
@@ -231,27 +232,6 @@ def tune(
         )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
     return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
-
-
-# How many axes a sample has in each; its weights have one more.
-RANKS = {torch.channels_last: 3, torch.channels_last_3d: 4}
-
-
-def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """`Module.to` takes no network that has convolutions of images and of volumes: those of another rank stay as they are."""
-    rank = 1 + RANKS.get(memory_format, -1)
-    module._apply(lambda t: t.contiguous(memory_format=memory_format) if rank in (0, t.dim()) else t)
-
-
-def check_format(memory_format: torch.memory_format | None, rank: int) -> None:
-    """Raise ConfigError for a memory format that samples of this rank cannot have."""
-    expected = RANKS.get(memory_format, rank)  # type: ignore[arg-type]
-    if expected != rank:
-        instead = next((f"pass {known}, or " for known, own in RANKS.items() if own == rank), "")
-        raise ConfigError(
-            f"memory_format={memory_format} is for samples of {expected} axes, channels first, these have {rank}; {instead}"
-            "leave memory_format out"
-        )
 
 
 def _check_compile(model: Model, mode: Any) -> None:

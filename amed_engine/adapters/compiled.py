@@ -76,6 +76,20 @@ class Compiled(nn.Module):
             raise ConfigError("a compiled model has no gradients; train predictors with the network it was made from")
 
 
+def check_size(network: Any, shape: Any) -> Any:
+    """The shape asked for. Raises ConfigError where a compiled model or an ONNX graph is for another size."""
+    compiled = compiled_of(network)
+    if shape is None or compiled is None:
+        return shape
+    own = compiled.signature.inputs[0].shape
+    if len(own) != len(shape) or all(n in (None, m) for n, m in zip(own, shape, strict=True)):
+        return shape
+    sizes = ", ".join("any" if n is None else str(n) for n in own)
+    raise ConfigError(
+        f"the file's samples are ({sizes}), got shape={tuple(shape)}; leave shape out, or export it for that"
+    )
+
+
 def compiled_of(network: Any) -> Compiled | None:
     """The compiled model that a network is, inside whatever passes its calls on."""
     return inner if isinstance(inner := bare(network), Compiled) else None

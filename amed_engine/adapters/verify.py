@@ -156,6 +156,8 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     family, device = adapter.family, device_of(adapter.network)
     low, high = ends(adapter.sigma_min, adapter.sigma_max)
     ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim, continuous=continuous)
+    if adapter.label_kind == "index" and not adapter.conditions.count:
+        ask = _after(_last_classes(adapter), ask)
     middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
     asked = look.Asked(
         ask, shape, low, high, device, lambda sigma: family(sigma).skip, getattr(family, "nearest", float), middle
@@ -171,6 +173,25 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
         logger.warning("%s wrapped as %r: %s; verify=False skips this look", *_named(adapter, family.name), found.text)
         adapter.notes["beware"] = found.text
     return adapter
+
+
+def _last_classes(adapter: Adapter) -> Callable[[Tensor, Tensor], Any]:
+    """Asks of the last class and, where it may be said, of none: a table without their rows raises."""
+
+    def ask(x: Tensor, sigma: Tensor) -> Any:
+        rows = x.new_zeros(2, adapter.label_dim)
+        rows[0 if adapter.can_guide else slice(None), -1] = 1
+        return adapter(x[:2], sigma[:2], rows)
+
+    return ask
+
+
+def _after(first: Callable[[Tensor, Tensor], Any], then: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    def ask(x: Tensor, sigma: Tensor) -> Tensor:
+        first(x, sigma)
+        return then(x, sigma)
+
+    return ask
 
 
 def _named(adapter: Adapter, name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from numbers import Integral
@@ -13,6 +14,7 @@ from torch import Tensor
 from amed_engine.adapters import taps
 from amed_engine.adapters.adapter import Adapter
 from amed_engine.adapters.choosing import Wanted, choose_family
+from amed_engine.adapters.compiled import check_size
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.facts import NetworkFacts, check_classes_known, check_known, facts_of
 from amed_engine.adapters.family import Family
@@ -78,7 +80,7 @@ def wrap(
     label_dim = 1 if labels == "float" and label_dim is None else label_dim
     if label_dim is None:
         check_classes_known(model)
-    facts = _with_classes(_with_shape(facts_of(model), shape), label_dim, null_class, labels)
+    facts = _with_classes(_with_shape(facts_of(model), check_size(model, shape)), label_dim, null_class, labels)
     told = None if scheduler is None else told_by(scheduler)
     family, why = choose_family(Wanted(prediction, scheduler, betas, steps, levels), facts, told)
     facts = replace(facts, whole_times=True) if steps == "integer" else facts
@@ -113,6 +115,11 @@ def wrap(
 def _check_callable(model: Any) -> None:
     if isinstance(bare(model), Adapter):
         raise ConfigError("this is what wrap returns already: pass it to Sampler")
+    if isinstance(model, (str, os.PathLike)):
+        raise ConfigError(
+            f"model must be a network, got the path {os.fspath(model)!r}; open it first: amed_engine.adapters.load_onnx(path), "
+            "load_compiled(path), torch.jit.load(path), or torch.export.load(path).module()"
+        )
     if not callable(model):
         raise ConfigError(
             f"model must be a network or another callable (x, t) -> prediction, got {type(model).__name__}"

@@ -62,7 +62,7 @@ def convert(
     target = _beside(path, opened.layout.suffix) if out is None else Path(out)
     written = {target, *(target / name for name in (WEIGHTS_FILE, CONFIG_FILE, DIFFUSERS_FILE))}
     if {file.resolve() for file in written} & {source.resolve() for source in opened.sources}:
-        raise ConfigError(f"{path} would be replaced by its conversion; pass another out")
+        raise ConfigError(f"{path} would be replaced by its conversion; give that another name, out= or --out")
     return Converted(target, opened.layout.convert(opened.data, path, target, settings) + opened.chosen)
 
 
@@ -199,7 +199,15 @@ def _openai(data: Mapping[str, Any], path: Path, out: Path, settings: Mapping[st
     size = f"{config['in_channels']}x{config['image_size']}x{config['image_size']}"
     if kind == CLASSIFIER:
         return f"classifier of guided-diffusion for {size}, {config['out_channels']} classes"
-    return f"U-Net of guided-diffusion for {size}"
+    heads = "" if settings.keys() & {"num_heads", "num_head_channels"} else f", {_heads(config)}"
+    return f"U-Net of guided-diffusion for {size}{heads}"
+
+
+def _heads(config: Mapping[str, Any]) -> str:
+    """The size of attention heads, which no tensor tells."""
+    heads, channels = config.get("num_heads"), config["num_head_channels"]
+    size = f"{heads} attention heads" if channels == -1 else f"attention heads of {channels} channels"
+    return f"{size}, as published ones have (else --set num_head_channels=)"
 
 
 def _load_openai(data: Mapping[str, Any], path: Path, settings: Mapping[str, Any], *, kind: str = OPENAI) -> nn.Module:

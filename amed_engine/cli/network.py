@@ -12,7 +12,7 @@ import click
 
 from amed_engine.cli.options import Decorator, options, range_options, where_options
 
-TOLD = ("prediction", "betas", "shape", "label_dim")
+TOLD = ("prediction", "betas", "steps", "shape", "label_dim", "labels", "null_class")
 
 
 def _shape(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -27,7 +27,8 @@ def _shape(context: click.Context, option: click.Parameter, text: str | None) ->
 facts_options = options(
     click.option(
         "--prediction",
-        help="What a raw network in a file predicts: epsilon, v, x0, flow, edm, cm, vp, ve, iddpm, denoised or consistency.",
+        help="What a raw network in a file predicts: epsilon, v, x0, flow, edm, cm, vp, ve, iddpm, score, denoised or "
+        "consistency.",
         show_default="none: the file holds a denoiser",
     ),
     click.option(
@@ -37,6 +38,24 @@ facts_options = options(
     ),
     click.option("--shape", callback=_shape, help="Of one sample, e.g. 3x32x32.", show_default="the file's"),
     click.option("--label-dim", type=click.IntRange(min=0), help="Number of classes.", show_default="the file's"),
+    click.option(
+        "--steps",
+        type=click.Choice(["integer"]),
+        help="Of a raw network that looks its step up in a table: it is told the nearest.",
+        show_default="fractions",
+    ),
+    click.option(
+        "--labels",
+        type=click.Choice(["rows", "index", "float", "vector"]),
+        help="What a raw network is told of classes: one-hot rows or an index; or it is told numbers.",
+        show_default="what it takes",
+    ),
+    click.option(
+        "--null-class",
+        type=click.IntRange(min=0),
+        help="The class that means none to a raw network, for guidance.",
+        show_default="none",
+    ),
 )
 no_verify = click.option(
     "--no-verify",
@@ -75,10 +94,11 @@ def opened(model: str, weights: str | None, *, verify: bool, **told: Any) -> tup
         return model, weights
     if told["prediction"] is not None:
         return _wrapped(model, weights, verify, **told), None
-    if told["betas"] is not None:
-        raise click.UsageError(
-            "--betas are of a raw network; pass what it predicts as --prediction too, or leave them out"
-        )
+    for name in ("betas", "steps", "labels", "null_class"):
+        if told[name] is not None:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is of a raw network; pass what it predicts as --prediction too, or leave it out"
+            )
     if not os.path.exists(model):
         raise click.UsageError(
             f"--shape and --label-dim are for a network in a file that does not say them, got the model {model}; leave them out"

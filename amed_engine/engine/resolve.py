@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import amed_engine.zoo as zoo
 from amed_engine.adapters import Signature, is_package, load_compiled, load_onnx
+from amed_engine.adapters.compiled import check_size
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known, is_raw
@@ -70,7 +71,7 @@ def resolve(
     count = _label_dim(label_dim, own_labels)
     return Model(
         network=network,
-        shape=_sample_shape(shape, _image_shape(network), int(said(network, "channel_axis", 0))),
+        shape=check_size(network, _sample_shape(shape, _image_shape(network), int(said(network, "channel_axis", 0)))),
         label_dim=count,
         label_kind=_label_kind(network, count),
         sigma_min=_sigma("sigma_min", sigma_min, said(network, "sigma_min", 0.002)),

@@ -109,6 +109,7 @@ class Sampler:
         pairing = pair(self.model, predictor, request, verify=verify, autocast=autocast)
         announce(self.model, predictor, request, pairing)
         plan, chosen, fallback = pairing
+        self._unseen = verify and self.model.shape is None  # then the first latents tell it
         if verify:
             verify_model(self.model, plan)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
@@ -177,6 +178,9 @@ class Sampler:
         )
         _check_shape(program, request.latents)
         _check_out(out, request.latents)
+        if self._unseen:
+            self._unseen = False
+            verify_model(replace(self.model, shape=tuple(request.latents.shape[1:])), plan)
         drawn = self._runner.run(program, request, guidance_scale, make_observer(callback, progress, plan))
         images = drawn.images if out is None else out.copy_(drawn.images)
         images = delivered(images, output_type, like=batch)

@@ -172,7 +172,10 @@ def test_guidance_needs_the_class_that_means_none():
         amed_engine.Sampler(wrapped(network, label_dim=10), solver="euler", nfe=2).run(2, 3, guidance_scale=2.0)
     guided = amed_engine.Sampler(wrapped(network, label_dim=10, null_class=10), solver="euler", nfe=2)
     assert guided.run(2, 3, guidance_scale=2.0).images.isfinite().all()
-    small = amed_engine.Sampler(wrapped(Embedded(0, 10), label_dim=10, null_class=10), solver="euler", nfe=2)
+    with pytest.raises(ConfigError, match="no such row"):
+        wrapped(Embedded(0, 10), label_dim=10, null_class=10)
+    unseen = wrapped(Embedded(0, 10), label_dim=10, null_class=10, verify=False)
+    small = amed_engine.Sampler(unseen, solver="euler", nfe=2)
     with pytest.raises(ConfigError, match="no such row"):
         small.run(2, 3, guidance_scale=2.0)
 
@@ -221,7 +224,7 @@ class Rows(nn.Module):
     ("options", "told"),
     [
         ({"label_dim": 9}, r"one-hot rows float32 \(8, 9\) among it: check shape, label_dim"),
-        ({"label_dim": 10, "null_class": 10}, r"an index int64 \(8,\): labels=.rows. tells"),
+        ({"label_dim": 10, "null_class": 10}, r"an index int64 \(2,\): labels=.rows. tells"),
         ({"label_dim": 10, "labels": "index"}, 'labels="rows" tells it one-hot rows'),
     ],
 )
@@ -306,3 +309,20 @@ def test_options_of_another_prediction_are_refused():
         wrapped(plain, levels=LEVELS)
     with pytest.raises(ConfigError, match="which says all"):
         wrap(plain, IndexedScore(LEVELS), levels=LEVELS)
+
+
+@pytest.mark.parametrize("told", [{"label_dim": 4, "null_class": 4}, {"label_dim": 5, "labels": "index"}])
+def test_a_table_of_fewer_classes_than_are_told_is_refused_by_wrap(told):
+    """Its last class and the one that means none are asked for, before any sampling."""
+
+    class Four(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(1, 1, 1), nn.Embedding(4, 1)
+
+        def forward(self, x, t, y):
+            return self.conv(x) + self.table(y)[:, :, None, None]
+
+    with pytest.raises(ConfigError, match=r"no such row .*check label_dim and null_class"):
+        amed_engine.wrap(Four(), "epsilon", shape=(1, 8, 8), **told)
+    amed_engine.wrap(Four(), "epsilon", shape=(1, 8, 8), label_dim=3, null_class=3)

@@ -362,6 +362,18 @@ def test_a_shape_that_the_sampler_knows_first_is_looked_at_then(caplog):
     assert "keep 100% of the noise" in caplog.text
 
 
+def test_a_shape_that_the_first_latents_tell_is_looked_at_then(caplog):
+    network, latents = Noise(), torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    sampler = amed_engine.Sampler(network, solver="euler", nfe=2)
+    assert network.rows == 0
+    sampler.run(latents)
+    assert network.rows == 16 + 4
+    assert "Noise taken as a denoiser" in caplog.text
+    sampler.run(latents)
+    assert network.rows == 16 + 8
+    assert len([text for text in caplog.messages if "taken as a denoiser" in text]) == 1
+
+
 # ---- what cannot be sampled, and what is left alone
 
 

@@ -119,6 +119,17 @@ def test_dynamic_sizes_need_a_shape(tmp_path):
     assert amed_engine.Sampler(denoiser, solver="euler", nfe=2).run(2).images.shape == (2, 3, 4, 6)
 
 
+def test_a_shape_of_another_size_than_the_files_is_refused(tmp_path):
+    """Before sampling, by `wrap` and by `Sampler`; a size that the file leaves open is the caller's."""
+    told = r"the file's samples are \(3, 8, 8\), got shape=\(3, 16, 16\)"
+    with pytest.raises(ConfigError, match=told):
+        wrap(opened(tmp_path, {"sample": SAMPLE, "timestep": STEP}), "epsilon", shape=(3, 16, 16))
+    denoiser = opened(tmp_path, {"x": SAMPLE, "sigma": ("float32", ("B",))})
+    with pytest.raises(ConfigError, match=told):
+        amed_engine.Sampler(denoiser, shape=(3, 16, 16))
+    assert amed_engine.Sampler(denoiser, shape=(3, 8, 8), verify=False).model.shape == (3, 8, 8)
+
+
 # ---- labels
 
 
@@ -351,7 +362,9 @@ def test_what_the_graph_refuses_is_told_with_its_inputs(tmp_path):
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "net.onnx"
     )
-    denoiser = wrap(load_onnx(tmp_path / "net.onnx"), "denoised", label_dim=9)
+    with pytest.raises(ConfigError, match="indices element out of data bounds"):
+        wrap(load_onnx(tmp_path / "net.onnx"), "denoised", label_dim=9)
+    denoiser = wrap(load_onnx(tmp_path / "net.onnx"), "denoised", label_dim=9, verify=False)
     torch.testing.assert_close(denoiser(X, SIGMA, torch.tensor([3, 0, 1])).x0[0], X[0] + 3)
     with pytest.raises(ConfigError, match=r"does not run on x \(3, 3, 8, 8\), y \(3,\): .*out of data bounds"):
         denoiser(X, SIGMA, torch.tensor([3, 8, 1]))

@@ -167,7 +167,8 @@ REFUSED = {
         ("sample", "--model", "{tmp}/raw.pt2", "--shape", "1x8x8", "--out", "a.png"),
         "the model takes 3 channels",
     ),
-    "betas of a denoiser": (("sample", "--betas", "linear", "--out", "a.png"), "--betas are of a raw network"),
+    "betas of a denoiser": (("sample", "--betas", "linear", "--out", "a.png"), "--betas is of a raw network"),
+    "no class of a denoiser": (("sample", "--null-class", "3", "--out", "a.png"), "--null-class is of a raw network"),
     "betas of a flow": (
         ("sample", "--model", "{tmp}/raw.pt", "--prediction", "flow", "--betas", "linear", "--out", "a.png"),
         "betas are for epsilon, v, x0",
@@ -212,3 +213,31 @@ def test_what_means_nothing_is_refused(case, amed, files):
     code, _, err = amed(*(arg.format(tmp=files) for arg in args))
     assert code == 2
     assert re.search(rf"amed: error: .*{re.escape(message)}", err)
+
+
+class Tables(nn.Module):
+    """A network that looks its step and its class up: 1000 steps, three classes and one that means none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.steps, self.classes = nn.Conv2d(3, 3, 1), nn.Embedding(1000, 3), nn.Embedding(4, 3)
+
+    def forward(self, x, step, y):
+        return self.conv(x) + (self.steps(step) + self.classes(y))[:, :, None, None]
+
+
+def test_a_raw_network_with_tables_is_guided(amed, tmp_path):
+    """--steps, --labels and --null-class are what `wrap` takes."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Tables(), (X, torch.tensor([1, 2]), torch.tensor([0, 1]))).save(str(tmp_path / "tables.pt"))
+    where = ("--model", tmp_path / "tables.pt", *WRAPPED, "--device", "cpu", "--steps", "integer", "--label-dim", 3)
+    told = (*where, "--labels", "index", "--null-class", 3, "--class", 2, "--guidance", 2)
+    options = ("--solver", "ipndm", "--nfe", 3, "--seeds", "0-1", "--out", tmp_path / "a.png")
+    code, _, err = amed("sample", *told, *options)
+    assert code == 0, err
+    known = {"label_dim": 3, "labels": "index", "null_class": 3, "steps": "integer"}
+    denoiser = wrap(Tables(), "epsilon", betas="scaled_linear", shape=(3, 8, 8), **known)
+    expected = drawn(denoiser, tmp_path / "b.png", class_labels=2, guidance_scale=2.0)
+    assert numpy.array_equal(numpy.asarray(Image.open(tmp_path / "a.png")), expected)

@@ -88,7 +88,8 @@ class OnnxModel(Compiled):
         if self.whole_times or time.name.lower() in STEPS or answer.lower() in RAW:
             raise ConfigError(
                 f"the ONNX model is told {describe([time])} and returns {answer!r}: a raw network, no denoiser (x, sigma) "
-                '-> D; pass wrap(load_onnx(path), prediction), prediction="epsilon", say, or "denoised" where it is one'
+                '-> D; pass wrap(load_onnx(path), prediction), prediction="epsilon", say, or "denoised" where it is one '
+                "(--prediction on the command line)"
             )
 
 

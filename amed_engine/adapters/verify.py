@@ -170,7 +170,11 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     if family.name == "cm" and found.is_sample:
         adapter.beware = found.text
     else:
-        logger.warning("%s wrapped as %r: %s; verify=False skips this look", *_named(adapter, family.name), found.text)
+        logger.warning(
+            "%s wrapped as %r: %s; verify=False (--no-verify) skips this look",
+            *_named(adapter, family.name),
+            found.text,
+        )
         adapter.notes["beware"] = found.text
     return adapter
 

@@ -58,7 +58,8 @@ def resolve(
         )
     if is_raw(network):
         raise ConfigError(
-            f"{type(bare(network)).__name__} is a raw network, no denoiser: amed_engine.wrap(network, prediction=...) makes one"
+            f"{type(bare(network)).__name__} is a raw network, no denoiser: amed_engine.wrap(network, prediction=...) makes "
+            "one, --prediction on the command line"
         )
     if (module := module_of(network)) is not None:
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes

@@ -61,5 +61,7 @@ def _look(model: Model, module: nn.Module, plan: Plan) -> None:
     known = said(model.network, "consistency", False) or plan.solver == "consistency"
     if found is not None and not (found.is_sample and known):
         logger.warning(
-            "%s taken as a denoiser: %s; verify=False skips this look", type(bare(module)).__name__, found.text
+            "%s taken as a denoiser: %s; verify=False (--no-verify) skips this look",
+            type(bare(module)).__name__,
+            found.text,
         )

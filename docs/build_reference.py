@@ -8,6 +8,7 @@ cannot be imported: it is left out, and named together with the line that instal
 """
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -80,8 +81,16 @@ def resolves(name: str) -> bool:
     except AmedError:  # a module whose library is not installed
         return True
     except (ImportError, AttributeError):
-        return False
+        # resolve_name takes a module whose library is not installed for one that is not there.
+        return _is_module(name)
     return True
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def write(pages: dict[str, doc.Module], out: Path) -> None:

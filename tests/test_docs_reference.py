@@ -33,12 +33,17 @@ require("no_such_library", "litserve")
 """
 
 
-@pytest.fixture
-def build(tmp_path, monkeypatch):
-    """Runs the script on a package of these modules, name -> source: (exit code, its pages)."""
+def load_script():
     spec = importlib.util.spec_from_file_location("build_reference", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Runs the script on a package of these modules, name -> source: (exit code, its pages)."""
+    script = load_script()
 
     def run(**sources: str) -> tuple[int, set[str]]:
         for name, source in {"__init__": '"""A package."""\n__all__ = []', **sources}.items():
@@ -74,6 +79,13 @@ def test_a_warning_fails(build, capsys, before, after, warning):
     code, _ = build(module=SOUND.replace(before, after))
     assert code == 1
     assert warning in capsys.readouterr().err
+
+
+def test_a_module_without_its_library_may_be_named_in_a_docstring():
+    """pkgutil.resolve_name takes what cannot be imported for what is not there."""
+    script = load_script()
+    assert script.resolves("amed_engine.integrations.comfyui.pack")  # needs ComfyUI
+    assert not script.resolves("amed_engine.integrations.comfyui.packs")
 
 
 def test_a_module_without_its_library_is_left_out_and_named(build, capsys):

@@ -168,8 +168,8 @@ class Batches:
         if self.model.continuous:
             raise ConfigError(
                 f"conditions are missing: this model is told {self.model.numbers} per sample, and of which range is not "
-                f"known; pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), on the command "
-                "line --class"
+                f"known; pass conditions=[...], for each batch a tensor ({self.batch}, {self.model.label_dim}), or "
+                "`amed fit --class`"
             )
         return torch.randint(self.model.label_dim, (batch,), generator=self.generator, device="cpu")
 

@@ -66,7 +66,7 @@ def test_training_commands_take_them_in_turn(amed, model, tmp_path):
     fit = ("fit", *where, "--starts", 1, "--early", 1, "--late", 1, "--out", tmp_path / "f.safetensors")
     code, _, err = amed(*fit)
     assert code != 0
-    assert "command line --class" in err
+    assert "`amed fit --class`" in err
     assert amed(*fit, "--class", "0.1,50,0.9")[0] == 0
     predictor = amed_engine.load_predictor(tmp_path / "f.safetensors")
     assert amed_engine.Sampler(model, predictor).run([1, 2], [0.1, 50]).images.isfinite().all()

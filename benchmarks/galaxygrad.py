@@ -15,10 +15,7 @@ sigma² = e^t - 1 and x = sqrt(1 + sigma²) y that is
 
 from __future__ import annotations
 
-import hashlib
 import io
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -28,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+import wheels
 from torch import Tensor, nn
 
 PACKAGE = "galaxygrad==0.1.9"
@@ -106,14 +104,8 @@ class Denoiser(nn.Module):
 
 
 def download(folder: Path) -> Path:
-    """The wheel in this folder, downloaded by pip where it is not there yet. Raises ValueError where its bytes differ."""
-    wheel = folder / WHEEL
-    if not wheel.is_file():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        subprocess.run(pip, check=True)
-    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
-        raise ValueError(f"{wheel} has SHA-256 {found}, expected {SHA256}: another file; delete it and run again")
-    return wheel
+    """The wheel in this folder; see `wheels.download`."""
+    return wheels.download(folder, PACKAGE, WHEEL, SHA256)
 
 
 def load(wheel: Path, name: str) -> Denoiser:

@@ -15,9 +15,7 @@ and is a consistency function only near it: from levels below 20 it leaves noise
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -26,6 +24,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+import wheels
 from torch import Tensor
 
 from amed_engine import Sampler, wrap
@@ -43,14 +42,8 @@ SAME = 1e-5  # metres
 
 
 def download(folder: Path) -> Path:
-    """The wheel in this folder, downloaded by pip where it is not there yet. Raises ValueError where its bytes differ."""
-    wheel = folder / WHEEL
-    if not wheel.is_file():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        subprocess.run(pip, check=True)
-    if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
-        raise ValueError(f"{wheel} has SHA-256 {found}, expected {SHA256}: another file; delete it and run again")
-    return wheel
+    """The wheel in this folder; see `wheels.download`."""
+    return wheels.download(folder, PACKAGE, WHEEL, SHA256)
 
 
 def network(wheel: Path) -> Path:

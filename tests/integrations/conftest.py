@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import comfy_standin
 import pytest
 import torch
 from comfyui_client import Server
@@ -26,6 +27,15 @@ def make_predictor(plan, scale: float = 4.0) -> AMEDPredictor:
                 parameter.mul_(scale)
     predictor.plan = plan
     return predictor.eval()
+
+
+@pytest.fixture
+def comfy(monkeypatch, tmp_path):
+    """ComfyUI's modules, and its models folder."""
+    (tmp_path / "amed").mkdir()
+    for name, module in comfy_standin.modules(tmp_path).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return tmp_path
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ The real servers are in test_comfyui_server.py.
 import copy
 import inspect
 import math
-import sys
 from dataclasses import replace
 
-import comfy_standin
 import pytest
 import torch
 from comfy_standin import CONST, EPS, GUIDANCE, UNCOND, CFGGuider, DualCFGGuider, ImageToImage, Loud, ModelPatcher
@@ -20,15 +18,6 @@ from amed_engine.integrations.comfyui import NODE_CLASS_MAPPINGS
 from amed_engine.integrations.comfyui.webui import sampler_entry, schedule
 from amed_engine.sampling.denoiser import Denoised
 from amed_engine.sampling.predictors import CoefficientPredictor, ConstantPredictor
-
-
-@pytest.fixture
-def comfy(monkeypatch, tmp_path):
-    """ComfyUI's modules, and its models folder."""
-    (tmp_path / "amed").mkdir()
-    for name, module in comfy_standin.modules(tmp_path).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return tmp_path
 
 
 @pytest.fixture

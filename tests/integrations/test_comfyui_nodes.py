@@ -4,7 +4,6 @@ import inspect
 import sys
 from dataclasses import replace
 
-import comfy_standin
 import pytest
 import torch
 from comfy_standin import CONST, EPS, GUIDANCE, CFGGuider, ModelPatcher, ModelSamplingDiscrete
@@ -16,14 +15,6 @@ from amed_engine.integrations.comfyui.constants import read
 from amed_engine.integrations.comfyui.features import ConditionalFeatures
 from amed_engine.integrations.comfyui.training_free import register
 from amed_engine.sampling.predictors import ConstantPredictor
-
-
-@pytest.fixture
-def comfy(monkeypatch, tmp_path):
-    (tmp_path / "amed").mkdir()
-    for name, module in comfy_standin.modules(tmp_path).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return tmp_path
 
 
 def node(name, *arguments, **named):

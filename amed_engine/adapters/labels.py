@@ -14,8 +14,9 @@ from torch import Tensor
 from amed_engine.adapters.conditions import class_index
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import is_tracing, one_hot
+from amed_engine.sampling.kept import CONTINUOUS
 
-CLASSES, CONTINUOUS = ("rows", "index"), ("float", "vector")
+CLASSES = ("rows", "index")
 KINDS = (*CLASSES, *CONTINUOUS)
 
 

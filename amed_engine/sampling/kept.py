@@ -16,7 +16,7 @@ BUFFER = "amed_facts"
 LEVELS = ("sigma_min", "sigma_max")
 SIZES = ("sample_shape", "bottleneck_size")
 NAMES = (*SIZES, "channel_axis", "label_dim", "label_kind", "can_guide", "consistency", *LEVELS)
-NUMBERS = ("float", "vector")  # kinds of labels that are no classes; these are rows in files
+CONTINUOUS = ("float", "vector")  # kinds of labels that are no classes; these are rows in files
 
 _read: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -36,7 +36,7 @@ def facts_in(denoiser: Any) -> dict[str, Any]:
     told: dict[str, Any] = {name: getattr(denoiser, name, None) for name in NAMES}
     levels = {name: float(told[name]) for name in LEVELS if told[name] is not None}
     sizes = {name: told[name] and list(told[name]) for name in SIZES}
-    kind = told["label_kind"] if told["label_kind"] in NUMBERS else None
+    kind = told["label_kind"] if told["label_kind"] in CONTINUOUS else None
     known = {**told, **sizes, "label_kind": kind, **dict.fromkeys(LEVELS)}
     known["consistency"] = told["consistency"] or None  # said of one-step generators alone
     known |= {name: level for name, level in levels.items() if 0 < level < math.inf}
@@ -71,7 +71,7 @@ def _is_fact(name: str, value: Any) -> bool:
     if name in ("can_guide", "consistency"):
         return isinstance(value, bool)
     if name == "label_kind":
-        return value in NUMBERS
+        return value in CONTINUOUS
     if name in ("label_dim", "channel_axis"):
         return type(value) is int and value >= 0
     if name in LEVELS:

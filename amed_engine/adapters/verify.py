@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -110,15 +111,24 @@ def _noise_fix(name: str) -> str:
 
 
 @torch.no_grad()
-def looked_at(network: Any, asked: look.Asked, name: str = "denoised", *, guessed: bool = False) -> Verdict | None:
+def looked_at(
+    network: Any,
+    asked: look.Asked,
+    name: str = "denoised",
+    *,
+    guessed: bool = False,
+    first: Callable[[], None] | None = None,
+) -> Verdict | None:
     """The verdict on a denoiser round a network, in evaluation mode and left in its own.
 
-    guessed: it was told numbers that may be none of its own, so what it refuses then is no fault of it. None too for a network
-    that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of its own, will tell. Raises
-    ConfigError.
+    guessed: it was told numbers that may be none of its own, so what it refuses then is no fault of it. first: asked before.
+    None too for a network that raises, as one of a fixed batch does, and without memory for a look: sampling, in batches of
+    its own, will tell. Raises ConfigError.
     """
     try:
         with modes_kept(module_of(network)), _left_alone(asked.device), _eager(network):
+            if first is not None:
+                first()
             found = verdict(look.figures_of(asked), name)
             return found._replace(text=f"told {GUESS:g}, {found.text}") if found and guessed else found
     except Exception as error:
@@ -156,13 +166,13 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     family, device = adapter.family, device_of(adapter.network)
     low, high = ends(adapter.sigma_min, adapter.sigma_max)
     ask = of_class_0(lambda *inputs: adapter(*inputs).x0, adapter.label_dim, continuous=continuous)
-    if adapter.label_kind == "index" and not adapter.conditions.count:
-        ask = _after(_last_classes(adapter), ask)
     middle = min(BETAS_TELL, high / 4) if isinstance(family, DiscreteSteps) else None
     asked = look.Asked(
         ask, shape, low, high, device, lambda sigma: family(sigma).skip, getattr(family, "nearest", float), middle
     )
-    found = looked_at(adapter.network, asked, family.name, guessed=continuous)
+    table = adapter.label_kind == "index" and not adapter.conditions.count
+    first = partial(_ask_last_classes, adapter, asked) if table else None
+    found = looked_at(adapter.network, asked, family.name, guessed=continuous, first=first)
     if found is None or (family.consistency and found.is_sample):
         return adapter
     if family.name == "v" and found.kind == "opposes" and found.level == high and not continuous:
@@ -179,23 +189,12 @@ def verify_adapter(adapter: Adapter, shape: tuple[int, ...] | None = None) -> Ad
     return adapter
 
 
-def _last_classes(adapter: Adapter) -> Callable[[Tensor, Tensor], Any]:
-    """Asks of the last class and, where it may be said, of none: a table without their rows raises."""
-
-    def ask(x: Tensor, sigma: Tensor) -> Any:
-        rows = x.new_zeros(2, adapter.label_dim)
-        rows[0 if adapter.can_guide else slice(None), -1] = 1
-        return adapter(x[:2], sigma[:2], rows)
-
-    return ask
-
-
-def _after(first: Callable[[Tensor, Tensor], Any], then: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    def ask(x: Tensor, sigma: Tensor) -> Tensor:
-        first(x, sigma)
-        return then(x, sigma)
-
-    return ask
+def _ask_last_classes(adapter: Adapter, asked: look.Asked) -> None:
+    """Of the last class and, where it may be said, of none: a table without their rows raises."""
+    x = torch.zeros((2, *asked.shape), dtype=torch.float32, device=asked.device)
+    rows = x.new_zeros(2, adapter.label_dim)
+    rows[0 if adapter.can_guide else slice(None), -1] = 1
+    adapter(x, x.new_full((2,), asked.sigma_max), rows)
 
 
 def _named(adapter: Adapter, name: str) -> tuple[str, str]:

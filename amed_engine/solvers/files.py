@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from amed_engine.errors import FileFormatError
+from amed_engine.solvers.temporary import Temporary
 
 MAX_BYTES = 8 << 20  # of a file of settings, a mean answer among them
 
@@ -22,31 +21,10 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
 
     The mode is what the umask says. Raises OSError as the operating system gives it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    """The process's umask, read where that needs no change to it (os.umask would race with other threads)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    with Temporary(path) as temporary:
+        temporary.path.write_bytes(data)
+        temporary.flush()
+        temporary.publish()
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:

@@ -113,6 +113,12 @@ class Rows:
         return cls(np.array(samples.seeds, np.int64), samples.labels, samples.digests)
 
     @classmethod
+    def listed(cls, seeds: list[int], labels: list, hashes: list[str]) -> Rows:
+        """Of what texts say, one entry a sample. Raises ValueError."""
+        digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+        return cls(np.array(seeds, np.int64), _listed(labels), digests)
+
+    @classmethod
     def join(cls, parts: list[Rows]) -> Rows:
         labels = [part.labels for part in parts if part.labels is not None]
         return cls(
@@ -141,6 +147,15 @@ class Rows:
             parts = [np.ascontiguousarray(column[start : start + 4096]) for column in columns]
             found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1))
         return found.hexdigest()
+
+
+def _listed(labels: list) -> np.ndarray | None:
+    kinds = {type(label) for label in labels}
+    if kinds <= {type(None)}:
+        return None
+    if kinds not in ({int}, {list}):
+        raise FileFormatError("its labels are of several kinds")
+    return np.array(labels, np.int64 if kinds == {int} else np.float32)
 
 
 class Writer:

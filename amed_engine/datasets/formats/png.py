@@ -87,7 +87,7 @@ def _short(plan: Any) -> str | None:
 class PngShard(Shard):
     def __init__(self, path: Path):
         with (path / ABOUT).open("rb") as file:
-            self.header, self.checksum = Header.parse(file.read(2 * MAX_BYTES + 1))
+            self.header, self.checksum = Header.sealed(file.read(2 * MAX_BYTES + 1))
         if self.header.dtype != "uint8":
             raise FileFormatError(f"{ABOUT} says samples of {self.header.dtype}")
         self._description = _digest(self.header)

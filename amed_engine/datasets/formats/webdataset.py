@@ -86,7 +86,7 @@ class WebDatasetShard(Shard):
                 rows.append(self._row(key, group))
         if text is None:
             raise FileFormatError(f"it has no member {ABOUT}")
-        self.header, self.checksum = Header.parse(text)
+        self.header, self.checksum = Header.sealed(text)
         self.rows = Rows.listed(*map(list, zip(*rows, strict=True)))
 
     def _row(self, key: str, group: Iterable[Member]) -> tuple[int, Any, str]:

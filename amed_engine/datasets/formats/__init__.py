@@ -8,7 +8,8 @@ from amed_engine.datasets.formats.npz import NPZ
 from amed_engine.datasets.formats.parquet import PARQUET
 from amed_engine.datasets.formats.png import PNG
 from amed_engine.datasets.formats.webdataset import WEBDATASET
+from amed_engine.datasets.formats.zarr import ZARR
 
-FORMATS: dict[str, Format] = {format.name: format for format in (PNG, NPZ, WEBDATASET, PARQUET, ARROW)}
+FORMATS: dict[str, Format] = {format.name: format for format in (PNG, NPZ, WEBDATASET, PARQUET, ARROW, ZARR)}
 
 __all__ = ["FORMATS", "Format"]

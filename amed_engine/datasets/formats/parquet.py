@@ -29,6 +29,7 @@ class ParquetWriter(Writer):
         super().__init__(header)
         self._library = require("pyarrow.parquet", "datasets", "the format parquet")
         self._file = path.open("wb")
+        self._writer: Any = None
 
     def _start(self) -> None:
         self._schema = tables.schema(self.header)
@@ -43,6 +44,8 @@ class ParquetWriter(Writer):
         self._file.close()
 
     def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.is_open = False  # nothing more is to be written
         self._file.close()
 
 

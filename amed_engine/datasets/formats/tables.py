@@ -1,11 +1,11 @@
 """Samples as a table of pyarrow, the same in Parquet and Arrow files.
 
-    seed    int64
-    name    string, 000042
-    image   struct {bytes: a PNG file, path: 000042.png}, which Hugging Face's datasets show as a picture
-    array   in its place for floats, a list of as many as a sample has, in C order; the description says the shape
-    label   int64, a class; or a list of float32
-    sha256  string, of the sample's bytes
+seed    int64
+name    string, 000042
+image   struct {bytes: a PNG file, path: 000042.png}, which Hugging Face's datasets show as a picture
+array   in its place for floats, a list of as many as a sample has, in C order; the description says the shape
+label   int64, a class; or a list of float32
+sha256  string, of the sample's bytes
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def arrays(batch: Any, header: Header) -> np.ndarray:
 
 
 def check(batch: Any) -> Any:
-    """The record batch: its buffers hold what its lengths say, and nothing is missing. Raises FileFormatError and ArrowInvalid."""
+    """The record batch: its buffers hold what its lengths say, and nothing is missing. Raises ValueError."""
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise FileFormatError("values are missing")

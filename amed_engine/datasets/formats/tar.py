@@ -29,7 +29,7 @@ def head(name: str, size: int) -> bytes:
 
 
 class Tar:
-    """The part of a `tarfile.TarFile` that is written to: that one needs six times as long for a header and keeps all of them."""
+    """The part of a `tarfile.TarFile` that is written to; that one takes six times as long for a header, and keeps them all."""
 
     def __init__(self, file: IO[bytes]):
         self._file, self._length = file, 0

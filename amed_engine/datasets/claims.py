@@ -7,7 +7,6 @@ left is. Nothing but double work hangs on claims: shards are the same bytes whoe
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -58,8 +57,7 @@ class Claims:
             temporary = Temporary(path)
         try:
             temporary.path.write_text(json.dumps({"system": SYSTEM, "host": socket.gethostname(), "pid": os.getpid()}))
-            _link(temporary.path, path)
-            temporary.path.unlink(missing_ok=True)
+            temporary.claim()
         except FileExistsError:
             temporary.discard()
             return None
@@ -84,18 +82,6 @@ class Claims:
             sweep(self.folder)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
-
-
-def _link(made: Path, path: Path) -> None:
-    """Give a locked file its name where nothing has it. Raises FileExistsError."""
-    try:
-        os.link(made, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        if path.exists():  # no links here: two may come through, and draw the same bytes twice
-            raise FileExistsError(errno.EEXIST, "claimed", str(path)) from error
-        os.rename(made, path)
 
 
 def _removed(path: Path) -> bool:

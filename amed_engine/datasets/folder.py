@@ -25,8 +25,7 @@ def open_folder(folder: Path, job: Job, where: Mapping[str, Any]) -> dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / NAME).exists():
         _check_free(folder)
-        if save_manifest(folder, job, where):
-            _begin(folder, job)
+        save_manifest(folder, job, where)
     theirs, first = load_manifest(folder)
     if (found := difference(theirs, job)) is not None:
         raise ConfigError(
@@ -35,11 +34,6 @@ def open_folder(folder: Path, job: Job, where: Mapping[str, Any]) -> dict[str, A
     sweep(folder)
     Claims(folder).tidy()
     return first
-
-
-def _begin(folder: Path, job: Job) -> None:
-    """What a format keeps beside its shards."""
-    job.kind.begin(folder)
 
 
 def _check_free(folder: Path) -> None:
@@ -58,7 +52,7 @@ def overwrite_folder(folder: Path) -> None:
     """
     if not (folder / NAME).exists():
         return
-    job, _ = load_manifest(folder)
+    load_manifest(folder)
     if held := Claims(folder).held():
         shard, holder = next(iter(held.items()))
         raise ConfigError(
@@ -73,7 +67,6 @@ def overwrite_folder(folder: Path) -> None:
         delete(folder, entry)
     sweep(folder)
     Claims(folder).tidy()
-    job.kind.end(folder)
     ledger.path.unlink(missing_ok=True)
     (folder / NAME).unlink()
 

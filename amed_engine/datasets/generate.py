@@ -163,7 +163,7 @@ def make_job(
     size = fitting_batch(min(shard, len(seeds))) if batch is None else batch
     told = {"source": source.identity, "stored": source.stored, "shape": source.shape, "labels": labels_told(labels)}
     job = Job(seeds=seeds, format=format, shard=shard, batch=size, threads=threads, **told)
-    job.kind.check(source.stored, source.shape)
+    job.kind.check(source.shape, source.stored)
     return job, labels
 
 

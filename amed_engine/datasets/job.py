@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from amed_engine.checkpoints.native import versions
 from amed_engine.datasets.formats import FORMATS, Format
 from amed_engine.datasets.seeds import Seeds
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.solvers.files import read_json
+from amed_engine.solvers.files import MAX_BYTES, read_json
 from amed_engine.solvers.temporary import Temporary
 
 NAME, VERSION = "manifest.json", 1
@@ -77,7 +77,7 @@ class Job:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What travels in every shard."""
-        return {"amed_dataset": VERSION, "source": self.source, "stored": self.stored, "batch": self.batch}
+        return {"amed_dataset": VERSION, **self.source, "batch": self.batch, "threads": self.threads}
 
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -113,27 +113,30 @@ def place(device: str) -> dict[str, Any]:
     return {"device": device, "versions": {**versions(), "numpy": np.__version__}}
 
 
-def save_manifest(folder: Path, job: Job, where: Mapping[str, Any]) -> bool:
-    """Whether this call wrote it: of several at once one does."""
-    path = folder / NAME
-    with Temporary(path) as made:
-        made.path.write_text(json.dumps({**job.to_json(), **where}, indent=2, allow_nan=False) + "\n")
+def save_manifest(folder: Path, job: Job, where: Mapping[str, Any]) -> None:
+    """Of several that do so at once one is the first, and stays. Raises ConfigError for more than a manifest may have."""
+    told = {**job.to_json(), **where}
+    data = (json.dumps({**told, "sha256": _digest(told)}, indent=2, allow_nan=False) + "\n").encode()
+    if len(data) > MAX_BYTES:
+        raise ConfigError(
+            f"the manifest would have {len(data)} bytes, more than {MAX_BYTES}: {len(job.seeds)} seeds are too many to be "
+            "named one by one; name ranges, e.g. 0-49999"
+        )
+    with Temporary(folder / NAME) as made:
+        made.path.write_bytes(data)
         made.flush()
-        try:
-            os.link(made.path, path)
-        except FileExistsError:
-            return False
-        except OSError:  # no links on this file system
-            if path.exists():
-                return False
-            made.publish()
-    return True
+        with contextlib.suppress(FileExistsError):
+            made.claim()
 
 
 def load_manifest(folder: Path) -> tuple[Job, dict[str, Any]]:
     """The job of a dataset's folder, and where it was first drawn. Raises FileFormatError."""
 
     def made(data: Any) -> tuple[Job, dict[str, Any]]:
+        told = {name: data[name] for name in data if name != "sha256"} if isinstance(data, dict) else {}
+        if not told or data.get("sha256") != _digest(told):
+            raise ValueError("it is not what was written: its sha256 is another")
+        data = told
         job = Job.from_json(data)
         return job, {name: data[name] for name in PLACE}
 
@@ -141,6 +144,10 @@ def load_manifest(folder: Path) -> tuple[Job, dict[str, Any]]:
     if not path.exists():
         raise FileFormatError(f"{folder} is no dataset: it has no {NAME}; pass a folder that `amed generate` wrote")
     return read_json(path, made, "dataset's manifest", "restore it, or draw into another folder")
+
+
+def _digest(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def difference(theirs: Job, ours: Job) -> str | None:

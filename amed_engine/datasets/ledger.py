@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Entry:
     files: dict[str, int] | None = field(default=None)
 
     def __post_init__(self) -> None:
+        if not (self.files is None or isinstance(self.files, dict)):
+            raise ValueError("files must be an object of names and sizes")
         match = SHARD.fullmatch(self.name) if isinstance(self.name, str) else None
         numbers = (self.shard, self.samples, self.size, *(self.files or {}).values())
         if (
@@ -92,9 +95,12 @@ class Ledger:
 
     def _take(self, line: bytes) -> None:
         try:
-            entry = Entry(**parse_json(line.decode()))
-        except (ValueError, TypeError, RecursionError) as error:
-            if b"\0" in line or not line.rstrip().endswith(b"}"):  # cut short by a kill, ended by the next writer
+            fields = parse_json(line.decode())
+            if fields.pop("crc32", None) != _sum(fields):
+                raise ValueError("it is not what was written")
+            entry = Entry(**fields)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            if not line.rstrip().endswith(b"}"):  # cut short by a kill, ended by the next writer
                 return
             raise FileFormatError(
                 f"{self.path} holds a line that is no shard: {error}; restore it, or draw into another folder"
@@ -104,7 +110,7 @@ class Ledger:
     def append(self, entry: Entry) -> None:
         """On the disk when this returns."""
         fields: dict[str, Any] = {name: value for name, value in asdict(entry).items() if value is not None}
-        line = (json.dumps(fields) + "\n").encode()
+        line = (json.dumps({**fields, "crc32": _sum(fields)}) + "\n").encode()
         with open(self.path, "ab+") as file:
             lock(file.fileno(), wait=True)
             if file.tell() and not _ends_a_line(file.fileno(), file.tell()):
@@ -112,6 +118,10 @@ class Ledger:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _sum(fields: Any) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 def _ends_a_line(handle: int, size: int) -> bool:

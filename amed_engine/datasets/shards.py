@@ -141,6 +141,8 @@ class ShardWriter:
 
     def _give_up(self) -> None:
         if self._open is not None:
+            if self._open.writer is not None:
+                self._open.writer.abort()
             self._open.temporary.discard()
             self._open.claim.release()
             self._open = None

@@ -14,7 +14,7 @@ from amed_engine.datasets.drawing import Missing, rows_of, threads
 from amed_engine.datasets.job import Job, place
 from amed_engine.datasets.samples import Samples
 from amed_engine.datasets.sources import Source
-from amed_engine.errors import AmedError
+from amed_engine.errors import AmedError, FileFormatError
 
 logger = logging.getLogger("amed_engine")
 
@@ -84,9 +84,18 @@ def _compare(
 
 
 def _kept(folder: Path, job: Job, shard: int, rows: range) -> Samples:
-    start = rows.start - job.rows(shard).start
-    batches = job.kind.read(folder / job.name(shard), job.batch)
-    return next(samples for number, samples in enumerate(batches) if number == start // job.batch)
+    """The samples at these places, as the shard has them; its order may be another."""
+    wanted = job.seeds[rows.start : rows.stop]
+    found: dict[int, np.ndarray] = {}
+    for samples in job.kind.read(folder / job.name(shard), job.batch):
+        found |= {seed: array for seed, array in zip(samples.seeds, samples.arrays, strict=True) if seed in wanted}
+        if len(found) == len(wanted):
+            break
+    if lacking := [seed for seed in wanted if seed not in found]:
+        raise FileFormatError(
+            f"{folder / job.name(shard)} lacks the sample of seed {lacking[0]}; remove it, to draw it again"
+        )
+    return Samples(wanted, np.stack([found[seed] for seed in wanted]))
 
 
 def _near(kept: np.ndarray, drawn: np.ndarray) -> bool:

@@ -1,0 +1,1 @@
+"""Samples by the hundred thousand, each exactly once."""

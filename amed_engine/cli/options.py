@@ -109,7 +109,7 @@ sampler_options = options(
         help="A file that says all of these: a recipe of calibrate, search-schedule or Plan.save.",
     ),
 )
-drawing_options = options(
+condition_options = options(
     label_option,
     click.option(
         "--guidance", "guidance_scale", type=float, help="Strength of classifier-free guidance.", show_default="none"
@@ -121,10 +121,13 @@ drawing_options = options(
         help="Path of a predictor, or none to sample without.",
         show_default="the bundled one",
     ),
-    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
     click.option(
         "--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Of the sampling state."
     ),
+)
+drawing_options = options(
+    condition_options,
+    click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples computed at once."),
 )
 
 

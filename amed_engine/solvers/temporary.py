@@ -65,6 +65,10 @@ class Temporary:
         """A sign of life, for writers that pause for minutes."""
         os.utime(self.path)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether what is locked here is the file of that name."""
+        return self._lock is not None and is_there(path, self._lock)
+
     def flush(self) -> None:
         """Have all of it on the disk."""
         for path in (self.path, *self.path.rglob("*")) if self.folder else (self.path,):

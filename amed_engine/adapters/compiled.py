@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
 from amed_engine.sampling.modules import bare, device_of, module_of
+from amed_engine.solvers.files import whole
+from amed_engine.solvers.targets import check_target
 
 KEY = "amed.signature"  # among the package's metadata
 MAX_METADATA = 2**20
@@ -182,15 +183,12 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
     path = Path(path)
     if path.suffix != ".pt2":
         raise ConfigError(f"a package is saved as .pt2, got {path.name!r}")
+    check_target(path)
     program = export_denoiser(denoiser, max_batch)
     signature = Signature.of_program(program, _facts(denoiser))
     options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
-    # Beside its destination, so that it can be renamed into place whole.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=os.path.join(folder, path.name), inductor_configs=options
-        )
-        os.replace(made, path)
+    with whole(path) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
     return path
 
 

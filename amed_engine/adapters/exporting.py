@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
 from amed_engine.sampling.modes import evaluating
 from amed_engine.sampling.modules import device_of, module_of
+from amed_engine.solvers.files import whole
+from amed_engine.solvers.targets import check_target
 
 FACTS = "amed.facts"  # among a file's metadata
 LOOP = "amed_engine"  # of files that hold a whole loop
@@ -160,16 +161,12 @@ def save_onnx(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 
 def _named(path: str | os.PathLike, suffix: str) -> Path:
     if Path(path).suffix != suffix:
         raise ConfigError(f"such a file is saved as {suffix}, got {Path(path).name!r}")
+    check_target(path)
     return Path(path)
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """What `write` makes, renamed into place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, not a file: large ONNX models keep their weights in a second one.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
+    with whole(path) as file:  # large ONNX models keep their weights in a second one
         write(file)
-        for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
-            os.replace(part, path.parent / part.name)
     return path

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.solvers.files import atomic_write
+from amed_engine.solvers.files import atomic_write, write_or_stream
+from amed_engine.solvers.targets import check_folder, check_target
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -48,16 +49,33 @@ def load_diffusers(model_class: Any, folder: Path, what: str) -> Any:
         raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
 
 
+def check_savable(path: str | os.PathLike) -> None:
+    """Before the work: whether `write` can write to a .safetensors file, a device or a FIFO of that name, or a directory.
+
+    Raises ConfigError for the name of another kind of file and for what cannot be replaced, and OSError.
+    """
+    path = Path(path)
+    _check_name(path)
+    if path.suffix == ".safetensors":
+        check_target(path, streams=True)
+    else:
+        check_folder(path, WEIGHTS_FILE, CONFIG_FILE)
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix in OTHERS and not path.is_dir():
+        raise ConfigError(
+            f"{path} has the name of another kind of file; name it {path.stem}.safetensors, or give a directory"
+        )
+
+
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
     """Save tensors and their configuration to a .safetensors file or a directory, each file atomically.
 
     Raises ConfigError for a configuration that JSON cannot hold or the name of another kind of file, and OSError.
     """
     path = Path(path)
-    if path.suffix in OTHERS and not path.is_dir():
-        raise ConfigError(
-            f"{path} has the name of another kind of file; name it {path.stem}.safetensors, or give a directory"
-        )
+    _check_name(path)
     try:
         text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -67,7 +85,7 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = safetensors.torch.save(tensors, metadata={CONFIG_KEY: text})
     if path.suffix == ".safetensors":
-        atomic_write(path, data)
+        write_or_stream(path, data)
         return
     atomic_write(path / WEIGHTS_FILE, data)
     atomic_write(path / CONFIG_FILE, text.encode() + b"\n")

@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import atomic_write
 from amed_engine.engine.export.expression import Expression, NoExpression
 from amed_engine.engine.export.read_plan import loads
 from amed_engine.engine.export.strict_json import MAX_BYTES
@@ -29,6 +28,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import mean_of_labels
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers import SOLVERS, alternatives
+from amed_engine.solvers.files import write_or_stream
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program, Walk
 from amed_engine.solvers.rules import midpoint_level
@@ -54,7 +54,7 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
     along with its weights, for solvers whose steps need no more than `BASIS` (`Solver.tabulated`). Raises ConfigError.
     """
     plan = make_tableau(source, freeze=freeze)
-    atomic_write(path, plan.dumps().encode())
+    write_or_stream(path, plan.dumps().encode())
     return plan
 
 

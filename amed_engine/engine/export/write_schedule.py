@@ -39,7 +39,7 @@ def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas
         **_levels(program, alphas_cumprod),
     }
     try:
-        write_json(path, table)
+        write_json(path, table, streams=True)
     except ValueError as error:
         raise ConfigError("the predictor says NaN or infinite numbers; train it again, or pass another") from error
     return table

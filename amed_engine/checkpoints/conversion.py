@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
-from amed_engine.checkpoints.files import (
-    CONFIG_FILE,
-    DIFFUSERS_FILE,
-    WEIGHTS_FILE,
-    check_savable,
-    check_values,
-    save_diffusers,
-)
+from amed_engine.checkpoints.diffusers_folder import save_diffusers
+from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_savable, check_values
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.state_dicts import dictionaries, find_network

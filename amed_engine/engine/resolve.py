@@ -24,7 +24,6 @@ from amed_engine.adapters.labels import KINDS
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.adapted import is_adapter, load_adapter
 from amed_engine.checkpoints.exported_program import extra_names
-from amed_engine.checkpoints.files import read_config
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.kept import kept
@@ -157,7 +156,7 @@ def opened(model: Any, weights: str | os.PathLike | None = None) -> Any:
 def _read(path: Path) -> Any:
     """The model in a file or directory. Raises ConfigError or FileFormatError."""
     if path.is_dir():
-        return load_adapter(path, read_config(path)) if is_adapter(path) else load_model(path)
+        return load_adapter(path) if is_adapter(path) else load_model(path)
     if path.suffix == ".safetensors":
         return load_model(path)
     if path.suffix == ".onnx":

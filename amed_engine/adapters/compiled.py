@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.sealed import check_seal, seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -122,9 +123,14 @@ def is_package(path: str | os.PathLike) -> bool:
         return False
 
 
-def load_compiled(path: str | os.PathLike) -> Compiled:
-    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
+def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
+    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError.
+
+    verify: compare the file with the hash in it, if there is one; it is read once more for that.
+    """
     signature, facts = _read_signature(path)
+    if verify:
+        check_seal(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
     # Inside a CUDA graph a package must not keep events of its own per thread: one at a time, then.
@@ -190,6 +196,7 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
         made = torch._inductor.aoti_compile_and_package(
             program, package_path=os.path.join(folder, path.name), inductor_configs=options
         )
+        seal(made)
         os.replace(made, path)
     return path
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from amed_engine.adapters.facts import square
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.sealed import NOTE, seal
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
@@ -153,6 +154,7 @@ def save_onnx(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 
         ) from error
     assert made is not None
     levels = {name: str(value) for name, value in facts_in(denoiser).items() if name in ("sigma_min", "sigma_max")}
+    made.model.doc_string = NOTE
     made.model.metadata_props.update({FACTS: facts_text(denoiser), **levels})
     return _whole(path, lambda file: made.save(str(file)))
 
@@ -170,6 +172,7 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         file = Path(folder, path.name)
         write(file)
+        seal(file, set(Path(folder).iterdir()) - {file})
         for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
             os.replace(part, path.parent / part.name)
     return path

@@ -119,7 +119,7 @@ def is_package(path: str | os.PathLike) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(_CODE in name and name.endswith((".so", ".o", ".cpp")) for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises what its decoders happen to raise
         return False
 
 
@@ -128,9 +128,9 @@ def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
 
     verify: compare the file with the hash in it, if there is one; it is read once more for that.
     """
-    signature, facts = _read_signature(path)
     if verify:
         check_seal(path)
+    signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
     # Inside a CUDA graph a package must not keep events of its own per thread: one at a time, then.
@@ -154,18 +154,25 @@ class _OneAtATime:
 
 
 def _read_signature(path: str | os.PathLike) -> tuple[Signature, dict[str, Any]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename.endswith("_metadata.json") and info.file_size <= MAX_METADATA:
-                told = _metadata(archive.read(info), path)
-                check_no_loop(told, path)
-                if isinstance(text := told.get(KEY), str):
-                    signature = Signature.from_json(_metadata(text, path), str(path))
-                    return signature, read_facts(told.get(FACTS), signature, path)
+    for text in _metadata_texts(path):
+        told = _metadata(text, path)
+        check_no_loop(told, path)
+        if isinstance(text := told.get(KEY), str):
+            signature = Signature.from_json(_metadata(text, path), str(path))
+            return signature, read_facts(told.get(FACTS), signature, path)
     raise ConfigError(
         f"{path} is an AOTInductor package without a signature, and such packages do not check their inputs; compile it with "
         "amed_engine.adapters.save_package"
     )
+
+
+def _metadata_texts(path: str | os.PathLike) -> list[bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            named = [info for info in archive.infolist() if info.filename.endswith("_metadata.json")]
+            return [archive.read(info) for info in named if info.file_size <= MAX_METADATA]
+    except Exception as error:  # as above
+        raise FileFormatError(f"{path} is a damaged archive: {error}; fetch or write it again") from error
 
 
 def _metadata(text: str | bytes, path: str | os.PathLike) -> dict[str, Any]:

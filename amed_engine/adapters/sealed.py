@@ -1,8 +1,8 @@
 """The hash in a file of a graph: its last 64 characters are the SHA-256 of everything before them.
 
-In an archive (.pt2) they end its comment, in an ONNX model the last entry of its metadata, so readers of either format pass over
-them. They tell damage, and no forgery: whoever writes a file can write its hash. An archive also has a member, `MARK`, with the
-hash of what the others hold, for when another program packs them again. Files are read in pieces, once.
+In an archive (.pt2) they end its comment, in an ONNX model the last entry of its metadata, so that readers of either format
+pass over them. They tell damage, and no forgery: whoever writes a file can write its hash. An archive also has a member,
+extra/amed.sha256, with the hash of what the others hold, for when another program packs them again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _check_part(part: Path, told: str, path: Path) -> None:
 def _check_unsealed(file: IO[bytes], path: Path) -> None:
     """A file whose end is no seal has none, or it was damaged, or its archive packed again."""
     if not _has_mark(file):
-        return
+        return _check_directory(file, path)
     try:
         with zipfile.ZipFile(file) as archive:
             told = [archive.read(info) for info in archive.infolist() if _is_mark(info) and info.file_size == 64]
@@ -88,6 +88,13 @@ def _check_unsealed(file: IO[bytes], path: Path) -> None:
     except Exception as error:  # zipfile raises what its decompressors happen to raise
         raise FileFormatError(f"{path}: its hash is not where it was written; {_REMEDY}") from error
     raise FileFormatError(f"{path}: its hash is not where it was written; {_REMEDY}")
+
+
+def _check_directory(file: IO[bytes], path: Path) -> None:
+    """An archive that was cut off has lost its directory, and its hash with it."""
+    file.seek(0)
+    if file.read(4) == b"PK\3\4" and not zipfile.is_zipfile(file):
+        raise FileFormatError(f"{path} is a damaged archive; it was cut off, fetch or write it again")
 
 
 def _compare(found: str, told: str, path: Path) -> None:

@@ -23,7 +23,8 @@ _OBJECTS = ("custom_obj_", "opaque_obj_", "script_obj_")
 def load_program(path: str | os.PathLike, *, verify: bool = True) -> torch.export.ExportedProgram:
     """The program in a .pt2 that `torch.export.save` wrote; its tensors are plain bytes and its graph is JSON.
 
-    verify: compare the file with the hash in it, if there is one; it is read once more for that. Raises FileFormatError for any other file, and for one with parts that torch would unpickle.
+    verify: compare the file with the hash in it, if there is one; it is read once more for that. Raises FileFormatError for any
+    other file, and for one with parts that torch would unpickle.
     """
     path = Path(path)
     try:
@@ -45,7 +46,7 @@ def extra_names(path: str | os.PathLike) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.split("/extra/", 1)[1] for name in archive.namelist() if "/extra/" in name]
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # as above
         return []
 
 

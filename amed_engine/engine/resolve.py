@@ -20,8 +20,8 @@ from amed_engine.adapters.compiled import check_size
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known, is_raw
-from amed_engine.adapters.sealed import check_seal
 from amed_engine.adapters.labels import KINDS
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.adapted import is_adapter, load_adapter
 from amed_engine.checkpoints.exported_program import extra_names

@@ -184,9 +184,10 @@ def load_package(path: str | os.PathLike, *, verify: bool = True) -> Package:
     """A package that `Sampler.export` wrote as "pt2", "exported" or "onnx"; the file itself says which.
 
     A .pt2 holds compiled code that runs when it is loaded: open only those you trust, as any program. Its facts are read
-    before that. verify: compare the file with the hash in it before anything else reads it; a file without one loads as it is. For
-    this the whole file, and that of an ONNX model's weights, is read once more, a piece at a time. ONNX Runtime gets as many threads as torch has now (`torch.set_num_threads`). Raises FileFormatError for
-    another file, ConfigError where this machine lacks the device.
+    before that. verify: compare the file with the hash in it before a runtime sees it; a file without one loads as it is. For
+    this the whole file, and that of an ONNX model's weights, is read once more, a piece at a time. ONNX Runtime gets as many
+    threads as torch has now (`torch.set_num_threads`). Raises FileFormatError for another file, ConfigError where this machine
+    lacks the device.
     """
     path = Path(path)
     if not path.is_file():
@@ -195,10 +196,10 @@ def load_package(path: str | os.PathLike, *, verify: bool = True) -> Package:
         return _open_onnx(path, verify)
     if path.suffix == ".json":
         raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
-    compiled, text = _look_into(path)
-    facts = PackageFacts.from_text(text, path)
     if verify:
         check_seal(path)
+    compiled, text = _look_into(path)
+    facts = PackageFacts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
     return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts))

@@ -22,11 +22,11 @@ Stop = Callable[[], bool]
 
 
 class Missing:
-    """Shards of a folder that nobody has drawn or draws; those that are there are looked at once."""
+    """Shards of a folder that nobody has drawn or draws; those that are there are looked at once. run: see `Claims`."""
 
-    def __init__(self, folder: Path, job: Job):
+    def __init__(self, folder: Path, job: Job, run: str | None = None):
         self.folder, self.job = folder, job
-        self.ledger, self.claims = Ledger(folder), Claims(folder)
+        self.ledger, self.claims = Ledger(folder), Claims(folder, run)
         self.there: set[int] = set()
         self.refresh()
 

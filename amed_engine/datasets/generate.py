@@ -17,7 +17,7 @@ import numpy as np
 from amed_engine.datasets.drawing import Missing, draw_missing
 from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder
 from amed_engine.datasets.interrupts import Interrupts
-from amed_engine.datasets.job import Job, fitting_batch, labels_told, place
+from amed_engine.datasets.job import Job, decisive, fitting_batch, labels_told, place
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.seeds import Seeds
 from amed_engine.datasets.shards import MODULUS
@@ -27,6 +27,8 @@ from amed_engine.datasets.workers import draw_in_workers
 from amed_engine.errors import AmedError, ConfigError
 
 logger = logging.getLogger("amed_engine")
+
+MAKERS = (types.FunctionType, types.MethodType, functools.partial)
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,14 @@ def generate_dataset(
     there; FileFormatError for a damaged folder; OSError, naming the file, where the disk is full; and what sampling raises.
     """
     started, folder = time.perf_counter(), Path(out)
-    _check_counts(workers, verify)
+    check_count("workers", workers, 1)
+    check_count("verify", verify, 0)
     made = _made(source, workers)
     opened = open_source(made, guidance_scale=guidance_scale, stored=stored, **options)
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:
         overwrite_folder(folder)
-    there = open_folder(folder, job, place(opened.device))
+    there = open_folder(folder, job, place(opened.identity, opened.device))
     compare_place(folder, job, opened, labels, there)
     if check:
         check_hashes(folder, job)
@@ -129,18 +132,24 @@ def generate_dataset(
             if workers == 1:
                 draw_missing(folder, job, opened, labels, shown, interrupts.asked.is_set)
             else:
-                making = functools.partial(_open, source, guidance_scale, stored, options)
+                making = functools.partial(open_made, source, guidance_scale, stored, options)
                 errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)
         finally:
             shown.close()
             missing.claims.tidy()
         missing.refresh()
         interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
-        _check_ended(errors, missing, held, interrupted)
+        check_ended(errors, missing, held, interrupted)
         verified = 0 if interrupted else verify_samples(folder, job, opened, labels, verify)
+    return report_of(missing, shown, started, held, verified, interrupted)
+
+
+def report_of(
+    missing: Missing, shown: Progress, started: float, held: int, verified: int, interrupted: bool
+) -> DatasetReport:
     return DatasetReport(
-        folder=str(folder),
-        wanted=len(job.seeds),
+        folder=str(missing.folder),
+        wanted=len(missing.job.seeds),
         samples=missing.samples,
         drawn=shown.done,
         in_other_hands=held,
@@ -161,13 +170,18 @@ def make_job(
         raise ConfigError(f"shard must be a whole number of at least 1, got {shard!r}")
     labels = source.check_labels(class_labels, len(seeds))
     size = fitting_batch(min(shard, len(seeds))) if batch is None else batch
-    told = {"source": source.identity, "stored": source.stored, "shape": source.shape, "labels": labels_told(labels)}
+    told = {
+        "source": decisive(source.identity),
+        "stored": source.stored,
+        "shape": source.shape,
+        "labels": labels_told(labels),
+    }
     job = Job(seeds=seeds, format=format, shard=shard, batch=size, threads=threads, **told)
     job.kind.check(source.shape, source.stored)
     return job, labels
 
 
-def _check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:
+def check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:
     """Raise AmedError where workers ended early and left something to draw."""
     lacking = missing.job.shards - len(missing.there) - held
     if errors and lacking > 0 and not interrupted:
@@ -184,15 +198,14 @@ def set_hash(missing: Missing) -> str:
     return f"{sum(int(entries[shard].sum, 16) for shard in missing.there) % MODULUS:064x}"
 
 
-def _check_counts(workers: Any, verify: Any) -> None:
-    for name, value, least in (("workers", workers, 1), ("verify", verify, 0)):
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _made(source: Any, workers: int) -> Any:
     """The source itself, of the function that makes one."""
-    if isinstance(source, (types.FunctionType, types.MethodType, functools.partial)):
+    if isinstance(source, MAKERS):
         return source()
     if workers > 1:
         raise ConfigError(
@@ -202,5 +215,5 @@ def _made(source: Any, workers: int) -> Any:
     return source
 
 
-def _open(source: Callable[[], Any], guidance_scale: float | None, stored: str | None, options: dict) -> Source:
+def open_made(source: Callable[[], Any], guidance_scale: float | None, stored: str | None, options: dict) -> Source:
     return open_source(source(), guidance_scale=guidance_scale, stored=stored, **options)

@@ -81,7 +81,7 @@ def evaluate(
     """Distance to a fine solution, Frechet distance, precision and recall, class accuracy."""
     if save_statistics and not save_statistics.endswith(".npz"):
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")
-    check_writable(save_statistics, None if json_file == "-" else json_file)
+    check_writable(save_statistics, None if json_file == "-" else json_file, streams=True)
     chosen = {"features": features, "progress": sys.stderr.isatty()}
     if samples:
         given = {"reference": reference, "data": data, "classifier": classifier}

@@ -26,13 +26,12 @@ class ArrowWriter(Writer):
         self._file = path.open("wb")
 
     def _start(self) -> None:
-        columns = tables.schema(self.header)
-        self._schema = columns.with_metadata({**columns.metadata, tables.KEY: self.header.text().encode()})
+        self._schema = tables.schema(self.header)
         self._writer = self._library.ipc.new_file(self._file, self._schema)
 
     def _write(self, samples: Samples) -> None:
         last = self._added == self.header.count
-        metadata = {b"checksum": Rows.join(self._rows).checksum(self.header).encode()} if last else None
+        metadata = {tables.CHECKSUM: Rows.join(self._rows).checksum(self.header).encode()} if last else None
         self._writer.write_batch(tables.table(samples, self._schema), custom_metadata=metadata)
 
     def _finish(self, rows: Rows, text: str) -> None:
@@ -45,14 +44,13 @@ class ArrowWriter(Writer):
 
 class ArrowShard(Shard):
     def __init__(self, file: Any, size: int):
-        self._file, said = file, file.schema.metadata or {}
-        self.header = Header.parse(said.get(tables.KEY, b""))
+        self._file, self.header = file, tables.description(file.schema.metadata)
         self.bounded(size)
         if not file.schema.equals(tables.schema(self.header)) or not file.num_record_batches:
             raise FileFormatError("its columns are not those of its description")
         self.rows = Rows.join([tables.rows(batch) for batch in self._batches()])
         last = file.get_batch_with_custom_metadata(file.num_record_batches - 1)
-        self.checksum = (last.custom_metadata or {}).get(b"checksum", b"").decode()
+        self.checksum = tables.checksum(last.custom_metadata)
 
     def _batches(self) -> Iterator[Any]:
         """They lie in the file, of which no more is read than is looked at."""

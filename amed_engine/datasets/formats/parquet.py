@@ -42,7 +42,7 @@ class ParquetWriter(Writer):
         self._writer.write_batch(tables.table(samples, self._schema))
 
     def _finish(self, rows: Rows, text: str) -> None:
-        self._writer.add_key_value_metadata({tables.KEY: text.encode()})
+        self._writer.add_key_value_metadata({tables.CHECKSUM: rows.checksum(self.header)})
         self._writer.close()
         self._file.close()
 
@@ -55,7 +55,7 @@ class ParquetWriter(Writer):
 class ParquetShard(Shard):
     def __init__(self, file: Any, size: int):
         self._file, known = file, file.metadata
-        self.header, self.checksum = Header.sealed((known.metadata or {}).get(tables.KEY, b""))
+        self.header, self.checksum = tables.description(known.metadata), tables.checksum(known.metadata)
         self.bounded(size)
         if known.num_rows != self.header.count or not file.schema_arrow.equals(tables.schema(self.header)):
             raise FileFormatError("its columns or the number of its rows are not those of its description")

@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 
 from amed_engine.datasets.formats import tables
+from amed_engine.datasets.formats.flatbuffers import Table
 from amed_engine.datasets.formats.format import Format
 from amed_engine.datasets.formats.shard import Header, Rows, Shard, Writer
 from amed_engine.datasets.samples import Samples
 from amed_engine.errors import FileFormatError
+from amed_engine.solvers.files import MAX_BYTES
+
+MAGIC = b"ARROW1"
+MAX_FOOTER = 8 * MAX_BYTES
 
 
 class ArrowWriter(Writer):
@@ -63,9 +68,33 @@ class ArrowShard(Shard):
                 yield tables.arrays(found.slice(start, batch), self.header)
 
 
+def check_plain(path: Path) -> None:
+    """Refuse record batches that are compressed, or lie outside the file: reading them could take any memory.
+
+    By the tables of File.fbs and Message.fbs: footer field 3, the blocks; message field 2, the record batch; in it field 3,
+    its compression. Raises FileFormatError, and struct.error for what is none of these.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - 10))
+        length, magic = int.from_bytes(file.read(4), "little"), file.read()
+        if magic != MAGIC or length > min(size - 10, MAX_FOOTER):
+            raise FileFormatError("it does not end as an Arrow file does")
+        file.seek(size - 10 - length)
+        footer = Table.root(file.read(length))
+        for offset, metadata, body in footer.structs(3, "<qi4xq"):
+            if min(offset, metadata, body) < 0 or offset + metadata + body > size:
+                raise FileFormatError("a record batch claims more bytes than it has")
+            file.seek(offset + 8)  # the mark of a message, and its length
+            batch = Table.root(file.read(metadata)).table(2)
+            if batch.place(3):
+                raise FileFormatError("its record batches are compressed, which no shard's are")
+
+
 @contextlib.contextmanager
 def _reader(path: Path) -> Iterator[Shard]:
     pa = tables.arrow()
+    check_plain(path)
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as file:
         yield ArrowShard(file, path.stat().st_size)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -37,6 +38,7 @@ class Compiled(nn.Module):
     lends_copies = True
     bottleneck_size: tuple[int, ...] | None = None
     recorded: str | None = None  # the fingerprint of what it was made from
+    loaded: LoadedFile | None = None  # what it was read from
 
     def __init__(self, call: Any, signature: Signature, device: str = "cpu", facts: Mapping[str, Any] | None = None):
         super().__init__()
@@ -124,6 +126,7 @@ def is_package(path: str | os.PathLike) -> bool:
 
 def load_compiled(path: str | os.PathLike) -> Compiled:
     """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
+    loaded = LoadedFile.of(path)
     signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
@@ -133,7 +136,9 @@ def load_compiled(path: str | os.PathLike) -> Compiled:
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=single)
     except Exception as error:  # a loader of native code raises what it happens to raise
         raise FileFormatError(f"{path} cannot be loaded here: {str(error).splitlines()[0]}") from error
-    return Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made = Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made.loaded = loaded
+    return made
 
 
 class _OneAtATime:

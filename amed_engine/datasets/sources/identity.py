@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,12 @@ def small(value: Any) -> Any:
         entries = [small(entry) for entry in value]
         return hashed(entries) if len(entries) > MAX_ENTRIES else entries
     return hashed(value) if isinstance(value, str) and len(value) > MAX_TEXT else value
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON-able data: arrays as lists, what else it holds by the name of its type."""
+    told = {np.ndarray: lambda v: v.tolist(), Tensor: small}
+    return json.loads(json.dumps(value, default=lambda v: told.get(type(v), lambda v: type(v).__qualname__)(v)))
 
 
 def hashed(value: Any) -> str:

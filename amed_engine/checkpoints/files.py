@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -170,14 +170,33 @@ def _check(file: Path, tensors: dict[str, Tensor], said: Hashes | None) -> None:
 
 def read_tensors(file: Path, max_bytes: int | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, whatever its name. Raises FileFormatError, naming the file."""
-    _check_size(file, max_bytes)
+    if not file.is_file():
+        raise FileFormatError(
+            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    with open(file, "rb") as handle:
+        return held_tensors(file, handle, max_bytes)
+
+
+def held_tensors(
+    file: Path, handle: BinaryIO, max_bytes: int | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The same of an open file, whatever its name is by now."""
+    _check_size(file, handle, max_bytes)
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
+        # safetensors opens a name twice, for the header and for the values.
+        with safetensors.safe_open(name_of(file, handle), framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except safetensors.SafetensorError as error:
         raise FileFormatError(
             f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
         ) from error
+
+
+def name_of(file: Path, handle: BinaryIO) -> Path:
+    """A name by which an open file can be opened again, though another may have taken its own."""
+    same = Path(f"/dev/fd/{handle.fileno()}")
+    return same if same.exists() else file
 
 
 def read_config(folder: Path) -> dict:
@@ -229,17 +248,12 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
-def _check_size(file: Path, max_bytes: int | None) -> None:
+def _check_size(file: Path, handle: BinaryIO, max_bytes: int | None) -> None:
     """Refuse what cannot be ours before reading it into memory."""
-    if not file.is_file():
-        raise FileFormatError(
-            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
-        )
-    size = file.stat().st_size
+    size = os.fstat(handle.fileno()).st_size
     if max_bytes is not None and size > max_bytes:
         raise FileFormatError(f"{file} has {size} bytes, more than the {max_bytes} such a file may have")
-    with open(file, "rb") as opened:
-        start = opened.read(8)
+    start = handle.read(8)
     if len(start) < 8:
         raise FileFormatError(f"{file} is truncated: {size} bytes are no safetensors file")
     header = struct.unpack("<Q", start)[0]

@@ -33,7 +33,8 @@ from amed_engine.checkpoints.hashes import (
     signed,
 )
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.solvers.files import atomic_write
+from amed_engine.solvers.files import write_or_stream
+from amed_engine.solvers.targets import check_folder, check_target, resolved
 from amed_engine.solvers.temporary import Temporary
 
 CONFIG_KEY = "amed_config"
@@ -47,6 +48,26 @@ OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onn
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_savable(path: str | os.PathLike) -> None:
+    """Before the work: whether `write` can write to a .safetensors file, a device or a FIFO of that name, or a directory.
+
+    Raises ConfigError for the name of another kind of file and for what cannot be replaced, and OSError.
+    """
+    path = Path(path)
+    _check_name(path)
+    if path.suffix == ".safetensors":
+        check_target(path, streams=True)
+    else:
+        check_folder(path, WEIGHTS_FILE, CONFIG_FILE)
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix in OTHERS and not path.is_dir():
+        raise ConfigError(
+            f"{path} has the name of another kind of file; name it {path.stem}.safetensors, or give a directory"
+        )
+
+
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
     """Save tensors and their configuration, which names the SHA-256 of both, to a .safetensors file or a directory.
 
@@ -54,13 +75,10 @@ def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> 
     that JSON cannot hold or the name of another kind of file, and OSError.
     """
     path = Path(path)
-    if path.suffix in OTHERS and not path.is_dir():
-        raise ConfigError(
-            f"{path} has the name of another kind of file; name it {path.stem}.safetensors, or give a directory"
-        )
+    _check_name(path)
     packed = pack(tensors, config)
     if path.suffix == ".safetensors":
-        atomic_write(path, packed.data)
+        write_or_stream(path, packed.data)
     else:
         publish([(path / WEIGHTS_FILE, packed.data), (path / CONFIG_FILE, packed.text.encode())])
 
@@ -97,7 +115,7 @@ def publish(files: Iterable[tuple[Path, bytes]]) -> None:
     with contextlib.ExitStack() as stack:
         made = []
         for path, data in files:
-            made.append(stack.enter_context(Temporary(path)))
+            made.append(stack.enter_context(Temporary(resolved(path))))
             made[-1].path.write_bytes(data)
             made[-1].flush()
         for temporary in made:

@@ -21,6 +21,7 @@ from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known, is_raw
 from amed_engine.adapters.labels import KINDS
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.adapted import is_adapter, load_adapter
 from amed_engine.checkpoints.exported_program import extra_names
@@ -164,8 +165,10 @@ def _read(path: Path) -> Any:
     if path.suffix == ".pt2" and is_package(path):
         return load_compiled(path)
     check_no_loop(extra_names(path), path)
+    if path.suffix == ".pt2":
+        check_seal(path)
     try:
-        found = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+        found = load_program(path, verify=False) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__

@@ -10,7 +10,7 @@ import contextlib
 import json
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +30,7 @@ from amed_engine.checkpoints.hashes import (
     NOT_OF_ONE_SAVE,
     TRACE,
     Hashes,
+    Loaded,
     MixedError,
     check_pair,
     check_tensors,
@@ -46,8 +47,13 @@ INDEX_FILE = f"{DIFFUSERS_FILE}.index.json"
 
 def save_diffusers(model: Any, folder: Path) -> Hashes:
     """Save a model of diffusers to its directory, each file whole or not at all, readable as the umask says; what it is."""
+    return save_by(model.save_pretrained, folder)
+
+
+def save_by(save: Callable[[str], Any], folder: Path) -> Hashes:
+    """The same of what `save` writes to the directory that it is given."""
     with tempfile.TemporaryDirectory() as whole:
-        model.save_pretrained(whole)
+        save(whole)
         return _published(Path(whole), folder)
 
 
@@ -81,12 +87,17 @@ def load_diffusers(model_class: Any, folder: Path, what: str) -> Any:
 
     Raises FileFormatError where it is not what was saved, and where its files are still of different saves after a second.
     """
+    return load_by(lambda same: open_diffusers(model_class, same, folder, what), folder)
 
-    def load() -> Any:
+
+def load_by(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
+    """What `load` makes of the directory of the same files."""
+
+    def held_and_loaded() -> Loaded:
         with held(folder) as (same, _):
-            return open_diffusers(model_class, same, folder, what)
+            return load(same)
 
-    return settled(load)
+    return settled(held_and_loaded)
 
 
 def open_diffusers(model_class: Any, same: Path, folder: Path, what: str) -> Any:
@@ -95,8 +106,12 @@ def open_diffusers(model_class: Any, same: Path, folder: Path, what: str) -> Any
         model = model_class.from_pretrained(same, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
-    if same != folder:
-        model.register_to_config(_name_or_path=str(folder))
+    return keep_name(model, folder)
+
+
+def keep_name(model: Any, folder: Path) -> Any:
+    """Have diffusers say that the model is from this folder."""
+    model.register_to_config(_name_or_path=str(folder))
     return model
 
 

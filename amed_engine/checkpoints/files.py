@@ -35,7 +35,7 @@ from amed_engine.checkpoints.hashes import (
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.files import write_or_stream
 from amed_engine.solvers.targets import check_folder, check_target, resolved
-from amed_engine.solvers.temporary import Temporary
+from amed_engine.solvers.temporary import Temporary, sweep
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -120,6 +120,9 @@ def publish(files: Iterable[tuple[Path, bytes]]) -> None:
             made[-1].flush()
         for temporary in made:
             temporary.publish()
+    for temporary in made:
+        with contextlib.suppress(PermissionError):  # another user's
+            sweep(temporary.target.parent, temporary.target.name)  # of writers that were killed
 
 
 def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor]]:

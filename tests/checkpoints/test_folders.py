@@ -112,8 +112,10 @@ def test_a_process_killed_between_the_renames_leaves_no_folder_that_loads(tmp_pa
         load_predictor(tmp_path / "p")
     with pytest.raises(FileFormatError, match="not of one save"):
         Sampler("digits", predictor=tmp_path / "p", nfe=5)
+    assert list((tmp_path / "p").glob(".amed-tmp.*"))
     save(predictor(1), tmp_path / "p")
     assert content(load_predictor(tmp_path / "p")) == content(predictor(1))
+    assert not list((tmp_path / "p").glob(".amed-tmp.*"))
 
 
 def test_a_reader_waits_for_the_second_file(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "adapters": ("wrap",),
     "checkpoints": ("convert", "from_pretrained", "load_predictor", "save_predictor", "save_pretrained"),
+    "datasets.generate": ("DatasetReport", "generate_dataset"),
     "engine.capture": ("StaleGraphError",),
     "engine.export.locations": ("get_cmake_dir", "get_include", "get_library", "get_pkgconfig_dir"),
     "engine.export.package": ("load_package",),
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from amed_engine.checkpoints import load_predictor as load_predictor
     from amed_engine.checkpoints import save_predictor as save_predictor
     from amed_engine.checkpoints import save_pretrained as save_pretrained
+    from amed_engine.datasets.generate import DatasetReport as DatasetReport
+    from amed_engine.datasets.generate import generate_dataset as generate_dataset
     from amed_engine.engine.capture import StaleGraphError as StaleGraphError
     from amed_engine.engine.export.locations import get_cmake_dir as get_cmake_dir
     from amed_engine.engine.export.locations import get_include as get_include

@@ -19,6 +19,7 @@ from amed_engine.cli.commands.distill import distill
 from amed_engine.cli.commands.evaluate import evaluate
 from amed_engine.cli.commands.export import export
 from amed_engine.cli.commands.fit import fit
+from amed_engine.cli.commands.generate import generate
 from amed_engine.cli.commands.info import info
 from amed_engine.cli.commands.reproduce import reproduce
 from amed_engine.cli.commands.sample import sample
@@ -43,5 +44,18 @@ def app(debug: bool) -> None:
     """Samples from a diffusion model in about five network evaluations."""
 
 
-for command in (calibrate, compare, convert, distill, evaluate, export, fit, info, reproduce, sample, search_schedule):
+for command in (
+    calibrate,
+    compare,
+    convert,
+    distill,
+    evaluate,
+    export,
+    fit,
+    generate,
+    info,
+    reproduce,
+    sample,
+    search_schedule,
+):
     app.add_command(command)

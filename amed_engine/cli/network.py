@@ -24,6 +24,13 @@ def _shape(context: click.Context, option: click.Parameter, text: str | None) ->
     return tuple(map(int, re.split("[x,]", text)))
 
 
+LABEL_KINDS = ("rows", "index", "float", "vector")
+label_kind_option = click.option(
+    "--labels",
+    type=click.Choice(LABEL_KINDS),
+    help="What a raw network is told of classes: one-hot rows or an index; or it is told numbers.",
+    show_default="what it takes",
+)
 facts_options = options(
     click.option(
         "--prediction",
@@ -43,12 +50,6 @@ facts_options = options(
         type=click.Choice(["integer"]),
         help="Of a raw network that looks its step up in a table: it is told the nearest.",
         show_default="fractions",
-    ),
-    click.option(
-        "--labels",
-        type=click.Choice(["rows", "index", "float", "vector"]),
-        help="What a raw network is told of classes: one-hot rows or an index; or it is told numbers.",
-        show_default="what it takes",
     ),
     click.option(
         "--null-class",
@@ -83,7 +84,7 @@ def network_options(*, checks: bool = True) -> Decorator:
             asked["model"], asked["weights"] = opened(asked["model"], asked["weights"], verify=verify, **told)
             return command(**asked)
 
-        return options(where_options, facts_options, range_options)(run)
+        return options(where_options, facts_options, label_kind_option, range_options)(run)
 
     return decorate
 

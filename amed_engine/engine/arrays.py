@@ -42,6 +42,21 @@ def writable(name: str, value: Any) -> Any:
     return imported(name, value)
 
 
+def check_out(out: Any, latents: Tensor) -> None:
+    """Raise ConfigError for what images like these latents cannot be written to; None passes."""
+    if out is None:
+        return
+    if not isinstance(out, Tensor):
+        raise ConfigError(f"out must be a tensor to write the images to, got {type(out).__name__}")
+    got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
+    if got != expected:
+        raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
+    if out.requires_grad or any(step == 0 and n > 1 for step, n in zip(out.stride(), out.shape, strict=False)):
+        raise ConfigError(
+            "out is written to: it must not require gradients, nor be an expanded view; pass a plain tensor"
+        )
+
+
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ConfigError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")

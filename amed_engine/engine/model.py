@@ -38,6 +38,7 @@ class Model:
     _computes: dict[Any, torch.dtype | None] = field(default_factory=dict, init=False, repr=False, compare=False)
     memory_format: torch.memory_format = torch.contiguous_format
     label_kind: str = "rows"  # see `amed_engine.adapters.labels`
+    compile: str | None = None  # the mode that torch.compile was given
 
     @property
     def shape_asked(self) -> str:
@@ -231,7 +232,8 @@ def tune(
             "out, or export the network in that dtype"
         )
     network = model.network if compile is None else torch.compile(model.network, mode=compile)
-    return replace(model, network=network, autocast=autocast, memory_format=memory_format or torch.contiguous_format)
+    tuned = {"autocast": autocast, "memory_format": memory_format or torch.contiguous_format, "compile": compile}
+    return replace(model, network=network, **tuned)
 
 
 def _check_compile(model: Model, mode: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ class Runner:
         if device.type == "cuda" and backend != "eager" and not brings:
             insist = backend == "graph"
             self.cache = GraphCache(CudaDevice(device), batch_sizes, model.module, insist=insist, stats=self.stats)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides how the network's numbers are rounded, JSON-able. graphs: the sizes of batches in them, None without."""
+        model, cache = self.model, self.cache
+        return {
+            "autocast": None if model.autocast is None else str(model.autocast).removeprefix("torch."),
+            "compile": model.compile,
+            "memory_format": str(model.memory_format).removeprefix("torch."),
+            "graphs": None if cache is None else list(cache.batch_sizes),
+        }
 
     def may_wait(self) -> bool:
         """Whether tensors on the device may be looked at, which waits for them: not inside a caller's capture."""

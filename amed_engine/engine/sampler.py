@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import amed_engine.zoo as zoo
-from amed_engine.engine.arrays import check_output_type, delivered, writable
+from amed_engine.engine.arrays import check_out, check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
 from amed_engine.engine.measure import check_mean, measured
@@ -117,8 +117,11 @@ class Sampler:
             if made is not None:
                 check_mean(made, tuned, verify=verify)
         self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
-        self._program = self._build(self.plan, chosen)
+        # A copy: the caller's predictor keeps its device, precision and mode.
+        self._predictor = None if chosen is None else copy.deepcopy(chosen).to(self.device, dtype).eval()
+        self._program = self._build(self.plan, self._predictor)
         self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
+        self._stepped_aside: set[float | None] = set()  # the guidances for which the log says so
         self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)
 
     def __repr__(self) -> str:
@@ -134,6 +137,19 @@ class Sampler:
     def nfe(self) -> int:
         """Network evaluations per sample."""
         return self.plan.nfe
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the last bits of a sample beside model, plan and predictor, JSON-able."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), **self._runner.settings}
+
+    def running(self, guidance_scale: float | None = None) -> tuple[Plan, Predictor | None]:
+        """The plan and the predictor that run under this guidance; a bundled predictor steps aside where it is not for it.
+
+        Raises ConfigError where nothing can.
+        """
+        program, plan = self._choose(guidance_scale)
+        return plan, self._predictor if program is self._program else None
 
     def run(
         self,
@@ -177,7 +193,7 @@ class Sampler:
             noises=program.noises,
         )
         _check_shape(program, request.latents)
-        _check_out(out, request.latents)
+        check_out(out, request.latents)
         if self._unseen:
             self._unseen = False
             verify_model(replace(self.model, shape=tuple(request.latents.shape[1:])), plan)
@@ -234,8 +250,7 @@ class Sampler:
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
 
     def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
-        # A copy: the caller's predictor keeps its device, precision and mode.
-        learned = None if predictor is None else copy.deepcopy(predictor).to(self.device, self.dtype).eval().choices()
+        learned = None if predictor is None else predictor.choices()
         return plan.program(learned).on(self.device, self.dtype)
 
     def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
@@ -255,7 +270,9 @@ class Sampler:
                 f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "
                 f"value, or train one with amed_engine.distill(model, guidance_scale={guidance_scale})"
             )
-        logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
+        if guidance_scale not in self._stepped_aside:
+            self._stepped_aside.add(guidance_scale)
+            logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
         return self._fallback
 
 
@@ -275,18 +292,4 @@ def _check_shape(program: Program, latents: Tensor) -> None:
         raise ConfigError(
             f"this plan starts about a mean answer of shape {tuple(program.mean.shape[1:])}, got latents of "
             f"{tuple(latents.shape[1:])}; measure it for that shape: pass shape={tuple(latents.shape[1:])} to the Sampler"
-        )
-
-
-def _check_out(out: Tensor | None, latents: Tensor) -> None:
-    if out is None:
-        return
-    if not isinstance(out, Tensor):
-        raise ConfigError(f"out must be a tensor to write the images to, got {type(out).__name__}")
-    got, expected = (tuple(out.shape), out.dtype, out.device), (tuple(latents.shape), latents.dtype, latents.device)
-    if got != expected:
-        raise ConfigError(f"out must be {expected} (shape, dtype, device), got {got}")
-    if out.requires_grad or any(step == 0 and n > 1 for step, n in zip(out.stride(), out.shape, strict=False)):
-        raise ConfigError(
-            "out is written to: it must not require gradients, nor be an expanded view; pass a plain tensor"
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 PREFIX = ".amed-tmp."
 STALE = 600.0  # seconds without a sign of life
 LONGEST = 200  # characters of the target's name in a temporary one, of the 255 a name may have
+UNLINKABLE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems without hard links
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 
 
@@ -65,6 +66,10 @@ class Temporary:
         """A sign of life, for writers that pause for minutes."""
         os.utime(self.path)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether what is locked here is the file of that name."""
+        return self._lock is not None and is_there(path, self._lock)
+
     def flush(self) -> None:
         """Have all of it on the disk."""
         for path in (self.path, *self.path.rglob("*")) if self.folder else (self.path,):
@@ -74,6 +79,19 @@ class Temporary:
         """Give it its name, in place of a file that has it. An existing folder has to be empty."""
         os.replace(self.path, self.target)
         self._release()
+        sync(self.target.parent)
+
+    def claim(self) -> None:
+        """Give a file its name where nothing has it, and stay locked. Raises FileExistsError."""
+        try:
+            os.link(self.path, self.target)
+        except OSError as error:
+            if error.errno not in UNLINKABLE:
+                raise
+            if os.path.lexists(self.target):  # of two at once both may come through here
+                raise FileExistsError(errno.EEXIST, "File exists", str(self.target)) from error
+            os.rename(self.path, self.target)
+        self.path.unlink(missing_ok=True)
         sync(self.target.parent)
 
     def discard(self) -> None:

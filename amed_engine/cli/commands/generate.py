@@ -1,0 +1,136 @@
+"""`amed generate`: a dataset of samples, by any number of processes, each sample exactly once."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from amed_engine.cli.labels import parse_labels
+from amed_engine.cli.network import LABEL_KINDS, TOLD, facts_options, no_verify, opened
+from amed_engine.cli.options import (
+    condition_options,
+    make_sampler,
+    options,
+    range_options,
+    sampler_options,
+    show,
+    where_options,
+)
+
+FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
+
+
+class Interrupted(click.ClickException):
+    exit_code = 130
+
+
+@click.command()
+@options(where_options, facts_options, range_options)
+@click.option(
+    "--labels",
+    help="A file with the class of each sample, or its numbers, a line per seed; or what a raw network is told of classes: "
+    f"{', '.join(LABEL_KINDS)}.",
+    show_default="drawn by each seed",
+)
+@no_verify
+@click.option("--seeds", required=True, help="One sample each, e.g. 0-49999 or 1,5,9.")
+@sampler_options
+@condition_options
+@click.option("--out", required=True, type=click.Path(), help="Folder of the dataset; the same command continues it.")
+@click.option("--format", "file_format", type=click.Choice(FORMATS), default="png", help="Of the shards.")
+@click.option("--shard", type=click.IntRange(min=1), default=1000, help="Samples in each file; png, zarr: folder.")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    help="Samples computed at once, always as many.",
+    show_default="the largest up to 64 that divides the shard",
+)
+@click.option(
+    "--store", type=click.Choice(["uint8", "float32", "float16"]), show_default="uint8 for pictures, else float32"
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, help="Processes on this machine.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, help="Of torch on a CPU, in each worker.")
+@click.option(
+    "--verify", "again", type=click.IntRange(min=0), default=0, help="Draw so many samples again and compare."
+)
+@click.option("--check", is_flag=True, help="Compare what is there with its hashes, not with its sizes alone.")
+@click.option("--overwrite", is_flag=True, help="Remove the dataset in the folder first, no other file.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
+def generate(
+    seeds,
+    class_labels,
+    labels,
+    guidance_scale,
+    out,
+    file_format,
+    batch,
+    store,
+    workers,
+    again,
+    overwrite,
+    json_file,
+    **asked,
+) -> None:
+    """Draw a dataset: shards of samples, each there whole or not at all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the drawing takes both signals
+    if overwrite or workers > 1:
+        _check_alone(overwrite)
+    told = {name: asked.pop(name) for name in TOLD if name != "labels"}
+    told["labels"], class_labels = _split(labels, class_labels)
+    drawing = {name: asked.pop(name) for name in ("shard", "threads", "check")}
+    from amed_engine.datasets.generate import generate_dataset
+
+    report = generate_dataset(
+        functools.partial(_sampler, told, asked),
+        seeds,
+        out,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        format=file_format,
+        batch=batch,
+        stored=store,
+        workers=workers,
+        verify=again,
+        overwrite=overwrite,
+        progress=os.environ.get("RANK", "0") == "0",
+        **drawing,
+    )
+    show(report, json_file)
+    if report.interrupted:
+        raise Interrupted(
+            f"interrupted: {report.samples:,} of {report.wanted:,} samples are in {out}; the same command draws the others"
+        )
+
+
+def _sampler(told: dict[str, Any], asked: dict[str, Any]) -> Any:
+    """In each worker."""
+    asked = dict(asked)
+    model, weights = opened(asked.pop("model"), asked.pop("weights"), verify=asked["verify"], **told)
+    return make_sampler(model, weights=weights, **asked)
+
+
+def _split(labels: str | None, class_labels: Any) -> tuple[str | None, Any]:
+    """--labels as the kind that a raw network is told, and the labels in a file. Raises click.UsageError."""
+    if labels is None or labels in LABEL_KINDS:
+        return labels, class_labels
+    context = click.get_current_context()
+    if class_labels is not None:
+        raise click.UsageError("--class and --labels FILE exclude each other; leave one of them out")
+    if not Path(labels).is_file():
+        raise click.UsageError(f"--labels is a file, or one of {', '.join(LABEL_KINDS)}; got {labels!r}")
+    option = next(param for param in context.command.params if param.name == "labels")
+    return None, parse_labels(context, option, labels)
+
+
+def _check_alone(overwrite: bool) -> None:
+    """Raise click.UsageError under torchrun, where each process would do it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = (
+            "--overwrite: remove the dataset before, by one process" if overwrite else "--workers: torchrun starts them"
+        )
+        raise click.UsageError(f"under torchrun there is no {what}; leave it out")

@@ -1,0 +1,1 @@
+"""Samples by the hundred thousand, each drawn exactly once, in files that other libraries read."""

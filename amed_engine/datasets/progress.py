@@ -1,0 +1,69 @@
+"""How far a dataset is: a bar where stderr is a terminal, else a line every half minute."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds between lines
+
+
+class Progress:
+    """Samples there are, and images a second of drawing and of writing, each while it was at it. Takes counts from any thread.
+
+    total, there: samples wanted, and those that an earlier run made. shown: False says nothing.
+    """
+
+    def __init__(self, total: int, there: int, shown: bool):
+        self.total, self.there, self.shown = total, there, shown
+        self.samples = {"drawing": 0, "writing": 0}
+        self.seconds = {"drawing": 0.0, "writing": 0.0}
+        self.done = 0  # samples in shards that this run finished
+        self._lock = threading.Lock()
+        self._started = self._said = time.monotonic()
+        terminal = shown and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=there, desc="generate", unit="image") if terminal else None
+
+    def drew(self, samples: int, seconds: float) -> None:
+        self._count("drawing", samples, seconds)
+
+    def wrote(self, samples: int, seconds: float) -> None:
+        self._count("writing", samples, seconds)
+
+    def published(self, samples: int) -> None:
+        """A shard of so many samples is there now."""
+        with self._lock:
+            self.done += samples
+
+    def rate(self, what: str) -> float:
+        """Images a second."""
+        return self.samples[what] / self.seconds[what] if self.seconds[what] else 0.0
+
+    @property
+    def rates(self) -> str:
+        return ", ".join(f"{what} {self.rate(what):.1f} images/s" for what in self.samples)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _count(self, what: str, samples: int, seconds: float) -> None:
+        with self._lock:
+            self.samples[what] += samples
+            self.seconds[what] += seconds
+            if what == "writing":
+                self._show(samples)
+
+    def _show(self, samples: int) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.rates, refresh=False)
+            self._bar.update(samples)
+        elif self.shown and time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            done = self.samples["writing"]
+            left = (self.total - self.there - done) * (self._said - self._started) / max(done, 1)
+            sys.stderr.write(f"generate: {self.there + done:,} of {self.total:,}, {self.rates}, {left:.0f} s left\n")
+            sys.stderr.flush()

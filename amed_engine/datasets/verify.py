@@ -1,0 +1,104 @@
+"""Samples drawn again and compared with what a dataset holds."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amed_engine.datasets.drawing import Missing, rows_of, threads
+from amed_engine.datasets.job import Job, place
+from amed_engine.datasets.samples import Samples
+from amed_engine.datasets.sources import Source
+from amed_engine.errors import AmedError, FileFormatError
+
+logger = logging.getLogger("amed_engine")
+
+
+def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | None, count: int) -> int:
+    """Draw so many random samples of those that are there again; how many were compared.
+
+    On the processor they were drawn on they have to have the same bytes, on another to be within one grey level. Raises
+    AmedError naming the seeds that differ.
+    """
+    missing = Missing(folder, job)
+    places = [row for shard in sorted(missing.there) for row in job.rows(shard)] if count else []
+    chosen = sorted(random.SystemRandom().sample(places, min(count, len(places))))
+    exact = {shard: missing.ledger.entries[shard].device == source.device for shard in missing.there}
+    batches = {(row // job.shard, row % job.shard // job.batch) for row in chosen}
+    with threads(job.threads):
+        for shard, number in sorted(batches):
+            rows = list(job.batches(shard))[number]
+            wanted = [row - rows.start for row in chosen if row in rows]
+            _compare(folder, job, source, labels, shard, rows, wanted, exact[shard])
+    if chosen and not all(exact.values()):
+        logger.warning("some shards were drawn on another processor: compared within one grey level")
+    return len(chosen)
+
+
+def compare_place(folder: Path, job: Job, source: Source, labels: np.ndarray | None, first: Mapping[str, Any]) -> None:
+    """Where this is another processor or other versions than the dataset was begun with, or its model has no fingerprint,
+    compare a batch within one grey level, and say what came of it. Raises AmedError for samples further apart."""
+    here = place(source.identity, source.device)
+    changed = [f"{name} {first[name]} there, {here[name]} here" for name in here if first[name] != here[name]]
+    missing = Missing(folder, job)
+    if not missing.there or (not changed and source.identity.get("fingerprint") is not None):
+        return
+    shard = min(missing.there)
+    rows = next(job.batches(shard))
+    with threads(job.threads):
+        same = _compare(folder, job, source, labels, shard, rows, range(len(rows)), exact=False)
+    if changed:
+        logger.warning(
+            "this dataset was begun elsewhere (%s): a batch drawn again is %s",
+            "; ".join(changed),
+            "the same to the byte" if same else "within one grey level, not the same to the byte",
+        )
+
+
+def _compare(
+    folder: Path,
+    job: Job,
+    source: Source,
+    labels: np.ndarray | None,
+    shard: int,
+    rows: range,
+    wanted: Any,
+    exact: bool,
+) -> bool:
+    """Whether the wanted rows of a batch are the same bytes. Raises AmedError where they are not near enough."""
+    kept, drawn = _kept(folder, job, shard, rows), rows_of(job, rows, labels, source)
+    same = [row for row in wanted if kept.arrays[row].tobytes() == drawn.arrays[row].tobytes()]
+    near = set(same) if exact else {row for row in wanted if _near(kept.arrays[row], drawn.arrays[row])}
+    if far := [kept.seeds[row] for row in wanted if row not in near]:
+        raise AmedError(
+            f"samples of {folder / job.name(shard)} come out otherwise now: seeds {far[:5]}"
+            + (f" and {len(far) - 5} more" if len(far) > 5 else "")
+            + "; the model or its surroundings have changed: draw into another folder"
+        )
+    return len(same) == len(wanted)
+
+
+def _kept(folder: Path, job: Job, shard: int, rows: range) -> Samples:
+    """The samples at these places, as the shard has them; its order may be another."""
+    wanted = job.seeds[rows.start : rows.stop]
+    found: dict[int, np.ndarray] = {}
+    for samples in job.kind.read(folder / job.name(shard), job.batch):
+        found |= {seed: array for seed, array in zip(samples.seeds, samples.arrays, strict=True) if seed in wanted}
+        if len(found) == len(wanted):
+            break
+    if lacking := [seed for seed in wanted if seed not in found]:
+        raise FileFormatError(
+            f"{folder / job.name(shard)} lacks the sample of seed {lacking[0]}; remove it, to draw it again"
+        )
+    return Samples(wanted, np.stack([found[seed] for seed in wanted]))
+
+
+def _near(kept: np.ndarray, drawn: np.ndarray) -> bool:
+    """Within one grey level: 1 of 255, of floats 1/127.5 of the larger of 1 and the largest element."""
+    apart = float(np.abs(kept.astype(np.float64) - drawn.astype(np.float64)).max())
+    return apart <= (1 if kept.dtype == np.uint8 else max(1.0, float(np.abs(kept).max())) / 127.5)

@@ -1,0 +1,149 @@
+"""Several processes of one machine on one dataset. Each opens the source itself and draws what no other has claimed.
+
+A pipe for each, no lock, queue or barrier between them: one that is killed costs its open shard alone, and one whose parent is
+gone notices with its next batch, since nobody reads its pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from amed_engine.datasets.drawing import draw_missing
+from amed_engine.datasets.interrupts import Interrupts
+from amed_engine.datasets.job import Job, decisive, difference
+from amed_engine.datasets.progress import Progress
+from amed_engine.datasets.sources import Source
+from amed_engine.errors import AmedError, ConfigError
+
+EVERY = 0.5  # seconds between looks at an interrupt
+PATIENCE = 10.0  # seconds for a worker that was told to give up
+
+Making = Callable[[], Source]
+
+
+def draw_in_workers(
+    workers: int, making: Making, folder: Path, job: Job, labels: Any, progress: Progress, asked: threading.Event
+) -> list[str]:
+    """Draw what is missing in so many processes; what those that ended early said, if any did. What they made is kept.
+
+    asked: that they end after their open shards.
+    """
+    try:
+        pickle.dumps(making)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"workers cannot be handed what makes the source: {error}; pass a function of a module, without arguments"
+        ) from error
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[Connection, BaseProcess] = {}
+    try:
+        for number in range(workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(making, folder, job, labels, number, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            pipes[ours] = process
+        return _follow(dict(pipes), progress, asked)
+    finally:
+        _end(list(pipes.values()))
+
+
+def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: threading.Event) -> list[str]:
+    told, errors = False, []
+    while pipes:
+        if asked.is_set() and not told:
+            told = True
+            for process in pipes.values():
+                process.terminate()
+        for pipe in wait(list(pipes), EVERY):
+            assert isinstance(pipe, Connection)
+            try:
+                what, *values = pipe.recv()
+            except (EOFError, OSError):
+                errors.extend(_ended(pipes.pop(pipe)))
+                continue
+            if what == "error":
+                errors.extend(values)
+            else:
+                getattr(progress, what)(*values)
+    return errors
+
+
+def _ended(process: BaseProcess) -> list[str]:
+    process.join()
+    code = process.exitcode or 0
+    return [f"a worker was killed by {signal.Signals(-code).name}"] if code < 0 else []
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Those that still run give up their open shards; after PATIENCE they are killed."""
+    for patience in (0.2, PATIENCE):  # told once they would finish their shards
+        alive = [process for process in processes if process.is_alive()]
+        for process in alive:
+            process.terminate()
+        wait([process.sentinel for process in alive], patience)
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+class Reports(Progress):
+    """The progress of a worker, told to its parent."""
+
+    def __init__(self, pipe: Connection):
+        super().__init__(0, 0, shown=False)
+        self.pipe, self.sending = pipe, threading.Lock()
+
+    def send(self, *message: Any) -> None:
+        with self.sending:
+            self.pipe.send(message)
+
+    def drew(self, samples: int, seconds: float) -> None:
+        self.send("drew", samples, seconds)
+
+    def wrote(self, samples: int, seconds: float) -> None:
+        self.send("wrote", samples, seconds)
+
+    def published(self, samples: int) -> None:
+        self.send("published", samples)
+
+
+def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, number: int, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's, who tells by SIGTERM
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())
+    torch.set_num_threads(job.threads)
+    reports = Reports(pipe)
+    with Interrupts((signal.SIGTERM,)) as interrupts:
+        try:
+            source = making()
+            check_same(job, source)
+            draw_missing(folder, job, source, labels, reports, interrupts.asked.is_set)
+        except (KeyboardInterrupt, BrokenPipeError):  # told twice, or nobody is there to tell
+            return
+        except Exception as error:
+            reports.send("error", told(error))
+
+
+def check_same(job: Job, source: Source) -> None:
+    """Raise ConfigError where what was made here is not what the job draws from."""
+    if (found := difference(job, replace(job, source=decisive(source.identity)))) is not None:
+        raise ConfigError(f"the function makes another source in a worker: {found}")
+
+
+def told(error: Exception) -> str:
+    """An error for somebody in another process: ours say what to do, others at least what they are."""
+    return str(error) if isinstance(error, AmedError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,157 @@
+"""Every format: what is written comes back, the same bytes each time, in files that other libraries open."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from shards import ABOUT, SEEDS, assert_same, bytes_of, in_order_of_seeds, read, samples, shard, write
+
+from amed_engine.datasets.formats import FORMATS
+from amed_engine.datasets.samples import Samples
+from amed_engine.errors import ConfigError, FileFormatError
+
+KINDS = [
+    ("uint8", (5, 4, 3)),
+    ("uint8", (8, 8, 1)),
+    ("uint8", (1, 1, 1)),
+    ("float32", (2, 3, 4)),
+    ("float16", (4, 2, 2, 2)),
+    ("float32", (7,)),
+]
+
+
+@pytest.fixture(params=list(FORMATS))
+def format(request):
+    if library := FORMATS[request.param].library:
+        pytest.importorskip(library)
+    return request.param
+
+
+@pytest.mark.parametrize("labels", [None, "class", "numbers"])
+@pytest.mark.parametrize(("dtype", "shape"), KINDS)
+def test_what_is_written_comes_back(format, dtype, shape, labels, tmp_path):
+    if dtype != "uint8" and not FORMATS[format].floats:
+        with pytest.raises(ConfigError, match="pictures of bytes alone"):
+            FORMATS[format].open(shard(format, tmp_path), 5, shape, dtype, ABOUT)
+        return
+    given = samples(shape=shape, dtype=dtype, labels=labels)
+    path = write(format, shard(format, tmp_path), given)
+    expected = in_order_of_seeds(given) if format == "png" else given
+    for batch in (1, 2, 5, 100):
+        assert_same(read(format, path, batch), expected)
+    header = FORMATS[format].header(path)
+    assert header.about == ABOUT
+    assert (header.count, header.shape, header.dtype) == (5, shape, dtype)
+
+
+@pytest.mark.parametrize("labels", [None, "class", "numbers"])
+def test_the_bytes_follow_from_the_samples(format, labels, tmp_path):
+    given = samples(labels=labels)
+    first, second = (write(format, shard(format, tmp_path, name), given) for name in ("shard-000003", "other"))
+    assert bytes_of(first) == bytes_of(second)
+
+
+def test_a_shard_replaces_the_file_that_a_temporary_name_made(format, tmp_path):
+    path = shard(format, tmp_path, ".amed-tmp.0123.shard-000003")
+    path.mkdir() if FORMATS[format].folder else path.touch()
+    given = samples(sorted(SEEDS))
+    assert_same(read(format, write(format, path, given)), given)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": (5, 4, 1)}, "shape, dtype and labels"),
+        ({"labels": "class"}, "shape, dtype and labels"),
+        ({"seeds": range(4)}, "was to hold 5 samples, got 6"),
+    ],
+)
+def test_a_writer_refuses_what_was_not_announced(format, change, said, tmp_path):
+    writer = FORMATS[format].open(shard(format, tmp_path), 5, (5, 4, 3), "uint8", ABOUT)
+    writer.add(samples([10, 11]))
+    with pytest.raises(ConfigError, match=said):
+        writer.add(samples(**{"seeds": [1, 2], **change}))
+    with pytest.raises(ConfigError, match="was to hold 5 samples, got 2"):
+        writer.close()
+    writer.abort()
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "dtype", "about"),
+    [
+        (0, (5, 4, 3), "uint8", {}),
+        (1, (5, 4, 2), "uint8", {}),
+        (1, (5, 0, 3), "uint8", {}),
+        (1, (1 << 20, 1 << 20, 3), "uint8", {}),
+        (1, (5, 4, 3), "int32", {}),
+        (1, (5, 4, 3), "uint8", {"level": float("nan")}),
+        (1, (5, 4, 3), "uint8", {"plan": "x" * (9 << 20)}),
+        (1, (5, 4, 3), "uint8", {"plan": object()}),
+    ],
+)
+def test_what_no_shard_holds_is_refused(format, count, shape, dtype, about, tmp_path):
+    with pytest.raises(ConfigError):
+        FORMATS[format].open(shard(format, tmp_path), count, shape, dtype, about)
+
+
+def test_what_is_no_shard_is_named(format, tmp_path):
+    path = shard(format, tmp_path)
+    with pytest.raises(FileFormatError, match=path.name):
+        next(FORMATS[format].read(path, 1))
+    path.mkdir() if FORMATS[format].folder else path.write_bytes(b"PK" * 500)
+    with pytest.raises(FileFormatError, match=path.name):
+        next(FORMATS[format].read(path, 1))
+
+
+def test_hashes_are_of_the_bytes():
+    given = samples(dtype="float32", shape=(2, 3))
+    assert given.hashes() == [hashlib.sha256(array.tobytes()).hexdigest() for array in given.arrays]
+    turned = Samples(given.seeds, np.asfortranarray(given.arrays))
+    assert turned.hashes() == given.hashes()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "arrays", "labels"),
+    [
+        ([1], np.zeros((2, 4), np.float32), None),
+        ([1], np.zeros((1, 4), np.float64), None),
+        ([1], np.zeros((1, 4), np.float32), np.zeros(1, np.int32)),
+        ([1], np.zeros((1, 4), np.float32), np.zeros(2, np.int64)),
+        ([1], np.zeros((1, 4), np.float32), np.zeros((1, 2), np.float64)),
+    ],
+)
+def test_samples_of_other_kinds_are_refused(seeds, arrays, labels):
+    with pytest.raises(ConfigError):
+        Samples(seeds, arrays, labels)
+
+
+# ---- what other libraries see
+
+
+def test_pictures_say_what_they_are(tmp_path):
+    given = samples(labels="class")
+    path = write("png", tmp_path / "shard-000003", given)
+    names = ["000007.png", "000008.png", "000042.png", "1000000.png", "4294967295.png", "about.json"]
+    assert sorted(file.name for file in path.iterdir()) == sorted(names)
+    with Image.open(path / "000042.png") as picture:
+        np.testing.assert_array_equal(np.array(picture), given.arrays[0])
+        text = dict(picture.text)
+    assert text["seed"] == "42"
+    assert text["class"] == str(given.labels[0])
+    assert text["sha256"] == given.hashes()[0]
+    assert text["plan"] == ABOUT["plan"]
+    assert json.loads((path / "about.json").read_text())["about"] == ABOUT
+
+
+def test_numpy_opens_an_npz(tmp_path):
+    given = samples(labels="numbers")
+    with np.load(write("npz", tmp_path / "s.npz", given), allow_pickle=False) as file:
+        assert file.files == ["arr_0", "seeds", "labels", "sha256", "about"]
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], given.arrays)
+        np.testing.assert_array_equal(file["seeds"], given.seeds)
+        np.testing.assert_array_equal(file["labels"], given.labels)
+        assert [digest.decode() for digest in file["sha256"]] == given.hashes()
+        assert json.loads(str(file["about"]))["about"] == ABOUT

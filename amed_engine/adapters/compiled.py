@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import zipfile
 from collections.abc import Mapping
@@ -20,10 +19,13 @@ from torch import Tensor, nn
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.sealed import check_seal, seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
 from amed_engine.sampling.modules import bare, device_of, module_of
+from amed_engine.solvers.files import whole
+from amed_engine.solvers.targets import check_target
 
 KEY = "amed.signature"  # among the package's metadata
 MAX_METADATA = 2**20
@@ -118,12 +120,17 @@ def is_package(path: str | os.PathLike) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(_CODE in name and name.endswith((".so", ".o", ".cpp")) for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises what its decoders happen to raise
         return False
 
 
-def load_compiled(path: str | os.PathLike) -> Compiled:
-    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
+def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
+    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError.
+
+    verify: compare the file with the hash in it, if there is one; it is read once more for that.
+    """
+    if verify:
+        check_seal(path)
     signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
@@ -148,18 +155,25 @@ class _OneAtATime:
 
 
 def _read_signature(path: str | os.PathLike) -> tuple[Signature, dict[str, Any]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename.endswith("_metadata.json") and info.file_size <= MAX_METADATA:
-                told = _metadata(archive.read(info), path)
-                check_no_loop(told, path)
-                if isinstance(text := told.get(KEY), str):
-                    signature = Signature.from_json(_metadata(text, path), str(path))
-                    return signature, read_facts(told.get(FACTS), signature, path)
+    for text in _metadata_texts(path):
+        told = _metadata(text, path)
+        check_no_loop(told, path)
+        if isinstance(text := told.get(KEY), str):
+            signature = Signature.from_json(_metadata(text, path), str(path))
+            return signature, read_facts(told.get(FACTS), signature, path)
     raise ConfigError(
         f"{path} is an AOTInductor package without a signature, and such packages do not check their inputs; compile it with "
         "amed_engine.adapters.save_package"
     )
+
+
+def _metadata_texts(path: str | os.PathLike) -> list[bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            named = [info for info in archive.infolist() if info.filename.endswith("_metadata.json")]
+            return [archive.read(info) for info in named if info.file_size <= MAX_METADATA]
+    except Exception as error:  # as above
+        raise FileFormatError(f"{path} is a damaged archive: {error}; fetch or write it again") from error
 
 
 def _metadata(text: str | bytes, path: str | os.PathLike) -> dict[str, Any]:
@@ -182,15 +196,13 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
     path = Path(path)
     if path.suffix != ".pt2":
         raise ConfigError(f"a package is saved as .pt2, got {path.name!r}")
+    check_target(path)
     program = export_denoiser(denoiser, max_batch)
     signature = Signature.of_program(program, _facts(denoiser))
     options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
-    # Beside its destination, so that it can be renamed into place whole.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=os.path.join(folder, path.name), inductor_configs=options
-        )
-        os.replace(made, path)
+    with whole(path) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+        seal(file)
     return path
 
 

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ from torch import nn
 
 from amed_engine.adapters.facts import square
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.sealed import NOTE, seal
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
 from amed_engine.sampling.modes import evaluating
 from amed_engine.sampling.modules import device_of, module_of
+from amed_engine.solvers.files import whole
+from amed_engine.solvers.targets import check_target
 
 FACTS = "amed.facts"  # among a file's metadata
 LOOP = "amed_engine"  # of files that hold a whole loop
@@ -153,6 +155,7 @@ def save_onnx(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 
         ) from error
     assert made is not None
     levels = {name: str(value) for name, value in facts_in(denoiser).items() if name in ("sigma_min", "sigma_max")}
+    made.model.doc_string = NOTE
     made.model.metadata_props.update({FACTS: facts_text(denoiser), **levels})
     return _whole(path, lambda file: made.save(str(file)))
 
@@ -160,16 +163,13 @@ def save_onnx(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 
 def _named(path: str | os.PathLike, suffix: str) -> Path:
     if Path(path).suffix != suffix:
         raise ConfigError(f"such a file is saved as {suffix}, got {Path(path).name!r}")
+    check_target(path)
     return Path(path)
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """What `write` makes, renamed into place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, not a file: large ONNX models keep their weights in a second one.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
+    with whole(path) as file:  # large ONNX models keep their weights in a second one
         write(file)
-        for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
-            os.replace(part, path.parent / part.name)
+        seal(file, set(file.parent.iterdir()) - {file})
     return path

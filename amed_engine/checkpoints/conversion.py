@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
-from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_values, save_diffusers
+from amed_engine.checkpoints.diffusers_folder import save_diffusers
+from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_savable, check_values
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
 from amed_engine.checkpoints.pickles import Record
 from amed_engine.checkpoints.state_dicts import dictionaries, find_network
@@ -58,6 +59,8 @@ def convert(
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
     path = Path(path)
+    if out is not None:
+        check_savable(out)
     opened = _open(path, settings, weights)
     target = _beside(path, opened.layout.suffix) if out is None else Path(out)
     written = {target, *(target / name for name in (WEIGHTS_FILE, CONFIG_FILE, DIFFUSERS_FILE))}

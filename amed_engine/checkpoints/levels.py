@@ -14,7 +14,7 @@ def write_levels(plan: Plan, path: str | os.PathLike) -> None:
     """Write a training-free plan, whole or not at all. Raises ConfigError for one that needs a predictor."""
     if plan.midpoint:
         raise ConfigError("noise levels of a plan with a predictor are no schedule of their own; save the predictor")
-    write_json(path, {**LEVELS, "plan": plan.to_json()})
+    write_json(path, {**LEVELS, "plan": plan.to_json()}, streams=True)
 
 
 def read_levels(path: str | os.PathLike) -> Plan:

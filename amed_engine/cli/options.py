@@ -3,9 +3,11 @@ needed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import click
 from amed_engine.cli.labels import label_option
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.solvers import alternatives, solver_names
-from amed_engine.solvers.files import atomic_write
+from amed_engine.solvers.files import write_or_stream
+from amed_engine.solvers.targets import check_folder, check_target, held, is_descriptor, is_stream
 
 
 def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence[str]) -> dict[str, Any]:
@@ -154,18 +157,47 @@ def open_network(model: str, weights: str | None, device: str | None) -> Any:
     return resolved.network
 
 
-def check_writable(*paths: str | Path | None) -> None:
-    """Before the work rather than after it: make the folders and try to write to them."""
-    import tempfile
+def check_writable(*paths: str | Path | None, streams: bool = False) -> None:
+    """Before the work rather than after it: make the folders, try to write to them, remove what killed runs left of the files.
 
+    streams: a device or a FIFO will do too, and the FIFO is kept open; where it is our own output, text goes to stderr.
+    """
     for path in filter(None, paths):
-        folder = Path(path).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
+        with _writing_to(Path(path).parent):
+            check_target(path, streams)
+        if streams and is_stream(path):
+            click.get_current_context().with_resource(held(path))
+            if is_descriptor(path) and os.path.samestat(os.stat(path), os.fstat(1)):
+                text_to_stderr()
+
+
+def check_writable_folder(path: str | Path, *names: str) -> None:
+    """The same for a folder and the files of these names in it."""
+    with _writing_to(Path(path)):
+        check_folder(path, *names)
+
+
+def check_writable_model(path: str | Path) -> None:
+    """The same for what is saved as a .safetensors file or a directory."""
+    from amed_engine.checkpoints.files import check_savable
+
+    if Path(path).suffix == ".safetensors":
+        check_writable(path, streams=True)
+    with _writing_to(Path(path) if Path(path).is_dir() else Path(path).parent):
+        check_savable(path)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
+
+
+def text_to_stderr() -> None:
+    """For the rest of the command: its output is a file."""
+    click.get_current_context().with_resource(contextlib.redirect_stdout(sys.stderr))
 
 
 def check_png(path: str | None) -> None:
@@ -178,7 +210,7 @@ def show(found: Any, json_file: str | None) -> None:
     """Write a result as JSON to a file, and print it as a table; or print the JSON where the file is -."""
     text = json.dumps(found.to_json(), indent=2)
     if json_file and json_file != "-":
-        atomic_write(json_file, f"{text}\n".encode())
+        write_or_stream(json_file, f"{text}\n".encode())
     click.echo(text if json_file == "-" else found.table())
 
 

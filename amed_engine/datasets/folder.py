@@ -60,6 +60,9 @@ def overwrite_folder(folder: Path) -> None:
         )
     ledger = Ledger(folder)
     entries = ledger.refresh().values()
+    others = {path.name for path in folder.iterdir() if ledgers.SHARD.fullmatch(path.name)} - {e.name for e in entries}
+    if others:
+        raise ConfigError(f"{folder / min(others)} is not in the ledger, so not of this dataset; move it away")
     logger.warning(
         "overwriting %s: removing %d shards, %d samples", folder, len(entries), sum(e.samples for e in entries)
     )

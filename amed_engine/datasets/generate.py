@@ -17,7 +17,7 @@ import numpy as np
 from amed_engine.datasets.drawing import Missing, draw_missing
 from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder
 from amed_engine.datasets.interrupts import Interrupts
-from amed_engine.datasets.job import Job, fitting_batch, labels_told, place
+from amed_engine.datasets.job import Job, decisive, fitting_batch, labels_told, place
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.seeds import Seeds
 from amed_engine.datasets.shards import MODULUS
@@ -120,7 +120,7 @@ def generate_dataset(
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:
         overwrite_folder(folder)
-    there = open_folder(folder, job, place(opened.device))
+    there = open_folder(folder, job, place(opened.identity, opened.device))
     compare_place(folder, job, opened, labels, there)
     if check:
         check_hashes(folder, job)
@@ -170,7 +170,12 @@ def make_job(
         raise ConfigError(f"shard must be a whole number of at least 1, got {shard!r}")
     labels = source.check_labels(class_labels, len(seeds))
     size = fitting_batch(min(shard, len(seeds))) if batch is None else batch
-    told = {"source": source.identity, "stored": source.stored, "shape": source.shape, "labels": labels_told(labels)}
+    told = {
+        "source": decisive(source.identity),
+        "stored": source.stored,
+        "shape": source.shape,
+        "labels": labels_told(labels),
+    }
     job = Job(seeds=seeds, format=format, shard=shard, batch=size, threads=threads, **told)
     job.kind.check(source.shape, source.stored)
     return job, labels

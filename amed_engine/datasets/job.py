@@ -22,7 +22,8 @@ from amed_engine.solvers.temporary import Temporary
 
 NAME, VERSION = "manifest.json", 1
 LARGEST_BATCH = 64
-PLACE = ("device", "versions")  # what may change on the way: see `place`
+PLACE = ("device", "arithmetic", "versions")  # what may change on the way: see `place`
+ARITHMETIC = ("graphs", "kernels", "matmul", "convolution")  # of a source's identity, what its device brings
 
 
 def fitting_batch(shard: int) -> int:
@@ -33,9 +34,10 @@ def fitting_batch(shard: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """source: `Source.identity`. seeds: in the order of the shards. labels: None where the seeds draw them, else what
-    `labels_told` says of those given. format: a key of FORMATS; stored, shape: of one sample as it is kept. shard: samples in
-    each. batch: samples computed at once, the last ones of a shard filled up to it. threads: of torch, on a CPU."""
+    """source: what `decisive` leaves of `Source.identity`. seeds: in the order of the shards. labels: None where the seeds
+    draw them, else what `labels_told` says of those given. format: a key of FORMATS. stored, shape: of one sample as it is
+    kept. shard: samples in each. batch: samples computed at once, the last ones of a shard filled up to it. threads: of torch,
+    on a CPU."""
 
     source: Mapping[str, Any]
     seeds: Seeds
@@ -108,9 +110,15 @@ def labels_told(labels: np.ndarray | None) -> Any:
     return {"sha256": hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest(), "dtype": str(labels.dtype)}
 
 
-def place(device: str) -> dict[str, Any]:
+def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes another job of a source, wherever it is drawn."""
+    return {name: value for name, value in identity.items() if name not in ARITHMETIC}
+
+
+def place(identity: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What the last bits of a sample depend on beside the job."""
-    return {"device": device, "versions": {**versions(), "numpy": np.__version__}}
+    arithmetic = {name: identity[name] for name in ARITHMETIC if name in identity}
+    return {"device": device, "arithmetic": arithmetic, "versions": {**versions(), "numpy": np.__version__}}
 
 
 def save_manifest(folder: Path, job: Job, where: Mapping[str, Any]) -> None:
@@ -153,6 +161,7 @@ def _digest(told: Mapping[str, Any]) -> str:
 def difference(theirs: Job, ours: Job) -> str | None:
     """The first entries in which two jobs differ, for a message; None for the same job."""
     found = list(_differences(_plain(theirs.to_json()), _plain(ours.to_json())))
+    found.sort(key=lambda text: text.split(" is ")[0].count("."))  # what was asked before what followed from it
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more if found else None
 

@@ -92,7 +92,7 @@ def described(making: Making, *arguments: Any) -> tuple[Job, np.ndarray | None, 
     """The job, the labels of its samples, and the place where this runs. arguments: of `make_job`, after the source."""
     source = making()
     job, labels = make_job(source, *arguments)
-    return job, labels, place(source.device)
+    return job, labels, place(source.identity, source.device)
 
 
 def verified(making: Making, folder: Path, job: Job, labels: np.ndarray | None, count: int) -> int:

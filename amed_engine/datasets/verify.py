@@ -43,7 +43,7 @@ def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | 
 def compare_place(folder: Path, job: Job, source: Source, labels: np.ndarray | None, first: Mapping[str, Any]) -> None:
     """Where this is another processor or other versions than the dataset was begun with, or its model has no fingerprint,
     compare a batch within one grey level, and say what came of it. Raises AmedError for samples further apart."""
-    here = place(source.device)
+    here = place(source.identity, source.device)
     changed = [f"{name} {first[name]} there, {here[name]} here" for name in here if first[name] != here[name]]
     missing = Missing(folder, job)
     if not missing.there or (not changed and source.identity.get("fingerprint") is not None):

@@ -23,7 +23,7 @@ import torch
 
 from amed_engine.datasets.drawing import draw_missing
 from amed_engine.datasets.interrupts import Interrupts
-from amed_engine.datasets.job import Job, difference
+from amed_engine.datasets.job import Job, decisive, difference
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.sources import Source
 from amed_engine.errors import AmedError, ConfigError
@@ -140,7 +140,7 @@ def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, num
 
 def check_same(job: Job, source: Source) -> None:
     """Raise ConfigError where what was made here is not what the job draws from."""
-    if (found := difference(job, replace(job, source=source.identity))) is not None:
+    if (found := difference(job, replace(job, source=decisive(source.identity)))) is not None:
         raise ConfigError(f"the function makes another source in a worker: {found}")
 
 

@@ -157,7 +157,7 @@ class Plan:
         """Write the plan as JSON, whole or not at all. Raises ConfigError for one that `load` would refuse, and OSError."""
         data = self.to_json()
         self.from_json(data)
-        write_json(path, data)
+        write_json(path, data, streams=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Plan:

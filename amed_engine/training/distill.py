@@ -118,7 +118,7 @@ def distill(
     fine = teacher_schedule, teacher_rho, steps_for(resolved.network, settings.schedule, teacher_schedule)
     teach = Teacher.of(plan, settings.teacher, settings.teacher_options, settings.teacher_intermediate, *fine)
     if out_dir is not None:
-        report.import_figure()
+        report.prepare(out_dir)
         checkpoint_dir = Path(out_dir) / "checkpoints" if checkpoint_dir is None else checkpoint_dir
     _check_gradients(resolved.module)
     exact = exactly(resolved.device)  # in the backward pass too

@@ -8,9 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from amed_engine.checkpoints.files import atomic_write
 from amed_engine.errors import require
+from amed_engine.solvers.files import atomic_write
+from amed_engine.solvers.targets import check_folder
 from amed_engine.training.trainer import Round
+
+FILES = ("history.csv", "history.png")
 
 
 def show(bar: tqdm, seen: Round) -> None:
@@ -36,6 +39,12 @@ def import_figure() -> Any:
     return require("matplotlib.figure", "plot", "the plot in out_dir", "leave out_dir out").Figure
 
 
+def prepare(folder: str | Path) -> None:
+    """Before the training: whether the picture can be drawn, and the folder written to."""
+    import_figure()
+    check_folder(folder, *FILES)
+
+
 def plot(history: list[Round]) -> bytes:
     """A PNG: the losses, r and the two scales over the images seen, a line per interval."""
     figure = import_figure()(figsize=(11, 6), layout="constrained")
@@ -57,6 +66,7 @@ def save(folder: str | Path | None, history: list[Round], picture: bool) -> None
     """history.csv, and history.png with `picture`; nothing without a folder or a history."""
     if folder is None or not history:
         return
-    atomic_write(Path(folder) / "history.csv", table(history).encode())
+    figures, drawn = (Path(folder) / name for name in FILES)
+    atomic_write(figures, table(history).encode())
     if picture:
-        atomic_write(Path(folder) / "history.png", plot(history))
+        atomic_write(drawn, plot(history))

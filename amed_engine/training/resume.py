@@ -14,6 +14,7 @@ from torch import Tensor
 from amed_engine.checkpoints.files import read, write
 from amed_engine.checkpoints.native import check_tensors
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.solvers.targets import check_folder
 from amed_engine.training.trainer import Round, Trainer
 
 KEPT = 3
@@ -34,6 +35,8 @@ class Checkpoints:
         self.folder = None if folder is None else Path(folder)
         self.seconds, self.written = seconds, time.monotonic()
         self.identity = json.loads(json.dumps(identity))  # tuples as the lists a file gives back
+        if self.folder is not None:
+            check_folder(self.folder, *(file.name for file in self.files()))
 
     def files(self) -> list[Path]:
         """Oldest first."""

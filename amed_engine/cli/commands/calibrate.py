@@ -10,7 +10,7 @@ import click
 
 from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import check_writable, open_network
+from amed_engine.cli.options import check_writable, check_writable_folder, open_network
 
 
 @click.command()
@@ -33,7 +33,10 @@ def calibrate(model, weights, device, nfe, class_labels, batch, rows, out, **opt
     numbers, several = parse_seeds(nfe, "NFE"), not nfe.isdecimal()
     if several and Path(out).suffix == ".json":
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
-    check_writable(Path(out) / "nfe" if several else out)
+    if several:
+        check_writable_folder(out, *(f"nfe{number}.json" for number in numbers))
+    else:
+        check_writable(out, streams=True)
     network = open_network(model, weights, device)
     conditions = in_turn(class_labels, network, batch)
     asked = {"conditions": conditions, "batch": batch, "progress": sys.stderr.isatty(), **options}

@@ -38,16 +38,16 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
     A predictor keeps the noise levels it was trained for; --predictor brings their range to the other solvers too, unless
     --sigma-min and --sigma-max say another, and each row is measured against a solution of its own range.
     """
-    from amed_engine.checkpoints import atomic_write
     from amed_engine.engine.seeds import parse_seeds
     from amed_engine.evaluation import comparison as work
     from amed_engine.evaluation import figure
+    from amed_engine.solvers.files import write_or_stream
 
     check_png(out)
     numbers = parse_seeds(seeds)
     if out:
         figure.import_matplotlib()
-    check_writable(out, None if json_file == "-" else json_file)
+    check_writable(out, None if json_file == "-" else json_file, streams=True)
     given = typed({**shared, "nfe": nfe})
     comparison = work.compare(
         model,
@@ -61,5 +61,5 @@ def compare(model, weights, seeds, nfe, samples, curve_samples, predictor, out, 
         progress=sys.stderr.isatty(),
     )
     if out:
-        atomic_write(out, figure.plot(comparison))
+        write_or_stream(out, figure.plot(comparison))
     show(replace(comparison, model=click.get_current_context().params["model"]), json_file)

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.options import check_writable_model
+
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True))
@@ -28,6 +30,8 @@ def convert(file: str, out: str | None, weights: str | None, pairs: tuple[str, .
     """
     from amed_engine.checkpoints import convert as work
 
+    if out is not None:
+        check_writable_model(out)
     done = work(file, out, weights=weights, **dict(map(_parse, pairs)))
     click.echo(done.description)
     click.echo(f"wrote {done.path}")

@@ -10,7 +10,7 @@ import click
 
 import amed_engine
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import PAIRS, check_writable, open_network, plan_options
+from amed_engine.cli.options import PAIRS, check_writable_folder, check_writable_model, open_network, plan_options
 from amed_engine.solvers import solver_names
 
 _preset: dict[str, Any] = {"show_default": "the preset's"}
@@ -44,7 +44,9 @@ _preset: dict[str, Any] = {"show_default": "the preset's"}
 def distill(model, weights, device, out, **options) -> None:
     """Train an AMED predictor for a model and save it."""
     network = open_network(model, weights, device)
-    check_writable(out)
+    check_writable_model(out)
+    if options["out_dir"]:
+        check_writable_folder(options["out_dir"])
     given = {name: value for name, value in options.items() if value not in (None, {})}
     rounds: list[Any] = []
     predictor = amed_engine.distill(network, progress=sys.stderr.isatty(), on_round=rounds.append, **given)

@@ -48,7 +48,7 @@ def evaluate(
 
     if save_statistics and not save_statistics.endswith(".npz"):
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")
-    check_writable(save_statistics, None if json_file == "-" else json_file)
+    check_writable(save_statistics, None if json_file == "-" else json_file, streams=True)
     own = BUNDLED if model == BUNDLED else "none"
     given = {"data": data or own, "classifier": classifier or own}
     found = evaluation.evaluate(

@@ -10,7 +10,7 @@ import click
 
 from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import check_writable, first_step_options, open_network
+from amed_engine.cli.options import check_writable_folder, check_writable_model, first_step_options, open_network
 
 
 @click.command()
@@ -40,7 +40,10 @@ def fit(model, weights, device, nfe, class_labels, out, **options) -> None:
     numbers, several = parse_seeds(nfe, "NFE"), not nfe.isdecimal()
     if several and Path(out).suffix == ".safetensors":
         raise click.UsageError(f"several NFE are written to a folder, one file each; pass --out FOLDER, not {out}")
-    check_writable(Path(out) / "nfe" if several else out)
+    if several:
+        check_writable_folder(out, *(f"nfe{number}.safetensors" for number in numbers))
+    else:
+        check_writable_model(out)
     network = open_network(model, weights, device)
     options["conditions"] = in_turn(class_labels, network, min(options["batch"], options["samples"]))
     made: Any = amed_engine.fit(network, nfe=numbers, progress=sys.stderr.isatty(), **options)

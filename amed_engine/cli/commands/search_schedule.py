@@ -9,7 +9,7 @@ import click
 
 from amed_engine.cli.labels import in_turn, label_option
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import first_step_options, open_network, parse_pairs
+from amed_engine.cli.options import check_writable, first_step_options, open_network, parse_pairs
 from amed_engine.solvers import alternatives, integrator_names
 
 
@@ -38,6 +38,7 @@ def search_schedule(
     from amed_engine.engine.measure import measured
     from amed_engine.engine.resolve import resolve
 
+    check_writable(out, streams=True)
     network = open_network(model, weights, device)
     options["conditions"] = in_turn(class_labels, network, min(options["batch"], options["samples"]))
     wished = {"solver": solver, "afs": afs, "guidance_scale": guidance_scale}

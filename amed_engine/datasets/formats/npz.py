@@ -89,7 +89,7 @@ class NpzShard(Shard):
             )
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in archive.infolist()):
             raise FileFormatError("its members are compressed, or claim more bytes than it has")
-        self.header, self.checksum = Header.parse(str(self._small("about", 4 * 2 * MAX_BYTES)))
+        self.header, self.checksum = Header.sealed(str(self._small("about", 4 * 2 * MAX_BYTES)).encode())
         self.bounded(size)
         labels = self._small("labels", size) if "labels.npy" in names else None
         digests = np.frombuffer(bytes.fromhex(b"".join(self._small("sha256", size).tolist()).decode()), np.uint8)

@@ -19,7 +19,7 @@ import numpy as np
 
 from amed_engine.datasets.formats.format import Format
 from amed_engine.datasets.formats.pictures import decoded, encoded, texts_of
-from amed_engine.datasets.formats.shard import CLASS, Header, Labels, Rows, Shard, Writer
+from amed_engine.datasets.formats.shard import Header, Rows, Shard, Writer
 from amed_engine.datasets.samples import Samples, name
 from amed_engine.errors import FileFormatError
 from amed_engine.solvers.files import MAX_BYTES, parse_json
@@ -87,7 +87,7 @@ def _short(plan: Any) -> str | None:
 class PngShard(Shard):
     def __init__(self, path: Path):
         with (path / ABOUT).open("rb") as file:
-            self.header, self.checksum = Header.parse(file.read(2 * MAX_BYTES + 1))
+            self.header, self.checksum = Header.sealed(file.read(2 * MAX_BYTES + 1))
         if self.header.dtype != "uint8":
             raise FileFormatError(f"{ABOUT} says samples of {self.header.dtype}")
         self._description = _digest(self.header)
@@ -97,9 +97,10 @@ class PngShard(Shard):
             raise FileFormatError(
                 f"it has {len(self._files)} pictures of {self.header.count}, and {others[:3] or 'no others'}"
             )
-        self.rows = Rows.join([self._row(file) for file in self._files])
+        self.rows = Rows.listed(*map(list, zip(*map(self._row, self._files), strict=True)))
 
-    def _row(self, file: Path) -> Rows:
+    def _row(self, file: Path) -> tuple[int, Any, str]:
+        """Seed, label and hash."""
         with file.open("rb") as opened:
             head = opened.read(HEAD)
             if b"IDAT" not in head:  # a long label
@@ -110,8 +111,7 @@ class PngShard(Shard):
             raise FileFormatError(f"{file.name} says that it is of seed {seed[:20]!r}")
         if texts.get("about") != self._description:
             raise FileFormatError(f"{file.name} was written with another description than {ABOUT}")
-        digest = np.frombuffer(bytes.fromhex(texts.get("sha256", "")), np.uint8).reshape(1, 32)
-        return Rows(np.array([int(seed)]), label_row(texts.get("class"), self.header.labels), digest)
+        return int(seed), parse_json(texts.get("class", "null")), texts.get("sha256", "")
 
     def arrays(self, batch: int) -> Iterator[np.ndarray]:
         for start in range(0, len(self._files), batch):
@@ -122,20 +122,6 @@ class PngShard(Shard):
         if file.stat().st_size > 2 * self.header.size + HEAD + MAX_BYTES:
             raise FileFormatError(f"{file.name} is larger than a picture of shape {self.header.shape}")
         return file.read_bytes()
-
-
-def label_row(text: str | None, labels: Labels) -> np.ndarray | None:
-    """The label (1,) or (1, L) that a JSON text says. Raises ValueError where it is not of the kind that is announced."""
-    if text is None or labels is None:
-        if text is None and labels is None:
-            return None
-        raise ValueError(f"a label is {text!r}, the header announces {labels}")
-    value = parse_json(text)
-    if labels == CLASS and isinstance(value, int) and not isinstance(value, bool):
-        return np.array([value], np.int64)
-    if isinstance(value, list) and len(value) == labels:
-        return np.array([value], np.float32)
-    raise ValueError(f"a label is {text[:40]!r}, the header announces {labels}")
 
 
 @contextlib.contextmanager

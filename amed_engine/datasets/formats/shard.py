@@ -82,17 +82,22 @@ class Header:
             raise ConfigError(f"about cannot be written as JSON: {error}") from error
 
     @classmethod
-    def parse(cls, text: str | bytes) -> tuple[Header, str]:
+    def parse(cls, text: bytes) -> Header:
+        """The header of its JSON. Raises ValueError, which does not name the file."""
+        return cls.sealed(text, seal=False)[0]
+
+    @classmethod
+    def sealed(cls, text: bytes, seal: bool = True) -> tuple[Header, str]:
         """The header and the checksum of a shard's JSON. Raises ValueError, which does not name the file."""
         if len(text) > 2 * MAX_BYTES:
-            raise FileFormatError(f"its header has {len(text)} bytes, more than {2 * MAX_BYTES}")
-        data = parse_json(text if isinstance(text, str) else text.decode("ascii"))
-        expected = {"version", "count", "shape", "dtype", "about", "labels", "checksum"}
-        if not isinstance(data, dict) or set(data) != expected or data.pop("version") != VERSION:
-            raise FileFormatError(f"its header is none of version {VERSION}, with {', '.join(sorted(expected))}")
-        checksum = data.pop("checksum")
+            raise FileFormatError(f"its description has {len(text)} bytes, more than {2 * MAX_BYTES}")
+        data = parse_json(text.decode("ascii"))
+        names = {"version", "count", "shape", "dtype", "about", "labels", *(["checksum"] if seal else [])}
+        if not isinstance(data, dict) or set(data) != names or data.pop("version") != VERSION:
+            raise FileFormatError(f"its description is none of version {VERSION}, with {', '.join(sorted(names))}")
+        checksum = data.pop("checksum", "")
         if not isinstance(data["shape"], list) or not isinstance(checksum, str):
-            raise FileFormatError("its header says no shape or no checksum")
+            raise FileFormatError("its description says no shape or no checksum")
         return cls(**{**data, "shape": tuple(data["shape"])}).check(), checksum
 
 
@@ -111,6 +116,12 @@ class Rows:
     @classmethod
     def of(cls, samples: Samples) -> Rows:
         return cls(np.array(samples.seeds, np.int64), samples.labels, samples.digests)
+
+    @classmethod
+    def listed(cls, seeds: list[int], labels: list, hashes: list[str]) -> Rows:
+        """Of what texts say, one entry a sample. Raises ValueError."""
+        digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+        return cls(np.array(seeds, np.int64), _listed(labels), digests)
 
     @classmethod
     def join(cls, parts: list[Rows]) -> Rows:
@@ -141,6 +152,15 @@ class Rows:
             parts = [np.ascontiguousarray(column[start : start + 4096]) for column in columns]
             found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1))
         return found.hexdigest()
+
+
+def _listed(labels: list) -> np.ndarray | None:
+    kinds = {type(label) for label in labels}
+    if kinds <= {type(None)}:
+        return None
+    if kinds not in ({int}, {list}):
+        raise FileFormatError("its labels are of several kinds")
+    return np.array(labels, np.int64 if kinds == {int} else np.float32)
 
 
 class Writer:

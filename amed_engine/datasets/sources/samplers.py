@@ -63,6 +63,7 @@ def _identity(sampler: Sampler, guidance_scale: Any) -> dict[str, Any]:
         "label_dim": model.label_dim,
         "label_kind": model.label_kind,
         "precision": model.precision,
+        "nfe": plan.nfe,
         "plan": plan.to_json(),
         "predictor": identities.predictor_hash(predictor),
         "guidance_scale": None if guidance_scale is None else float(guidance_scale),

@@ -8,7 +8,6 @@ FORMATS has a writer per format: "pt2" is compiled by AOTInductor, for hosts of 
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.adapters.exporting import check_exportable, why_not_exported
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.sealed import NOTE, seal
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
 from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
@@ -33,6 +33,7 @@ from amed_engine.errors import AmedError, ConfigError, require
 from amed_engine.sampling.denoiser import bind_labels
 from amed_engine.sampling.modes import evaluating
 from amed_engine.sampling.modules import passed_on
+from amed_engine.solvers.files import whole
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
 
@@ -166,6 +167,7 @@ def write_onnx(job: Job, file: Path) -> None:
             f"the loop cannot be written as ONNX: {first_line(_root(error))}; formats 'exported' and 'pt2' know every operator"
         ) from error
     assert program is not None
+    program.model.doc_string = NOTE
     program.model.metadata_props.update(job.facts("onnx").texts())
     program.save(str(file))
 
@@ -192,17 +194,14 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
     """Write the file, or nothing: it is renamed into place when it is complete and, with verify, gives the same images."""
     path = Path(path)
     _check(job, path, format)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, not a file: large ONNX models keep their weights in a second file.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, path.name)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
-            with evaluating(job.model.module):
-                FORMATS[format](job, file)
-                differences = _compare(job, file) if verify and format in LOOPS else {}
-        for part in sorted(Path(folder).iterdir(), key=lambda part: part == file):
-            os.replace(part, path.parent / part.name)
+    # Large ONNX models keep their weights in a second file beside it.
+    with whole(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
+        with evaluating(job.model.module):
+            FORMATS[format](job, file)
+            if format in LOOPS:
+                seal(file, set(file.parent.iterdir()) - {file})
+            differences = _compare(job, file) if verify and format in LOOPS else {}
     return Exported(path, format, differences, job.plan)
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints import atomic_write
 from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.solvers.files import write_or_stream
 
 MAX_BYTES = 1 << 30  # a covariance of 11,000 features; Inception's 2048 need 32 MiB
 ASYMMETRY = 1e-6  # of the largest entry, in a file
@@ -95,7 +95,7 @@ class Statistics:
             raise ConfigError(f"statistics are saved as .npz, got {str(path)!r}")
         buffer = io.BytesIO()
         np.savez(buffer, mu=self.mu.cpu().numpy(), sigma=self.sigma.cpu().numpy())
-        atomic_write(path, buffer.getvalue())
+        write_or_stream(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Statistics:

@@ -18,6 +18,7 @@ from amed_engine.checkpoints import atomic_write
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.integrations.serving.batching import MAX_IMAGES, answer
+from amed_engine.solvers.targets import check_folder
 
 _MODEL = "from amed_engine.integrations.serving.triton import TritonPythonModel  # noqa: F401\n"
 
@@ -70,7 +71,7 @@ def write_repository(
         options=json.dumps(json.dumps(options)),
     )
     folder = Path(path, name)
-    (folder / "1").mkdir(parents=True, exist_ok=True)
+    check_folder(folder / "1", "model.py", "../config.pbtxt")
     for file, text in ((folder / "1" / "model.py", _MODEL), (folder / "config.pbtxt", config)):
         atomic_write(file, text.encode())
     return folder

@@ -1,0 +1,103 @@
+"""Runs that are interrupted and killed, as processes of the command line: what they leave is whole, and is gone on with."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from dataset_folders import contents
+
+from amed_engine.datasets.ledger import Ledger
+
+JOB = ["--model", "digits", "--nfe", "3", "--seeds", "0-399", "--format", "npz", "--shard", "20"]
+
+
+def start(out, *more, job=JOB):
+    command = [sys.executable, "-P", "-m", "amed_engine", "generate", *job, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def shards(out) -> int:
+    return len(Ledger(out).refresh())
+
+
+def wait_for(out, count, process):
+    until = time.monotonic() + 120
+    while shards(out) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "data"
+    process = start(out)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return contents(out), printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_finishes_the_open_shard(tmp_path, whole, workers, number):
+    process = start(tmp_path, "--workers", workers)
+    wait_for(tmp_path, 2, process)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    there = len(contents(tmp_path))  # no litter either
+    assert 40 <= there < 400
+    assert f"interrupted: {there} of 400 samples are in {tmp_path}; the same command draws the others" in errors
+    process = start(tmp_path, "--workers", workers)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert contents(tmp_path) == whole[0]
+    assert printed.splitlines()[-1] == whole[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_the_drawing(tmp_path, number):
+    process = start(tmp_path / "data")
+    time.sleep(0.5)  # torch is being imported
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, -number)  # the second: Python itself had not started yet
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_kills_at_any_moment_lose_nothing(tmp_path, whole, workers):
+    chance = random.Random(int(workers))
+    for _ in range(4):
+        before, process = shards(tmp_path), start(tmp_path, "--workers", workers)
+        wait_for(tmp_path, min(before + 1, 20), process) if before < 20 else None
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    process = start(tmp_path, "--workers", workers, "--verify", "20")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert contents(tmp_path) == whole[0]
+    assert printed.splitlines()[-1] == whole[1]
+
+
+def test_a_killed_worker_costs_its_open_shard_alone(tmp_path, whole):
+    process = start(tmp_path, "--workers", "2")
+    wait_for(tmp_path, 2, process)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(children) as file:
+        os.kill(int(file.read().split()[-1]), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert contents(tmp_path) == whole[0]
+
+
+def test_two_commands_at_once_share_the_work(tmp_path, whole):
+    processes = [start(tmp_path), start(tmp_path)]
+    ended = [(process.communicate(), process.returncode) for process in processes]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert contents(tmp_path) == whole[0]
+    assert shards(tmp_path) == 20 == len((tmp_path / "ledger.jsonl").read_text().splitlines())

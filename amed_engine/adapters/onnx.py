@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled, converted
 from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx_inputs import ANSWERS, FLOATS, LABELS, RAW, STEPS, TYPES, Roles, describe, roles_of
 from amed_engine.adapters.sealed import check_seal
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
@@ -103,6 +104,7 @@ class OnnxSession:
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None, *, verify: bool = True):
+        self.loaded = LoadedFile.of(path) if os.path.isfile(path) else None  # else onnxruntime says what is wrong
         if verify:
             check_seal(path)
         runtime = require("onnxruntime", "onnx", "ONNX")
@@ -193,7 +195,9 @@ def load_onnx(
     answer = next(entry for entry in session.answers if entry.name == session.outputs[0])
     roles = roles_of(session.inputs, answer, path, inputs)
     signature = _signature(roles, session.metadata, path)
-    return OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made = OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made.loaded = session.loaded
+    return made
 
 
 def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.PathLike) -> list[str]:

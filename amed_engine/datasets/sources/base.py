@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amed_engine.datasets.samples import Samples
 from amed_engine.engine.images import to_uint8
+from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError, NonFiniteError
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16}
@@ -40,11 +41,12 @@ class Source(ABC):
         are one batch, others may take several, see `batches_of`. Raises NonFiniteError naming seeds, and ConfigError where the
         batch does not fit into memory.
         """
+        seeds = check_seeds(seeds)
         batches, places = batches_of(seeds, labels, size or len(seeds))
         drawn = [self._drawn([seeds[i] for i in batch], None if labels is None else labels[batch]) for batch in batches]
         arrays = np.stack([drawn[batch][0][row] for batch, row in places])
         told = [own for _, own in drawn if own is not None]
-        return Samples(list(seeds), arrays, np.stack([told[batch][row] for batch, row in places]) if told else None)
+        return Samples(seeds, arrays, np.stack([told[batch][row] for batch, row in places]) if told else None)
 
     def _drawn(self, seeds: list[int], labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         images, told = self._run(seeds, labels)

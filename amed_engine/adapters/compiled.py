@@ -20,7 +20,7 @@ from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.loaded import LoadedFile
-from amed_engine.adapters.sealed import check_seal, seal
+from amed_engine.adapters.sealed import check_seal, write_seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -207,7 +207,7 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
     options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
     with whole(path) as file:
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
-        seal(file)
+        write_seal(file)
     return path
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
 from amed_engine.errors import FileFormatError
+from amed_engine.solvers.targets import resolved
+from amed_engine.solvers.temporary import Temporary
 
 MARK = "amed.sha256"
 _SEAL = re.compile(rb"amed\.sha256.{1,4}?((?:[0-9a-f]{64}  [^\n\0]+\n)*)([0-9a-f]{64})\Z", re.DOTALL)
@@ -30,19 +33,31 @@ _REMEDY = (
 
 
 def seal(path: str | os.PathLike, parts: Iterable[str | os.PathLike] = ()) -> None:
-    """Record the hash of a .pt2 or .onnx file in it, in place of an earlier one; the loaders of this package check it.
+    """Record the hash of a .pt2 or .onnx file that was changed on purpose in it, in place of the earlier one.
 
-    parts: files in the same folder that belong to an ONNX model, its weights. Raises FileFormatError for another kind of file.
+    parts: files in the same folder that belong to an ONNX model, its weights; unless said those of the earlier hash. The file
+    is replaced whole. Raises FileFormatError for another kind of file, OSError.
     """
     path = Path(path)
-    (_make_room_in_archive if path.suffix == ".pt2" else _make_room_in_model)(path, [Path(part) for part in parts])
+    if path.suffix not in (".pt2", ".onnx") or not path.is_file():
+        raise FileFormatError(f"{path} is no .pt2 or .onnx file, which alone have a place for a hash")
+    beside = [path.parent / Path(part).name for part in parts]
+    with Temporary(resolved(path)) as copy:
+        shutil.copyfile(path, copy.path)
+        write_seal(copy.path, beside, path)
+        copy.flush()
+        copy.publish()
+
+
+def write_seal(path: Path, parts: Iterable[Path] = (), known: Path | None = None) -> None:
+    """`seal` in place, for a file that is being written. known: what errors call it."""
+    known = known or path
+    (_make_room_in_archive if known.suffix == ".pt2" else _make_room_in_model)(path, list(parts), known)
     with open(path, "r+b") as file:
         size = file.seek(-len(_UNKNOWN), os.SEEK_END)
         told = _digest(file, size)
         file.seek(size)
         file.write(told.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def check_seal(path: str | os.PathLike) -> None:
@@ -159,22 +174,24 @@ def _is_mark(info: zipfile.ZipInfo) -> bool:
     return info.filename.endswith(f"/extra/{MARK}")
 
 
-def _make_room_in_archive(path: Path, parts: list[Path]) -> None:
+def _make_room_in_archive(path: Path, parts: list[Path], known: Path) -> None:
     try:
-        with zipfile.ZipFile(path, "a") as archive:
-            if not any(map(_is_mark, archive.infolist())):
-                folder = archive.namelist()[0].split("/")[0]
-                archive.writestr(zipfile.ZipInfo(f"{folder}/extra/{MARK}"), _digest_of_members(archive))
-            archive.comment = MARK.encode() + b" " + _UNKNOWN
-    except zipfile.BadZipFile as error:
-        raise FileFormatError(f"{path} is no .pt2 archive: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            folder, marked = archive.namelist()[0].split("/")[0], any(map(_is_mark, archive.infolist()))
+            told = _digest_of_members(archive)
+    except Exception as error:  # as above
+        raise FileFormatError(f"{known} is no readable .pt2 archive: {error}") from error
+    with zipfile.ZipFile(path, "a") as archive:
+        if not marked:
+            archive.writestr(zipfile.ZipInfo(f"{folder}/extra/{MARK}"), told)
+        archive.comment = MARK.encode() + b" " + _UNKNOWN
 
 
-def _make_room_in_model(path: Path, parts: list[Path]) -> None:
+def _make_room_in_model(path: Path, parts: list[Path], known: Path) -> None:
     """One more entry of the metadata, which in protobuf may simply follow the rest."""
     with open(path, "r+b") as file:
         if (earlier := _seal_of(file)) is not None:
-            parts = parts or [path.parent / name for name in _parts(earlier)]
+            parts = parts or [known.parent / name for name in _parts(earlier)]
             file.truncate(file.seek(0, os.SEEK_END) - len(_entry(earlier[1] + earlier[2])))
         told = "".join(f"{_digest_of(part)}  {part.name}\n" for part in sorted(parts))
         file.seek(0, os.SEEK_END)

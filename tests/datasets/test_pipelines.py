@@ -126,6 +126,25 @@ def test_classes_of_a_pipeline():
     assert np.array_equal(source.draw([1, 2, 3], drawn.labels).arrays, drawn.arrays)
 
 
+def test_a_pipeline_of_a_consistency_model_takes_noise_and_classes_from_the_seeds():
+    scheduler = diffusers.CMStochasticIterativeScheduler(num_train_timesteps=40)
+    pipeline = diffusers.ConsistencyModelPipeline(pixels(num_class_embeds=3).unet, scheduler)
+    source = open_source(pipeline, stored="float32", num_inference_steps=2)
+    drawn = check_order(source, source.check_labels([0, 2, 1], 3))
+    assert not np.array_equal(source.draw([4, 7, 2], source.check_labels(1, 3)).arrays[:2], drawn.arrays[:2])
+
+
+@pytest.mark.parametrize("make", ["stable_diffusion_3", "make_flux"])
+@pytest.mark.parametrize("output_type", ["latent", "pil"])
+def test_pipelines_of_flow_matching(make, output_type):
+    options = {"height": 16, "width": 16, "output_type": output_type, "max_sequence_length": 8}
+    pipeline = getattr(tiny_pipelines, make)()
+    pipeline.register_modules(vae=tiny_pipelines.autoencoder(shift_factor=0.1))
+    source = open_source(pipeline, prompt=["a cat", "the dog"], **options, **STEPS)
+    labels = source.check_labels([0, 1, 0], 3)
+    assert check_order(source, labels).arrays.dtype == ("float32" if output_type == "latent" else "uint8")
+
+
 def test_this_package_s_pipeline():
     from amed_engine.integrations.diffusers import AMEDPipeline, AMEDScheduler
 

@@ -16,7 +16,7 @@ from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
 from amed_engine.datasets.sources.asking import Asked, ask, chosen_labels, defaults, parameters_of, seeded
-from amed_engine.datasets.sources.base import Source, stored_kind, stored_shape
+from amed_engine.datasets.sources.base import Source, nothing_global, stored_kind, stored_shape
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import evaluating, exactly, plain_defaults
@@ -87,7 +87,8 @@ def _tried(pipeline: Any, asked: Asked) -> Tensor:
 def _drawn(pipeline: Any, asked: Asked, seeds: list[int], labels: np.ndarray | None) -> Tensor:
     """(B, C, ...) float32: latents as they are, pictures in [-1, 1]."""
     told = asked.arguments(parameters_of(pipeline), len(seeds), labels)
-    with _as_alone(pipeline), _nothing_global(pipeline):
+    remedy = "use a scheduler that takes a generator, or one that adds no noise"
+    with _as_alone(pipeline), nothing_global(_named(pipeline), remedy, _device(pipeline)):
         try:
             answer = pipeline(**told, generator=seeded(seeds))[0]
         except TypeError as error:
@@ -137,25 +138,6 @@ def _as_alone(pipeline: Any) -> Iterator[None]:
             yield
     finally:
         pipeline.set_progress_bar_config(**bar)
-
-
-@contextmanager
-def _nothing_global(pipeline: Any) -> Iterator[None]:
-    """Raise ConfigError where torch's global generators are drawn from, which are left as they were."""
-    device = _device(pipeline)
-    of_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    before = [(each, each.get_state()) for each in {torch.default_generator, of_device}]
-    try:
-        yield
-    finally:
-        used = [each for each, state in before if not torch.equal(each.get_state(), state)]
-        for each, state in before:
-            each.set_state(state)
-    if used:
-        raise ConfigError(
-            f"{_named(pipeline)} draws from torch's global generator, so no seed gives the same sample twice: use a scheduler "
-            "that takes a generator, or one that adds no noise"
-        )
 
 
 # ---- what it is ----

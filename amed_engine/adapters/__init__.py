@@ -15,6 +15,7 @@ from amed_engine.adapters.latents import encode_texts, wrap_pipeline
 from amed_engine.adapters.onnx import OnnxModel, load_onnx
 from amed_engine.adapters.schedulers import shift_of
 from amed_engine.adapters.score import IndexedScore, Score, VPScore
+from amed_engine.adapters.sealed import seal
 from amed_engine.adapters.signature import Signature
 from amed_engine.adapters.wrapping import wrap
 
@@ -54,6 +55,7 @@ __all__ = [
     "save_onnx",
     "save_package",
     "save_program",
+    "seal",
     "shift_of",
     "wrap",
     "wrap_pipeline",

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
+from amed_engine.adapters.loaded import LoadedFile
+from amed_engine.adapters.sealed import check_seal, write_seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -38,6 +40,7 @@ class Compiled(nn.Module):
     lends_copies = True
     bottleneck_size: tuple[int, ...] | None = None
     recorded: str | None = None  # the fingerprint of what it was made from
+    loaded: LoadedFile | None = None  # what it was read from
 
     def __init__(self, call: Any, signature: Signature, device: str = "cpu", facts: Mapping[str, Any] | None = None):
         super().__init__()
@@ -119,12 +122,18 @@ def is_package(path: str | os.PathLike) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(_CODE in name and name.endswith((".so", ".o", ".cpp")) for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile raises what its decoders happen to raise
         return False
 
 
-def load_compiled(path: str | os.PathLike) -> Compiled:
-    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError."""
+def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
+    """A denoiser saved by `save_package`. Its signature is read before its code is. Raises FileFormatError, ConfigError.
+
+    verify: compare the file with the hash in it, if there is one; it is read once more for that.
+    """
+    loaded = LoadedFile.of(path)
+    if verify:
+        check_seal(path)
     signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
@@ -134,7 +143,9 @@ def load_compiled(path: str | os.PathLike) -> Compiled:
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=single)
     except Exception as error:  # a loader of native code raises what it happens to raise
         raise FileFormatError(f"{path} cannot be loaded here: {str(error).splitlines()[0]}") from error
-    return Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made = Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made.loaded = loaded
+    return made
 
 
 class _OneAtATime:
@@ -149,18 +160,25 @@ class _OneAtATime:
 
 
 def _read_signature(path: str | os.PathLike) -> tuple[Signature, dict[str, Any]]:
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.filename.endswith("_metadata.json") and info.file_size <= MAX_METADATA:
-                told = _metadata(archive.read(info), path)
-                check_no_loop(told, path)
-                if isinstance(text := told.get(KEY), str):
-                    signature = Signature.from_json(_metadata(text, path), str(path))
-                    return signature, read_facts(told.get(FACTS), signature, path)
+    for text in _metadata_texts(path):
+        told = _metadata(text, path)
+        check_no_loop(told, path)
+        if isinstance(text := told.get(KEY), str):
+            signature = Signature.from_json(_metadata(text, path), str(path))
+            return signature, read_facts(told.get(FACTS), signature, path)
     raise ConfigError(
         f"{path} is an AOTInductor package without a signature, and such packages do not check their inputs; compile it with "
         "amed_engine.adapters.save_package"
     )
+
+
+def _metadata_texts(path: str | os.PathLike) -> list[bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            named = [info for info in archive.infolist() if info.filename.endswith("_metadata.json")]
+            return [archive.read(info) for info in named if info.file_size <= MAX_METADATA]
+    except Exception as error:  # as above
+        raise FileFormatError(f"{path} is a damaged archive: {error}; fetch or write it again") from error
 
 
 def _metadata(text: str | bytes, path: str | os.PathLike) -> dict[str, Any]:
@@ -189,6 +207,7 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
     options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
     with whole(path) as file:
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+        write_seal(file)
     return path
 
 

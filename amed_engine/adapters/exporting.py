@@ -18,6 +18,7 @@ from torch import nn
 
 from amed_engine.adapters.facts import square
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.sealed import NOTE, write_seal
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
@@ -154,6 +155,7 @@ def save_onnx(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int = 
         ) from error
     assert made is not None
     levels = {name: str(value) for name, value in facts_in(denoiser).items() if name in ("sigma_min", "sigma_max")}
+    made.model.doc_string = NOTE
     made.model.metadata_props.update({FACTS: facts_text(denoiser), **levels})
     return _whole(path, lambda file: made.save(str(file)))
 
@@ -169,4 +171,5 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """What `write` makes, renamed into place when it is complete."""
     with whole(path) as file:  # large ONNX models keep their weights in a second one
         write(file)
+        write_seal(file, set(file.parent.iterdir()) - {file})
     return path

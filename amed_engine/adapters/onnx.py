@@ -12,7 +12,9 @@ from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled, converted
 from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx_inputs import ANSWERS, FLOATS, LABELS, RAW, STEPS, TYPES, Roles, describe, roles_of
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -97,11 +99,14 @@ class OnnxSession:
     """A model on the CPU: tensors in the order of its inputs, or by their names -> the outputs that are asked for.
 
     inputs: name, type and shape of each. outputs: names, the first two unless said. metadata: the file's custom texts by
-    name. threads: of one call, None for onnxruntime's own choice. Raises MissingDependency without onnxruntime,
-    FileFormatError for a file that it does not open.
+    name. threads: of one call, None for onnxruntime's own choice. verify: compare the file with the hash in it, if there is
+    one. Raises MissingDependency without onnxruntime, FileFormatError for a file that it does not open.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int | None = None):
+    def __init__(self, path: str | os.PathLike, threads: int | None = None, *, verify: bool = True):
+        self.loaded = LoadedFile.of(path) if os.path.isfile(path) else None  # else onnxruntime says what is wrong
+        if verify:
+            check_seal(path)
         runtime = require("onnxruntime", "onnx", "ONNX")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
@@ -172,6 +177,7 @@ def load_onnx(
     threads: int | None = None,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
+    verify: bool = True,
 ) -> OnnxModel:
     """An ONNX model as a denoiser; its custom metadata sigma_min and sigma_max, if any, are its range of noise levels.
 
@@ -179,16 +185,19 @@ def load_onnx(
     labels; None knows those that exporters give (x, sample, latents, ...; sigma, t, timestep, ...; class_labels, y, ...) and
     takes others by their shapes where these leave one choice. A single further input with a number or a row of them per
     sample is the labels, others are conditions. outputs: the names of the prediction and, if any, the bottleneck (B, C, h, w).
+    verify: compare the file, and that of its weights, with the hash that `save_onnx` put in; they are read once more for that.
     Raises ConfigError without onnxruntime or for inputs and outputs that could be several things, naming them,
     FileFormatError for a file that is no ONNX model.
     """
-    session = OnnxSession(path, threads)
+    session = OnnxSession(path, threads, verify=verify)
     check_no_loop(session.metadata, path)
     session.outputs = _answers(session.answers, outputs, path)
     answer = next(entry for entry in session.answers if entry.name == session.outputs[0])
     roles = roles_of(session.inputs, answer, path, inputs)
     signature = _signature(roles, session.metadata, path)
-    return OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made = OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made.loaded = session.loaded
+    return made
 
 
 def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.PathLike) -> list[str]:

@@ -27,23 +27,25 @@ from amed_engine.adapters import (
     VPScore,
     wrap,
 )
-from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.fingerprint import digest, fingerprint
 from amed_engine.adapters.karras import ConsistencyFunction, Denoising
 from amed_engine.adapters.score import IndexedScore
+from amed_engine.checkpoints.diffusers_folder import held, open_diffusers, save_diffusers
 from amed_engine.checkpoints.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    load_diffusers,
-    read,
+    config_text,
+    pack,
+    publish,
     read_config,
-    save_diffusers,
-    write,
+    read_file,
+    read_signed_config,
 )
+from amed_engine.checkpoints.hashes import Hashes, check_pair, settled
 from amed_engine.checkpoints.native import KINDS, restore, versions
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.networks import EDMPrecond, OpenAIUNet
 from amed_engine.sampling.modules import bare, bound, gathered, unknown_wrapper, whole
-from amed_engine.solvers.files import write_json
 
 KIND = "wrapped_network"
 WRAP_FILE, FOLDER = "wrap.safetensors", "network"
@@ -70,20 +72,28 @@ CONDITION = "condition."
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
     """Save what `wrap` returned; `load_adapter` gives the same denoiser, bit for bit. Raises ConfigError, naming what to do."""
-    network = _plain(adapter)
-    config = {"kind": KIND, "wrap": _said(adapter), "fingerprint": fingerprint(adapter), **versions()}
-    write(folder / WRAP_FILE, _tables(adapter), {"kind": KIND})
+    network, tables = _plain(adapter), pack(_tables(adapter), {"kind": KIND})
+    said = {
+        "kind": KIND,
+        "wrap": _said(adapter),
+        "fingerprint": fingerprint(adapter),
+        "tables": tables.sha256,
+        **versions(),
+    }
     if (kind := OWN.get(type(network))) is not None:
+        own = {"kind": kind, "model": network.config}
         with gathered(adapter.network):
-            tensors = {name: whole(tensor) for name, tensor in network.state_dict().items()}
-            config |= {"network": kind, "model": network.config}
-            write(folder / WEIGHTS_FILE, tensors, {"kind": kind, "model": network.config})
+            weights = pack({name: whole(tensor) for name, tensor in network.state_dict().items()}, own)
+        said |= {"network": kind, "model": network.config}
+        files, sha256 = [(folder / WEIGHTS_FILE, weights.data)], weights.sha256
     else:
         dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-        config |= {"network": type(network).__name__, "dtype": dtype}
-        save_diffusers(network, folder / FOLDER)
+        told, sha256 = save_diffusers(network, folder / FOLDER)
+        said |= {"network": type(network).__name__, "dtype": dtype, "network_configuration": told}
+        files = []
     # Last: without it the directory is none of ours.
-    write_json(folder / CONFIG_FILE, config)
+    config = (folder / CONFIG_FILE, config_text(said, sha256).encode())
+    publish([(folder / WRAP_FILE, tables.data), *files, config])
 
 
 def is_adapter(folder: Path) -> bool:
@@ -91,10 +101,19 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and read_config(folder).get("kind") == KIND
 
 
-def load_adapter(folder: Path, config: dict[str, Any]) -> Adapter:
+def load_adapter(folder: Path) -> Adapter:
     """The denoiser of a directory that `save_adapter` wrote. Raises FileFormatError, MissingDependency."""
-    _, tables = read(folder / WRAP_FILE)
-    network = _network(folder, config)
+    return settled(lambda: _load_adapter(folder))
+
+
+def _load_adapter(folder: Path) -> Adapter:
+    """Raises MixedError where the files are not those that the configuration names."""
+    config, said = read_signed_config(folder)
+    _, tables, own = read_file(folder / WRAP_FILE)
+    if said is not None:
+        found = own.tensors if own else digest(tables)
+        check_pair(config.get("tables", "none"), found, folder / CONFIG_FILE, folder / WRAP_FILE)
+    network = _network(folder, config, said)
     try:
         adapter = _wrapped(network, config["wrap"], tables)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a ConfigError is a ValueError
@@ -185,10 +204,13 @@ def _plain(adapter: Adapter) -> Any:
 # ---- and read back ----
 
 
-def _network(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _network(folder: Path, config: dict[str, Any], said: Hashes | None) -> nn.Module:
     kind: Any = config.get("network")
     if kind in OWN.values():
-        told, tensors = read(folder / WEIGHTS_FILE)
+        told, tensors, own = read_file(folder / WEIGHTS_FILE)
+        if said is not None:
+            found = own.tensors if own else digest(tensors)
+            check_pair(said.tensors, found, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         if told.get("network", told.get("kind")) != kind:
             raise FileFormatError(f"{folder}: {WEIGHTS_FILE} holds {told.get('kind')!r}, {CONFIG_FILE} says {kind!r}")
         module = restore(KINDS[kind], config.get("model"), tensors, folder)
@@ -204,7 +226,12 @@ def _network(folder: Path, config: dict[str, Any]) -> nn.Module:
     dtype = getattr(torch, config["dtype"], None)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise FileFormatError(f"{folder}: dtype {config['dtype'][:20]!r} is not known")
-    return load_diffusers(getattr(diffusers, kind), folder / FOLDER, kind).to(dtype)
+    with held(folder / FOLDER) as (same, own):
+        if said is not None:
+            expected = Hashes(config.get("network_configuration", "none"), said.tensors)
+            check_pair(str(expected), str(own), folder / CONFIG_FILE, folder / FOLDER, "a network")
+        network = open_diffusers(getattr(diffusers, kind), same, folder / FOLDER, kind)
+    return network.to(dtype)
 
 
 def _wrapped(network: nn.Module, said: dict[str, Any], tables: dict[str, Tensor]) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,22 +14,16 @@ from torch import Tensor, nn
 from amed_engine.checkpoints import first_stage, latent, openai_state
 from amed_engine.checkpoints.amed import to_predictor
 from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
-from amed_engine.checkpoints.files import (
-    CONFIG_FILE,
-    DIFFUSERS_FILE,
-    WEIGHTS_FILE,
-    check_savable,
-    check_values,
-    save_diffusers,
-)
+from amed_engine.checkpoints.diffusers_folder import save_diffusers
+from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_savable, check_values
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
-from amed_engine.checkpoints.pickles import Record
+from amed_engine.checkpoints.plain_data import MAX_NAME, Record, Visits
 from amed_engine.checkpoints.state_dicts import dictionaries, find_network
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
-MAX_LAYERS = 32  # of modules inside modules
+MAX_LAYERS = 12  # of modules inside modules; published networks have 4
 DIFFUSERS = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions)|transformer_blocks\.\d+)\.")
 EDM = re.compile(r"(?:^|\.)(?:map_layer0|enc\.\d+x\d+_\w+)\.")
 
@@ -51,7 +45,12 @@ class _Layout(NamedTuple):
 
 
 def convert(
-    path: str | os.PathLike, out: str | os.PathLike | None = None, *, weights: str | None = None, **settings: Any
+    path: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    weights: str | None = None,
+    max_bytes: int | None = None,
+    **settings: Any,
 ) -> Converted:
     """Write a published checkpoint in this package's format.
 
@@ -61,13 +60,14 @@ def convert(
     out: a .safetensors file or a directory; None puts it beside the original.
     weights: of a file with several, "ema" for the averaged ones, "model" for the trained ones, or the place of one in the
         file; None takes the averaged ones where there are any.
+    max_bytes: what the file's contents may have, unpacked; None: as many as itself, or 256 MiB where that is more.
     settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
     path = Path(path)
     if out is not None:
         check_savable(out)
-    opened = _open(path, settings, weights)
+    opened = _open(path, settings, weights, max_bytes)
     target = _beside(path, opened.layout.suffix) if out is None else Path(out)
     written = {target, *(target / name for name in (WEIGHTS_FILE, CONFIG_FILE, DIFFUSERS_FILE))}
     if {file.resolve() for file in written} & {source.resolve() for source in opened.sources}:
@@ -82,9 +82,11 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name.removesuffix(INDEX)).with_suffix(suffix)
 
 
-def load_published(path: str | os.PathLike, *, weights: str | None = None, **settings: Any) -> nn.Module:
+def load_published(
+    path: str | os.PathLike, *, weights: str | None = None, max_bytes: int | None = None, **settings: Any
+) -> nn.Module:
     """The network of a published checkpoint, as `convert` reads it, without writing anything."""
-    opened = _open(Path(path), settings, weights)
+    opened = _open(Path(path), settings, weights, max_bytes)
     if opened.layout.load is None:
         raise FileFormatError(f"{path} holds no network but an {opened.layout.name}")
     return opened.layout.load(opened.data, Path(path), settings)
@@ -99,8 +101,8 @@ class _Opened(NamedTuple):
     chosen: str = ""
 
 
-def _open(path: Path, settings: Mapping[str, Any], weights: str | None) -> _Opened:
-    data, sources = read_contents(path)
+def _open(path: Path, settings: Mapping[str, Any], weights: str | None, max_bytes: int | None = None) -> _Opened:
+    data, sources = read_contents(path, max_bytes)
     opened = _as_published(data, sources, path, weights) or _unwrapped(data, sources, path, weights)
     if opened is None:
         raise FileFormatError(
@@ -143,24 +145,32 @@ def _keys(data: Any) -> str:
     return told
 
 
-def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+def module_tensors(module: Any) -> dict[str, Tensor]:
     """The state dict of a module that was read as a Record."""
+    return dict(_tensors(module, "", 0, Visits()))
+
+
+def _tensors(module: Any, prefix: str, depth: int, visits: Visits) -> Iterator[tuple[str, Tensor]]:
     state = module.state if isinstance(module, Record) else None
-    if not isinstance(state, dict) or depth > MAX_LAYERS:
-        raise FileFormatError(f"{prefix or 'the model'} is no module with parameters")
+    if not isinstance(state, dict) or depth > MAX_LAYERS or len(prefix) > MAX_NAME:
+        raise FileFormatError(f"{prefix[:80] or 'the model'} is no module with parameters")
+    own, buffers, modules = (_dict(state, name, visits) for name in ("_parameters", "_buffers", "_modules"))
     passing = state.get("_non_persistent_buffers_set") or ()
-    if not isinstance(passing, (set, list, tuple)):
-        raise FileFormatError(f"{prefix or 'the model'} lists its buffers as a {type(passing).__name__}")
-    own = {**_dict(state, "_parameters"), **_dict(state, "_buffers")}
-    found = {prefix + name: t for name, t in own.items() if isinstance(t, Tensor) and name not in passing}
-    for name, child in _dict(state, "_modules").items():
+    if not isinstance(passing, (set, list, tuple)) or not all(isinstance(name, str) for name in passing):
+        raise FileFormatError(f"{prefix[:80] or 'the model'} lists its buffers as a {type(passing).__name__}")
+    visits.count(passing, prefix)
+    left_out = set(passing)
+    for name, tensor in {**own, **buffers}.items():
+        if isinstance(tensor, Tensor) and name not in left_out:
+            yield prefix + name, tensor
+    for name, child in modules.items():
         if child is not None:
-            found |= module_tensors(child, f"{prefix}{name}.", depth + 1)
-    return found
+            yield from _tensors(child, f"{prefix}{name}.", depth + 1, visits)
 
 
-def _dict(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _dict(state: Mapping[str, Any], name: str, visits: Visits) -> dict[str, Any]:
     value = state.get(name)
+    visits.count(value, name)
     return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else {}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.checkpoints.files import MAX_HEADER
 from amed_engine.errors import FileFormatError
 from amed_engine.sampling.modes import plain_defaults
@@ -19,15 +20,18 @@ MAX_CONFIG = 64 * MAX_HEADER  # an entry per tensor
 _OBJECTS = ("custom_obj_", "opaque_obj_", "script_obj_")
 
 
-def load_program(path: str | os.PathLike) -> torch.export.ExportedProgram:
+def load_program(path: str | os.PathLike, *, verify: bool = True) -> torch.export.ExportedProgram:
     """The program in a .pt2 that `torch.export.save` wrote; its tensors are plain bytes and its graph is JSON.
 
-    Raises FileFormatError for any other file, and for one with parts that torch would unpickle.
+    verify: compare the file with the hash in it, if there is one; it is read once more for that. Raises FileFormatError for any
+    other file, and for one with parts that torch would unpickle.
     """
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, path)
+        if verify:
+            check_seal(path)
         with plain_defaults():  # torch makes the weights as new tensors first
             return torch.export.load(path)
     except FileFormatError:
@@ -42,7 +46,7 @@ def extra_names(path: str | os.PathLike) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.split("/extra/", 1)[1] for name in archive.namelist() if "/extra/" in name]
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # as above
         return []
 
 

@@ -6,21 +6,36 @@ a directory of model.safetensors and config.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from amed_engine.adapters.fingerprint import digest
+from amed_engine.checkpoints.hashes import (
+    KEY,
+    NOT_OF_ONE_SAVE,
+    Hashes,
+    MixedError,
+    check_config,
+    check_pair,
+    check_tensors,
+    named,
+    settled,
+    signed,
+)
 from amed_engine.errors import ConfigError, FileFormatError
-from amed_engine.solvers.files import atomic_write, write_or_stream
-from amed_engine.solvers.targets import check_folder, check_target
+from amed_engine.solvers.files import write_or_stream
+from amed_engine.solvers.targets import check_folder, check_target, resolved
+from amed_engine.solvers.temporary import Temporary, sweep
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -31,22 +46,6 @@ MAX_HEADER = 8 << 20  # bytes, a plan's mean answer among them; checked before a
 MAX_PREDICTOR = 64 << 20
 OTHERS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".pkl", ".json", ".txt", ".onnx")  # no names of a directory either
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def save_diffusers(model: Any, folder: Path) -> None:
-    """Save a model of diffusers to its directory, each file whole or not at all, readable as the umask says."""
-    with tempfile.TemporaryDirectory() as whole:
-        model.save_pretrained(whole)
-        for file in sorted(Path(whole).iterdir()):
-            atomic_write(folder / file.name, file.read_bytes())
-
-
-def load_diffusers(model_class: Any, folder: Path, what: str) -> Any:
-    """The model in a directory that `save_diffusers` or diffusers wrote; safetensors only, nothing from the network."""
-    try:
-        return model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
 
 
 def check_savable(path: str | os.PathLike) -> None:
@@ -70,51 +69,144 @@ def _check_name(path: Path) -> None:
 
 
 def write(path: str | os.PathLike, tensors: dict[str, Tensor], config: dict) -> None:
-    """Save tensors and their configuration to a .safetensors file or a directory, each file atomically.
+    """Save tensors and their configuration, which names the SHA-256 of both, to a .safetensors file or a directory.
 
-    Raises ConfigError for a configuration that JSON cannot hold or the name of another kind of file, and OSError.
+    A file appears whole or not at all; of a directory the configuration appears last. Raises ConfigError for a configuration
+    that JSON cannot hold or the name of another kind of file, and OSError.
     """
     path = Path(path)
     _check_name(path)
+    packed = pack(tensors, config)
+    if path.suffix == ".safetensors":
+        write_or_stream(path, packed.data)
+    else:
+        publish([(path / WEIGHTS_FILE, packed.data), (path / CONFIG_FILE, packed.text.encode())])
+
+
+class Packed(NamedTuple):
+    """A file's bytes, the text of its configuration, and the SHA-256 of its tensors."""
+
+    data: bytes
+    text: str
+    sha256: str
+
+
+def pack(tensors: dict[str, Tensor], config: dict) -> Packed:
+    """What `write` writes. Raises ConfigError for a configuration that JSON cannot hold."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sha256 = digest(tensors)
+    text = config_text(config, sha256)
+    return Packed(safetensors.torch.save(tensors, metadata={CONFIG_KEY: text}), text, sha256)
+
+
+def config_text(config: dict, tensors: str) -> str:
+    """The configuration as JSON with its SHA-256 and that of the tensors. Raises ConfigError for what JSON cannot hold."""
     try:
-        text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+        plain = json.loads(json.dumps(config, indent=2, allow_nan=False))  # tuples as the lists a file gives back
+        return json.dumps(signed(plain, tensors), indent=2, sort_keys=True) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the configuration is not JSON: {error}; notes must be text, finite numbers or lists"
         ) from error
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(tensors, metadata={CONFIG_KEY: text})
-    if path.suffix == ".safetensors":
-        write_or_stream(path, data)
-        return
-    atomic_write(path / WEIGHTS_FILE, data)
-    atomic_write(path / CONFIG_FILE, text.encode() + b"\n")
+
+
+def publish(files: Iterable[tuple[Path, bytes]]) -> None:
+    """Write files of one folder, all on the disk before the first of them appears; they appear in their order."""
+    with contextlib.ExitStack() as stack:
+        made = []
+        for path, data in files:
+            made.append(stack.enter_context(Temporary(resolved(path))))
+            made[-1].path.write_bytes(data)
+            made[-1].flush()
+        for temporary in made:
+            temporary.publish()
+    for temporary in made:
+        with contextlib.suppress(PermissionError):  # another user's
+            sweep(temporary.target.parent, temporary.target.name)  # of writers that were killed
 
 
 def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """(config, tensors) of a file or directory that `write` made. Raises FileFormatError, naming the file."""
+    """(config, tensors) of a file or directory that `write` made. Raises FileFormatError, naming the file: where it was changed
+    since, and where a directory's files are still of different saves after a second."""
     path = Path(path)
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if path.is_dir():
+        return settled(lambda: _read_folder(path, max_bytes))
+    config, tensors, _ = read_file(path, max_bytes)
+    return config, tensors
+
+
+def read_file(file: Path, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor], Hashes | None]:
+    """(config, tensors, the hashes that it names) of a single file. Raises FileFormatError."""
+    metadata, tensors = _opened(file, max_bytes)
+    config, said = _told(_own_text(metadata, file), file)
+    _check(file, tensors, said)
+    return config, tensors, said
+
+
+def _read_folder(path: Path, max_bytes: int | None) -> tuple[dict, dict[str, Tensor]]:
+    """Raises MixedError where the weights are not those that the configuration is for."""
+    file, beside = path / WEIGHTS_FILE, path / CONFIG_FILE
+    if not beside.is_file():
+        return read_file(file, max_bytes)[:2]
+    config, said = _told(_read_text(beside), beside)
+    metadata, tensors = _opened(file, max_bytes)
+    own = named(metadata.get(CONFIG_KEY, ""), file)
+    if said is None and own is not None:
+        raise MixedError(f"{beside} names no SHA-256, but {file} has {own.tensors}: {NOT_OF_ONE_SAVE}")
+    if said is not None:
+        check_pair(said.tensors, digest(tensors) if own is None else own.tensors, beside, file)
+    _check(file, tensors, said)
+    return config, tensors
+
+
+def _opened(file: Path, max_bytes: int | None) -> tuple[dict[str, str], dict[str, Tensor]]:
     if file.suffix in PUBLISHED and file.is_file():
         raise FileFormatError(f"{file} is not in this package's format; {HOW_TO_CONVERT.format(file)}")
-    metadata, tensors = read_tensors(file, max_bytes)
-    beside = path / CONFIG_FILE
-    text = _read_text(beside) if beside.is_file() else metadata.get(CONFIG_KEY)
-    if text is None:
+    return read_tensors(file, max_bytes)
+
+
+def _own_text(metadata: dict[str, str], file: Path) -> str:
+    if CONFIG_KEY not in metadata:
         raise FileFormatError(
             f"{file} has no configuration (config.json beside it or {CONFIG_KEY!r} in its metadata); "
             f"{HOW_TO_CONVERT.format(file)}"
         )
+    return metadata[CONFIG_KEY]
+
+
+def _told(text: str, file: Path) -> tuple[dict, Hashes | None]:
+    """(configuration without the hashes, the hashes that it names, if it does). Raises FileFormatError."""
+    config, said = parse_config(text, file), named(text, file)
+    if said is not None:
+        check_config(config, said, file)
+    return {name: value for name, value in config.items() if name != KEY}, said
+
+
+def _check(file: Path, tensors: dict[str, Tensor], said: Hashes | None) -> None:
     for name, tensor in tensors.items():
         check_values(file, name, tensor)
-    return parse_config(text, file), tensors
+    if said is not None:
+        check_tensors(tensors, said, file)
 
 
 def read_tensors(file: Path, max_bytes: int | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, whatever its name. Raises FileFormatError, naming the file."""
-    _check_size(file, max_bytes)
+    if not file.is_file():
+        raise FileFormatError(
+            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    with open(file, "rb") as handle:
+        return held_tensors(file, handle, max_bytes)
+
+
+def held_tensors(
+    file: Path, handle: BinaryIO, max_bytes: int | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The same of an open file, whatever its name is by now."""
+    _check_size(file, handle, max_bytes)
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
+        # safetensors opens a name twice, for the header and for the values.
+        with safetensors.safe_open(name_of(file, handle), framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except safetensors.SafetensorError as error:
         raise FileFormatError(
@@ -122,12 +214,23 @@ def read_tensors(file: Path, max_bytes: int | None = None) -> tuple[dict[str, st
         ) from error
 
 
+def name_of(file: Path, handle: BinaryIO) -> Path:
+    """A name by which an open file can be opened again, though another may have taken its own."""
+    same = Path(f"/dev/fd/{handle.fileno()}")
+    return same if same.exists() else file
+
+
 def read_config(folder: Path) -> dict:
     """The configuration beside the weights of a directory, without the weights."""
+    return read_signed_config(folder)[0]
+
+
+def read_signed_config(folder: Path) -> tuple[dict, Hashes | None]:
+    """The same, and the hashes that it names."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileFormatError(f"{folder} has no {CONFIG_FILE}")
-    return parse_config(_read_text(file), file)
+    return _told(_read_text(file), file)
 
 
 def _read_text(file: Path) -> str:
@@ -166,17 +269,12 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
-def _check_size(file: Path, max_bytes: int | None) -> None:
+def _check_size(file: Path, handle: BinaryIO, max_bytes: int | None) -> None:
     """Refuse what cannot be ours before reading it into memory."""
-    if not file.is_file():
-        raise FileFormatError(
-            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
-        )
-    size = file.stat().st_size
+    size = os.fstat(handle.fileno()).st_size
     if max_bytes is not None and size > max_bytes:
         raise FileFormatError(f"{file} has {size} bytes, more than the {max_bytes} such a file may have")
-    with open(file, "rb") as opened:
-        start = opened.read(8)
+    start = handle.read(8)
     if len(start) < 8:
         raise FileFormatError(f"{file} is truncated: {size} bytes are no safetensors file")
     header = struct.unpack("<Q", start)[0]

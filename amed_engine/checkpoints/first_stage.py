@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from amed_engine.checkpoints.files import load_diffusers, parse_config
+from amed_engine.checkpoints.diffusers_folder import load_diffusers
+from amed_engine.checkpoints.files import parse_config
 from amed_engine.checkpoints.native import restore
 from amed_engine.errors import FileFormatError, require
 

@@ -74,7 +74,7 @@ def from_pretrained(
     else:
         raise ConfigError(f"{str(source)!r} is no directory, and no Hub repository of the form 'owner/name'")
     if is_adapter(folder):
-        return load_adapter(folder, read_config(folder))
+        return load_adapter(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileFormatError(f"{folder} has no {WEIGHTS_FILE}; nothing else is loaded, pickles least of all")
     config = read_config(folder)

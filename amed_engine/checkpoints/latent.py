@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amed_engine.checkpoints.files import load_diffusers, save_diffusers
+from amed_engine.checkpoints.diffusers_folder import load_diffusers, save_diffusers
 from amed_engine.errors import ConfigError, FileFormatError, require
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"

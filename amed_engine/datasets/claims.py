@@ -41,22 +41,27 @@ class Claim:
 
 
 class Claims:
-    """The claims of a dataset's folder."""
+    """The claims of a dataset's folder.
 
-    def __init__(self, folder: Path):
-        self.folder = folder / FOLDER
+    run: a name for claims of one run whose shards come to one writer at a time; a claim that carries it is an earlier, dead
+    writer's, on whatever machine.
+    """
+
+    def __init__(self, folder: Path, run: str | None = None):
+        self.folder, self.run = folder / FOLDER, run
 
     def take(self, shard: int) -> Claim | None:
         """The claim of a shard, or None where another draws it."""
         path = self.folder / f"{shard:06d}.json"
-        if path.exists() and not _removed(path):
+        if path.exists() and not _removed(path, self.run):
             return None
         try:
             temporary = Temporary(path)
         except FileNotFoundError:  # another tidied the folder away just now
             temporary = Temporary(path)
         try:
-            temporary.path.write_text(json.dumps({"system": SYSTEM, "host": socket.gethostname(), "pid": os.getpid()}))
+            said = {"system": SYSTEM, "host": socket.gethostname(), "pid": os.getpid(), "run": self.run}
+            temporary.path.write_text(json.dumps(said))
             temporary.claim()
         except FileExistsError:
             temporary.discard()
@@ -71,7 +76,7 @@ class Claims:
         found = {}
         for path in sorted(self.folder.glob("[0-9]*.json")):
             said = _said(path)
-            if not _removed(path) and path.exists():
+            if not _removed(path, self.run) and path.exists():
                 found[int(path.stem)] = f"process {said.get('pid', '?')} on {said.get('host', '?')}"
         return found
 
@@ -84,12 +89,13 @@ class Claims:
                 self.folder.rmdir()
 
 
-def _removed(path: Path) -> bool:
-    """Whether a claim had been left, and is gone now."""
-    with abandoned(path, str(_said(path).get("system"))) as left:
-        if left:
+def _removed(path: Path, run: str | None = None) -> bool:
+    """Whether a claim had been left, or is of this run, and is gone now."""
+    said = _said(path)
+    with abandoned(path, str(said.get("system"))) as left:
+        if gone := left or (run is not None and said.get("run") == run):
             path.unlink(missing_ok=True)
-        return left
+        return gone
 
 
 def _said(path: Path) -> dict[str, Any]:

@@ -17,16 +17,17 @@ from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.samples import Samples
 from amed_engine.datasets.shards import ShardWriter
 from amed_engine.datasets.sources import Source
+from amed_engine.solvers.temporary import sweep
 
 Stop = Callable[[], bool]
 
 
 class Missing:
-    """Shards of a folder that nobody has drawn or draws; those that are there are looked at once."""
+    """Shards of a folder that nobody has drawn or draws; those that are there are looked at once. run: see `Claims`."""
 
-    def __init__(self, folder: Path, job: Job):
+    def __init__(self, folder: Path, job: Job, run: str | None = None):
         self.folder, self.job = folder, job
-        self.ledger, self.claims = Ledger(folder), Claims(folder)
+        self.ledger, self.claims = Ledger(folder), Claims(folder, run)
         self.there: set[int] = set()
         self.refresh()
 
@@ -34,6 +35,11 @@ class Missing:
         for shard, entry in self.ledger.refresh().items():
             if shard not in self.there and shard < self.job.shards and entry.is_there(self.folder):
                 self.there.add(shard)
+
+    def tidy(self) -> None:
+        """Remove what killed writers left."""
+        sweep(self.folder)
+        self.claims.tidy()
 
     @property
     def samples(self) -> int:
@@ -48,11 +54,12 @@ class Missing:
             for shard in range(self.job.shards):
                 if stop():
                     return
-                if shard not in self.there and (claim := self._claim(shard)) is not None:
+                if shard not in self.there and (claim := self.claim(shard)) is not None:
                     taken = True
                     yield shard, claim
 
-    def _claim(self, shard: int) -> Claim | None:
+    def claim(self, shard: int) -> Claim | None:
+        """A shard's claim; None where another draws it, and where it is `there` by now."""
         claim = self.claims.take(shard)
         if claim is None:
             return None
@@ -85,13 +92,18 @@ def draw_missing(
     with threads(job.threads), ShardWriter(job, Ledger(folder), source.device, progress) as writer:
         writer.ledger.refresh()
         for shard, claim in missing.claimed(stop):
-            writer.open(shard, claim)
-            for rows in job.batches(shard):
-                started = time.perf_counter()
-                samples = rows_of(job, rows, labels, source)
-                progress.drew(len(rows), time.perf_counter() - started)
-                writer.add(samples)
-            writer.close()
+            draw_shard(shard, claim, source, labels, writer)
+
+
+def draw_shard(shard: int, claim: Claim, source: Source, labels: np.ndarray | None, writer: ShardWriter) -> None:
+    """Draw a claimed shard batch by batch; it has its name once the writer has finished."""
+    writer.open(shard, claim)
+    for rows in writer.job.batches(shard):
+        started = time.perf_counter()
+        samples = rows_of(writer.job, rows, labels, source)
+        writer.progress.drew(len(rows), time.perf_counter() - started)
+        writer.add(samples)
+    writer.close()
 
 
 @contextlib.contextmanager

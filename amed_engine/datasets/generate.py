@@ -28,6 +28,8 @@ from amed_engine.errors import AmedError, ConfigError
 
 logger = logging.getLogger("amed_engine")
 
+MAKERS = (types.FunctionType, types.MethodType, functools.partial)
+
 
 @dataclass(frozen=True)
 class DatasetReport:
@@ -111,7 +113,8 @@ def generate_dataset(
     there; FileFormatError for a damaged folder; OSError, naming the file, where the disk is full; and what sampling raises.
     """
     started, folder = time.perf_counter(), Path(out)
-    _check_counts(workers, verify)
+    check_count("workers", workers, 1)
+    check_count("verify", verify, 0)
     made = _made(source, workers)
     opened = open_source(made, guidance_scale=guidance_scale, stored=stored, **options)
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
@@ -129,18 +132,24 @@ def generate_dataset(
             if workers == 1:
                 draw_missing(folder, job, opened, labels, shown, interrupts.asked.is_set)
             else:
-                making = functools.partial(_open, source, guidance_scale, stored, options)
+                making = functools.partial(open_made, source, guidance_scale, stored, options)
                 errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)
         finally:
             shown.close()
-            missing.claims.tidy()
+            missing.tidy()
         missing.refresh()
         interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
-        _check_ended(errors, missing, held, interrupted)
+        check_ended(errors, missing, held, interrupted)
         verified = 0 if interrupted else verify_samples(folder, job, opened, labels, verify)
+    return report_of(missing, shown, started, held, verified, interrupted)
+
+
+def report_of(
+    missing: Missing, shown: Progress, started: float, held: int, verified: int, interrupted: bool
+) -> DatasetReport:
     return DatasetReport(
-        folder=str(folder),
-        wanted=len(job.seeds),
+        folder=str(missing.folder),
+        wanted=len(missing.job.seeds),
         samples=missing.samples,
         drawn=shown.done,
         in_other_hands=held,
@@ -172,7 +181,7 @@ def make_job(
     return job, labels
 
 
-def _check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:
+def check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:
     """Raise AmedError where workers ended early and left something to draw."""
     lacking = missing.job.shards - len(missing.there) - held
     if errors and lacking > 0 and not interrupted:
@@ -189,15 +198,14 @@ def set_hash(missing: Missing) -> str:
     return f"{sum(int(entries[shard].sum, 16) for shard in missing.there) % MODULUS:064x}"
 
 
-def _check_counts(workers: Any, verify: Any) -> None:
-    for name, value, least in (("workers", workers, 1), ("verify", verify, 0)):
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+def check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _made(source: Any, workers: int) -> Any:
     """The source itself, of the function that makes one."""
-    if isinstance(source, (types.FunctionType, types.MethodType, functools.partial)):
+    if isinstance(source, MAKERS):
         return source()
     if workers > 1:
         raise ConfigError(
@@ -207,5 +215,5 @@ def _made(source: Any, workers: int) -> Any:
     return source
 
 
-def _open(source: Callable[[], Any], guidance_scale: float | None, stored: str | None, options: dict) -> Source:
+def open_made(source: Callable[[], Any], guidance_scale: float | None, stored: str | None, options: dict) -> Source:
     return open_source(source(), guidance_scale=guidance_scale, stored=stored, **options)

@@ -130,11 +130,20 @@ def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, num
     with Interrupts((signal.SIGTERM,)) as interrupts:
         try:
             source = making()
-            if (found := difference(job, replace(job, source=decisive(source.identity)))) is not None:
-                raise ConfigError(f"the function makes another source in a worker: {found}")
+            check_same(job, source)
             draw_missing(folder, job, source, labels, reports, interrupts.asked.is_set)
         except (KeyboardInterrupt, BrokenPipeError):  # told twice, or nobody is there to tell
             return
         except Exception as error:
-            text = str(error) if isinstance(error, AmedError) else f"{type(error).__name__}: {error}"
-            reports.send("error", text)
+            reports.send("error", told(error))
+
+
+def check_same(job: Job, source: Source) -> None:
+    """Raise ConfigError where what was made here is not what the job draws from."""
+    if (found := difference(job, replace(job, source=decisive(source.identity)))) is not None:
+        raise ConfigError(f"the function makes another source in a worker: {found}")
+
+
+def told(error: Exception) -> str:
+    """An error for somebody in another process: ours say what to do, others at least what they are."""
+    return str(error) if isinstance(error, AmedError) else f"{type(error).__name__}: {error}"

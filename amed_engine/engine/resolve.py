@@ -21,10 +21,10 @@ from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import check_no_loop
 from amed_engine.adapters.facts import check_classes_known, is_raw
 from amed_engine.adapters.labels import KINDS
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.checkpoints import load_model, load_program
 from amed_engine.checkpoints.adapted import is_adapter, load_adapter
 from amed_engine.checkpoints.exported_program import extra_names
-from amed_engine.checkpoints.files import read_config
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.kept import kept
@@ -157,7 +157,7 @@ def opened(model: Any, weights: str | os.PathLike | None = None) -> Any:
 def _read(path: Path) -> Any:
     """The model in a file or directory. Raises ConfigError or FileFormatError."""
     if path.is_dir():
-        return load_adapter(path, read_config(path)) if is_adapter(path) else load_model(path)
+        return load_adapter(path) if is_adapter(path) else load_model(path)
     if path.suffix == ".safetensors":
         return load_model(path)
     if path.suffix == ".onnx":
@@ -165,8 +165,10 @@ def _read(path: Path) -> Any:
     if path.suffix == ".pt2" and is_package(path):
         return load_compiled(path)
     check_no_loop(extra_names(path), path)
+    if path.suffix == ".pt2":
+        check_seal(path)
     try:
-        found = load_program(path) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
+        found = load_program(path, verify=False) if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu")
     except Exception as error:  # torch raises what its archive readers happen to raise
         kind = "ExportedProgram" if path.suffix == ".pt2" else "TorchScript"
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__

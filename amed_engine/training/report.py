@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from amed_engine.checkpoints.files import atomic_write
 from amed_engine.errors import require
+from amed_engine.solvers.files import atomic_write
 from amed_engine.solvers.targets import check_folder
 from amed_engine.training.trainer import Round
 

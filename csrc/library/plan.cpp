@@ -6,6 +6,7 @@
 #include <string>
 
 #include "error.h"
+#include "hash.h"
 #include "json.h"
 
 namespace amed {
@@ -38,6 +39,10 @@ class Entries {
     }
 
     std::string path(const char* name) const { return where_.empty() ? name : where_ + "." + name; }
+
+    bool has(const char* name) const {
+        return std::any_of(object_->begin(), object_->end(), [&](const json::Member& m) { return m.name == name; });
+    }
 
     const Value& find(const char* name) const {
         for (const json::Member& member : *object_)
@@ -256,7 +261,7 @@ Plan read_plan(std::string_view text) {
     const double version = in.number("version");
     if (in.text("format") != "amed_plan" || (version != 1 && version != 2))
         refuse("format", "\"amed_plan\" of version 1 or 2");
-    in.count(version == 1 ? 9 : 10);
+    in.count((version == 1 ? 9 : 10) + (in.has("sha256") ? 1 : 0));
     in.text("description");
     Plan plan;
     if (!in.is_null("guidance_scale")) plan.guidance_scale = in.number("guidance_scale");
@@ -279,6 +284,7 @@ Plan read_plan(std::string_view text) {
         }
     if (version != 1 && !in.is_null("mean")) plan.mean = read_mean(in.find("mean"), plan.size);
     check(plan);
+    if (in.has("sha256")) check_hash(text);
     assign_slots(plan);
     return plan;
 }

@@ -23,7 +23,8 @@ from amed_engine.adapters import (
     alphas_cumprod,
     wrap,
 )
-from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.fingerprint import digest, fingerprint
+from amed_engine.checkpoints.files import config_text
 from amed_engine.networks import OpenAIUNet
 
 
@@ -194,6 +195,7 @@ def test_what_a_directory_cannot_hold_is_refused(make, message, tmp_path):
 def test_damaged_directories_are_refused(tmp_path):
     save_pretrained(wrap(unet(), "epsilon"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    weights = config["amed_sha256"]["tensors"]
     for change, message in (
         ({"network": "os.system"}, "holds a network 'os.system'"),
         ({"network": ["edm_precond"]}, "holds a network"),
@@ -208,17 +210,14 @@ def test_damaged_directories_are_refused(tmp_path):
         ({"fingerprint": "0"}, "its fingerprint is not the one"),
         ({"model": {"image_size": -1}}, "does not build"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        (tmp_path / "config.json").write_text(config_text(config | change, weights))
         with pytest.raises(FileFormatError, match=message):
             from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "model.safetensors")
     name = next(iter(tensors))
-    save_file(
-        tensors | {name: tensors[name] + 1},
-        tmp_path / "model.safetensors",
-        {"amed_config": json.dumps({"kind": "openai_unet"})},
-    )
+    changed = tensors | {name: tensors[name] + 1}
+    save_file(changed, tmp_path / "model.safetensors", {"amed_config": json.dumps({"kind": "openai_unet"})})
+    (tmp_path / "config.json").write_text(config_text(config, digest(changed)))
     with pytest.raises(FileFormatError, match="its fingerprint is not the one"):
         from_pretrained(tmp_path)
     (tmp_path / "wrap.safetensors").unlink()

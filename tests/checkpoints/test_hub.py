@@ -1,6 +1,5 @@
 """save_pretrained and from_pretrained: directories, and a Hub that is a fake."""
 
-import json
 import os
 import sys
 import types
@@ -20,6 +19,7 @@ from amed_engine import (
     save_pretrained,
 )
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.checkpoints import read, write
 
 SHAS = {None: "a" * 40, "main": "a" * 40, "v1": "b" * 40}
 
@@ -85,8 +85,8 @@ def test_half_a_directory_is_refused(tmp_path, predictor, kept):
 @pytest.mark.parametrize("kind", ["pickle", None, ["amed_predictor"], {"a": 1}])
 def test_a_configuration_of_another_kind_is_refused(tmp_path, predictor, kind):
     save_pretrained(predictor, tmp_path / "p")
-    config = json.loads((tmp_path / "p" / "config.json").read_text())
-    (tmp_path / "p" / "config.json").write_text(json.dumps({**config, "kind": kind}))
+    config, tensors = read(tmp_path / "p")
+    write(tmp_path / "p", tensors, {**config, "kind": kind})
     with pytest.raises(FileFormatError, match="holds"):
         from_pretrained(tmp_path / "p")
 

@@ -361,9 +361,9 @@ def test_a_predictor_file_is_read_strictly(file, change, message):
 )
 def test_a_model_configuration_never_escapes_as_another_error(tmp_path, tiny_model, change, message):
     save_model(tiny_model, tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text())
+    config, tensors = read(tmp_path / "m")
     config["model"].update(change)
-    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    write(tmp_path / "m", tensors, config)
     with pytest.raises(FileFormatError, match=message):
         load_model(tmp_path / "m")
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
+from amed_engine.adapters.compiled import Compiled
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.fingerprint import digest
 from amed_engine.sampling.modules import is_lazy, placed, plain_name
@@ -31,6 +33,12 @@ def small(value: Any) -> Any:
         entries = [small(entry) for entry in value]
         return hashed(entries) if len(entries) > MAX_ENTRIES else entries
     return hashed(value) if isinstance(value, str) and len(value) > MAX_TEXT else value
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON-able data: arrays as lists, what else it holds by the name of its type."""
+    told = {np.ndarray: lambda v: v.tolist(), Tensor: small}
+    return json.loads(json.dumps(value, default=lambda v: told.get(type(v), lambda v: type(v).__qualname__)(v)))
 
 
 def hashed(value: Any) -> str:
@@ -61,6 +69,12 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for own, buffer in layer.named_buffers(recurse=False):
                 if own not in passing and not is_lazy(buffer) and buffer.device.type != "meta":
                     yield prefix + plain_name(part, f"{name}.{own}".lstrip(".")), buffer
+
+
+def file_hashes(module: nn.Module | None) -> list[str]:
+    """SHA-256 of the files of compiled and ONNX models in a network, whose weights are there alone."""
+    parts = [] if module is None else [part for part in module.modules() if isinstance(part, Compiled)]
+    return [part.loaded.sha256() for part in parts if part.loaded is not None]
 
 
 def arithmetic(device: torch.device) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def _identity(sampler: Sampler, guidance_scale: Any) -> dict[str, Any]:
         "kind": "sampler",
         "model": network,
         "fingerprint": fingerprint(model.network),
+        "files": identities.file_hashes(model.module),
         "buffers": identities.buffers_hash(model.module),
         "shape": list(model.shape or ()),
         "label_dim": model.label_dim,

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.exporting import LOOP
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx import TYPES, OnnxSession
+from amed_engine.adapters.sealed import check_seal
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import make_request
@@ -125,11 +127,11 @@ class PackageFacts:
 class Package:
     """A sampling loop read back from a file; it checks what it is given, which the graph inside does not.
 
-    facts: what the file says of itself.
+    facts: what the file says of itself. loaded: the file.
     """
 
-    def __init__(self, facts: PackageFacts, call: Call):
-        self.facts, self._call = facts, call
+    def __init__(self, facts: PackageFacts, call: Call, loaded: LoadedFile | None = None):
+        self.facts, self.loaded, self._call = facts, loaded, call
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
         kind = "vector" if facts.continuous else "rows"
@@ -179,25 +181,30 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def load_package(path: str | os.PathLike) -> Package:
+def load_package(path: str | os.PathLike, *, verify: bool = True) -> Package:
     """A package that `Sampler.export` wrote as "pt2", "exported" or "onnx"; the file itself says which.
 
     A .pt2 holds compiled code that runs when it is loaded: open only those you trust, as any program. Its facts are read
-    before that. ONNX Runtime gets as many threads as torch has now (`torch.set_num_threads`). Raises FileFormatError for
-    another file, ConfigError where this machine lacks the device.
+    before that. verify: compare the file with the hash in it before a runtime sees it; a file without one loads as it is. For
+    this the whole file, and that of an ONNX model's weights, is read once more, a piece at a time. ONNX Runtime gets as many
+    threads as torch has now (`torch.set_num_threads`). Raises FileFormatError for another file, ConfigError where this machine
+    lacks the device.
     """
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"{path} is not a file; pass what Sampler.export wrote")
     if path.suffix == ".onnx":
-        return _open_onnx(path)
+        return _open_onnx(path, verify)
     if path.suffix == ".json":
         raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
+    loaded = LoadedFile.of(path)
+    if verify:
+        check_seal(path)
     compiled, text = _look_into(path)
     facts = PackageFacts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
-    return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts))
+    return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts), loaded)
 
 
 def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
@@ -219,7 +226,7 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
 
 
 def _open_exported(path: Path, facts: PackageFacts) -> Call:
-    program = load_program(path)
+    program = load_program(path, verify=False)
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [values.get(name) for name in program.graph_signature.user_inputs]
     _check_graph(path, facts, [(str(t.dtype), *t.shape[1:]) for t in tensors if isinstance(t, Tensor)])
@@ -250,8 +257,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _open_onnx(path: Path) -> Package:
-    session = OnnxSession(path, torch.get_num_threads())
+def _open_onnx(path: Path, verify: bool) -> Package:
+    session = OnnxSession(path, torch.get_num_threads(), verify=verify)
     facts = PackageFacts.from_text(session.metadata.get(KEY), path)
     if facts.device != "cpu":
         raise FileFormatError(
@@ -259,4 +266,4 @@ def _open_onnx(path: Path) -> Package:
         )
     kinds = {kind: f"torch.{name}" for kind, name in TYPES.items()}
     _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in session.inputs])
-    return Package(facts, lambda *inputs: session(*inputs)[0])
+    return Package(facts, lambda *inputs: session(*inputs)[0], session.loaded)

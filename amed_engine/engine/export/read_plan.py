@@ -10,6 +10,7 @@ from typing import Any
 from amed_engine.engine.export.strict_json import (
     MAX_EVALUATIONS,
     MAX_SIZE,
+    check_hash,
     decoded,
     entries,
     expect_names,
@@ -51,7 +52,11 @@ def read_plan(path: str | os.PathLike) -> Tableau:
 
 
 def from_json(data: Any) -> Tableau:
-    """The table that `to_json` wrote; anything else raises FileFormatError."""
+    """The table that `to_json` wrote, perhaps with its hash; anything else raises FileFormatError."""
+    return check_hash(data, _tableau)
+
+
+def _tableau(data: Any) -> Tableau:
     if isinstance(data, dict) and "solver" in data:
         raise FileFormatError(
             "this is a recipe, of Plan.save: for Plan.load, Sampler(plan=) and --plan; write_plan makes tables"

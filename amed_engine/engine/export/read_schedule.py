@@ -7,6 +7,7 @@ from typing import Any
 
 from amed_engine.engine.export.strict_json import (
     MAX_EVALUATIONS,
+    check_hash,
     entries,
     expect_names,
     flag,
@@ -31,6 +32,11 @@ def read_schedule(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _schedule(data: Any) -> dict[str, Any]:
+    check_hash(data, _check)
+    return data
+
+
+def _check(data: Any) -> None:
     expect_names(data, ENTRIES, "schedule")
     if data["format"] != FORMAT or whole(data["version"], "version", 0) != VERSION:
         refuse("format", f"{data['format']!r} version {data['version']!r}", f"{FORMAT!r} version {VERSION}")
@@ -46,4 +52,3 @@ def _schedule(data: Any) -> dict[str, Any]:
     for k, free in enumerate(entries(data["afs"], "afs", len(sigmas) - 1, len(sigmas) - 1)):
         if flag(free, f"afs[{k}]") and k:
             refuse(f"afs[{k}]", free, "true for the first evaluation only")
-    return data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ MAX_BYTES = 32 << 20
 MAX_EVALUATIONS = 1000
 LARGEST = 1e30  # of a number, so that float32 holds it
 MAX_SIZE = 1 << 16  # of a predictor's layers
+HASH = "sha256"
 
 Read = TypeVar("Read")
 
@@ -29,6 +32,29 @@ def read_file(path: str | os.PathLike, made: Callable[[Any], Read]) -> Read:
         return made(decoded(path.read_text("utf-8")))
     except (UnicodeDecodeError, FileFormatError) as error:
         raise FileFormatError(f"{path}: {error}") from error
+
+
+def hashed(table: dict[str, Any]) -> dict[str, Any]:
+    """A table with its hash as the last entry: SHA-256 of its JSON without the entry and without space between the symbols."""
+    return {**table, HASH: _hash_of(table)}
+
+
+def _hash_of(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def check_hash(data: Any, made: Callable[[Any], Read]) -> Read:
+    """What is made of the entries beside the hash. Raises FileFormatError where they are not those it was made of; a table
+    without a hash is as good as what it says."""
+    if not isinstance(data, dict) or HASH not in data:
+        return made(data)
+    rest = {name: value for name, value in data.items() if name != HASH}
+    found = made(rest)
+    if data[HASH] != (own := _hash_of(rest)):
+        refuse(
+            HASH, data[HASH], f"{own}, that of the other entries: it is damaged, or, if you changed it, delete {HASH}"
+        )
+    return found
 
 
 def decoded(text: str) -> Any:

@@ -6,7 +6,8 @@ x = y_1 and no direction. An `Evaluation` with denoised D_1 .. D_K at the points
     [new directions, x, y] = C [columns of (x, y_1 .. y_K unless y is x, D_1 .. D_K, d_1, d_2, ...)]
 
 and the last y is the sample. A coefficient of C is a number, or eight weights on `BASIS`: what an AMED predictor said.
-As JSON an object with the fields of `Tableau` and format, version and nfe; version 1 has no `mean`, and means zero.
+As JSON an object with the fields of `Tableau` and format, version and nfe; version 1 has no `mean`, and means zero. In a file
+`sha256` may follow, the hash of the rest (`hashed` in strict_json.py).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.adapters.exporting import check_exportable, why_not_exported
 from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.sealed import NOTE, write_seal
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
 from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
@@ -166,6 +167,7 @@ def write_onnx(job: Job, file: Path) -> None:
             f"the loop cannot be written as ONNX: {first_line(_root(error))}; formats 'exported' and 'pt2' know every operator"
         ) from error
     assert program is not None
+    program.model.doc_string = NOTE
     program.model.metadata_props.update(job.facts("onnx").texts())
     program.save(str(file))
 
@@ -197,6 +199,8 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
         warnings.filterwarnings("ignore", ".*treespec", FutureWarning)  # torch's own, about itself
         with evaluating(job.model.module):
             FORMATS[format](job, file)
+            if format in LOOPS:
+                write_seal(file, set(file.parent.iterdir()) - {file})
             differences = _compare(job, file) if verify and format in LOOPS else {}
     return Exported(path, format, differences, job.plan)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from amed_engine.engine.export.expression import Expression, NoExpression
 from amed_engine.engine.export.read_plan import loads
-from amed_engine.engine.export.strict_json import MAX_BYTES
+from amed_engine.engine.export.strict_json import MAX_BYTES, hashed
 from amed_engine.engine.export.tableau import (
     BASIS,
     MAX_COLUMNS,
@@ -54,8 +55,12 @@ def write_plan(source: Planned | Program, path: str | os.PathLike, *, freeze: bo
     along with its weights, for solvers whose steps need no more than `BASIS` (`Solver.tabulated`). Raises ConfigError.
     """
     plan = make_tableau(source, freeze=freeze)
-    write_or_stream(path, plan.dumps().encode())
+    write_or_stream(path, _text(plan).encode())
     return plan
+
+
+def _text(tableau: Tableau) -> str:
+    return json.dumps(hashed(tableau.to_json()), allow_nan=False) + "\n"
 
 
 def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
@@ -80,7 +85,7 @@ def make_tableau(source: Planned | Program, *, freeze: bool = False) -> Tableau:
 def _check_readable(tableau: Tableau) -> None:
     """Readers are strict; a table beyond what they take is refused here, where something else can be chosen."""
     try:
-        loads(text := tableau.dumps())
+        loads(text := _text(tableau))
     except ValueError as error:  # a FileFormatError, or a NaN, which JSON does not have
         raise ConfigError(f"no reader of plans would take this one: {error}") from error
     if len(text) > MAX_BYTES:

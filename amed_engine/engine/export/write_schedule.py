@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.engine.export.read_schedule import FORMAT, VERSION
+from amed_engine.engine.export.strict_json import hashed
 from amed_engine.engine.export.write_plan import Planned, evaluations, resolve_program
 from amed_engine.errors import ConfigError
 from amed_engine.solvers.files import write_json
@@ -22,7 +23,8 @@ def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas
 
     sigmas: level of each evaluation in order, then the last level; timesteps: the same as a network is told them,
     log(sigma) / 4 (EDM), or with alphas_cumprod the discrete-time model's number of steps, counted from 0; scale_dir,
-    scale_time: of every interval, 1 without a predictor. A predictor is asked once, with features of zero. The table written.
+    scale_time: of every interval, 1 without a predictor; sha256: of the other entries, compared where they are read again. A
+    predictor is asked once, with features of zero. The table written.
     """
     program, plan = resolve_program(source)
     if program.mean is not None:
@@ -39,6 +41,7 @@ def write_schedule(source: Planned | Program, path: str | os.PathLike, *, alphas
         **_levels(program, alphas_cumprod),
     }
     try:
+        table = hashed(table)
         write_json(path, table, streams=True)
     except ValueError as error:
         raise ConfigError("the predictor says NaN or infinite numbers; train it again, or pass another") from error

@@ -219,6 +219,7 @@ PROGRAMS = {
     "docs/fitting.md": [Program(fitted)],
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=9)],
+    "docs/output.md": [Program()],
     "docs/schedules.md": [Program(calibrated), Program(), Program(searched)],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],

@@ -22,7 +22,7 @@ from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan
 
-CALLS = 64  # of torch that a constructor makes for a tensor of its own, and more
+CALLS = 24  # of torch that a constructor makes for a tensor of its own, at most; those here make 8
 M = TypeVar("M", bound=nn.Module)
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "amed_predictor": AMEDPredictor,

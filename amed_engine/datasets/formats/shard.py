@@ -150,7 +150,7 @@ class Rows:
             columns.insert(1, self.labels.astype(self.labels.dtype.newbyteorder("<"), copy=False))
         for start in range(0, len(self), 4096):
             parts = [np.ascontiguousarray(column[start : start + 4096]) for column in columns]
-            found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1))
+            found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1).data)
         return found.hexdigest()
 
 

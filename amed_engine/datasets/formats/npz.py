@@ -51,7 +51,7 @@ class NpzWriter(Writer):
                 self._zip.writestr(_info(name, len(data)), data)
         self._zip.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         if file := self._zip.fp:
             self._zip.fp = None  # nothing more is to be written
             file.close()

@@ -10,6 +10,7 @@ taken for something else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -199,7 +200,12 @@ class Writer:
         self._finish(rows, self.header.text(checksum=rows.checksum(self.header)))
 
     def abort(self) -> None:
-        """Close what is open; the part written stays."""
+        """Close what is open; the part written stays. Raises nothing: what is left to write may find the disk full again."""
+        with contextlib.suppress(OSError):
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Close files."""
 
     def _start(self) -> None:
         """The first batch is coming, the kind of labels is known."""

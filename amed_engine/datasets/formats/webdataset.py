@@ -51,7 +51,7 @@ class WebDatasetWriter(Writer):
         self._tar.close()
         self._file.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         self._file.close()
 
 

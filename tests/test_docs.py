@@ -164,6 +164,12 @@ def repository(names, printed):
     assert (folder / "1" / "model.py").is_file()
 
 
+def generated(names, printed):
+    report = names["report"]
+    assert (report.samples, report.drawn) == (report.wanted, report.wanted)
+    assert report.set_hash in printed
+
+
 def stored(names, printed):
     """Of the blocks so far, each its own library's view of the same pictures."""
     if "seeds" in names:
@@ -191,9 +197,12 @@ PROGRAMS = {
     "docs/architecture.md": [Program(rows_of_updates)],
     "docs/arrays.md": [Program(result)],
     "docs/c-api.md": [Program(host_in_c)],
-    "docs/checkpoints.md": [Program(), Program(), Program(), Program()],
+    "docs/checkpoints.md": [Program(), Program(), Program(), Program(), Program()],
     "docs/cupy.md": [Program(stepper)],
-    "docs/datasets.md": [Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6)],
+    "docs/datasets.md": [
+        Program(generated, blocks=2),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
+    ],
     "docs/evaluation.md": [
         Program(distance),
         Program(errors),
@@ -203,12 +212,14 @@ PROGRAMS = {
     ],
     "docs/export.md": [
         Program(result),
+        Program(needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("diffusers",)),
     ],
     "docs/fitting.md": [Program(fitted)],
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=9)],
+    "docs/output.md": [Program()],
     "docs/schedules.md": [Program(calibrated), Program(), Program(searched)],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
@@ -245,7 +256,7 @@ def run(tmp_path, monkeypatch, capsys, off_checkout):
     def run(page, program, first):
         for library in program.needs:
             pytest.importorskip(library, reason=f"{library} is not installed")
-        names, printed = {}, ""
+        names, printed = {"__name__": "__main__"}, ""  # as a file that is run
         for source in blocks(page)[first : first + program.blocks]:
             names.pop("result", None)
             exec(compile(source, page, "exec"), names)

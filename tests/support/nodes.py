@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import threading
+import time
 
 import pytest
 
@@ -38,22 +39,29 @@ STREAMED = {"fifo": os.mkfifo, "device": lambda path: path.symlink_to("/dev/null
 
 
 class Reader:
-    """Reads a FIFO from now on; `with Reader(path) as got` ends with all that its first writer wrote in `got`."""
+    """Reads a FIFO from now on; after `with Reader(path) as got` all that was written there is in `got`."""
 
     def __init__(self, path):
-        self.path, self.got = path, bytearray()
-        self.there = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # already now: the thread may start late
+        self.handle, self.got, self.ended = os.open(path, os.O_RDONLY | os.O_NONBLOCK), bytearray(), False
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
 
     def _read(self):
-        with open(self.path, "rb") as file:  # waits for a writer
-            self.got += file.read()
+        while True:
+            ended = self.ended  # before the read: what was written by then is there
+            try:
+                data = os.read(self.handle, 1 << 16)
+            except BlockingIOError:
+                data = b""
+            self.got += data
+            if not data and ended:
+                return
+            time.sleep(0 if data else 0.001)
 
     def __enter__(self):
         return self.got
 
     def __exit__(self, *_):
-        os.close(os.open(self.path, os.O_WRONLY))  # where there was none
+        self.ended = True
         self.thread.join()
-        os.close(self.there)
+        os.close(self.handle)

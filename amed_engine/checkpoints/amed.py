@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.checkpoints.native import restore
-from amed_engine.checkpoints.pickles import Record
+from amed_engine.checkpoints.plain_data import Record
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan, make_plan

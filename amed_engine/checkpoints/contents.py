@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from amed_engine.checkpoints.archives import DAMAGED, check_bound, load_restricted
 from amed_engine.checkpoints.files import CONFIG_FILE, CONFIG_KEY, read_config, read_tensors
+from amed_engine.checkpoints.plain_data import MAX_NAME
 from amed_engine.checkpoints.policy import read_published
 from amed_engine.errors import ConfigError, FileFormatError, UnsafeFileError
 from amed_engine.solvers.files import read_json
@@ -48,23 +49,24 @@ class Contents(NamedTuple):
     sources: tuple[Path, ...]
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Path, max_bytes: int | None = None) -> Contents:
     """Of a file (pickle, torch.save, safetensors), an index of shards, or a folder with one of these.
 
+    max_bytes: what they may have together, unpacked; None: as many as the file has itself, or UNPACKED where that is more.
     Raises ConfigError where there is none, FileFormatError where it is of another kind or damaged, UnsafeFileError where it
     holds more than data.
     """
     if path.is_dir():
-        return read_contents(_file_of(path))
+        return read_contents(_file_of(path), max_bytes)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist or is no file; pass a published checkpoint")
     with open(path, "rb") as file:
         start = file.read(64)
     if start.lstrip()[:1] == b"{" and not _is_safetensors(start):
-        return _sharded(path)
+        return _sharded(path, max_bytes)
     if (shard := SHARD.search(path.name)) and int(shard[1]) > 1:
         raise ConfigError(f"{path} is one of {int(shard[1])} shards; pass their index (*{INDEX}) or the folder")
-    return Contents(_read(path, start), (path,))
+    return Contents(_read(path, start, max_bytes), (path,))
 
 
 def _is_safetensors(start: bytes) -> bool:
@@ -72,30 +74,41 @@ def _is_safetensors(start: bytes) -> bool:
     return start[4:8] == bytes(4) and start[8:9] == b"{"
 
 
-def _read(path: Path, start: bytes) -> Any:
+def _read(path: Path, start: bytes, max_bytes: int | None) -> Any:
     """A pickle by our own reader; what torch.save wrote by torch's, restricted to tensors."""
+    check_bound(path, path.stat().st_size, max_bytes)
     if not start:
         raise UnsafeFileError(f"{path} is empty; fetch it again")
     if kind := next((kind for begin, kind in STARTS.items() if start.startswith(begin)), None):
         raise FileFormatError(f"{path} is no checkpoint but {kind}")
     if _is_safetensors(start):
-        metadata, tensors = read_tensors(path)
-        if CONFIG_KEY in metadata:
-            raise ConfigError(f"{path} is in this package's format already and needs no conversion")
-        return tensors
+        return _published_tensors(path)
     if start.startswith(b"PK"):
         _check_archive(path)
     elif LEGACY not in start[:16]:
         if _is_text(path):
-            raise FileFormatError(f"{path} is no checkpoint but text; it begins with {start[:40].decode()!r}")
+            raise FileFormatError(
+                f"{path} is no checkpoint but text; it begins with {start[:40].decode(errors='replace')!r}"
+            )
         return read_published(path)
     try:
-        with open(path, "rb") as file:  # of a path, torch would go by its name
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return load_restricted(path, max_bytes)
+    except FileFormatError:
+        raise
     except Exception as error:  # torch raises what its readers happen to raise
         raise UnsafeFileError(
             f"{path} is refused: {_reason(error)}; only tensors are read from such a file: save its state dict alone"
         ) from error
+
+
+def _published_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a safetensors file that is not ours."""
+    metadata, tensors = read_tensors(path)
+    if CONFIG_KEY in metadata:
+        raise ConfigError(f"{path} is in this package's format already and needs no conversion")
+    if long := next((name for name in tensors if len(name) > MAX_NAME), None):
+        raise FileFormatError(f"{path} has a tensor whose name, {long[:40]!r}..., has more than {MAX_NAME} characters")
+    return tensors
 
 
 def _reason(error: Exception) -> str:
@@ -110,7 +123,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {PurePosixPath(name).name for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
+    except DAMAGED as error:
         raise FileFormatError(f"{path} is a damaged archive: {error}; it was cut off, fetch it again") from error
     if kind := next((kind for name, kind in ARCHIVES.items() if name in names), None):
         raise FileFormatError(f"{path} is no state dict but {kind}")
@@ -168,17 +181,18 @@ def needs_none(kind: str) -> str:
     return f"a {kind} of diffusers, which needs no conversion: load it with diffusers, and amed_engine.wrap it"
 
 
-def _sharded(path: Path) -> Contents:
+def _sharded(path: Path, max_bytes: int | None) -> Contents:
     """The tensors of all shards that an index names, each where the index says, and no others."""
     shards = read_json(path, _shards, f"index of shards (*{INDEX})", "pass the checkpoint itself")
+    if missing := [each for each in shards if not (path.parent / each).is_file()]:
+        raise FileFormatError(f"{path} names {len(shards)} shards, of which {', '.join(missing[:5])} are not there")
+    files = {shard: path.parent / shard for shard in shards}
+    check_bound(path, sum(file.stat().st_size for file in files.values()), max_bytes, "and its shards have")
     tensors: dict[str, Tensor] = {}
     for shard, names in shards.items():
-        file = path.parent / shard
-        if not file.is_file():
-            missing = [each for each in shards if not (path.parent / each).is_file()]
-            raise FileFormatError(f"{path} names {len(shards)} shards, of which {', '.join(missing[:5])} are not there")
+        file = files[shard]
         with open(file, "rb") as opened:
-            held = _read(file, opened.read(64))
+            held = _read(file, opened.read(64), max_bytes)
         _check_shard(held, names, file, path)
         tensors |= held
     return Contents(tensors, (path, *(path.parent / shard for shard in shards)))

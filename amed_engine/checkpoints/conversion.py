@@ -17,13 +17,13 @@ from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
 from amed_engine.checkpoints.diffusers_folder import save_diffusers
 from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_savable, check_values
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
-from amed_engine.checkpoints.pickles import Record
+from amed_engine.checkpoints.plain_data import Record
+from amed_engine.checkpoints.records import module_tensors
 from amed_engine.checkpoints.state_dicts import dictionaries, find_network
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
-MAX_LAYERS = 32  # of modules inside modules
 DIFFUSERS = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions)|transformer_blocks\.\d+)\.")
 EDM = re.compile(r"(?:^|\.)(?:map_layer0|enc\.\d+x\d+_\w+)\.")
 
@@ -45,7 +45,12 @@ class _Layout(NamedTuple):
 
 
 def convert(
-    path: str | os.PathLike, out: str | os.PathLike | None = None, *, weights: str | None = None, **settings: Any
+    path: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    weights: str | None = None,
+    max_bytes: int | None = None,
+    **settings: Any,
 ) -> Converted:
     """Write a published checkpoint in this package's format.
 
@@ -55,13 +60,14 @@ def convert(
     out: a .safetensors file or a directory; None puts it beside the original.
     weights: of a file with several, "ema" for the averaged ones, "model" for the trained ones, or the place of one in the
         file; None takes the averaged ones where there are any.
+    max_bytes: what the file's contents may have, unpacked; None: as many as itself, or 256 MiB where that is more.
     settings: constructor arguments that a bare state dict does not tell, e.g. image_size or num_head_channels.
     Raises UnsafeFileError where the file holds more than data, FileFormatError where its layout is not known, ConfigError.
     """
     path = Path(path)
     if out is not None:
         check_savable(out)
-    opened = _open(path, settings, weights)
+    opened = _open(path, settings, weights, max_bytes)
     target = _beside(path, opened.layout.suffix) if out is None else Path(out)
     written = {target, *(target / name for name in (WEIGHTS_FILE, CONFIG_FILE, DIFFUSERS_FILE))}
     if {file.resolve() for file in written} & {source.resolve() for source in opened.sources}:
@@ -76,9 +82,11 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name.removesuffix(INDEX)).with_suffix(suffix)
 
 
-def load_published(path: str | os.PathLike, *, weights: str | None = None, **settings: Any) -> nn.Module:
+def load_published(
+    path: str | os.PathLike, *, weights: str | None = None, max_bytes: int | None = None, **settings: Any
+) -> nn.Module:
     """The network of a published checkpoint, as `convert` reads it, without writing anything."""
-    opened = _open(Path(path), settings, weights)
+    opened = _open(Path(path), settings, weights, max_bytes)
     if opened.layout.load is None:
         raise FileFormatError(f"{path} holds no network but an {opened.layout.name}")
     return opened.layout.load(opened.data, Path(path), settings)
@@ -93,8 +101,8 @@ class _Opened(NamedTuple):
     chosen: str = ""
 
 
-def _open(path: Path, settings: Mapping[str, Any], weights: str | None) -> _Opened:
-    data, sources = read_contents(path)
+def _open(path: Path, settings: Mapping[str, Any], weights: str | None, max_bytes: int | None = None) -> _Opened:
+    data, sources = read_contents(path, max_bytes)
     opened = _as_published(data, sources, path, weights) or _unwrapped(data, sources, path, weights)
     if opened is None:
         raise FileFormatError(
@@ -135,27 +143,6 @@ def _keys(data: Any) -> str:
         told += "; they are of an EDM network, whose tensors alone do not tell how it is made: convert its pickle, or "
         told += "load them into an amed_engine.networks.EDMPrecond of its arguments"
     return told
-
-
-def module_tensors(module: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """The state dict of a module that was read as a Record."""
-    state = module.state if isinstance(module, Record) else None
-    if not isinstance(state, dict) or depth > MAX_LAYERS:
-        raise FileFormatError(f"{prefix or 'the model'} is no module with parameters")
-    passing = state.get("_non_persistent_buffers_set") or ()
-    if not isinstance(passing, (set, list, tuple)):
-        raise FileFormatError(f"{prefix or 'the model'} lists its buffers as a {type(passing).__name__}")
-    own = {**_dict(state, "_parameters"), **_dict(state, "_buffers")}
-    found = {prefix + name: t for name, t in own.items() if isinstance(t, Tensor) and name not in passing}
-    for name, child in _dict(state, "_modules").items():
-        if child is not None:
-            found |= module_tensors(child, f"{prefix}{name}.", depth + 1)
-    return found
-
-
-def _dict(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = state.get(name)
-    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else {}
 
 
 def _is(key: str, kind: str) -> Callable[[Mapping[str, Any]], bool]:

@@ -14,45 +14,35 @@ import os
 import pickletools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from amed_engine.checkpoints.plain_data import (
+    MAX_NAME,
+    Record,
+    Ref,
+    Refused,
+    check_depth,
+    check_key,
+    check_literal,
+    show,
+)
 from amed_engine.errors import FileFormatError, UnsafeFileError
 
 MAX_OPERATIONS = 2_000_000  # a network of 300 million parameters has some 200,000
 MAX_STACK = 50_000  # picklers put at most 2,000 things on it for each level of nesting
-MAX_DEPTH = 200
 MARK = object()
-PLAIN = (str, bytes, int, float, type(None))
-
-
-class Ref(NamedTuple):
-    """The name of a class or function. Never looked up."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Record:
-    """What stands for an object: the name of its class and the state that was saved of it."""
-
-    kind: str
-    state: Any = None
-
 
 Allowed = dict[str, Callable[..., Any]]  # full name -> what to do where the pickle calls it
 
 
 class Policy(NamedTuple):
-    """Which names a pickle may hold (`inert`), which it may call, and what its persistent ids mean (None: refused)."""
+    """Which names a pickle may hold (`inert`), which it may call, what its persistent ids mean (None: refused), and whether a
+    dictionary may have attributes, which are dropped."""
 
     inert: re.Pattern[str]
     calls: Allowed
     persistent: Callable[[Any], Any] | None = None
+    attributes: bool = False
 
 
 def run_file(path: str | os.PathLike, policy: Policy) -> Any:
@@ -75,7 +65,7 @@ def run(stream: io.BytesIO | mmap.mmap, policy: Policy, where: str) -> Any:
             if position > MAX_OPERATIONS or len(machine.stack) > MAX_STACK:
                 raise Refused(f"more than {MAX_OPERATIONS} operations or {MAX_STACK} values on its stack")
             machine.step(operation.name, argument)
-        _check_depth(machine.top)
+        check_depth(machine.top)
         (value,) = machine.stack
         return value
     except Refused as error:
@@ -85,17 +75,13 @@ def run(stream: io.BytesIO | mmap.mmap, policy: Policy, where: str) -> Any:
         raise UnsafeFileError(f"{where} is no whole pickle, at operation {position}: {reason}") from error
 
 
-class Refused(Exception):
-    """Why; `run` adds where."""
-
-
 class _Machine:
     def __init__(self, policy: Policy):
         self.policy, self.stack, self.memo = policy, [], {}
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
-            self.stack.append(argument)
+            self.stack.append(check_literal(argument))
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in _OPERATIONS:
@@ -144,8 +130,8 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         ref = Ref(module, name)
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise Refused("it names a global by something else than text")
+        if not (isinstance(module, str) and isinstance(name, str) and len(module) + len(name) <= MAX_NAME):
+            raise Refused(f"it names a global by something else than text of {MAX_NAME} characters")
         if str(ref) not in self.policy.calls and not self.policy.inert.fullmatch(str(ref)):
             raise Refused(f"it names {str(ref)[:200]!r}")
         self.stack.append(ref)
@@ -153,15 +139,15 @@ class _Machine:
     def call(self) -> None:
         function, arguments = self.take(2)
         if not isinstance(function, Ref) or str(function) not in self.policy.calls:
-            raise Refused(f"it calls {_show(function)}")
+            raise Refused(f"it calls {show(function)}")
         if not isinstance(arguments, tuple):
-            raise Refused(f"it calls {function} with {_show(arguments)}")
+            raise Refused(f"it calls {function} with {show(arguments)}")
         self.stack.append(self.policy.calls[str(function)](*arguments))
 
     def new(self) -> None:
         cls, arguments = self.take(2)
         if not isinstance(cls, Ref) or arguments != ():
-            raise Refused(f"it makes a {_show(cls)} with arguments")
+            raise Refused(f"it makes a {show(cls)} with arguments")
         maker = self.policy.calls.get(str(cls))
         self.stack.append(Record(str(cls)) if maker is None else maker())
 
@@ -169,60 +155,30 @@ class _Machine:
         (state,), target = self.take(1), self.top
         if isinstance(target, Record) and target.state is None:
             target.state = state
-        elif not (isinstance(target, dict) and not state):  # an EasyDict has its entries as items, and no state
-            raise Refused(f"it gives a state to {_show(target)}")
+        elif not (isinstance(target, dict) and (not state or self.policy.attributes)):  # an EasyDict has none
+            raise Refused(f"it gives a state to {show(target)}")
 
     def items(self, pairs: list) -> None:
         target = self._container(dict)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            target[_plain(key)] = value
+            target[check_key(key)] = value
 
     def append(self, values: Iterable) -> None:
         self._container(list).extend(values)
 
     def add(self, values: Iterable) -> None:
-        self._container(set).update(map(_plain, values))
+        self._container(set).update(map(check_key, values))
 
     def persistent(self, ident: Any) -> None:
         if self.policy.persistent is None:
-            raise Refused(f"it has the persistent id {_show(ident)}")
+            raise Refused(f"it has the persistent id {show(ident)}")
         self.stack.append(self.policy.persistent(ident))
 
     def _container(self, kind: type) -> Any:
         # Exact types: a dict of ours never has methods of a file's making.
         if type(self.stack[-1]) is not kind:
-            raise Refused(f"it puts items into {_show(self.stack[-1])}")
+            raise Refused(f"it puts items into {show(self.stack[-1])}")
         return self.stack[-1]
-
-
-def _plain(key: Any) -> Any:
-    """Keys are hashed and compared, which a nested tuple could make endless."""
-    if not isinstance(key, PLAIN):
-        raise Refused(f"it has {_show(key)} for a key")
-    return key
-
-
-def _show(value: Any) -> str:
-    return repr(str(value)) if isinstance(value, (Ref, str)) else f"a {type(value).__name__}"
-
-
-def _check_depth(value: Any) -> None:
-    """Level by level, each thing once: whoever walks the data later may recurse."""
-    level, seen = [value], set()
-    for _ in range(MAX_DEPTH):
-        level = [child for parent in level for child in _children(parent) if id(child) not in seen]
-        seen.update(map(id, level))
-        if not level:
-            return
-    raise Refused(f"its data is nested more than {MAX_DEPTH} levels deep")
-
-
-def _children(value: Any) -> Iterable:
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, Record):
-        return (value.state,)
-    return () if isinstance(value, Ref) or not isinstance(value, (list, tuple)) else value
 
 
 _LITERALS = {

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amed_engine.checkpoints.pickles import Policy, Record, Ref, Refused, run, run_file
+from amed_engine.checkpoints.pickles import Policy, run, run_file
+from amed_engine.checkpoints.plain_data import MAX_NAME, MAX_REPEATS, Record, Ref, Refused, show
 
 # Classes whose source travels in the file: the networks, losses and augmentation of EDM, the predictor and loss of AMED.
 CLASSES = {
@@ -34,6 +35,7 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save before it wrote zip archives
+MAX_DIMENSIONS = 64  # torch's own bound
 OBJECT = (Ref("builtins", "object"), Ref("__builtin__", "object"))  # its names before protocol 3 and since
 NUMPY = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}
 
@@ -44,20 +46,25 @@ def read_published(path: str | os.PathLike) -> Any:
     Raises UnsafeFileError naming what is not on the list, or where the file is damaged.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    storages, texts = _Limited(_storage, "storages", size), _Limited(_bytes, "bytes", size)
-    sized = {"torch.storage._load_from_bytes": storages, "_codecs.encode": texts}
+    storages, texts = Limited(_storage, "storages", size), Limited(_bytes, "bytes", size)
+    sized = {
+        "torch.storage._load_from_bytes": storages,
+        "torch._utils._rebuild_tensor_v2": Views(size),
+        "_codecs.encode": texts,
+    }
     return run_file(path, Policy(_NAMES, {**_CALLS, **sized}))
 
 
 def _object(meta: Any) -> Record:
     if not isinstance(meta, dict) or not {"type", "class_name", "state"} <= meta.keys():
         raise Refused("an object in it has no class_name and state")
-    if meta["type"] != "class" or meta["class_name"] not in CLASSES:
-        raise Refused(f"it brings its own class {str(meta['class_name'])[:80]!r}, whose source is not run")
+    kind = meta["class_name"]
+    if meta["type"] != "class" or not isinstance(kind, str) or kind not in CLASSES:
+        raise Refused(f"it brings its own class {show(kind)}, whose source is not run")
     return Record(meta["class_name"], meta["state"])
 
 
-class _Limited:
+class Limited:
     """A function of contents of the file, together not larger than the file: it may read the same ones again and again."""
 
     def __init__(self, function: Callable[..., Any], what: str, limit: int):
@@ -106,15 +113,32 @@ class _Claim:
         self.dtype = STORAGES[cls.name]
 
 
-def _tensor(flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """The tensor of these sizes and strides, within its storage."""
-    numbers = (offset, *size, *stride)
-    if not isinstance(flat, Tensor) or not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
+class Views:
+    """`_rebuild_tensor_v2`: tensors within their storages, together not MAX_REPEATS times larger than the file."""
+
+    def __init__(self, size: int):
+        self.left = MAX_REPEATS * size
+
+    def __call__(self, flat: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+        if not isinstance(flat, Tensor):
+            raise Refused("a tensor in it has no storage")
+        count = check_view(flat.numel(), offset, size, stride)
+        self.left -= count * flat.element_size()
+        if self.left < 0:
+            raise Refused(f"its tensors are more than {MAX_REPEATS} times larger than itself")
+        return torch.as_strided(flat, size, stride, offset if count else 0)
+
+
+def check_view(held: int, offset: Any, size: Any, stride: Any) -> int:
+    """How many numbers the tensor of these sizes and strides has, all of them within a storage of `held`."""
+    shaped = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= MAX_DIMENSIONS
+    numbers = (offset, *size, *stride) if shaped else ()
+    if not numbers or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise Refused("a tensor in it has impossible sizes")
     count, last = math.prod(size), offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if count and (last >= flat.numel() or count > flat.numel()):
-        raise Refused(f"a tensor in it of {tuple(size)} reaches beyond its storage of {flat.numel()}")
-    return torch.as_strided(flat, size, stride, offset if count else 0)
+    if count and (last >= held or count > held):
+        raise Refused(f"a tensor in it of {tuple(size)} reaches beyond its storage of {held}")
+    return count
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -150,6 +174,12 @@ def _names(values: Any = ()) -> set:
     return set(values)
 
 
+def _dtype(kind: Any, *_: Any) -> Record:
+    if not isinstance(kind, str) or len(kind) > MAX_NAME:
+        raise Refused("a type of numpy's in it has no name")
+    return Record(kind)
+
+
 def _device(kind: Any, index: Any = 0) -> Record:
     return Record("torch.device", (kind, index))
 
@@ -168,11 +198,10 @@ def _instance(cls: Any, base: Any, state: Any) -> Record:
 
 _CALLS = {
     "torch_utils.persistence._reconstruct_persistent_obj": _object,
-    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": _size,
     "torch.device": _device,
-    "numpy.dtype": lambda kind, *_: Record(str(kind)),
+    "numpy.dtype": _dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
     "collections.OrderedDict": _empty(dict),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from amed_engine.checkpoints import latent, openai_state
+from amed_engine.checkpoints.plain_data import Visits
 from amed_engine.errors import ConfigError, FileFormatError
 
 PART = re.compile(r"(?:^|(?<=\.))(?:(?:time_embed|label_emb|input_blocks|middle_block|output_blocks)\.|out\.[\d_])")
@@ -28,6 +29,7 @@ OPTIMIZER = re.compile(
 )  # has the same names
 SHADOW = "shadow_params"  # a list of averages in the order of the parameters
 MAX_DEPTH = 4  # of dictionaries in dictionaries
+MAX_NETWORKS = 64  # in one dictionary
 
 
 class Network(NamedTuple):
@@ -74,14 +76,19 @@ def find_network(data: Any, path: Path, weights: str | None) -> tuple[Network, s
     return chosen, f"; of the file's {chosen.label!r}, not of {others} (--weights)" if others else ""
 
 
-def dictionaries(data: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every dictionary inside a file's, with its place; none of an optimizer."""
+def dictionaries(data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary inside a file's, with its place; none of an optimizer. Raises FileFormatError for one at many places."""
+    yield from _inside(data, "", 0, Visits())
+
+
+def _inside(data: Any, label: str, depth: int, visits: Visits) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(data, Mapping) or depth > MAX_DEPTH:
         return
+    visits.count(data, label)
     yield label, {str(name): value for name, value in data.items()}
     for name, value in data.items():
         if not OPTIMIZER.fullmatch(str(name)):
-            yield from dictionaries(value, _at(label, str(name)), depth + 1)
+            yield from _inside(value, _at(label, str(name)), depth + 1, visits)
 
 
 def _at(label: str, name: str) -> str:
@@ -92,10 +99,12 @@ def _networks(own: Mapping[str, Any], label: str, path: Path, weights: str | Non
     """Those in one dictionary, each under a prefix of its own."""
     names = [name for name, value in own.items() if isinstance(value, Tensor)]
     prefixes = {name[: part.start()]: None for name in names if (part := PART.search(name))}
-    groups = {prefix: _group(own, prefix, list(prefixes), path) for prefix in prefixes}
+    groups = {prefix: _group(names, prefix, path) for prefix, names in _by_prefix(own, prefixes).items()}
     every = {name: value for group in groups.values() for name, value in group.items()}
     if not _is_network(every):
         return
+    if sum(map(_is_network, groups.values())) > MAX_NETWORKS:
+        raise FileFormatError(f"{path} has more than {MAX_NETWORKS} networks in one dictionary, {label or 'its own'!r}")
     if weights not in [_at(label, prefix) for prefix, group in groups.items() if _is_network(group)]:
         _check_whole(groups, path)
     for prefix, tensors in groups.items():
@@ -120,13 +129,22 @@ def _is_averaged(label: str) -> bool:
     return bool(words) and not TRAINED.search(words[-1])
 
 
-def _group(own: Mapping[str, Any], prefix: str, prefixes: list[str], path: Path) -> dict[str, Tensor]:
-    """All tensors under a prefix but those under a longer one, by their names behind it."""
-    longer = tuple(other for other in prefixes if len(other) > len(prefix) and other.startswith(prefix))
+def _by_prefix(own: Mapping[str, Any], prefixes: Mapping[str, None]) -> dict[str, dict[str, Any]]:
+    """Every entry under the longest of the prefixes that its name begins with; a prefix ends with a dot, or is empty."""
+    groups: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
+    for name, value in own.items():
+        prefix = name
+        while prefix and prefix not in groups:
+            prefix = prefix[: prefix.rfind(".", 0, len(prefix) - 1) + 1]
+        if prefix in groups:
+            groups[prefix][name] = value
+    return groups
+
+
+def _group(own: Mapping[str, Any], prefix: str, path: Path) -> dict[str, Tensor]:
+    """The tensors under a prefix, by their names behind it."""
     found: dict[str, Tensor] = {}
     for name, value in own.items():
-        if not name.startswith(prefix) or (longer and name.startswith(longer)):
-            continue
         inner = WRAPPERS.sub("", name[len(prefix) :])
         if isinstance(value, Tensor) and value.dim():  # single numbers count steps
             if inner in found:
@@ -141,7 +159,8 @@ def _check_whole(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Of networks under several prefixes each must have all the parts that another has."""
     parts = {prefix: {name for name in group if PART.match(name)} for prefix, group in groups.items()}
     if len(set(map(frozenset, parts.values()))) > 1:
-        told = [f"{len(names)} {f'with {p!r}' if p else 'without'} ({p}{min(names)} ...)" for p, names in parts.items()]
+        some = list(parts.items())[:8]
+        told = [f"{len(names)} {f'with {p!r}' if p else 'without'} ({p}{min(names)} ...)" for p, names in some]
         raise FileFormatError(
             f"{path}: its network's tensors have no prefix in common: {', '.join(told)}; give all of them the same, or take "
             "the network of one: --weights PREFIX"
@@ -170,10 +189,13 @@ def _named(networks: list[Network], unread: list[_Unread], data: Any) -> tuple[l
 
 def _lists(data: Any) -> Iterator[tuple[str, list[Tensor]]]:
     """Lists of tensors that are called averages."""
+    visits = Visits()
     for label, own in dictionaries(data):
         for name, values in own.items():
-            tensors = isinstance(values, (list, tuple)) and values and all(isinstance(v, Tensor) for v in values)
-            if tensors and (name == SHADOW or _is_averaged(_at(label, name))):
+            if not (isinstance(values, (list, tuple)) and (name == SHADOW or _is_averaged(_at(label, name)))):
+                continue
+            visits.count(values, _at(label, name))
+            if values and all(isinstance(value, Tensor) for value in values):
                 yield _at(label, name), list(values)
 
 
@@ -189,6 +211,8 @@ def _choose(networks: list[Network], unread: list[_Unread], path: Path, weights:
     fitting = fitting or kinds.get(usual if weights is None else weights, [])
     if len(fitting) == 1:
         return fitting[0]
-    have = ", ".join(f"{each.label or 'model'!r} ({'averaged' if each.averaged else 'trained'})" for each in networks)
+    have = ", ".join(
+        f"{each.label or 'model'!r} ({'averaged' if each.averaged else 'trained'})" for each in networks[:16]
+    )
     problem = f"has {len(fitting)} networks" if fitting else f"has no {weights!r} weights"
     raise ConfigError(f"{path} {problem}; there {'are' if len(networks) > 1 else 'is'} {have}: pass --weights NAME")

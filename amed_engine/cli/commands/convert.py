@@ -22,7 +22,13 @@ from amed_engine.cli.options import check_writable_model
 @click.option(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="What the file does not tell, e.g. image_size=256."
 )
-def convert(file: str, out: str | None, weights: str | None, pairs: tuple[str, ...]) -> None:
+@click.option(
+    "--max-bytes",
+    type=click.IntRange(min=1),
+    help="What the contents of the file may have, unpacked.",
+    show_default="as many as the file, or 256 MiB where that is more",
+)
+def convert(file: str, out: str | None, weights: str | None, pairs: tuple[str, ...], max_bytes: int | None) -> None:
     """Convert a published checkpoint: AMED predictor, EDM, guided-diffusion, consistency or latent-diffusion model.
 
     FILE is a file, the index of shards, or a folder with one of these. Nothing in it is run; what is not plain data is refused
@@ -32,7 +38,7 @@ def convert(file: str, out: str | None, weights: str | None, pairs: tuple[str, .
 
     if out is not None:
         check_writable_model(out)
-    done = work(file, out, weights=weights, **dict(map(_parse, pairs)))
+    done = work(file, out, weights=weights, max_bytes=max_bytes, **dict(map(_parse, pairs)))
     click.echo(done.description)
     click.echo(f"wrote {done.path}")
 

@@ -13,6 +13,8 @@ import click
 from amed_engine.cli.labels import parse_labels
 from amed_engine.cli.network import LABEL_KINDS, TOLD, facts_options, no_verify, opened
 from amed_engine.cli.options import (
+    check_writable,
+    check_writable_folder,
     condition_options,
     make_sampler,
     options,
@@ -80,6 +82,8 @@ def generate(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the drawing takes both signals
     if overwrite or workers > 1:
         _check_alone(overwrite)
+    check_writable(None if json_file == "-" else json_file, streams=True)
+    check_writable_folder(out, "manifest.json", "ledger.jsonl")
     told = {name: asked.pop(name) for name in TOLD if name != "labels"}
     told["labels"], class_labels = _split(labels, class_labels)
     drawing = {name: asked.pop(name) for name in ("shard", "threads", "check")}

@@ -20,7 +20,7 @@ from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
 from amed_engine.adapters.loaded import LoadedFile
-from amed_engine.adapters.sealed import check_seal, write_seal
+from amed_engine.adapters.sealed import read_sealed, write_seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -131,9 +131,11 @@ def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
 
     verify: compare the file with the hash in it, if there is one; it is read once more for that.
     """
+    return read_sealed(path, lambda: _load(path), verify)
+
+
+def _load(path: str | os.PathLike) -> Compiled:
     loaded = LoadedFile.of(path)
-    if verify:
-        check_seal(path)
     signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")

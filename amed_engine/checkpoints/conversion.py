@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from amed_engine.checkpoints.contents import INDEX, needs_none, read_contents
 from amed_engine.checkpoints.diffusers_folder import save_diffusers
 from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, WEIGHTS_FILE, check_savable, check_values
 from amed_engine.checkpoints.native import KINDS, restore, save_model, save_predictor, save_tensors
-from amed_engine.checkpoints.plain_data import MAX_NAME, Record, Visits
+from amed_engine.checkpoints.plain_data import Record
+from amed_engine.checkpoints.records import module_tensors
 from amed_engine.checkpoints.state_dicts import dictionaries, find_network
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond
 
 OPENAI, CLASSIFIER = "openai_unet", "openai_classifier"
-MAX_LAYERS = 12  # of modules inside modules; published networks have 4
 DIFFUSERS = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.(?:resnets|attentions)|transformer_blocks\.\d+)\.")
 EDM = re.compile(r"(?:^|\.)(?:map_layer0|enc\.\d+x\d+_\w+)\.")
 
@@ -143,35 +143,6 @@ def _keys(data: Any) -> str:
         told += "; they are of an EDM network, whose tensors alone do not tell how it is made: convert its pickle, or "
         told += "load them into an amed_engine.networks.EDMPrecond of its arguments"
     return told
-
-
-def module_tensors(module: Any) -> dict[str, Tensor]:
-    """The state dict of a module that was read as a Record."""
-    return dict(_tensors(module, "", 0, Visits()))
-
-
-def _tensors(module: Any, prefix: str, depth: int, visits: Visits) -> Iterator[tuple[str, Tensor]]:
-    state = module.state if isinstance(module, Record) else None
-    if not isinstance(state, dict) or depth > MAX_LAYERS or len(prefix) > MAX_NAME:
-        raise FileFormatError(f"{prefix[:80] or 'the model'} is no module with parameters")
-    own, buffers, modules = (_dict(state, name, visits) for name in ("_parameters", "_buffers", "_modules"))
-    passing = state.get("_non_persistent_buffers_set") or ()
-    if not isinstance(passing, (set, list, tuple)) or not all(isinstance(name, str) for name in passing):
-        raise FileFormatError(f"{prefix[:80] or 'the model'} lists its buffers as a {type(passing).__name__}")
-    visits.count(passing, prefix)
-    left_out = set(passing)
-    for name, tensor in {**own, **buffers}.items():
-        if isinstance(tensor, Tensor) and name not in left_out:
-            yield prefix + name, tensor
-    for name, child in modules.items():
-        if child is not None:
-            yield from _tensors(child, f"{prefix}{name}.", depth + 1, visits)
-
-
-def _dict(state: Mapping[str, Any], name: str, visits: Visits) -> dict[str, Any]:
-    value = state.get(name)
-    visits.count(value, name)
-    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else {}
 
 
 def _is(key: str, kind: str) -> Callable[[Mapping[str, Any]], bool]:

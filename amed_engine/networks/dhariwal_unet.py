@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amed_engine.networks.arguments import check_arguments, check_levels
 from amed_engine.networks.layers import (
     BlockStyle,
     Conv2d,
@@ -31,6 +32,7 @@ class DhariwalUNet(nn.Module):
     """U-Net F(x, c_noise, labels) -> (F, bottleneck), with 64 channels per attention head.
 
     A layer at one of ``attn_resolutions`` (widths of feature maps) with fewer than 64 channels has no attention.
+    Raises ConfigError for an argument of another type or out of its range.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
         label_dropout: float = 0.0,
     ):
+        check_arguments("DhariwalUNet", {name: value for name, value in locals().items() if name != "self"})
+        check_levels("DhariwalUNet", "img_resolution", img_resolution, len(channel_mult))
         super().__init__()
         self.label_dim, self.label_dropout = label_dim, label_dropout
         self.num_blocks, self.attn_resolutions = num_blocks, tuple(attn_resolutions)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.networks.arguments import check_arguments, check_levels
 from amed_engine.networks.openai_layers import (
     AttentionBlock,
     AttentionPool,
@@ -29,6 +30,7 @@ from amed_engine.networks.openai_layers import (
     zero,
 )
 from amed_engine.sampling.denoiser import one_hot
+from amed_engine.solvers.arguments import one_of, told
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # of the classifier's head over spatial means
@@ -60,8 +62,10 @@ class _Encoder(nn.Module):
     def __post_init__(self):
         super().__init__()  # the arguments are plain attributes, which may be there before it
         self.config: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        if self.dims != 2:
-            raise ConfigError(f"dims must be 2 (images), got {self.dims}")
+        check_arguments(type(self).__name__, self.config)
+        check_levels(type(self).__name__, "image_size", self.image_size, len(self.channel_mult))
+        if type(self.dims) is not int or self.dims != 2:
+            raise ConfigError(f"dims must be 2 (images), got {told(self.dims)}")
         width = 4 * self.model_channels
         self.style = Style(width, **{name: getattr(self, name) for name in Style._fields[1:]})
         self.widths = [int(mult * self.model_channels) for mult in self.channel_mult]
@@ -195,10 +199,10 @@ class OpenAIClassifier(_Encoder):
     pool: str = field(default="adaptive", kw_only=True)
 
     def __post_init__(self):
-        if self.pool not in POOLS or (self.pool == "attention" and self.num_head_channels == -1):
+        one_of("OpenAIClassifier", "pool", self.pool, POOLS)
+        if self.pool == "attention" and self.num_head_channels == -1:
             raise ConfigError(
-                f"pool must be one of {', '.join(POOLS)}, and 'attention' needs num_head_channels; got {self.pool!r}, "
-                f"{self.num_head_channels}"
+                "OpenAIClassifier: pool 'attention' needs num_head_channels, got -1; give the channels of each head, e.g. 64"
             )
         super().__post_init__()
         self.out = self._build_head(self.out_channels)

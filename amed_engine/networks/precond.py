@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
+from amed_engine.networks.arguments import check_arguments, check_sigmas
 from amed_engine.networks.dhariwal_unet import DhariwalUNet
 from amed_engine.networks.song_unet import SongUNet
 from amed_engine.sampling.denoiser import Denoised, is_tracing
+from amed_engine.solvers.arguments import one_of
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 # Set by the preconditioning itself, so not options of the network.
@@ -29,7 +31,8 @@ class EDMPrecond(nn.Module):
         c_out  = sigma·sd / sqrt(sigma² + sd²) c_noise = log(sigma) / 4          sd = sigma_data
 
     The arguments are those of the published constructor; `network_options` go to the network that `model_type`
-    names. Raises ConfigError for an unknown network or option, with the list of valid names.
+    names. Raises ConfigError for an unknown network or option, with the list of valid names, and for an argument of another
+    type or out of its range.
 
     Precision: the preconditioning runs in float32 whatever x's dtype is, as published, and in float64 where the
     parameters are float64 (``module.double()``). The network runs in the dtype of its parameters; with `use_fp16` in
@@ -50,9 +53,9 @@ class EDMPrecond(nn.Module):
     ):
         super().__init__()
         _check_options(model_type, network_options)
-        for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("sigma_data", sigma_data)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{name} must be a number, got {value!r}")
+        own = {"img_resolution": img_resolution, "img_channels": img_channels, "label_dim": label_dim}
+        check_arguments("EDMPrecond", {**own, "use_fp16": use_fp16, "sigma_data": sigma_data})
+        check_sigmas("EDMPrecond", sigma_min, sigma_max)
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16, self.model_type = use_fp16, model_type
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
@@ -125,8 +128,7 @@ class EDMPrecond(nn.Module):
 
 
 def _check_options(model_type: str, options: dict[str, Any]) -> None:
-    if model_type not in NETWORKS:
-        raise ConfigError(f"model_type must be one of {', '.join(NETWORKS)}; got {model_type!r}")
+    one_of("EDMPrecond", "model_type", model_type, tuple(NETWORKS))
     valid = set(inspect.signature(NETWORKS[model_type].__init__).parameters) - _OWN
     unknown = sorted(set(options) - valid)
     if unknown:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amed_engine.errors import ConfigError
+from amed_engine.networks.arguments import check_arguments, check_levels
 from amed_engine.networks.layers import (
     BlockStyle,
     Conv2d,
@@ -25,11 +25,6 @@ from amed_engine.networks.layers import (
 )
 from amed_engine.sampling.denoiser import one_hot
 
-CHOICES = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "skip", "residual"),
-    "decoder_type": ("standard", "skip"),
-}
 INIT = Init("xavier_uniform")
 INIT_ZERO = Init("xavier_uniform", weight=1e-5)
 INIT_ATTN = Init("xavier_uniform", weight=math.sqrt(0.2))
@@ -42,7 +37,7 @@ class SongUNet(nn.Module):
     encoder, channel_mult_noise 2, filter (1, 3, 3, 1). Encoder ``skip`` adds a 1x1 convolution of the downsampled
     input at every lower resolution, ``residual`` a chain of strided convolutions of it; decoder ``skip`` sums an
     image predicted at every resolution. ``attn_resolutions`` are widths of feature maps.
-    Raises ConfigError for an unknown ``embedding_type``, ``encoder_type`` or ``decoder_type``.
+    Raises ConfigError for an argument of another type or out of its range.
     """
 
     def __init__(
@@ -65,8 +60,9 @@ class SongUNet(nn.Module):
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
     ):
+        check_arguments("SongUNet", {name: value for name, value in locals().items() if name != "self"})
+        check_levels("SongUNet", "img_resolution", img_resolution, len(channel_mult))
         super().__init__()
-        _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
         self.label_dim, self.label_dropout = label_dim, label_dropout
         self.encoder_type, self.decoder_type = encoder_type, decoder_type
         self.num_blocks, self.attn_resolutions = num_blocks, tuple(attn_resolutions)
@@ -203,9 +199,3 @@ class SongUNet(nn.Module):
                 x = block(x, emb)
         assert image is not None
         return image
-
-
-def _check_choices(**options: str) -> None:
-    for name, value in options.items():
-        if value not in CHOICES[name]:
-            raise ConfigError(f"{name} must be one of {', '.join(CHOICES[name])}; got {value!r}")

@@ -90,21 +90,6 @@ class Solver(ABC):
         """One stage per evaluation of interval i of n, from sigma to sigma_next."""
 
 
-def in_range(solver: str, name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{solver}: {name} must be an integer from {low} to {high}, got {value!r}")
-
-
-def is_bool(solver: str, name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{solver}: {name} must be True or False, got {value!r}")
-
-
-def one_of(solver: str, name: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{solver}: {name} must be one of {', '.join(valid)}; got {value!r}")
-
-
 def check_first_step_of(solver: Solver, afs: FirstStep | None) -> None:
     """Raises ConfigError for an analytic first step where the first answer is no mean that could be foreseen."""
     if afs and not solver.integrates:

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from amed_engine.solvers import rules
-from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range, is_bool, one_of
+from amed_engine.solvers.arguments import in_range, is_bool, one_of
+from amed_engine.solvers.base import Past, Solver, UseOfPredictor
 from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import rules
-from amed_engine.solvers.base import Past, Solver, UseOfPredictor, in_range
+from amed_engine.solvers.arguments import in_range
+from amed_engine.solvers.base import Past, Solver, UseOfPredictor
 from amed_engine.solvers.stage import Midpoint, Row, Stage
 
 

@@ -162,7 +162,8 @@ def fold(stage: Stage, layout: Layout, keep: int, stack: Callable[..., Any] = st
     """The stage as one matrix over the tensors of `layout`, retaining the newest `keep` directions. stack: makes `coeffs`."""
     new = 0 if layout.data_prediction else min(keep, layout.points)
     matrix = [layout.direction(k) for k in range(new)] + [layout.expand(row) for row in stage.rows]
-    columns = tuple(j for j in range(layout.size) if any(not is_zero(row[j]) for row in matrix))
+    # A matrix of zeros reads the anchor, for its shape.
+    columns = tuple(j for j in range(layout.size) if any(not is_zero(row[j]) for row in matrix)) or (0,)
     sigma = None if stage.sigma is None else levels(stage.sigma)
     return Update(
         coeffs=stack([[row[j] for j in columns] for row in matrix], like=layout.sigma[0]),

@@ -16,7 +16,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import leaving_modes
-from amed_engine.solvers.base import in_range
+from amed_engine.solvers.arguments import in_range
 from amed_engine.solvers.mean import Mean
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.training.batches import Batches, BoundDenoiser, Conditions, known_shape, mean_answer, mean_where_told

@@ -30,7 +30,8 @@ from amed_engine.sampling.denoiser import Denoised, Denoiser, as_denoised, known
 from amed_engine.sampling.loop import integrate
 from amed_engine.sampling.modes import leaving_modes
 from amed_engine.solvers import alternatives, integrator_names, make_solver
-from amed_engine.solvers.base import Solver, in_range
+from amed_engine.solvers.arguments import in_range
+from amed_engine.solvers.base import Solver
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program

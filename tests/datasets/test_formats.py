@@ -10,6 +10,7 @@ from PIL import Image
 from shards import ABOUT, SEEDS, assert_same, bytes_of, in_order_of_seeds, read, samples, shard, write
 
 from amed_engine.datasets.formats import FORMATS
+from amed_engine.datasets.formats.pictures import decoded, encoded, text_chunks
 from amed_engine.datasets.samples import Samples
 from amed_engine.errors import ConfigError, FileFormatError
 
@@ -129,6 +130,29 @@ def test_samples_of_other_kinds_are_refused(seeds, arrays, labels):
 
 
 # ---- what other libraries see
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 3), (3, 1, 3), (1, 7, 1), (8, 8, 1), (64, 48, 3)])
+def test_pictures_are_those_that_others_read(shape):
+    random = np.random.default_rng(0)
+    given = np.stack(
+        [random.integers(0, 256, shape).astype(np.uint8), np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)]
+    )
+    for data, picture in zip(encoded(given, [text_chunks({"seed": "1"})] * 3), given, strict=True):
+        with Image.open(io.BytesIO(data)) as opened:
+            assert opened.mode == ("RGB" if shape[2] == 3 else "L")
+            np.testing.assert_array_equal(np.array(opened).reshape(shape), picture)
+            assert opened.text == {"seed": "1"}
+        np.testing.assert_array_equal(decoded(data, shape, "it"), picture)
+        with pytest.raises(FileFormatError, match="it is no picture of shape"):
+            decoded(data, (shape[0] + 1, *shape[1:]), "it")
+
+
+def test_pictures_with_other_filters_are_refused():
+    data = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(data, "PNG")
+    with pytest.raises(FileFormatError, match="no shard's pictures have"):
+        decoded(data.getvalue(), (8, 8, 1), "it")
 
 
 def test_pictures_say_what_they_are(tmp_path):

@@ -109,6 +109,24 @@ def test_what_is_no_picture_is_stored_in_float32(gaussian_denoiser):
         open_source(Sampler(gaussian_denoiser, shape=(4, 2, 2)), stored="uint8")
 
 
+def test_latents_that_would_be_cut_as_pictures_are_told(caplog):
+    wide = Sampler(
+        lambda x, sigma: 3 * x / (1 + sigma.reshape(-1, 1, 1, 1)), shape=(3, 4, 4), sigma_max=80.0, verify=False
+    )
+    source = open_source(wide)
+    source.draw([0], None)
+    source.draw([1], None)
+    assert caplog.text.count("if these samples are latents") == 1
+
+
+def test_a_model_with_noise_of_its_own_is_refused():
+    noisy = Sampler(lambda x, sigma: x / 2 + torch.randn_like(x), shape=(1, 4, 4), sigma_max=80.0, verify=False)
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match="the model draws from torch's global generator"):
+        open_source(noisy).draw([0], None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("stored", ["png", "float64", True, np.uint8])
 def test_another_way_to_store_is_refused(sampler, stored):
     with pytest.raises(ConfigError, match="stored must be one of uint8, float32, float16"):

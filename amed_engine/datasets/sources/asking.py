@@ -35,7 +35,7 @@ class Asked:
         told = {name: _chosen(value, index) for name, value in self.rows.items()}
         if self.classes:
             told["class_labels"] = index
-        elif not self.rows and "batch_size" in parameters:
+        if not self.rows and "batch_size" in parameters:
             told["batch_size"] = count
         return {**self.fixed, **told, "output_type": "latent" if self.latent else "np", "return_dict": False}
 

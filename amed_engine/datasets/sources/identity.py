@@ -81,14 +81,11 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
     """Settings of torch and the kernels in use, which decide how numbers are rounded."""
     backends: Any = torch.backends
     told = {"kernels": kernels.backends().get(device.type, "reference")}
-    if device.type == "cuda":
-        precisions = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-        choice = {"benchmark": backends.cudnn.benchmark, "deterministic": backends.cudnn.deterministic}
-    else:
-        precisions, choice = (backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision), {}
+    own = (backends.cuda, backends.cudnn) if device.type == "cuda" else (backends.mkldnn, backends.mkldnn)
+    precisions = own[0].matmul.fp32_precision, own[1].conv.fp32_precision
     # "none" leaves it at float32.
     matmul, convolution = ("ieee" if precision == "none" else precision for precision in precisions)
-    return {**told, "matmul": matmul, "convolution": convolution, **choice}
+    return {**told, "matmul": matmul, "convolution": convolution}
 
 
 def device_name(device: torch.device) -> str:

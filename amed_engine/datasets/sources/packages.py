@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
-from amed_engine.datasets.sources.base import Source, check_options, stored_kind, stored_shape
+from amed_engine.datasets.sources.base import Source, check_options, nothing_global, stored_kind, stored_shape
 from amed_engine.engine.export.package import Package
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -36,7 +36,8 @@ class PackageSource(Source):
         return cls(stored_shape(kind, shape), kind, told, identities.device_name(package.device), package)
 
     def _run(self, seeds: list[int], labels: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
-        result = self.package.run(seeds, rows.told(labels))
+        with nothing_global("the package", "export a model without noise or dropout of its own", self.package.device):
+            result = self.package.run(seeds, rows.told(labels))
         return result.images, rows.kept(result.labels)
 
     def check_labels(self, labels: Any, count: int) -> np.ndarray | None:

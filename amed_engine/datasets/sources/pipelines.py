@@ -16,8 +16,8 @@ from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
 from amed_engine.datasets.sources.asking import Asked, ask, chosen_labels, defaults, parameters_of, seeded
-from amed_engine.datasets.sources.base import Source, stored_kind, stored_shape
-from amed_engine.engine.seeds import check_seeds, draw
+from amed_engine.datasets.sources.base import Source, nothing_global, stored_kind, stored_shape
+from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import evaluating, exactly, plain_defaults
 
@@ -56,7 +56,7 @@ class PipelineSource(Source):
 
     def _run(self, seeds: list[int], labels: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
         if labels is None and self.asked.choices > self._alone:
-            labels = rows.kept(draw(check_seeds(seeds), (), self.asked.choices)[1])
+            labels = rows.kept(draw(seeds, (), self.asked.choices)[1])
         return _drawn(self.pipeline, self.asked, seeds, labels), labels
 
     @property
@@ -87,7 +87,8 @@ def _tried(pipeline: Any, asked: Asked) -> Tensor:
 def _drawn(pipeline: Any, asked: Asked, seeds: list[int], labels: np.ndarray | None) -> Tensor:
     """(B, C, ...) float32: latents as they are, pictures in [-1, 1]."""
     told = asked.arguments(parameters_of(pipeline), len(seeds), labels)
-    with _as_alone(pipeline), _nothing_global(pipeline):
+    remedy = "use a scheduler that takes a generator, or one that adds no noise"
+    with _as_alone(pipeline), nothing_global(_named(pipeline), remedy, _device(pipeline)):
         try:
             answer = pipeline(**told, generator=seeded(seeds))[0]
         except TypeError as error:
@@ -139,25 +140,6 @@ def _as_alone(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**bar)
 
 
-@contextmanager
-def _nothing_global(pipeline: Any) -> Iterator[None]:
-    """Raise ConfigError where torch's global generators are drawn from, which are left as they were."""
-    device = _device(pipeline)
-    of_device = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    before = [(each, each.get_state()) for each in {torch.default_generator, of_device}]
-    try:
-        yield
-    finally:
-        used = [each for each, state in before if not torch.equal(each.get_state(), state)]
-        for each, state in before:
-            each.set_state(state)
-    if used:
-        raise ConfigError(
-            f"{_named(pipeline)} draws from torch's global generator, so no seed gives the same sample twice: use a scheduler "
-            "that takes a generator, or one that adds no noise"
-        )
-
-
 # ---- what it is ----
 
 
@@ -177,12 +159,13 @@ def _modules(pipeline: Any) -> dict[str, nn.Module]:
 def _identity(pipeline: Any, asked: Asked) -> dict[str, Any]:
     own = getattr(getattr(pipeline.components.get("predictor"), "predictor", None), "plan", None)
     told, usual = asked.told(), defaults(parameters_of(pipeline))
+    components = {name: _component(part) for name, part in sorted(pipeline.components.items()) if part is not None}
+    prints = [part["fingerprint"] for part in components.values() if "fingerprint" in part]
     return {
         "kind": "diffusers",
         "model": type(pipeline).__name__,
-        "components": {
-            name: _component(part) for name, part in sorted(pipeline.components.items()) if part is not None
-        },
+        "fingerprint": None if None in prints else identities.hashed(prints),
+        "components": components,
         "configuration": identities.plain(_settings(pipeline.config)),
         "plan": None if own is None else own.to_json(),
         "guidance_scale": told.get("guidance_scale", usual.get("guidance_scale")),
@@ -196,8 +179,8 @@ def _component(part: Any) -> dict[str, Any]:
     told: dict[str, Any] = {"class": type(part).__name__}
     if isinstance(part, nn.Module):
         told |= {"fingerprint": fingerprint(part), "buffers": identities.buffers_hash(part)}
-    if hasattr(part, "get_vocab"):
-        told["words"] = identities.hashed(part.get_vocab())
+    if callable(words := getattr(part, "get_vocab", None)):
+        told["words"] = identities.hashed(words())
     if isinstance(config := getattr(part, "config", None), Mapping):
         told["configuration"] = identities.plain(_settings(config))
     return told

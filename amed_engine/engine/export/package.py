@@ -22,7 +22,7 @@ from torch import Tensor
 from amed_engine.adapters.exporting import LOOP
 from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx import TYPES, OnnxSession
-from amed_engine.adapters.sealed import check_seal
+from amed_engine.adapters.sealed import read_sealed
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import make_request
@@ -197,9 +197,11 @@ def load_package(path: str | os.PathLike, *, verify: bool = True) -> Package:
         return _open_onnx(path, verify)
     if path.suffix == ".json":
         raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
+    return read_sealed(path, lambda: _open_archive(path), verify)
+
+
+def _open_archive(path: Path) -> Package:
     loaded = LoadedFile.of(path)
-    if verify:
-        check_seal(path)
     compiled, text = _look_into(path)
     facts = PackageFacts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():

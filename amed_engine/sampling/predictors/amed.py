@@ -19,6 +19,7 @@ from amed_engine.sampling.loop import sample
 from amed_engine.sampling.modules import device_of, dtype_of, said
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import AMED, Solver
+from amed_engine.solvers.arguments import HUGE, in_range, is_number, one_of, told
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Midpoint, Update
 
@@ -56,15 +57,17 @@ class AMEDPredictor(nn.Module):
         embedding_dim: int = 8,
     ):
         super().__init__()
-        if scales not in SCALES:
-            raise ConfigError(f"AMEDPredictor: scales must be one of {', '.join(SCALES)}; got {scales!r}")
+        one_of("AMEDPredictor", "scales", scales, tuple(SCALES))
         for name, scale in (("scale_dir", scale_dir), ("scale_time", scale_time)):
-            if not 0 <= scale < SCALES[scales]:
-                raise ConfigError(f"AMEDPredictor: {name} must be in [0, {SCALES[scales]}), got {scale!r}")
-        if not isinstance(bottleneck, (tuple, list)) or len(bottleneck) != 2 or min(bottleneck) < 1:
-            raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {bottleneck!r}")
-        if embedding_dim < 4 or embedding_dim % 2:
-            raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {embedding_dim!r}")
+            if not 0 <= is_number("AMEDPredictor", name, scale, below := f"in [0, {SCALES[scales]})") < SCALES[scales]:
+                raise ConfigError(f"AMEDPredictor: {name} must be {below}, got {told(scale)}")
+        sized = isinstance(bottleneck, (tuple, list)) and len(bottleneck) == 2
+        if not sized or not all(type(size) is int and 1 <= size < HUGE for size in bottleneck):
+            raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {told(bottleneck)}")
+        in_range("AMEDPredictor", "hidden_dim", hidden_dim, 1)
+        in_range("AMEDPredictor", "bottleneck_dim", bottleneck_dim, 1)
+        if type(embedding_dim) is not int or not 4 <= embedding_dim < HUGE or embedding_dim % 2:
+            raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {told(embedding_dim)}")
         self.plan: Plan | None = None
         self.report: Any = None  # of `distill`: how it compares with what runs without it; not saved
         self.scale_dir, self.scale_time, self.scales = float(scale_dir), float(scale_time), scales

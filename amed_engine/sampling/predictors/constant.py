@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from amed_engine.sampling.predictors.coefficient import MAX_INTERVALS, described
-from amed_engine.solvers.base import in_range
+from amed_engine.solvers.arguments import in_range
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Midpoint
 

@@ -12,6 +12,9 @@ from torch import nn
 
 from amed_engine import FileFormatError, Sampler, load_package, read_plan, read_schedule
 from amed_engine.adapters import load_onnx, save_onnx, save_package, save_program, seal
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.adapters.onnx import OnnxSession
+from amed_engine.engine.export import package
 from amed_engine.errors import AmedError
 
 pytestmark = [
@@ -293,6 +296,48 @@ def test_weights_beside_a_model_are_part_of_it(tmp_path, monkeypatch):
         with pytest.raises(FileFormatError, match=rf"{file.name} needs '{weights.name}' beside it"):
             read(file)
         weights.write_bytes(data)
+
+
+def test_a_model_is_never_run_with_another_s_weights(tmp_path, monkeypatch):
+    """Each is replaced while it is opened: between check and runtime, and between its two files."""
+    pytest.importorskip("onnxscript")
+    save, opened = torch.onnx.ONNXProgram.save, OnnxSession._opened
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda made, path: save(made, path, external_data=True))
+    here, there = (loop("loop.onnx", "onnx", kernel)(tmp_path / str(kernel)) for kernel in (33, 35))
+    new, moves = draw(there), [there.with_name("loop.onnx.data"), there]
+
+    def meanwhile(*given):
+        """A writer takes a step whenever the file is opened."""
+        if moves:
+            moves[0].replace(here.with_name(moves.pop(0).name))
+        return opened(*given)
+
+    monkeypatch.setattr(OnnxSession, "_opened", staticmethod(meanwhile))
+    old = here.read_bytes()
+    with pytest.raises(FileFormatError, match=r"loop\.onnx\.data is not the file that was written"):
+        draw(here)
+    assert here.read_bytes() == old, "the writer was killed half way"
+    moves.pop().replace(here)
+    assert draw(here) == new
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(written, tmp_path, monkeypatch):
+    """Its facts and its graph are of one file."""
+    (_, _, _, old), copy, look = written("exported"), tmp_path / "loop.pt2", package._look_into
+    new = loop("new.pt2", "exported", kernel=1)(tmp_path)
+    truth = draw(new)
+    copy.write_bytes(old)
+
+    def then_replaced(path):
+        looked = look(path)
+        if new.exists():
+            new.replace(copy)
+        return looked
+
+    monkeypatch.setattr(package, "_look_into", then_replaced)
+    loaded = load_package(copy)
+    assert loaded.run([0, 1]).images.tolist() == truth
+    assert loaded.facts.fingerprint == fingerprint(Net(kernel=1))
 
 
 # ---- tables

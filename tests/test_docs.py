@@ -315,7 +315,7 @@ def test_options_and_recipes_that_are_shown_exist(amed):
 
 def test_options_of_evaluate_that_are_shown_exist():
     shown = re.findall(r"^    amed evaluate (.*)$", text("docs/evaluation.md"), flags=re.MULTILINE)
-    assert len(shown) == 3
+    assert len(shown) == 4
     assert {word for line in shown for word in line.split() if word.startswith("--")} <= options("evaluate")
 
 

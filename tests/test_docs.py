@@ -82,6 +82,13 @@ def evaluation(names, printed):
     assert f"RMSE {found.distance.rmse:.4f}" in printed
 
 
+def judged(names, printed):
+    found = names["found"]
+    assert (found.samples, found.nfe) == (32, 5)
+    assert found.class_accuracy > 0.5
+    assert "against digits: Frechet distance" in printed
+
+
 def manifold(names, printed):
     distance(names, printed)
     assert 0 < names["recall"] <= 1
@@ -157,6 +164,25 @@ def repository(names, printed):
     assert (folder / "1" / "model.py").is_file()
 
 
+def generated(names, printed):
+    report = names["report"]
+    assert (report.samples, report.drawn) == (report.wanted, report.wanted)
+    assert report.set_hash in printed
+
+
+def stored(names, printed):
+    """Of the blocks so far, each its own library's view of the same pictures."""
+    if "seeds" in names:
+        assert names["seeds"].tolist() == list(range(names["seeds"][0], names["seeds"][0] + 50))
+    if "images" in names:
+        assert len(names["images"]) in (50, 100)
+    if "table" in names:
+        assert names["table"].num_rows == names["same"].num_rows == 50
+        assert names["first"].startswith(b"\x89PNG")
+    if "samples" in names:
+        assert printed.splitlines()[-1] == "50 (50, 8, 8, 1) (50,)"
+
+
 class Program(NamedTuple):
     """Blocks of a page that run one after the other, what holds after each, and the libraries without which none can."""
 
@@ -171,17 +197,29 @@ PROGRAMS = {
     "docs/architecture.md": [Program(rows_of_updates)],
     "docs/arrays.md": [Program(result)],
     "docs/c-api.md": [Program(host_in_c)],
-    "docs/checkpoints.md": [Program(), Program(), Program(), Program()],
+    "docs/checkpoints.md": [Program(), Program(), Program(), Program(), Program()],
     "docs/cupy.md": [Program(stepper)],
-    "docs/evaluation.md": [Program(distance), Program(errors), Program(evaluation), Program(manifold)],
+    "docs/datasets.md": [
+        Program(generated, blocks=2),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
+    ],
+    "docs/evaluation.md": [
+        Program(distance),
+        Program(errors),
+        Program(evaluation),
+        Program(judged, needs=("sklearn",)),
+        Program(manifold),
+    ],
     "docs/export.md": [
         Program(result),
+        Program(needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("diffusers",)),
     ],
     "docs/fitting.md": [Program(fitted)],
     "docs/kernels.md": [Program(two_ways)],
     "docs/models.md": [Program(described, blocks=9)],
+    "docs/output.md": [Program()],
     "docs/schedules.md": [Program(calibrated), Program(), Program(searched)],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
@@ -218,7 +256,7 @@ def run(tmp_path, monkeypatch, capsys, off_checkout):
     def run(page, program, first):
         for library in program.needs:
             pytest.importorskip(library, reason=f"{library} is not installed")
-        names, printed = {}, ""
+        names, printed = {"__name__": "__main__"}, ""  # as a file that is run
         for source in blocks(page)[first : first + program.blocks]:
             names.pop("result", None)
             exec(compile(source, page, "exec"), names)

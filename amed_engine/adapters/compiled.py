@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from amed_engine.adapters.conditions import class_index
 from amed_engine.adapters.exporting import FACTS, check_no_loop, export_denoiser, facts_text, read_facts
 from amed_engine.adapters.labels import CONTINUOUS
-from amed_engine.adapters.sealed import check_seal, seal
+from amed_engine.adapters.loaded import LoadedFile
+from amed_engine.adapters.sealed import read_sealed, write_seal
 from amed_engine.adapters.signature import DTYPES, NAMES, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -39,6 +40,7 @@ class Compiled(nn.Module):
     lends_copies = True
     bottleneck_size: tuple[int, ...] | None = None
     recorded: str | None = None  # the fingerprint of what it was made from
+    loaded: LoadedFile | None = None  # what it was read from
 
     def __init__(self, call: Any, signature: Signature, device: str = "cpu", facts: Mapping[str, Any] | None = None):
         super().__init__()
@@ -129,8 +131,11 @@ def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
 
     verify: compare the file with the hash in it, if there is one; it is read once more for that.
     """
-    if verify:
-        check_seal(path)
+    return read_sealed(path, lambda: _load(path), verify)
+
+
+def _load(path: str | os.PathLike) -> Compiled:
+    loaded = LoadedFile.of(path)
     signature, facts = _read_signature(path)
     if signature.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} was compiled for a GPU, but torch sees no CUDA device; compile it for this machine")
@@ -140,7 +145,9 @@ def load_compiled(path: str | os.PathLike, *, verify: bool = True) -> Compiled:
         package = torch._inductor.aoti_load_package(str(path), run_single_threaded=single)
     except Exception as error:  # a loader of native code raises what it happens to raise
         raise FileFormatError(f"{path} cannot be loaded here: {str(error).splitlines()[0]}") from error
-    return Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made = Compiled(_OneAtATime(package) if single else package, signature, facts=facts)
+    made.loaded = loaded
+    return made
 
 
 class _OneAtATime:
@@ -202,7 +209,7 @@ def save_package(denoiser: nn.Module, path: str | os.PathLike, *, max_batch: int
     options = {"aot_inductor.metadata": {KEY: json.dumps(signature.to_json()), FACTS: facts_text(denoiser)}}
     with whole(path) as file:
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
-        seal(file)
+        write_seal(file)
     return path
 
 

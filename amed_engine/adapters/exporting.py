@@ -18,7 +18,7 @@ from torch import nn
 
 from amed_engine.adapters.facts import square
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.adapters.sealed import NOTE, seal
+from amed_engine.adapters.sealed import NOTE, write_seal
 from amed_engine.adapters.signature import Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.kept import as_facts, facts_in
@@ -171,5 +171,5 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """What `write` makes, renamed into place when it is complete."""
     with whole(path) as file:  # large ONNX models keep their weights in a second one
         write(file)
-        seal(file, set(file.parent.iterdir()) - {file})
+        write_seal(file, set(file.parent.iterdir()) - {file})
     return path

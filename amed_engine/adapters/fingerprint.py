@@ -155,7 +155,7 @@ def digest(tensors: Mapping[str, Tensor | OnDisk]) -> str:
         for part, value in _plain_parts(name, tensor.detach()):
             value = value.cpu().contiguous()
             sha.update(f"{part}:{value.dtype}:{tuple(value.shape)};".encode())
-            sha.update(value.flatten().view(torch.uint8).numpy())
+            sha.update(value.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from amed_engine.adapters.compiled import Compiled, converted
 from amed_engine.adapters.exporting import FACTS, check_no_loop, read_facts
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx_inputs import ANSWERS, FLOATS, LABELS, RAW, STEPS, TYPES, Roles, describe, roles_of
-from amed_engine.adapters.sealed import check_seal
+from amed_engine.adapters.sealed import read_sealed
 from amed_engine.adapters.signature import UNBOUNDED, Input, Signature
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.sampling.denoiser import Denoised, ask
@@ -103,15 +104,22 @@ class OnnxSession:
     """
 
     def __init__(self, path: str | os.PathLike, threads: int | None = None, *, verify: bool = True):
-        if verify:
-            check_seal(path)
+        self.loaded = LoadedFile.of(path) if os.path.isfile(path) else None  # else onnxruntime says what is wrong
         runtime = require("onnxruntime", "onnx", "ONNX")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
         if threads is not None:
             options.intra_op_num_threads = threads
+        self._session = read_sealed(path, lambda: self._opened(runtime, path, options), verify)
+        self.inputs = self._session.get_inputs()
+        self.answers = self._session.get_outputs()
+        self.outputs = [entry.name for entry in self.answers][:2]
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+
+    @staticmethod
+    def _opened(runtime: Any, path: str | os.PathLike, options: Any) -> Any:
         try:
-            self._session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            return runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no common class of its errors
             reason = str(error).splitlines()[0]
             if "NOT_IMPLEMENTED" in reason:
@@ -119,10 +127,6 @@ class OnnxSession:
                     f"{path}: onnxruntime cannot compute it on the CPU ({reason}); export it in float32 or float16"
                 ) from error
             raise FileFormatError(f"{path} cannot be loaded: it is damaged, or no ONNX model: {reason}") from error
-        self.inputs = self._session.get_inputs()
-        self.answers = self._session.get_outputs()
-        self.outputs = [entry.name for entry in self.answers][:2]
-        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return self.named({entry.name: tensor for entry, tensor in zip(self.inputs, tensors, strict=True)})
@@ -193,7 +197,9 @@ def load_onnx(
     answer = next(entry for entry in session.answers if entry.name == session.outputs[0])
     roles = roles_of(session.inputs, answer, path, inputs)
     signature = _signature(roles, session.metadata, path)
-    return OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made = OnnxModel(session, roles, signature, read_facts(session.metadata.get(FACTS), signature, path))
+    made.loaded = session.loaded
+    return made
 
 
 def _answers(entries: Sequence[Any], told: Sequence[str] | None, path: str | os.PathLike) -> list[str]:

@@ -7,22 +7,29 @@ extra/amed.sha256, with the hash of what the others hold, for when another progr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import shutil
+import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from amed_engine.errors import FileFormatError
+from amed_engine.solvers.targets import resolved
+from amed_engine.solvers.temporary import Temporary
 
 MARK = "amed.sha256"
 _SEAL = re.compile(rb"amed\.sha256.{1,4}?((?:[0-9a-f]{64}  [^\n\0]+\n)*)([0-9a-f]{64})\Z", re.DOTALL)
 _UNKNOWN = b"0" * 64
 _TAIL, _PIECE = 1 << 16, 1 << 20  # bytes
+_SECONDS, _PAUSE = 1.0, 0.01  # how long a file that is being replaced is read again, and how often
 # At the other end of an ONNX model, so that one which lost its hash is known for it.
 NOTE = f"{MARK}: the last 64 characters of this file are the SHA-256 of everything before them"
+Read = TypeVar("Read")
 _REMEDY = (
     "it is damaged, or another program changed it: fetch or write it again, or, where the change was meant, call "
     "amed_engine.adapters.seal(path)"
@@ -30,19 +37,68 @@ _REMEDY = (
 
 
 def seal(path: str | os.PathLike, parts: Iterable[str | os.PathLike] = ()) -> None:
-    """Record the hash of a .pt2 or .onnx file in it, in place of an earlier one; the loaders of this package check it.
+    """Record the hash of a .pt2 or .onnx file that was changed on purpose in it, in place of the earlier one.
 
-    parts: files in the same folder that belong to an ONNX model, its weights. Raises FileFormatError for another kind of file.
+    parts: files in the same folder that belong to an ONNX model, its weights; unless said those of the earlier hash. The file
+    is replaced whole. Raises FileFormatError for another kind of file, OSError.
     """
     path = Path(path)
-    (_make_room_in_archive if path.suffix == ".pt2" else _make_room_in_model)(path, [Path(part) for part in parts])
+    if path.suffix not in (".pt2", ".onnx") or not path.is_file():
+        raise FileFormatError(f"{path} is no .pt2 or .onnx file, which alone have a place for a hash")
+    beside = [path.parent / Path(part).name for part in parts]
+    with Temporary(resolved(path)) as copy:
+        shutil.copyfile(path, copy.path)
+        write_seal(copy.path, beside, path)
+        copy.flush()
+        copy.publish()
+
+
+def write_seal(path: Path, parts: Iterable[Path] = (), known: Path | None = None) -> None:
+    """`seal` in place, for a file that is being written. known: what errors call it."""
+    known = known or path
+    (_make_room_in_archive if known.suffix == ".pt2" else _make_room_in_model)(path, list(parts), known)
     with open(path, "r+b") as file:
         size = file.seek(-len(_UNKNOWN), os.SEEK_END)
         told = _digest(file, size)
         file.seek(size)
         file.write(told.encode())
-        file.flush()
-        os.fsync(file.fileno())
+
+
+class _MixedError(FileFormatError):
+    """Files that do not belong together, or not yet."""
+
+
+def read_sealed(path: str | os.PathLike, read: Callable[[], Read], verify: bool = True) -> Read:
+    """What `read` gives of a file, which is the same at its end as when it was checked: where it was replaced meanwhile it is
+    read again, for up to a second. verify: check it. Raises FileFormatError.
+    """
+    path, end = Path(path), time.monotonic() + _SECONDS
+    while True:
+        before = _stamps(path)
+        try:
+            if verify:
+                check_seal(path)
+            made = read()
+            if _stamps(path) == before:
+                return made
+            raise _MixedError(f"{path} was written again and again while it was read; read it when that is over")
+        except FileFormatError as error:
+            stays = _stamps(path) == before and not isinstance(error, _MixedError)
+            if stays or time.monotonic() >= end:
+                raise
+            time.sleep(_PAUSE)
+
+
+def _stamps(path: Path) -> list[tuple[int, ...]]:
+    """What tells a file, and those beside it that belong to it, from others of their names."""
+    found = []
+    with contextlib.suppress(OSError):
+        with open(path, "rb") as file:
+            seal = _seal_of(file)
+        for part in (path, *(path.parent / name for name in (_parts(seal) if seal else ()))):
+            stat = part.stat()
+            found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return found
 
 
 def check_seal(path: str | os.PathLike) -> None:
@@ -69,8 +125,8 @@ def _check_sealed(file: IO[bytes], found: re.Match[bytes], path: Path) -> None:
 
 def _check_part(part: Path, told: str, path: Path) -> None:
     if part.parent != path.parent or not part.is_file():
-        raise FileFormatError(f"{path} needs {part.name[:100]!r} beside it, which is not there; keep the two together")
-    _compare(_digest_of(part), told, part)
+        raise _MixedError(f"{path} needs {part.name[:100]!r} beside it, which is not there; keep the two together")
+    _compare(_digest_of(part), told, part, _MixedError)
 
 
 def _check_unsealed(file: IO[bytes], path: Path) -> None:
@@ -97,9 +153,9 @@ def _check_directory(file: IO[bytes], path: Path) -> None:
         raise FileFormatError(f"{path} is a damaged archive; it was cut off, fetch or write it again")
 
 
-def _compare(found: str, told: str, path: Path) -> None:
+def _compare(found: str, told: str, path: Path, kind: type[FileFormatError] = FileFormatError) -> None:
     if found != told:
-        raise FileFormatError(
+        raise kind(
             f"{path} is not the file that was written: its SHA-256 is {found[:16]}..., expected {told[:16]}...; {_REMEDY}"
         )
 
@@ -159,22 +215,24 @@ def _is_mark(info: zipfile.ZipInfo) -> bool:
     return info.filename.endswith(f"/extra/{MARK}")
 
 
-def _make_room_in_archive(path: Path, parts: list[Path]) -> None:
+def _make_room_in_archive(path: Path, parts: list[Path], known: Path) -> None:
     try:
-        with zipfile.ZipFile(path, "a") as archive:
-            if not any(map(_is_mark, archive.infolist())):
-                folder = archive.namelist()[0].split("/")[0]
-                archive.writestr(zipfile.ZipInfo(f"{folder}/extra/{MARK}"), _digest_of_members(archive))
-            archive.comment = MARK.encode() + b" " + _UNKNOWN
-    except zipfile.BadZipFile as error:
-        raise FileFormatError(f"{path} is no .pt2 archive: {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            folder, marked = archive.namelist()[0].split("/")[0], any(map(_is_mark, archive.infolist()))
+            told = _digest_of_members(archive)
+    except Exception as error:  # as above
+        raise FileFormatError(f"{known} is no readable .pt2 archive: {error}") from error
+    with zipfile.ZipFile(path, "a") as archive:
+        if not marked:
+            archive.writestr(zipfile.ZipInfo(f"{folder}/extra/{MARK}"), told)
+        archive.comment = MARK.encode() + b" " + _UNKNOWN
 
 
-def _make_room_in_model(path: Path, parts: list[Path]) -> None:
+def _make_room_in_model(path: Path, parts: list[Path], known: Path) -> None:
     """One more entry of the metadata, which in protobuf may simply follow the rest."""
     with open(path, "r+b") as file:
         if (earlier := _seal_of(file)) is not None:
-            parts = parts or [path.parent / name for name in _parts(earlier)]
+            parts = parts or [known.parent / name for name in _parts(earlier)]
             file.truncate(file.seek(0, os.SEEK_END) - len(_entry(earlier[1] + earlier[2])))
         told = "".join(f"{_digest_of(part)}  {part.name}\n" for part in sorted(parts))
         file.seek(0, os.SEEK_END)

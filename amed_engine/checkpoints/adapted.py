@@ -30,7 +30,7 @@ from amed_engine.adapters import (
 from amed_engine.adapters.fingerprint import digest, fingerprint
 from amed_engine.adapters.karras import ConsistencyFunction, Denoising
 from amed_engine.adapters.score import IndexedScore
-from amed_engine.checkpoints.diffusers_folder import read_diffusers, save_diffusers
+from amed_engine.checkpoints.diffusers_folder import held, open_diffusers, save_diffusers
 from amed_engine.checkpoints.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -232,10 +232,11 @@ def _network(folder: Path, config: dict[str, Any], said: Hashes | None) -> nn.Mo
     dtype = getattr(torch, config["dtype"], None)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise FileFormatError(f"{folder}: dtype {config['dtype'][:20]!r} is not known")
-    network, own = read_diffusers(getattr(diffusers, kind), folder / FOLDER, kind)
-    if said is not None:
-        expected = Hashes(config.get("network_configuration", "none"), said.tensors)
-        check_pair(str(expected), str(own), folder / CONFIG_FILE, folder / FOLDER, "a network")
+    with held(folder / FOLDER) as (same, own):
+        if said is not None:
+            expected = Hashes(config.get("network_configuration", "none"), said.tensors)
+            check_pair(str(expected), str(own), folder / CONFIG_FILE, folder / FOLDER, "a network")
+        network = open_diffusers(getattr(diffusers, kind), same, folder / FOLDER, kind)
     return network.to(dtype)
 
 

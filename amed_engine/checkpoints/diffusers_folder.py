@@ -6,22 +6,31 @@ diffusers wrote name none.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, BinaryIO, cast
 
 from amed_engine.adapters.fingerprint import digest
-from amed_engine.checkpoints.files import CONFIG_FILE, DIFFUSERS_FILE, MAX_HEADER, publish, read_config, read_tensors
+from amed_engine.checkpoints.files import (
+    CONFIG_FILE,
+    DIFFUSERS_FILE,
+    MAX_HEADER,
+    held_tensors,
+    name_of,
+    publish,
+    read_config,
+    read_tensors,
+)
 from amed_engine.checkpoints.hashes import (
     KEY,
     NOT_OF_ONE_SAVE,
     TRACE,
     Hashes,
+    Loaded,
     MixedError,
     check_pair,
     check_tensors,
@@ -38,15 +47,21 @@ INDEX_FILE = f"{DIFFUSERS_FILE}.index.json"
 
 def save_diffusers(model: Any, folder: Path) -> Hashes:
     """Save a model of diffusers to its directory, each file whole or not at all, readable as the umask says; what it is."""
+    return save_by(model.save_pretrained, folder)
+
+
+def save_by(save: Callable[[str], Any], folder: Path) -> Hashes:
+    """The same of what `save` writes to the directory that it is given."""
     with tempfile.TemporaryDirectory() as whole:
-        model.save_pretrained(whole)
+        save(whole)
         return _published(Path(whole), folder)
 
 
 def _published(whole: Path, folder: Path) -> Hashes:
     """Move a directory's files to their places, weights first and the configuration last."""
-    files = _weights(whole)
-    hashes = Hashes(of_config(read_config(whole)), digest(_tensors(files)))
+    files = [whole / name for name in _weights(whole)[1]]
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file)[1].items()}
+    hashes = Hashes(of_config(read_config(whole)), digest(tensors))
     others = sorted(file for file in whole.iterdir() if file not in files and file.name != CONFIG_FILE)
     if not (whole / INDEX_FILE).is_file():  # of an earlier model, in pieces
         (folder / INDEX_FILE).unlink(missing_ok=True)
@@ -72,68 +87,85 @@ def load_diffusers(model_class: Any, folder: Path, what: str) -> Any:
 
     Raises FileFormatError where it is not what was saved, and where its files are still of different saves after a second.
     """
-    return settled(lambda: read_diffusers(model_class, folder, what)[0])
+    return load_by(lambda same: open_diffusers(model_class, same, folder, what), folder)
 
 
-def read_diffusers(model_class: Any, folder: Path, what: str) -> tuple[Any, Hashes | None]:
-    """(the model, the hashes that its weights name). Raises MixedError."""
-    files = _weights(folder)
-    hashes = _named(files)
-    config, tensors = ({}, {}) if hashes is None else _checked(folder, files, hashes)
+def load_by(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
+    """What `load` makes of the directory of the same files."""
+
+    def held_and_loaded() -> Loaded:
+        with held(folder) as (same, _):
+            return load(same)
+
+    return settled(held_and_loaded)
+
+
+def open_diffusers(model_class: Any, same: Path, folder: Path, what: str) -> Any:
+    """same: what `held` gives for the folder."""
     try:
-        model = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        model = model_class.from_pretrained(same, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
         raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
-    if hashes is not None and not _is_of(model, config, tensors):
-        raise MixedError(f"{folder} was written while it was read: {NOT_OF_ONE_SAVE}")
-    return model, hashes
+    return keep_name(model, folder)
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The files of its weights that are there."""
-    names = {DIFFUSERS_FILE}
-    if (folder / INDEX_FILE).is_file():
-        names = set(read_json(folder / INDEX_FILE, _shards, "index of shards", "save it again"))
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+def keep_name(model: Any, folder: Path) -> Any:
+    """Have diffusers say that the model is from this folder."""
+    model.register_to_config(_name_or_path=str(folder))
+    return model
 
 
-def _shards(data: Any) -> list[str]:
-    names = data["weight_map"].values() if isinstance(data, dict) and isinstance(data.get("weight_map"), dict) else ()
-    return [Path(name).name for name in names if isinstance(name, str)]
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[tuple[Path, Hashes | None]]:
+    """(a folder of the same files, the hashes that its weights name): files that were checked, and that stay what they are
+    while diffusers opens them by their names. The folder itself where no hashes are named.
+
+    Raises FileFormatError where they were changed since they were saved, MixedError.
+    """
+    with contextlib.ExitStack() as stack:
+        index, names = _weights(folder)
+        files = {folder / name: stack.enter_context(open(folder / name, "rb")) for name in names}
+        if not any(_has_trace(handle) for handle in files.values()):
+            yield folder, None
+            return
+        contents = {file: held_tensors(file, handle) for file, handle in files.items()}
+        hashes = _named({file: metadata for file, (metadata, _) in contents.items()})
+        config, first = read_config(folder), next(iter(files))
+        check_pair(hashes.configuration, found_in(config), first, folder / CONFIG_FILE, "a configuration")
+        check_tensors(
+            {name: value for _, tensors in contents.values() for name, value in tensors.items()}, hashes, first
+        )
+        same = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for file, handle in files.items():
+            (same / file.name).symlink_to(name_of(file, handle))
+        for name, data in ((INDEX_FILE, index), (CONFIG_FILE, json.dumps(config))):
+            if data:
+                (same / name).write_text(data)
+        yield same, hashes
 
 
-def _tensors(files: list[Path]) -> dict[str, Tensor]:
-    return {name: tensor for file in files for name, tensor in read_tensors(file)[1].items()}
+def _weights(folder: Path) -> tuple[str, list[str]]:
+    """(text of the index, "" where there is none, names of the files of its weights that are there)"""
+    index, names = folder / INDEX_FILE, {DIFFUSERS_FILE}
+    text = ""
+    if index.is_file():
+        data = read_json(index, lambda data: data, "index of shards", "save it again")
+        places = data.get("weight_map") if isinstance(data, dict) else None
+        names = {str(name) for name in places.values()} if isinstance(places, dict) else names
+        text = json.dumps(data)
+    return text, sorted(name for name in names if Path(name).name == name and (folder / name).is_file())
 
 
-def _named(files: list[Path]) -> Hashes | None:
-    """What the headers of all weights name; None for those of others. Raises FileFormatError, MixedError."""
-    if not any(_has_trace(file) for file in files):
-        return None
-    said = {named(f'{{"{KEY}": {read_tensors(file)[0].get(KEY)}}}', file) for file in files}
+def _has_trace(handle: BinaryIO) -> bool:
+    size = int.from_bytes(handle.read(8), "little")
+    start = handle.read(min(size, MAX_HEADER))
+    handle.seek(0)
+    return TRACE.search(start.decode("utf-8", "replace")) is not None
+
+
+def _named(headers: dict[Path, dict[str, str]]) -> Hashes:
+    """What the headers of all weights name. Raises FileFormatError, MixedError."""
+    said = {named(f'{{"{KEY}": {metadata.get(KEY)}}}', file) for file, metadata in headers.items()}
     if len(said) > 1:
-        raise MixedError(f"{files[0].parent} has weights of {len(said)} models: {NOT_OF_ONE_SAVE}")
-    return said.pop()
-
-
-def _has_trace(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        return TRACE.search(opened.read(min(size, MAX_HEADER)).decode("utf-8", "replace")) is not None
-
-
-def _checked(folder: Path, files: list[Path], hashes: Hashes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors), those that were saved. Raises FileFormatError, MixedError."""
-    config, tensors = read_config(folder), _tensors(files)
-    check_pair(hashes.configuration, found_in(config), files[0], folder / CONFIG_FILE, "a configuration")
-    check_tensors(tensors, hashes, files[0])
-    return config, tensors
-
-
-def _is_of(model: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
-    """Whether diffusers, which opens the files itself, found the same; it loads weights in a precision of its own."""
-    told = {name: json.loads(json.dumps(model.config.get(name), default=str)) for name in config if name[0] != "_"}
-    state = model.state_dict()
-    return all(told[name] == config[name] for name in told) and all(
-        name in state and torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in tensors.items()
-    )
+        raise MixedError(f"{next(iter(headers)).parent} has weights of {len(said)} models: {NOT_OF_ONE_SAVE}")
+    return cast(Hashes, said.pop())

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -35,7 +35,7 @@ from amed_engine.checkpoints.hashes import (
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.files import write_or_stream
 from amed_engine.solvers.targets import check_folder, check_target, resolved
-from amed_engine.solvers.temporary import Temporary
+from amed_engine.solvers.temporary import Temporary, sweep
 
 CONFIG_KEY = "amed_config"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -120,6 +120,9 @@ def publish(files: Iterable[tuple[Path, bytes]]) -> None:
             made[-1].flush()
         for temporary in made:
             temporary.publish()
+    for temporary in made:
+        with contextlib.suppress(PermissionError):  # another user's
+            sweep(temporary.target.parent, temporary.target.name)  # of writers that were killed
 
 
 def read(path: str | os.PathLike, max_bytes: int | None = None) -> tuple[dict, dict[str, Tensor]]:
@@ -188,14 +191,33 @@ def _check(file: Path, tensors: dict[str, Tensor], said: Hashes | None) -> None:
 
 def read_tensors(file: Path, max_bytes: int | None = None) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, whatever its name. Raises FileFormatError, naming the file."""
-    _check_size(file, max_bytes)
+    if not file.is_file():
+        raise FileFormatError(
+            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
+        )
+    with open(file, "rb") as handle:
+        return held_tensors(file, handle, max_bytes)
+
+
+def held_tensors(
+    file: Path, handle: BinaryIO, max_bytes: int | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The same of an open file, whatever its name is by now."""
+    _check_size(file, handle, max_bytes)
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
+        # safetensors opens a name twice, for the header and for the values.
+        with safetensors.safe_open(name_of(file, handle), framework="pt") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except safetensors.SafetensorError as error:
         raise FileFormatError(
             f"{file} is not a readable safetensors file: {error}; it is truncated or of another kind"
         ) from error
+
+
+def name_of(file: Path, handle: BinaryIO) -> Path:
+    """A name by which an open file can be opened again, though another may have taken its own."""
+    same = Path(f"/dev/fd/{handle.fileno()}")
+    return same if same.exists() else file
 
 
 def read_config(folder: Path) -> dict:
@@ -247,17 +269,12 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
-def _check_size(file: Path, max_bytes: int | None) -> None:
+def _check_size(file: Path, handle: BinaryIO, max_bytes: int | None) -> None:
     """Refuse what cannot be ours before reading it into memory."""
-    if not file.is_file():
-        raise FileFormatError(
-            f"{file} does not exist or is not a file; pass a .safetensors file or a directory holding model.safetensors"
-        )
-    size = file.stat().st_size
+    size = os.fstat(handle.fileno()).st_size
     if max_bytes is not None and size > max_bytes:
         raise FileFormatError(f"{file} has {size} bytes, more than the {max_bytes} such a file may have")
-    with open(file, "rb") as opened:
-        start = opened.read(8)
+    start = handle.read(8)
     if len(start) < 8:
         raise FileFormatError(f"{file} is truncated: {size} bytes are no safetensors file")
     header = struct.unpack("<Q", start)[0]

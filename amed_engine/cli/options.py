@@ -167,7 +167,7 @@ def check_writable(*paths: str | Path | None, streams: bool = False) -> None:
             check_target(path, streams)
         if streams and is_stream(path):
             click.get_current_context().with_resource(held(path))
-            if is_descriptor(path) and os.path.samestat(os.stat(path), os.fstat(1)):
+            if is_stdout(path):
                 text_to_stderr()
 
 
@@ -193,6 +193,13 @@ def _writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise AmedError(f"cannot write to folder {folder}: {error.strerror}; choose another") from error
+
+
+def is_stdout(path: str | Path | None) -> bool:
+    """Whether a name is one of this process's standard output: -, /dev/stdout ..."""
+    if path is None or path == "-" or sys.stdout is None:
+        return path == "-"
+    return os.path.exists(path) and is_descriptor(path) and os.path.samestat(os.stat(path), os.fstat(1))
 
 
 def text_to_stderr() -> None:

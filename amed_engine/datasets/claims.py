@@ -76,7 +76,7 @@ class Claims:
         found = {}
         for path in sorted(self.folder.glob("[0-9]*.json")):
             said = _said(path)
-            if not _removed(path) and path.exists():
+            if not _removed(path, self.run) and path.exists():
                 found[int(path.stem)] = f"process {said.get('pid', '?')} on {said.get('host', '?')}"
         return found
 

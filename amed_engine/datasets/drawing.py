@@ -17,6 +17,7 @@ from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.samples import Samples
 from amed_engine.datasets.shards import ShardWriter
 from amed_engine.datasets.sources import Source
+from amed_engine.solvers.temporary import sweep
 
 Stop = Callable[[], bool]
 
@@ -34,6 +35,11 @@ class Missing:
         for shard, entry in self.ledger.refresh().items():
             if shard not in self.there and shard < self.job.shards and entry.is_there(self.folder):
                 self.there.add(shard)
+
+    def tidy(self) -> None:
+        """Remove what killed writers left."""
+        sweep(self.folder)
+        self.claims.tidy()
 
     @property
     def samples(self) -> int:

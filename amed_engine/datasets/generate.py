@@ -136,7 +136,7 @@ def generate_dataset(
                 errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)
         finally:
             shown.close()
-            missing.claims.tidy()
+            missing.tidy()
         missing.refresh()
         interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
         check_ended(errors, missing, held, interrupted)

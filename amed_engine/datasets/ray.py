@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import secrets
 import socket
 import threading
@@ -20,32 +21,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
-from amed_engine.datasets.drawing import Missing, draw_shard
-from amed_engine.datasets.drawing import threads as torch_threads
+from amed_engine.datasets.drawing import Missing
 from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder
 from amed_engine.datasets.generate import (
     MAKERS,
     DatasetReport,
     check_count,
     check_ended,
-    make_job,
     open_made,
     report_of,
 )
 from amed_engine.datasets.interrupts import Interrupts
-from amed_engine.datasets.job import NAME, Job, place
 from amed_engine.datasets.progress import Progress
+from amed_engine.datasets.ray_actors import TRIES, Drawer, Foreman, described, verified
 from amed_engine.datasets.seeds import Seeds
-from amed_engine.datasets.shards import ShardWriter
 from amed_engine.datasets.sources import Source
-from amed_engine.datasets.verify import compare_place, verify_samples
-from amed_engine.datasets.workers import check_same, told
 from amed_engine.errors import ConfigError, require
 
-RETRIES = 20  # actors that may die over one shard before it counts as deadly
 OBJECTS = 100 << 20  # bytes of the object store of a local Ray: numbers of shards are all that goes through it
+PATIENCE = 10.0  # seconds for the cluster's head to answer
 EVERY = 0.5  # seconds between looks at an interrupt
 
 Making = Callable[[], Source]
@@ -92,22 +86,22 @@ def generate(
     with _connected(ray, address) as alone:
         folder = _folder(out, alone)
         pool = Pool(ray, actors, threads if num_cpus is None else num_cpus, num_gpus)
-        told_of = (Seeds.of(seeds), class_labels, format, shard, batch, threads)
-        job, labels, here = pool.ask(_described, making, *told_of)
+        wanted = (Seeds.of(seeds), class_labels, format, shard, batch, threads)
+        job, labels, here = pool.ask(described, making, *wanted)
         if overwrite:
             overwrite_folder(folder)
         first = open_folder(folder, job, here)
         if check:
             check_hashes(folder, job)
         missing = Missing(folder, job, run=secrets.token_hex(8))
-        drawer = functools.partial(dict, making=making, labels=labels, first=first, missing=missing)
+        drawer = {"making": making, "labels": labels, "first": first, "missing": missing}
         shown = Progress(len(job.seeds), missing.samples, progress)
         with Interrupts() as interrupts:
-            errors = _draw(pool, missing, drawer(), shown, interrupts.asked)
+            errors = _draw(pool, missing, drawer, shown, interrupts.asked)
         interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
         check_ended(errors, missing, held, interrupted)
-        verified = 0 if interrupted or not verify else pool.ask(_verified, making, folder, job, labels, verify)
-    return report_of(missing, shown, started, held, verified, interrupted)
+        again = 0 if interrupted or not verify else pool.ask(verified, making, folder, job, labels, verify)
+    return report_of(missing, shown, started, held, again, interrupted)
 
 
 def _check(source: Any, actors: Any, verify: Any) -> None:
@@ -129,8 +123,10 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[bool]:
     there = ray.is_initialized()
     if there and address is not None:
         raise ConfigError(f"this process is connected to a Ray cluster already: leave address={address!r} out")
-    alone = not there and address is None and not os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
+    alone = not there and not address
     try:
+        _check_listening(address or "")
         if alone:
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECTS)
         elif not there:
@@ -144,6 +140,16 @@ def _connected(ray: ModuleType, address: str | None) -> Iterator[bool]:
     finally:
         if not there:
             ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Raise ConnectionError where nothing answers at host:port, for which Ray would wait without end."""
+    if (match := re.fullmatch(r"\[?([^/\[\]]+)\]?:([0-9]{1,5})", address)) is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers: {error}") from error
 
 
 def _folder(out: str | os.PathLike, alone: bool) -> Path:
@@ -186,47 +192,56 @@ class Pool:
             raise getattr(error, "cause", error) from None
 
     def map(self, shards: list[int], arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of `Drawer`, a shard each, as they come. Raises RayError where an actor cannot be kept alive."""
+        """The rows of `Drawer`, a shard each, as they come. Raises RayError where actors cannot be started."""
         data = self.ray.data
-        context = data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        if hasattr(context, "max_consecutive_actor_init_deaths"):  # otherwise one death ends all
-            context.max_consecutive_actor_init_deaths = RETRIES
         least, most = (min(size, len(shards)) for size in self.sizes)
         strategy = data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=1)
-        with data.DataContext.current(context):
+        with _settings(data.DataContext.get_current()):
             # in memory, a block each: reading would be tasks, which wait forever where actors hold all CPUs
             rows = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-            again = {"max_restarts": -1, "max_task_retries": RETRIES}
             rows = rows.map_batches(
-                Drawer, batch_size=1, fn_constructor_kwargs=arguments, compute=strategy, **self.resources, **again
+                Drawer, batch_size=1, fn_constructor_kwargs=arguments, compute=strategy, **self.resources
             )
             yield from rows.iter_rows()
+
+
+@contextlib.contextmanager
+def _settings(context: Any) -> Iterator[None]:
+    """Ray Data's, for the time being: one death of a starting actor would end all."""
+    wanted = {"enable_progress_bars": False, "max_consecutive_actor_init_deaths": TRIES}
+    before = {name: getattr(context, name) for name in wanted if hasattr(context, name)}
+    for name in before:
+        setattr(context, name, wanted[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _draw(
     pool: Pool, missing: Missing, arguments: dict[str, Any], shown: Progress, asked: threading.Event
 ) -> list[str]:
     """Draw what is missing, in rounds: others may leave theirs meanwhile. What actors said that failed."""
-    flag = pool.ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Flag).remote()
+    foreman = pool.ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Foreman).remote()
     ended, errors, samples = threading.Event(), [], -1
-    threading.Thread(target=_watch, args=(asked, ended, flag), daemon=True).start()
+    threading.Thread(target=_watch, args=(asked, ended, foreman), daemon=True).start()
     before = missing.samples
     try:
         while not errors and not asked.is_set() and samples < missing.samples < len(missing.job.seeds):
             samples = missing.samples
             shards = [shard for shard in range(missing.job.shards) if shard not in missing.there]
-            errors = _round(pool, shards, {**arguments, "flag": flag}, shown, flag)
+            errors = _round(pool, shards, {**arguments, "foreman": foreman}, shown)
             missing.refresh()
     finally:
         ended.set()
         shown.close()
-        missing.claims.tidy()
+        missing.tidy()
     shown.done = missing.samples - before  # an actor that died after its shard was there told nobody
     return errors
 
 
-def _round(pool: Pool, shards: list[int], arguments: dict[str, Any], shown: Progress, flag: Any) -> list[str]:
+def _round(pool: Pool, shards: list[int], arguments: dict[str, Any], shown: Progress) -> list[str]:
     errors = []
     try:
         for row in pool.map(shards, arguments):
@@ -234,80 +249,15 @@ def _round(pool: Pool, shards: list[int], arguments: dict[str, Any], shown: Prog
             shown.wrote(row["wrote"], row["writing"])
             if row["error"]:
                 errors.append(row["error"])
-                flag.up.remote()
+                arguments["foreman"].stop.remote()
     except pool.ray.exceptions.RayError as error:
         errors.append(f"Ray gave up: {str(error).strip().splitlines()[-1]}")
     return errors
 
 
-def _watch(asked: threading.Event, ended: threading.Event, flag: Any) -> None:
-    """Raise the flag for an interrupt."""
+def _watch(asked: threading.Event, ended: threading.Event, foreman: Any) -> None:
+    """Tell the actors of an interrupt."""
     while not ended.wait(EVERY):
         if asked.is_set():
-            flag.up.remote()
+            foreman.stop.remote()
             return
-
-
-class Flag:
-    """Up: actors begin no further shard."""
-
-    def __init__(self) -> None:
-        self.raised = False
-
-    def up(self) -> None:
-        self.raised = True
-
-    def is_up(self) -> bool:
-        return self.raised
-
-
-class Drawer:
-    """An actor. Its source is made with the first shard: an actor that dies while it is made is not restarted by Ray."""
-
-    def __init__(
-        self, making: Making, labels: np.ndarray | None, first: dict[str, Any], missing: Missing, flag: Any
-    ) -> None:
-        self.making, self.labels, self.first, self.missing, self.flag = making, labels, first, missing, flag
-        self.source: Source | None = None
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Draw the shard of this number where it is missing. A row: what was drawn and written, in seconds, and an error."""
-        progress, said = Progress(0, 0, shown=False), ""
-        try:
-            self._draw(int(batch["shard"][0]), progress)
-        except Exception as error:
-            said = f"{told(error)} (on {socket.gethostname()})"
-        samples, seconds = progress.samples, progress.seconds
-        row = {"drew": samples["drawing"], "drawing": seconds["drawing"]}
-        row |= {"wrote": samples["writing"], "writing": seconds["writing"], "error": said}
-        return {name: [value] for name, value in row.items()}
-
-    def _draw(self, shard: int, progress: Progress) -> None:
-        if require("ray", "ray").get(self.flag.is_up.remote()):
-            return
-        if self.source is None:
-            self.source = self._made()
-        missing, job = self.missing, self.missing.job
-        with torch_threads(job.threads), ShardWriter(job, missing.ledger, self.source.device, progress) as writer:
-            if (claim := missing.claim(shard)) is not None:
-                draw_shard(shard, claim, self.source, self.labels, writer)
-
-    def _made(self) -> Source:
-        missing = self.missing
-        if not (missing.folder / NAME).exists():
-            raise ConfigError(f"{missing.folder} is not there: it has to be on storage that all nodes share")
-        source = self.making()
-        check_same(missing.job, source)
-        compare_place(missing.folder, missing.job, source, self.labels, self.first)
-        return source
-
-
-def _described(making: Making, *arguments: Any) -> tuple[Job, np.ndarray | None, dict[str, Any]]:
-    """The job, the labels of its samples, and the place where this runs."""
-    source = making()
-    job, labels = make_job(source, *arguments)
-    return job, labels, place(source.identity, source.device)
-
-
-def _verified(making: Making, folder: Path, job: Job, labels: np.ndarray | None, count: int) -> int:
-    return verify_samples(folder, job, making(), labels, count)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from amed_engine.checkpoints import atomic_write
+from amed_engine.engine.seeds import check_distinct
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.files import atomic_write, write_or_stream
+from amed_engine.solvers.targets import resolved
 
 LEGIBLE = 64  # pixels; images of at most half as many are enlarged on a contact sheet
 
@@ -74,11 +78,27 @@ def _image(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
 
 
-def png(picture: np.ndarray) -> bytes:
-    """(H, W, 1 or 3) bytes as a PNG file."""
-    buffer = io.BytesIO()
-    _image(picture).save(buffer, format="PNG")
+def png(picture: np.ndarray, notes: Mapping[str, str] | None = None) -> bytes:
+    """(H, W, 1 or 3) bytes as a PNG file, with notes as text chunks before the pixels."""
+    buffer, texts = io.BytesIO(), PngInfo()
+    for keyword, text in (notes or {}).items():
+        texts.add_text(keyword, text)
+    _image(picture).save(buffer, format="PNG", pnginfo=texts)
     return buffer.getvalue()
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, str] | None:
+    """The text chunks before the pixels of a PNG file; none of a file of another kind, None where there is no file.
+
+    Raises ConfigError for what is no regular file.
+    """
+    if not (file := resolved(path)).exists():
+        return None
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return {keyword: text for keyword, text in image.info.items() if isinstance(text, str)}
+    except Exception:  # PIL raises all kinds of errors for damaged bytes
+        return {}
 
 
 def seed_path(folder: str | os.PathLike, seed: int, subdirs: bool) -> Path:
@@ -87,14 +107,64 @@ def seed_path(folder: str | os.PathLike, seed: int, subdirs: bool) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def save_grid(path: str | os.PathLike, pictures: Sequence[np.ndarray]) -> None:
-    """Write all pictures (H, W, C) as one PNG. Raises OSError."""
-    atomic_write(path, png(grid(np.stack(pictures))))
+def sheet(pictures: Sequence[np.ndarray], notes: Mapping[str, str] | None = None) -> bytes:
+    """All pictures (H, W, C) as one PNG file."""
+    return png(grid(np.stack(pictures)), notes)
+
+
+def save_grid(path: str | os.PathLike, pictures: Sequence[np.ndarray], notes: Mapping[str, str] | None = None) -> None:
+    """Write all pictures (H, W, C) as one PNG, or stream it to a device or a FIFO. Raises ConfigError, OSError."""
+    write_or_stream(path, sheet(pictures, notes))
 
 
 def save_each(
-    folder: str | os.PathLike, pictures: Sequence[np.ndarray], seeds: Sequence[int], subdirs: bool = False
+    folder: str | os.PathLike,
+    pictures: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    subdirs: bool = False,
+    *,
+    notes: Sequence[Mapping[str, str]] | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write every picture (H, W, C) as the PNG of its seed, in its own size. Raises OSError."""
-    for picture, seed in zip(pictures, seeds, strict=True):
-        atomic_write(seed_path(folder, seed, subdirs), png(picture))
+    """Write every picture (H, W, C) as the PNG of its seed, in its own size, with its notes; without any, its seed.
+
+    A file that is there is replaced where it has the same notes, and they name a `job` as those of `Origin` do, or where it is
+    the same bytes; others only to overwrite. Raises ConfigError, before anything is written, for one of those, for what is no
+    regular file and for a seed named twice; and OSError.
+    """
+    check_distinct(seeds)
+    told = [{"seed": str(seed)} for seed in seeds] if notes is None else notes
+    files = [png(picture, own) for picture, own in zip(pictures, told, strict=True)]
+    paths = [seed_path(folder, seed, subdirs) for seed in seeds]
+    for path, own, data in zip(paths, told, files, strict=True):
+        theirs = None if overwrite else read_notes(path)
+        if theirs is not None and not ("job" in own and theirs == own) and path.read_bytes() != data:
+            refuse(path, difference(theirs, own))
+    for path, data in zip(paths, files, strict=True):
+        atomic_write(path, data)
+
+
+def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    """The first of our notes that an image's are not; None for the same."""
+    for name, text in ours.items():
+        if name == "job" and name in theirs and theirs[name] != text:
+            return "a number of the plan or of the predictor is another one"
+        if theirs.get(name) != text:
+            return f"{name}: {theirs.get(name, 'not said')[:80]} there, {text[:80]} here"
+    return None
+
+
+def refuse(path: Path, found: str | None) -> NoReturn:
+    raise ConfigError(
+        f"{path} is another image: {found or 'its pixels differ'}; choose another folder, or overwrite what is there "
+        "(--overwrite, overwrite=True)"
+    )
+
+
+def npz(pictures: Sequence[np.ndarray], seeds: Sequence[int], labels: Tensor | None, notes: Mapping[str, str]) -> bytes:
+    """An .npz of arr_0 (B, H, W, C) uint8, seeds (B,) int64, labels where there are any, and each note as a text."""
+    told = {} if labels is None else {"labels": labels.cpu().numpy()}
+    texts = {name: np.array(text) for name, text in notes.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=np.stack(pictures), seeds=np.array(seeds, np.int64), **told, **texts)
+    return buffer.getvalue()

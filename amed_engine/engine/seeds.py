@@ -10,6 +10,7 @@ import operator
 import re
 import reprlib
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,16 @@ def parse_ranges(text: str, what: str = "seeds") -> list[range]:
             raise ConfigError(f"cannot read {what} {text!r}: the range {part.strip()!r} runs backwards")
         found.append(range(first, last + 1))
     return found
+
+
+def check_distinct(seeds: Sequence[int]) -> None:
+    """Raise ConfigError for seeds that are named twice."""
+    if len(set(seeds)) < len(seeds):
+        twice = sorted(seed for seed, times in Counter(seeds).items() if times > 1)
+        more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
+        raise ConfigError(
+            f"seeds are named twice: {', '.join(map(str, twice[:5]))}{more}; a sample is its seed, so name each one once"
+        )
 
 
 def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:

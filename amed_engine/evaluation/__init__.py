@@ -2,5 +2,6 @@
 
 from amed_engine.evaluation.comparison import Comparison, compare
 from amed_engine.evaluation.quality import evaluate
+from amed_engine.evaluation.stored import evaluate_samples
 
-__all__ = ["Comparison", "compare", "evaluate"]
+__all__ = ["Comparison", "compare", "evaluate", "evaluate_samples"]

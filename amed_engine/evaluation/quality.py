@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from amed_engine.engine.result import SampleResult
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError, require
 from amed_engine.evaluation.comparison import REFERENCES, Setting
@@ -30,7 +29,7 @@ from amed_engine.evaluation.metrics import Distances, Statistics, frechet_distan
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
 from amed_engine.evaluation.metrics.features import Extractor, extractor
 from amed_engine.evaluation.metrics.manifold import Manifold
-from amed_engine.evaluation.metrics.sources import Images, read_features
+from amed_engine.evaluation.metrics.sources import Images, holds_statistics, read_features
 from amed_engine.solvers.plan import Plan
 
 logger = logging.getLogger("amed_engine")
@@ -68,8 +67,8 @@ class Closeness:
 
 
 def know(source: Images, extract: Extractor) -> Known:
-    """A folder of PNG, an .npz of statistics, a tensor or batches, by their features. Raises as `metrics.gather` does."""
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".npz":
+    """Any source of `metrics.batches`, or an .npz of statistics, by their features. Raises as `metrics.gather` does."""
+    if holds_statistics(source):
         return Known(gather(source, extract), None)
     return Known.of(read_features(source, extract))
 
@@ -88,13 +87,13 @@ class Report:
     """What `evaluate` found; None for what there was nothing to compare with."""
 
     plan: str
-    nfe: int
+    nfe: int | None
     samples: int
     features: str
-    reference: str
+    reference: str | None
     data: str | None
     distance: Distances | None
-    to_reference: Closeness
+    to_reference: Closeness | None
     to_data: Closeness | None
     class_accuracy: float | None
     statistics: Statistics
@@ -130,11 +129,11 @@ class Tally:
         self._features: list[Tensor] = []
         self._hits, self._count = 0.0, 0
 
-    def add(self, result: SampleResult) -> None:
-        self._features.append(self.extract(result.images))
-        self._count += len(result.images)
-        if self.classifier is not None and result.labels is not None:
-            self._hits += class_accuracy(result.images, result.labels, self.classifier) * len(result.images)
+    def add(self, images: Tensor, labels: Tensor | None) -> None:
+        self._features.append(self.extract(images))
+        self._count += len(images)
+        if self.classifier is not None and labels is not None:
+            self._hits += class_accuracy(images, labels, self.classifier) * len(images)
 
     @property
     def known(self) -> Known:
@@ -171,10 +170,10 @@ def evaluate(
     if not seeds:
         raise ConfigError("seeds are empty; pass at least two, e.g. range(512)")
     extract = extractor(features, sampler.device)
-    real = None if data is None else know(_of_class(data, _one_class(setting)), extract)
+    real = None if data is None else know(of_class(data, _one_class(setting)), extract)
     own, fine = Tally(extract, _classifier(classifier, sampler)), Tally(extract)
     exact = _reference_sampler(reference, sampler)
-    images = know(_of_class(reference, _one_class(setting)), extract) if exact is None else None
+    images = know(of_class(reference, _one_class(setting)), extract) if exact is None else None
     plan, errors = _draw(sampler, exact, seeds, setting, own, fine, progress)
     samples = own.known
     return Report(
@@ -203,9 +202,9 @@ def _draw(
         plan = sampler.plan
         for result, truth in zip(setting.results(sampler, seeds, bar), truths, strict=False):
             plan = result.plan  # a bundled predictor steps aside for guidance it was not trained for
-            own.add(result)
+            own.add(result.images, result.labels)
             if truth is not None:
-                fine.add(truth)
+                fine.add(truth.images, truth.labels)
                 errors.append(per_image_rmse(result.images, truth.images).cpu())
     return plan, errors
 
@@ -215,7 +214,7 @@ def _one_class(setting: Setting) -> int | None:
     return setting.class_labels if isinstance(setting.class_labels, int) else None
 
 
-def _of_class(data: Images, label: int | None) -> Images:
+def of_class(data: Images, label: int | None) -> Images:
     """The data that samples of one class are to be compared with: that class, where the data says which is which."""
     if isinstance(data, str) and data == "digits":
         return bundled_digits(label)

@@ -10,7 +10,7 @@ from torch import nn
 
 import amed_engine
 from amed_engine import Sampler
-from amed_engine.adapters import ClassifierFree, Thresholded, load_onnx, save_onnx, save_program, wrap
+from amed_engine.adapters import ClassifierFree, Thresholded, load_onnx, save_onnx, save_program, seal, wrap
 from amed_engine.adapters.fingerprint import can_tell, fingerprint, is_model
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError, FileFormatError
@@ -170,6 +170,7 @@ def test_facts_that_are_not_those_of_the_graph_are_refused(make_unet, tmp_path):
         opened = model.load(path)
         model.helper.set_model_props(opened, {"amed.facts": facts})
         model.save(opened, tmp_path / "bad.onnx")
+        seal(tmp_path / "bad.onnx")
         with pytest.raises(FileFormatError, match=message):
             load_onnx(tmp_path / "bad.onnx")
 

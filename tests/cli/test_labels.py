@@ -21,7 +21,7 @@ def drawn(monkeypatch, amed, *args):
     """What the images of a command are, before they are written."""
     kept = []
     monkeypatch.setattr("amed_engine.engine.images.to_uint8", lambda images: kept.append(images) or images)
-    monkeypatch.setattr("amed_engine.engine.images.save_grid", lambda path, pictures: None)
+    monkeypatch.setattr("amed_engine.engine.images.sheet", lambda pictures, notes: b"")
     code, _out, err = amed(*args)
     assert code == 0, err
     return torch.cat(kept)

@@ -1,7 +1,9 @@
 """The C API gives the engine's own bits on the CPU, refuses nonsense, and links from C, pkg-config and CMake."""
 
 import ctypes
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ import torch
 import amed_engine
 from amed_engine import make_schedule, make_solver, sample
 from amed_engine.engine.export.stepper import Stepper
+from amed_engine.engine.export.strict_json import hashed
 from amed_engine.engine.export.write_plan import make_tableau, write_plan
 from amed_engine.solvers.program import Program
 
@@ -88,6 +91,41 @@ def test_the_predictor_runs_in_c(tools, library, solver, options, afs, features)
     got = library.sample(make_tableau(program).dumps(), x.numpy(), denoise)
     # The same weights in another order of summation, over six evaluations of a state that begins at 80.
     np.testing.assert_allclose(got, truth, atol=2e-5 * np.abs(truth).max())
+
+
+def test_the_hash_of_a_table_is_python_s(tools, library):
+    """Of texts that end anywhere in a block of SHA-256, and of the same table set with other space."""
+    table = make_tableau(tools.program("ipndm"))
+    for length in range(70):
+        said = 'σ"\\ ,"sha256": "'[: length % 14] + "x" * length
+        text = json.dumps(hashed(replace(table, description=said).to_json()))
+        for layout in ({}, {"indent": 3}, {"separators": (",", ":")}):
+            library.raw.amed_plan_free(library.parse(json.dumps(json.loads(text), **layout)))
+
+
+def is_taken(library, text: str) -> bool:
+    plan, data = c_void_p(), text.encode()
+    status = library.raw.amed_plan_parse(data, ctypes.c_size_t(len(data)), byref(plan), None)
+    library.raw.amed_plan_free(plan)
+    return status == 0
+
+
+def test_a_damaged_table_is_refused(tools, library, tmp_path):
+    write_plan(tools.program("ipndm"), tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    rng, table = random.Random(0), json.loads(text)
+    for k in range(2000):
+        at, sign = rng.randrange(len(text)), "0123456789.-e,"[k % 14]
+        damaged = text[:at] + sign + text[at + k % 2 :]
+        if is_taken(library, damaged):
+            assert json.loads(damaged) == table, damaged
+    other = {**table, "sigmas": [2 * table["sigmas"][0], *table["sigmas"][1:]]}
+    first = {"sha256": table.pop("sha256"), **table}
+    for said in (other, first, other | {"sha256": None}):
+        with pytest.raises(Exception, match=r"entry sha256: expected [0-9a-f]{64} as the last"):
+            library.parse(json.dumps(said))
+    del other["sha256"]
+    library.raw.amed_plan_free(library.parse(json.dumps(other)))
 
 
 def test_threads_share_a_plan(tools, library):

@@ -1,6 +1,7 @@
 """Every format: what is written comes back, the same bytes each time, in files that other libraries open."""
 
 import hashlib
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from shards import ABOUT, SEEDS, assert_same, bytes_of, in_order_of_seeds, read, samples, shard, write
 
 from amed_engine.datasets.formats import FORMATS
+from amed_engine.datasets.formats.pictures import decoded, encoded, text_chunks
 from amed_engine.datasets.samples import Samples
 from amed_engine.errors import ConfigError, FileFormatError
 
@@ -130,6 +132,29 @@ def test_samples_of_other_kinds_are_refused(seeds, arrays, labels):
 # ---- what other libraries see
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 3), (3, 1, 3), (1, 7, 1), (8, 8, 1), (64, 48, 3)])
+def test_pictures_are_those_that_others_read(shape):
+    random = np.random.default_rng(0)
+    given = np.stack(
+        [random.integers(0, 256, shape).astype(np.uint8), np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)]
+    )
+    for data, picture in zip(encoded(given, [text_chunks({"seed": "1"})] * 3), given, strict=True):
+        with Image.open(io.BytesIO(data)) as opened:
+            assert opened.mode == ("RGB" if shape[2] == 3 else "L")
+            np.testing.assert_array_equal(np.array(opened).reshape(shape), picture)
+            assert opened.text == {"seed": "1"}
+        np.testing.assert_array_equal(decoded(data, shape, "it"), picture)
+        with pytest.raises(FileFormatError, match="it is no picture of shape"):
+            decoded(data, (shape[0] + 1, *shape[1:]), "it")
+
+
+def test_pictures_with_other_filters_are_refused():
+    data = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(data, "PNG")
+    with pytest.raises(FileFormatError, match="no shard's pictures have"):
+        decoded(data.getvalue(), (8, 8, 1), "it")
+
+
 def test_pictures_say_what_they_are(tmp_path):
     given = samples(labels="class")
     path = write("png", tmp_path / "shard-000003", given)
@@ -155,3 +180,77 @@ def test_numpy_opens_an_npz(tmp_path):
         np.testing.assert_array_equal(file["labels"], given.labels)
         assert [digest.decode() for digest in file["sha256"]] == given.hashes()
         assert json.loads(str(file["about"]))["about"] == ABOUT
+
+
+@pytest.mark.parametrize(("labels", "kind"), [("class", "cls"), ("numbers", "json"), (None, "json")])
+def test_webdataset_iterates_over_the_samples_alone(labels, kind, tmp_path):
+    library = pytest.importorskip("webdataset")
+    given = samples(labels=labels)
+    path = str(write("webdataset", tmp_path / "s.tar", given))
+    raw = list(library.WebDataset(path, shardshuffle=False))
+    assert [sample["__key__"] for sample in raw] == given.names
+    assert all(set(sample) - {"__key__", "__url__", "__local_path__"} == {"png", "json", kind} for sample in raw)
+    told = [json.loads(sample["json"]) for sample in raw]
+    assert [(data["seed"], data["sha256"]) for data in told] == list(zip(given.seeds, given.hashes(), strict=True))
+    for sample, (picture, label) in zip(
+        range(5), library.WebDataset(path, shardshuffle=False).decode("rgb8").to_tuple("png", kind), strict=True
+    ):
+        np.testing.assert_array_equal(picture, given.arrays[sample])
+        if labels == "class":
+            assert label == given.labels[sample]
+        elif labels:
+            np.testing.assert_array_equal(np.float32(label["labels"]), given.labels[sample])
+
+
+def test_webdataset_reads_floats(tmp_path):
+    library = pytest.importorskip("webdataset")
+    given = samples(shape=(2, 3, 4), dtype="float16")
+    path = str(write("webdataset", tmp_path / "s.tar", given))
+    arrays = [array for (array,) in library.WebDataset(path, shardshuffle=False).decode().to_tuple("npy")]
+    np.testing.assert_array_equal(np.stack(arrays), given.arrays)
+
+
+def opened(format, path):
+    """The table and its metadata, as pyarrow gives them."""
+    if format == "parquet":
+        return pytest.importorskip("pyarrow.parquet").read_table(path)
+    return pytest.importorskip("pyarrow").ipc.open_file(path).read_all()
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_pyarrow_opens_tables(format, tmp_path):
+    given = samples(labels="class")
+    table = opened(format, write(format, shard(format, tmp_path), given))
+    assert table.column_names == ["seed", "name", "image", "label", "sha256"]
+    assert table["seed"].to_pylist() == given.seeds
+    assert table["label"].to_pylist() == given.labels.tolist()
+    assert table["sha256"].to_pylist() == given.hashes()
+    for row, picture in zip(table["image"].to_pylist(), given.arrays, strict=True):
+        np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(row["bytes"]))), picture)
+    assert [row["path"] for row in table["image"].to_pylist()] == [f"{name}.png" for name in given.names]
+    assert json.loads(table.schema.metadata[b"amed"])["about"] == ABOUT
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert list(features) == table.column_names
+    assert features["image"] == {"_type": "Image"}
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_tables_hold_floats_as_lists(format, tmp_path):
+    given = samples(shape=(2, 3, 4), dtype="float32", labels="numbers")
+    table = opened(format, write(format, shard(format, tmp_path), given))
+    assert table.column_names == ["seed", "name", "array", "label", "sha256"]
+    np.testing.assert_array_equal(np.float32(table["array"].to_pylist()).reshape(5, 2, 3, 4), given.arrays)
+    np.testing.assert_array_equal(np.float32(table["label"].to_pylist()), given.labels)
+    assert json.loads(table.schema.metadata[b"amed"])["shape"] == [2, 3, 4]
+
+
+def test_zarr_opens_a_group(tmp_path):
+    library = pytest.importorskip("zarr")
+    given = samples(labels="class")
+    group = library.open_group(write("zarr", tmp_path / "s.zarr", given), mode="r")
+    assert sorted(group.array_keys()) == ["images", "labels", "seeds", "sha256"]
+    assert group["images"].chunks == (2, 5, 4, 3)
+    for name, expected in (("images", given.arrays), ("seeds", given.seeds), ("labels", given.labels)):
+        np.testing.assert_array_equal(group[name][:], expected)
+    assert [digest.tobytes().hex() for digest in group["sha256"][:]] == given.hashes()
+    assert group.attrs["about"] == ABOUT

@@ -1,13 +1,25 @@
 """What a data set draws from: the same bytes in any batch, and an identity that names what decides them."""
 
 import copy
+import hashlib
 import json
+import shutil
 
 import numpy as np
+import onnx_graphs
 import pytest
 import torch
 
-from amed_engine import AMEDPredictor, ConfigError, ConstantPredictor, NonFiniteError, Sampler, make_plan, wrap
+from amed_engine import (
+    AMEDPredictor,
+    ConfigError,
+    ConstantPredictor,
+    NonFiniteError,
+    Sampler,
+    load_package,
+    make_plan,
+    wrap,
+)
 from amed_engine.datasets.sources import open_source
 from amed_engine.engine.images import to_uint8
 
@@ -97,6 +109,24 @@ def test_what_is_no_picture_is_stored_in_float32(gaussian_denoiser):
         open_source(Sampler(gaussian_denoiser, shape=(4, 2, 2)), stored="uint8")
 
 
+def test_latents_that_would_be_cut_as_pictures_are_told(caplog):
+    wide = Sampler(
+        lambda x, sigma: 3 * x / (1 + sigma.reshape(-1, 1, 1, 1)), shape=(3, 4, 4), sigma_max=80.0, verify=False
+    )
+    source = open_source(wide)
+    source.draw([0], None)
+    source.draw([1], None)
+    assert caplog.text.count("if these samples are latents") == 1
+
+
+def test_a_model_with_noise_of_its_own_is_refused():
+    noisy = Sampler(lambda x, sigma: x / 2 + torch.randn_like(x), shape=(1, 4, 4), sigma_max=80.0, verify=False)
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match="the model draws from torch's global generator"):
+        open_source(noisy).draw([0], None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("stored", ["png", "float64", True, np.uint8])
 def test_another_way_to_store_is_refused(sampler, stored):
     with pytest.raises(ConfigError, match="stored must be one of uint8, float32, float16"):
@@ -179,13 +209,18 @@ def test_numbers_are_told_to_a_model_of_one(tiny_model):
 # ---- what cannot be stored ----
 
 
+def positive(seeds):
+    """Those whose noise of 16 numbers has a positive mean."""
+    noise = (torch.randn(16, generator=torch.Generator().manual_seed(seed)) for seed in seeds)
+    return [seed for seed, z in zip(seeds, noise, strict=True) if z.mean() > 0]
+
+
 def test_nan_is_named_by_its_seeds_and_never_stored():
     def broken(x, sigma):
         return torch.where(x.flatten(1).mean(1).reshape(-1, 1, 1, 1) > 0, x * torch.nan, x)
 
     source = open_source(Sampler(broken, shape=(1, 4, 4), nfe=1, solver="euler", sigma_max=80.0, check_finite=False))
-    means = [float(torch.randn(16, generator=torch.Generator().manual_seed(seed)).mean()) for seed in range(6)]
-    expected = [seed for seed in range(6) if means[seed] > 0]
+    expected = positive(range(6))
     with pytest.raises(NonFiniteError) as caught:
         source.draw(range(6), None)
     assert caught.value.seeds == expected
@@ -380,3 +415,89 @@ def test_the_device_names_the_processor(sampler):
     kind, _, name = open_source(sampler).device.partition(": ")
     assert kind == "cpu"
     assert name
+
+
+# ---- files of whole loops, and of models
+
+
+class Small(torch.nn.Module):
+    """A denoiser of ten classes that is exported in no time."""
+
+    sample_shape, label_dim = (1, 4, 4), 10
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.linspace(-1, 1, 10)[:, None])
+
+    def forward(self, x, sigma, labels):
+        return x / (1 + sigma.reshape(-1, 1, 1, 1)) + (labels @ self.shift)[..., None, None]
+
+
+@pytest.fixture(scope="module", params=["exported", "onnx"])
+def package(request, tmp_path_factory):
+    if request.param == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    path = tmp_path_factory.mktemp("package") / ("loop.onnx" if request.param == "onnx" else "loop.pt2")
+    sampler = Sampler(Small(), nfe=1, solver="euler", sigma_max=80.0)
+    sampler.export(path, request.param, max_batch=4, verify=False)
+    return path, sampler
+
+
+def test_a_package_draws_what_its_sampler_draws(package):
+    path, sampler = package
+    source, own = open_source(load_package(path)), open_source(sampler)
+    assert (source.shape, source.stored, source.device) == (own.shape, own.stored, own.device)
+    labels = source.check_labels([1, 2, 3, 4, 5, 6], 6)
+    drawn, expected = source.draw(range(6), labels), own.draw(range(6), labels)
+    assert drawn.labels.tolist() == expected.labels.tolist() == [1, 2, 3, 4, 5, 6]
+    assert np.abs(drawn.arrays.astype(int) - expected.arrays).max() <= 1
+    assert source.draw([3, 5], None, 6).labels.tolist() == own.draw([3, 5], None, 6).labels.tolist()
+
+
+def test_the_identity_of_a_package_is_of_its_file(package):
+    path, sampler = package
+    own = open_source(load_package(path)).identity
+    assert own == json.loads(json.dumps(open_source(load_package(path)).identity))
+    assert own["file"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert own["fingerprint"] == open_source(sampler).identity["fingerprint"]
+
+
+def test_a_package_whose_file_has_changed_is_to_be_loaded_again(package, tmp_path):
+    path = shutil.copy(package[0], tmp_path)
+    loaded = load_package(path)
+    with open(path, "ab") as file:
+        file.write(b" ")
+    with pytest.raises(ConfigError, match="has changed since it was loaded"):
+        open_source(loaded)
+
+
+def test_a_package_takes_no_guidance_but_its_own_and_no_classes_it_has_not(package):
+    source = open_source(load_package(package[0]))
+    with pytest.raises(ConfigError, match="exported with guidance_scale=None"):
+        open_source(load_package(package[0]), guidance_scale=2.0)
+    with pytest.raises(ConfigError, match="got 10"):
+        source.check_labels([10], 1)
+    with pytest.raises(ConfigError, match="a package takes no prompt"):
+        open_source(load_package(package[0]), prompt="a cat")
+
+
+def test_nan_of_a_package_is_found(tmp_path):
+    def broken(x, sigma):
+        return torch.where(x.flatten(1).mean(1).reshape(-1, 1, 1, 1) > 0, x * torch.nan, x)
+
+    path = tmp_path / "loop.pt2"
+    Sampler(broken, shape=(1, 4, 4), nfe=1, solver="euler", sigma_max=80.0).export(path, "exported", verify=False)
+    with pytest.raises(NonFiniteError) as caught:
+        open_source(load_package(path)).draw(range(6), None)
+    assert caught.value.seeds == positive(range(6))
+
+
+def test_the_file_of_an_onnx_model_is_part_of_a_sampler_s_identity(tmp_path):
+    inputs = {"x": ("float32", ("B", 1, 4, 4)), "sigma": ("float32", ("B",))}
+    one = onnx_graphs.network(tmp_path / "one.onnx", inputs, answer="denoised")
+    other = onnx_graphs.network(tmp_path / "other.onnx", inputs, answer="denoised", metadata={"note": "another"})
+    options = {"sigma_max": 80.0, "verify": False}
+    own = identity(one, **options)
+    assert own["files"] == [hashlib.sha256(one.read_bytes()).hexdigest()]
+    assert identity(one, **options) == own != identity(other, **options)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from amed_engine import ConfigError, Sampler, make_plan, sample, save_predictor
+from amed_engine import ConfigError, FileFormatError, Sampler, make_plan, sample, save_predictor
+from amed_engine.checkpoints import hashes
 from amed_engine.solvers import make_solver
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -181,6 +182,23 @@ def test_the_pipeline_saves_and_reloads_itself(pipe, predictor, latents, tmp_pat
     again.set_progress_bar_config(disable=True)
     assert again.predictor.predictor.plan == predictor.plan
     assert torch.equal(draw(again, latents), draw(pipe, latents))
+
+
+@pytest.mark.parametrize("changed", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_saved_predictor_and_its_plan_are_of_one_save(pipe, predictor, tmp_path, changed, monkeypatch):
+    monkeypatch.setattr(hashes, "SECONDS", 0.05)
+    component = AMEDPredictorModel.of(predictor)
+    component.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        component.predictor.fc_r.bias += 1
+    component.register_to_config(plan={**component.config["plan"], "guidance_scale": 3.0})
+    component.save_pretrained(tmp_path / "b")
+    again = AMEDPredictorModel.from_pretrained(tmp_path, subfolder="b")
+    assert torch.equal(again.predictor.fc_r.bias, component.predictor.fc_r.bias)
+    assert again.config["_name_or_path"] == str(tmp_path / "b")
+    (tmp_path / "a" / changed).write_bytes((tmp_path / "b" / changed).read_bytes())
+    with pytest.raises(FileFormatError, match="not of one save"):
+        AMEDPredictorModel.from_pretrained(tmp_path / "a")
 
 
 def test_a_predictor_may_come_from_a_file(unet, predictor, latents, pipe, tmp_path):

@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import check_writable, drawing_options, make_sampler, sampler_options, show
+from amed_engine.cli.options import check_writable, default_device, drawing_options, make_sampler, sampler_options, show
 from amed_engine.errors import ConfigError
 
 BUNDLED = "digits"
+DRAWN = "deis-fine"  # the reference of samples that are drawn
+# Options that say how samples are judged, of whatever origin they are.
+JUDGING = {"samples", "reference", "data", "features", "classifier", "save_statistics", "json_file", "device", "batch"}
+
+
+def _without_drawing(command: Callable) -> Callable:
+    """Beside --samples nothing is drawn: whatever says how is refused before it is looked at."""
+
+    @functools.wraps(command)
+    def run(**asked: Any) -> Any:
+        context = click.get_current_context()
+        given = [option for option in context.command.params if _is_given(context, str(option.name))]
+        drawing = [option.opts[0] for option in given if option.name not in JUDGING]
+        if asked["samples"] and drawing:
+            raise click.UsageError(
+                f"--samples judges what is there, {', '.join(drawing)} are for drawing; leave them out"
+            )
+        return command(**asked)
+
+    return run
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
 
 
 @click.command()
+@_without_drawing
 @network_options()
 @no_verify
 @click.option("--seeds", default="0-511", help="One sample each, e.g. 0-511.")
+@click.option(
+    "--samples", help="Samples that are there, in place of drawing: a dataset of amed generate, a shard, pictures."
+)
 @sampler_options
 @drawing_options
 @click.option(
-    "--reference", default="deis-fine", help="deis-fine, heun-fine, a folder of PNG or an .npz of statistics."
+    "--reference",
+    help="deis-fine, heun-fine, a folder of PNG, a dataset or an .npz.",
+    show_default="deis-fine; none with --samples",
 )
-@click.option("--data", help="Real images: digits, a folder, an .npz, or none.", show_default="digits for digits")
+@click.option(
+    "--data", help="Real images: digits, a folder, a dataset, an .npz, or none.", show_default="digits for digits"
+)
 @click.option("--features", default="pixels", help="pixels, digits or inception.")
 @click.option("--classifier", type=click.Choice(["digits", "none"]), show_default="digits for digits")
 @click.option("--save-statistics", type=click.Path(dir_okay=False), help="Write the samples' mu and sigma, an .npz.")
@@ -30,6 +66,7 @@ BUNDLED = "digits"
 def evaluate(
     model,
     seeds,
+    samples,
     class_labels,
     guidance_scale,
     reference,
@@ -42,24 +79,45 @@ def evaluate(
     **asked,
 ) -> None:
     """Distance to a fine solution, Frechet distance, precision and recall, class accuracy."""
-    from amed_engine.engine.seeds import parse_seeds
-    from amed_engine.evaluation import quality as evaluation
-    from amed_engine.evaluation.comparison import Setting
-
     if save_statistics and not save_statistics.endswith(".npz"):
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")
     check_writable(save_statistics, None if json_file == "-" else json_file, streams=True)
-    own = BUNDLED if model == BUNDLED else "none"
-    given = {"data": data or own, "classifier": classifier or own}
-    found = evaluation.evaluate(
-        make_sampler(model, **asked),
-        parse_seeds(seeds),
-        reference=reference,
-        features=features,
-        setting=Setting(class_labels, guidance_scale, batch=batch),
-        progress=sys.stderr.isatty(),
-        **{name: None if value == "none" else value for name, value in given.items()},
-    )
+    chosen = {"features": features, "progress": sys.stderr.isatty()}
+    if samples:
+        given = {"reference": reference, "data": data, "classifier": classifier}
+        found = _judged(samples, given, batch=batch, device=asked["device"], **chosen)
+    else:
+        given = {"reference": reference or DRAWN, "data": data, "classifier": classifier}
+        found = _drawn(model, seeds, given, (class_labels, guidance_scale, batch), asked, chosen)
     if save_statistics:
         found.statistics.save(save_statistics)
     show(found, json_file)
+
+
+def _drawn(model: Any, seeds: str, given: dict, setting: tuple, asked: dict, chosen: dict) -> Any:
+    from amed_engine.engine.seeds import parse_seeds
+    from amed_engine.evaluation import quality
+    from amed_engine.evaluation.comparison import Setting
+
+    class_labels, guidance_scale, batch = setting
+    return quality.evaluate(
+        make_sampler(model, **asked),
+        parse_seeds(seeds),
+        setting=Setting(class_labels, guidance_scale, batch=batch),
+        **_compared(given, model),
+        **chosen,
+    )
+
+
+def _judged(samples: str, given: dict, *, device: str | None, **chosen: Any) -> Any:
+    from amed_engine.evaluation.stored import about_of, evaluate_samples
+
+    model = about_of(samples).get("model")
+    return evaluate_samples(samples, device=device or default_device(), **_compared(given, model), **chosen)
+
+
+def _compared(given: dict[str, str | None], model: Any) -> dict[str, str | None]:
+    """What samples are compared with: the bundled model's digits where nothing else is asked for, nothing for none."""
+    own = BUNDLED if model == BUNDLED else "none"
+    found = {"reference": given["reference"], "data": given["data"] or own, "classifier": given["classifier"] or own}
+    return {name: None if value == "none" else value for name, value in found.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from amed_engine.cli.options import default_device
+from amed_engine.cli.options import check_writable_folder, default_device
 
 
 @click.command()
@@ -29,12 +30,13 @@ from amed_engine.cli.options import default_device
 @click.option("--batch", type=click.IntRange(min=1), default=64, help="Samples at once.")
 @click.option("--device", help="Where to run.", show_default="a GPU where there is one")
 @click.option("--outdir", type=click.Path(file_okay=False), help="Write the images too.")
+@click.option("--overwrite", is_flag=True, help="With --outdir: replace images of something else.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def reproduce(name, show, device, statistics, features, images, batch, outdir, as_json, **parts) -> None:
+def reproduce(name, show, device, statistics, features, images, batch, outdir, overwrite, as_json, **parts) -> None:
     """Run a published evaluation, e.g. cifar10-amed-5, and compare with the number in the table."""
     from amed_engine.evaluation.metrics import frechet
     from amed_engine.evaluation.published.recipes import load_recipe, recipe_names
-    from amed_engine.evaluation.published.reproduce import prepare
+    from amed_engine.evaluation.published.reproduce import origin_of, prepare
 
     if show:
         click.echo("\n".join(f"{each:<28} {load_recipe(each).fid:g}" for each in recipe_names()))
@@ -42,9 +44,16 @@ def reproduce(name, show, device, statistics, features, images, batch, outdir, a
     if name is None:
         raise click.UsageError("name a recipe, e.g. cifar10-amed-5, or --list them")
     recipe = load_recipe(name)
+    if outdir:
+        check_writable_folder(outdir)
     drawing = prepare(recipe, device=device or default_device(), batch=batch, **parts)
     seeds = range(images or recipe.images)
-    stream, measured = _drawn(drawing, seeds, batch, outdir), None
+    save = None
+    if outdir:
+        origin = origin_of(recipe, drawing, seeds)
+        origin.check(outdir, seeds, True, overwrite)
+        save = functools.partial(_save, outdir, origin, overwrite)
+    stream, measured = _drawn(drawing, seeds, batch, save), None
     if statistics is not None:
         measured = float(frechet(stream, statistics, features, drawing.sampler.device))
     for _ in stream:  # all of them, where nothing measures them
@@ -52,19 +61,24 @@ def reproduce(name, show, device, statistics, features, images, batch, outdir, a
     _report(recipe, drawing.sampler, len(seeds), measured, features, as_json)
 
 
-def _drawn(drawing: Any, seeds: range, batch: int, outdir: str | None) -> Iterator[Any]:
-    """Images batch by batch, under a progress bar where stderr is a terminal; to a folder they are written on the way."""
+def _save(outdir: str, origin: Any, overwrite: bool, pictures: Any, seeds: range) -> None:
+    from amed_engine.engine import images
+
+    rows, notes = list(pictures.permute(0, 2, 3, 1).numpy()), origin.notes(seeds)
+    images.save_each(outdir, rows, seeds, True, notes=notes, overwrite=overwrite)
+
+
+def _drawn(drawing: Any, seeds: range, batch: int, save: Callable[[Any, range], None] | None) -> Iterator[Any]:
+    """Images batch by batch, under a progress bar where stderr is a terminal; with `save`, written on the way."""
     from tqdm import tqdm
 
-    from amed_engine.engine import images
     from amed_engine.evaluation.published.reproduce import draw
 
     starts = range(0, len(seeds), batch)
     with tqdm(total=len(seeds), desc="reproduce", unit="image", disable=None) as bar:
         for start, pictures in zip(starts, draw(drawing, seeds, batch), strict=True):
-            if outdir:
-                rows = list(pictures.permute(0, 2, 3, 1).numpy())
-                images.save_each(outdir, rows, seeds[start : start + batch], True)
+            if save is not None:
+                save(pictures, seeds[start : start + batch])
             yield pictures
             bar.update(len(pictures))
 

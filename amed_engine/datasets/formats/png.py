@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from amed_engine.datasets.formats.format import Format
-from amed_engine.datasets.formats.pictures import decoded, encoded, texts_of
+from amed_engine.datasets.formats.pictures import decoded, encoded, text_chunks, texts_of
 from amed_engine.datasets.formats.shard import Header, Rows, Shard, Writer
 from amed_engine.datasets.samples import Samples, name
 from amed_engine.errors import FileFormatError
@@ -36,23 +36,23 @@ class PngWriter(Writer):
         self._folder = path
 
     def _start(self) -> None:
-        self._common = {"about": _digest(self.header)}
-        if plan := _short(self.header.about.get("plan")):
-            self._common = {"plan": plan, **self._common}
+        plan = _short(self.header.about.get("plan"))
+        self._common = text_chunks({**plan, "about": _digest(self.header)})
 
     def _write(self, samples: Samples) -> None:
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            files = encoded(samples.arrays, self._texts(samples))
+            files = encoded(samples.arrays, list(self._texts(samples)))
             for own, data in zip(samples.names, files, strict=True):
                 _put(folder, f"{own}.png", data)
         finally:
             os.close(folder)
 
-    def _texts(self, samples: Samples) -> list[dict[str, str]]:
+    def _texts(self, samples: Samples) -> Iterator[bytes]:
         labels = [None] * len(samples) if samples.labels is None else samples.labels.tolist()
-        own = zip(samples.seeds, labels, samples.hashes(), strict=True)
-        return [{"seed": str(seed), **_class(label), "sha256": sha256, **self._common} for seed, label, sha256 in own]
+        for seed, label, sha256 in zip(samples.seeds, labels, samples.hashes(), strict=True):
+            told = {} if label is None else {"class": json.dumps(label)}
+            yield text_chunks({"seed": str(seed), **told, "sha256": sha256}) + self._common
 
     def _finish(self, rows: Rows, text: str) -> None:
         order = np.argsort(rows.seeds, kind="stable")
@@ -70,18 +70,16 @@ def _put(folder: int, name: str, data: bytes) -> None:
         os.close(handle)
 
 
-def _class(label: int | list[float] | None) -> dict[str, str]:
-    return {} if label is None else {"class": json.dumps(label)}
-
-
 def _digest(header: Header) -> str:
     return hashlib.sha256(header.text().encode()).hexdigest()
 
 
-def _short(plan: Any) -> str | None:
-    """A plan's text or JSON where it is short, in ASCII."""
+def _short(plan: Any) -> dict[str, str]:
+    """A plan as a text, by its hash where it is long; none where the job has no plan."""
+    if plan is None:
+        return {}
     text = plan if isinstance(plan, str) and plan.isascii() else json.dumps(plan, sort_keys=True)
-    return text if plan and len(text) <= LONGEST else None
+    return {"plan": text if len(text) <= LONGEST else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
 
 
 class PngShard(Shard):

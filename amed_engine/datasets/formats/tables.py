@@ -21,7 +21,10 @@ from amed_engine.datasets.samples import Samples
 from amed_engine.errors import FileFormatError, require
 
 LIBRARY = "pyarrow"
-KEY = b"amed"  # of the description in a schema's metadata
+KEY, CHECKSUM = (
+    b"amed",
+    b"amed.checksum",
+)  # of the description in a schema's metadata; what is known at the end stands elsewhere
 ROW = ["seed", "label", "sha256"]
 
 
@@ -30,22 +33,31 @@ def arrow() -> Any:
 
 
 def schema(header: Header) -> Any:
-    """The columns that a shard of this description has, and how Hugging Face's datasets take them."""
+    """The columns that a shard of this description has; its metadata are the description, and how Hugging Face's datasets take
+    the columns, which must be able to lack values there."""
     pa = arrow()
-    fields = [pa.field("seed", pa.int64(), False), pa.field("name", pa.string(), False)]
+    fields = [("seed", pa.int64()), ("name", pa.string())]
     if header.dtype == "uint8":
-        fields.append(pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]), False))
+        fields.append(("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])))
     else:
-        fields.append(pa.field("array", _list(header.dtype, header.size // np.dtype(header.dtype).itemsize), False))
+        fields.append(("array", _list(header.dtype, header.size // np.dtype(header.dtype).itemsize)))
     if header.labels is not None:
-        kind = pa.int64() if header.labels == CLASS else _list("float32", int(header.labels))
-        fields.append(pa.field("label", kind, False))
-    return pa.schema([*fields, pa.field("sha256", pa.string(), False)], {b"huggingface": _features(header)})
+        fields.append(("label", pa.int64() if header.labels == CLASS else _list("float32", int(header.labels))))
+    return pa.schema([*fields, ("sha256", pa.string())], {KEY: header.text(), b"huggingface": _features(header)})
 
 
 def _list(dtype: str, size: int) -> Any:
     pa = arrow()
-    return pa.list_(pa.field("item", pa.from_numpy_dtype(np.dtype(dtype)), False), size)
+    return pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), size)
+
+
+def description(metadata: Any) -> Header:
+    """What a schema's metadata say. Raises ValueError."""
+    return Header.parse((metadata or {}).get(KEY, b""))
+
+
+def checksum(metadata: Any) -> str:
+    return (metadata or {}).get(CHECKSUM, b"").decode()
 
 
 def _features(header: Header) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,15 @@ from torch import Tensor
 
 from amed_engine.datasets.samples import Samples
 from amed_engine.engine.images import to_uint8
+from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError, NonFiniteError
 
+logger = logging.getLogger("amed_engine")
+
+_CUT = (
+    "more than a tenth of the values lie outside [-1, 1] and are cut, as those of pictures in bytes are: if these samples are "
+    "latents, or data of another range, store them as 'float32'"
+)
 FLOATS = {"float32": torch.float32, "float16": torch.float16}
 STORED = ("uint8", *FLOATS)
 
@@ -32,6 +41,7 @@ class Source(ABC):
     stored: str
     identity: dict[str, Any]
     device: str
+    _warned: list[str] = field(default_factory=list, init=False, repr=False)
 
     def draw(self, seeds: Sequence[int], labels: np.ndarray | None, size: int | None = None) -> Samples:
         """The samples of these seeds. labels: their rows of what `check_labels` returned, None for those that seeds draw.
@@ -40,14 +50,18 @@ class Source(ABC):
         are one batch, others may take several, see `batches_of`. Raises NonFiniteError naming seeds, and ConfigError where the
         batch does not fit into memory.
         """
+        seeds = check_seeds(seeds)
         batches, places = batches_of(seeds, labels, size or len(seeds))
         drawn = [self._drawn([seeds[i] for i in batch], None if labels is None else labels[batch]) for batch in batches]
         arrays = np.stack([drawn[batch][0][row] for batch, row in places])
         told = [own for _, own in drawn if own is not None]
-        return Samples(list(seeds), arrays, np.stack([told[batch][row] for batch, row in places]) if told else None)
+        return Samples(seeds, arrays, np.stack([told[batch][row] for batch, row in places]) if told else None)
 
     def _drawn(self, seeds: list[int], labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         images, told = self._run(seeds, labels)
+        if self.stored == "uint8" and not self._warned and _share_cut(images) > 0.1:
+            self._warned.append(_CUT)
+            logger.warning(_CUT)
         return as_stored(images, self.stored, seeds), told
 
     @abstractmethod
@@ -60,6 +74,27 @@ class Source(ABC):
 
         None where there are none, or where the seeds draw them. Raises ConfigError.
         """
+
+
+@contextmanager
+def nothing_global(what: str, remedy: str, device: torch.device) -> Iterator[None]:
+    """Raise ConfigError where torch's global generators are drawn from, which are left as they were."""
+    watched = {
+        torch.default_generator,
+        *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []),
+    }
+    before = [(generator, generator.get_state()) for generator in watched]
+    used = []
+    try:
+        yield
+    finally:
+        used += [(generator, state) for generator, state in before if not torch.equal(generator.get_state(), state)]
+        for generator, state in used:
+            generator.set_state(state)
+    if used:
+        raise ConfigError(
+            f"{what} draws from torch's global generator, so no seed gives the same sample twice: {remedy}"
+        )
 
 
 def batches_of(
@@ -118,6 +153,10 @@ def as_stored(images: Tensor, stored: str, seeds: Sequence[int]) -> np.ndarray:
     values = images.detach().to(FLOATS[stored])
     _check_finite(values, seeds, f"are too large for {stored}; store them as 'float32'")
     return np.ascontiguousarray(values.cpu().numpy())
+
+
+def _share_cut(images: Tensor) -> float:
+    return (images.detach().abs() > 1.05).float().mean().item()
 
 
 def _check_finite(images: Tensor, seeds: Sequence[int], why: str) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import amed_engine.kernels as kernels
+from amed_engine.adapters.compiled import Compiled
 from amed_engine.adapters.conditions import Conditions
 from amed_engine.adapters.fingerprint import digest
 from amed_engine.sampling.modules import is_lazy, placed, plain_name
@@ -31,6 +33,12 @@ def small(value: Any) -> Any:
         entries = [small(entry) for entry in value]
         return hashed(entries) if len(entries) > MAX_ENTRIES else entries
     return hashed(value) if isinstance(value, str) and len(value) > MAX_TEXT else value
+
+
+def plain(value: Any) -> Any:
+    """A configuration as JSON-able data: arrays as lists, what else it holds by the name of its type."""
+    told = {np.ndarray: lambda v: v.tolist(), Tensor: small}
+    return json.loads(json.dumps(value, default=lambda v: told.get(type(v), lambda v: type(v).__qualname__)(v)))
 
 
 def hashed(value: Any) -> str:
@@ -63,18 +71,21 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield prefix + plain_name(part, f"{name}.{own}".lstrip(".")), buffer
 
 
+def file_hashes(module: nn.Module | None) -> list[str]:
+    """SHA-256 of the files of compiled and ONNX models in a network, whose weights are there alone."""
+    parts = [] if module is None else [part for part in module.modules() if isinstance(part, Compiled)]
+    return [part.loaded.sha256() for part in parts if part.loaded is not None]
+
+
 def arithmetic(device: torch.device) -> dict[str, Any]:
     """Settings of torch and the kernels in use, which decide how numbers are rounded."""
     backends: Any = torch.backends
     told = {"kernels": kernels.backends().get(device.type, "reference")}
-    if device.type == "cuda":
-        precisions = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
-        choice = {"benchmark": backends.cudnn.benchmark, "deterministic": backends.cudnn.deterministic}
-    else:
-        precisions, choice = (backends.mkldnn.matmul.fp32_precision, backends.mkldnn.conv.fp32_precision), {}
+    own = (backends.cuda, backends.cudnn) if device.type == "cuda" else (backends.mkldnn, backends.mkldnn)
+    precisions = own[0].matmul.fp32_precision, own[1].conv.fp32_precision
     # "none" leaves it at float32.
     matmul, convolution = ("ieee" if precision == "none" else precision for precision in precisions)
-    return {**told, "matmul": matmul, "convolution": convolution, **choice}
+    return {**told, "matmul": matmul, "convolution": convolution}
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
-from amed_engine.datasets.sources.base import Source, check_options, stored_kind, stored_shape
+from amed_engine.datasets.sources.base import Source, check_options, nothing_global, stored_kind, stored_shape
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError
 
@@ -38,7 +38,8 @@ class SamplerSource(Source):
         )
 
     def _run(self, seeds: list[int], labels: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
-        result = self.sampler.run(seeds, rows.told(labels), self.guidance_scale)
+        with nothing_global("the model", "use one without noise or dropout of its own", self.sampler.device):
+            result = self.sampler.run(seeds, rows.told(labels), self.guidance_scale)
         if result.chunks > 1:
             raise ConfigError(
                 f"a batch of {len(seeds)} does not fit into memory: it was drawn in {result.chunks} chunks, and the last bits "
@@ -58,6 +59,7 @@ def _identity(sampler: Sampler, guidance_scale: Any) -> dict[str, Any]:
         "kind": "sampler",
         "model": network,
         "fingerprint": fingerprint(model.network),
+        "files": identities.file_hashes(model.module),
         "buffers": identities.buffers_hash(model.module),
         "shape": list(model.shape or ()),
         "label_dim": model.label_dim,

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from amed_engine.adapters.exporting import LOOP
+from amed_engine.adapters.loaded import LoadedFile
 from amed_engine.adapters.onnx import TYPES, OnnxSession
-from amed_engine.adapters.sealed import check_seal
+from amed_engine.adapters.sealed import read_sealed
 from amed_engine.checkpoints import load_program
 from amed_engine.engine.model import Model
 from amed_engine.engine.request import make_request
@@ -126,11 +127,11 @@ class PackageFacts:
 class Package:
     """A sampling loop read back from a file; it checks what it is given, which the graph inside does not.
 
-    facts: what the file says of itself.
+    facts: what the file says of itself. loaded: the file.
     """
 
-    def __init__(self, facts: PackageFacts, call: Call):
-        self.facts, self._call = facts, call
+    def __init__(self, facts: PackageFacts, call: Call, loaded: LoadedFile | None = None):
+        self.facts, self.loaded, self._call = facts, loaded, call
         self.device, self.dtype = torch.empty(0, device=facts.device).device, DTYPES[facts.dtype]
         plan = facts.plan
         kind = "vector" if facts.continuous else "rows"
@@ -196,13 +197,16 @@ def load_package(path: str | os.PathLike, *, verify: bool = True) -> Package:
         return _open_onnx(path, verify)
     if path.suffix == ".json":
         raise FileFormatError(f"{path} holds no network; read a plan with read_plan, a schedule with read_schedule")
-    if verify:
-        check_seal(path)
+    return read_sealed(path, lambda: _open_archive(path), verify)
+
+
+def _open_archive(path: Path) -> Package:
+    loaded = LoadedFile.of(path)
     compiled, text = _look_into(path)
     facts = PackageFacts.from_text(text, path)
     if facts.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{path} is for a CUDA device, but torch sees none; export from a Sampler with device='cpu'")
-    return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts))
+    return Package(facts, _open_compiled(path) if compiled else _open_exported(path, facts), loaded)
 
 
 def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
@@ -264,4 +268,4 @@ def _open_onnx(path: Path, verify: bool) -> Package:
         )
     kinds = {kind: f"torch.{name}" for kind, name in TYPES.items()}
     _check_graph(path, facts, [(kinds.get(wanted.type, wanted.type), *wanted.shape[1:]) for wanted in session.inputs])
-    return Package(facts, lambda *inputs: session(*inputs)[0])
+    return Package(facts, lambda *inputs: session(*inputs)[0], session.loaded)

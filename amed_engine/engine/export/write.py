@@ -21,7 +21,7 @@ import amed_engine.kernels as kernels
 from amed_engine.adapters.compiled import holds_compiled
 from amed_engine.adapters.exporting import check_exportable, why_not_exported
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.adapters.sealed import NOTE, seal
+from amed_engine.adapters.sealed import NOTE, write_seal
 from amed_engine.checkpoints.native import versions
 from amed_engine.engine.export.package import DTYPES, PackageFacts, first_line, load_package
 from amed_engine.engine.export.write_plan import ADDS_NOISE, DRAW_HERE, write_plan
@@ -200,7 +200,7 @@ def export(job: Job, path: str | os.PathLike, format: str, *, verify: bool = Tru
         with evaluating(job.model.module):
             FORMATS[format](job, file)
             if format in LOOPS:
-                seal(file, set(file.parent.iterdir()) - {file})
+                write_seal(file, set(file.parent.iterdir()) - {file})
             differences = _compare(job, file) if verify and format in LOOPS else {}
     return Exported(path, format, differences, job.plan)
 

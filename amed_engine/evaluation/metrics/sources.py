@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from amed_engine.datasets.reading import ARRAY, format_of, is_dataset, members, open_samples, read_arrays
+from amed_engine.datasets.samples import Samples
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.evaluation.metrics.features import Extractor, extractor
 from amed_engine.evaluation.metrics.statistics import Statistics, frechet_distance
 
-# A folder of PNG (searched through), a tensor (N, C, H, W), or anything that yields batches (B, C, H, W).
+# A folder of PNG (searched through), a dataset or a shard of one, an .npz with images in arr_0, a tensor (N, C, H, W), or
+# anything that yields batches (B, C, H, W).
 Images = str | os.PathLike | Tensor | Iterable[Tensor]
 BATCH = 64
 
@@ -43,20 +47,20 @@ def generate(
 
 
 def batches(source: Images, batch: int = BATCH) -> Iterator[Tensor]:
-    """Image batches (B, C, H, W) of any source, those of a folder in the order of its file names, as bytes.
+    """Image batches (B, C, H, W) of any source; of files as they are stored, bytes mostly, in the order of their names.
 
     Raises ConfigError and FileFormatError.
     """
     if isinstance(source, (str, os.PathLike)):
-        yield from _read_folder(Path(source), batch)
+        yield from _read_path(Path(source), batch)
     elif isinstance(source, Tensor):
         yield from (_checked(part) for part in source.split(batch))
     elif isinstance(source, Iterable):
         yield from map(_checked, source)
     else:
         raise ConfigError(
-            f"images must be a folder, a tensor or an iterable of batches, got {type(source).__name__}; for a Sampler pass "
-            "generate(sampler, seeds)"
+            f"images must be a folder, a dataset, a tensor or an iterable of batches, got {type(source).__name__}; for a "
+            "Sampler pass generate(sampler, seeds)"
         )
 
 
@@ -74,7 +78,7 @@ def gather(source: Images | Statistics, features: str | Extractor, device: torch
     """Statistics of any source, one batch in memory at a time; those of an .npz file, or given, as they are."""
     if isinstance(source, Statistics):
         return source
-    if isinstance(source, (str, os.PathLike)) and Path(source).suffix == ".npz":
+    if holds_statistics(source):
         return Statistics.load(source)
     extract, statistics = extractor(features, device), Statistics()
     for images in batches(source):
@@ -90,17 +94,41 @@ def frechet(
 ) -> float:
     """Frechet distance of two sets of images by their features: FID, where these are Inception's.
 
-    a, b: each a folder of PNG, an .npz of EDM's reference format (whose statistics must be of the same features), a tensor,
-    an iterable of batches such as `generate(sampler, seeds)`, or a Statistics. features: "inception", "pixels", "digits"
-    or a callable; device: where it runs. Raises ConfigError, FileFormatError, and AmedError without torch-fidelity.
+    a, b: each a folder of PNG, a dataset of `amed generate` or a shard of one, an .npz with images in arr_0 or of EDM's
+    reference format (whose statistics must be of the same features), a tensor, an iterable of batches such as
+    `generate(sampler, seeds)`, or a Statistics. features: "inception", "pixels", "digits" or a callable; device: where it runs.
+    Raises ConfigError, FileFormatError, and AmedError without torch-fidelity.
     """
     given = extractor(features, device)
     return frechet_distance(gather(a, given), gather(b, given))
 
 
+def holds_statistics(source: Images | Statistics) -> TypeGuard[str | os.PathLike]:
+    """Whether it is an .npz that is to be taken for mu and sigma: any that has them, or no images."""
+    if not isinstance(source, (str, os.PathLike)) or Path(source).suffix != ".npz":
+        return False
+    return {"mu.npy", "sigma.npy"} <= (names := members(Path(source))) or ARRAY not in names
+
+
+def as_images(samples: Samples) -> Tensor:
+    """Images (B, C, H, W): pictures are kept as (B, H, W, C) bytes, all else as it was drawn."""
+    arrays = samples.arrays.transpose(0, 3, 1, 2) if samples.arrays.dtype == np.uint8 else samples.arrays
+    return _checked(torch.from_numpy(arrays.copy()))
+
+
+def _read_path(path: Path, batch: int) -> Iterator[Tensor]:
+    if is_dataset(path) or format_of(path):
+        yield from map(as_images, open_samples(path).batches(batch))
+    elif path.suffix == ".npz" and path.is_file():
+        for pictures in read_arrays(path, batch):
+            yield torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2)
+    else:
+        yield from _read_folder(path, batch)
+
+
 def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
     if not folder.is_dir():
-        raise FileFormatError(f"{folder} is not a folder; pass one of PNG files, or an .npz of statistics")
+        raise FileFormatError(f"{folder} is not a folder; pass one of PNG files, a dataset, or an .npz")
     files = sorted(folder.rglob("*.png"))
     if not files:
         raise FileFormatError(f"{folder} has no PNG files, nor have its folders")

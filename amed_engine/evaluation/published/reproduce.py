@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import amed_engine.adapters as adapters
 import amed_engine.zoo as zoo
 from amed_engine.checkpoints import load_predictor
 from amed_engine.engine.images import rounded
+from amed_engine.engine.origin import Origin, hashed
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.published.recipes import Recipe
@@ -116,6 +118,13 @@ class Drawing(NamedTuple):
         if self.decoder is None:
             return samples
         return adapters.decode_latents(self.decoder.to(samples.device), samples)
+
+
+def origin_of(recipe: Recipe, drawing: Drawing, seeds: Sequence[int]) -> Origin:
+    """What decides the images of these seeds, for their files."""
+    origin = Origin.of(drawing.sampler, seeds, guidance_scale=drawing.guidance)
+    prompts = {"prompts": hashed(list(drawing.texts))} if drawing.texts else {}
+    return replace(origin, facts={"recipe": recipe.name, **prompts, **origin.facts})
 
 
 def draw(source: Sampler | Drawing, seeds: Sequence[int], batch: int = 64) -> Iterator[Tensor]:

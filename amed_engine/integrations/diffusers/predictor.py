@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,6 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from amed_engine.checkpoints.diffusers_folder import keep_name, load_by, save_by
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
 from amed_engine.solvers.plan import Plan
@@ -52,6 +56,34 @@ class AMEDPredictorModel(ModelMixin, ConfigMixin):
         model = cls(**predictor.config, plan=None if predictor.plan is None else predictor.plan.to_json())
         model.predictor.load_state_dict(predictor.state_dict())
         return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
+        """As diffusers does; plain safetensors name the hashes of weights and configuration, the plan in it."""
+        options |= {"is_main_process": is_main_process, "save_function": save_function, "variant": variant}
+        save = functools.partial(super().save_pretrained, safe_serialization=safe_serialization, **options)
+        others = save_function or variant or options.get("push_to_hub") or options.get("use_flashpack")
+        if safe_serialization and is_main_process and not others:
+            save_by(save, Path(save_directory))
+        else:
+            save(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> Any:
+        """As diffusers does. Raises FileFormatError where weights or configuration are not those that were saved together."""
+        folder = Path(str(pretrained_model_name_or_path), options.get("subfolder") or "")
+        if not folder.is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        options.pop("subfolder", None)
+        load = functools.partial(super().from_pretrained, **options)
+        return keep_name(load_by(load, folder), folder)
 
     def forward(self, features: Tensor | None, sigma: Tensor, sigma_next: Tensor) -> Any:
         return self.predictor(features, sigma, sigma_next)

@@ -1,0 +1,174 @@
+"""Samples that are there, judged: the same numbers as of those that are drawn, from every format, one batch at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import amed_engine
+from amed_engine.cli import app
+from amed_engine.datasets.formats import FORMATS
+from amed_engine.datasets.generate import generate_dataset
+from amed_engine.engine.images import save_each, to_uint8
+from amed_engine.errors import ConfigError, FileFormatError
+from amed_engine.evaluation import evaluate, evaluate_samples
+from amed_engine.evaluation.metrics import Statistics, batches, frechet, gather
+
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return amed_engine.Sampler("digits", nfe=3)
+
+
+@pytest.fixture(scope="module")
+def folders(sampler, tmp_path_factory):
+    """Name of a format -> a dataset of it."""
+    root = tmp_path_factory.mktemp("datasets")
+    for name, format in FORMATS.items():
+        if format.library:
+            pytest.importorskip(format.library)
+        generate_dataset(sampler, SEEDS, root / name, format=name, shard=16, batch=8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(sampler):
+    return evaluate(sampler, SEEDS, reference="deis-fine", features="digits", classifier="digits")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_judged_as_what_is_drawn(format, folders, drawn):
+    found = evaluate_samples(folders / format, features="digits", classifier="digits", batch=7)
+    assert (found.plan, found.nfe, found.samples) == (drawn.plan, drawn.nfe, 40)
+    assert found.class_accuracy == pytest.approx(drawn.class_accuracy, abs=0.03)
+    # Bytes are half a grey level away from what was drawn.
+    torch.testing.assert_close(found.statistics.mu, drawn.statistics.mu, atol=0.02, rtol=0.02)
+    assert (found.distance, found.reference, found.to_reference, found.data, found.to_data) == (None,) * 5
+    assert "class accuracy" in found.table()
+
+
+def test_a_dataset_is_a_source_of_images_wherever_a_folder_is(folders, tmp_path):
+    pictures = torch.cat(list(batches(folders / "npz", 7)))
+    assert pictures.dtype == torch.uint8
+    assert pictures.shape == (40, 1, 8, 8)
+    shard = folders / "zarr" / "shard-000001.zarr"
+    assert torch.equal(torch.cat(list(batches(shard))), pictures[16:32])
+    for format in FORMATS:
+        assert frechet(folders / format, pictures, features="pixels") == pytest.approx(0, abs=1e-6)
+    found = evaluate_samples(folders / "npz", reference=folders / "parquet", data=folders / "webdataset")
+    assert found.to_reference.frechet == found.to_data.frechet == pytest.approx(0, abs=1e-6)
+    assert found.to_data.precision == 1
+
+
+def test_an_npz_is_images_or_statistics_by_what_it_holds(folders, tmp_path):
+    shard = folders / "npz" / "shard-000000.npz"
+    assert gather(shard, "pixels").count == 16
+    with np.load(shard) as file:
+        pictures = file["arr_0"]
+    np.savez(tmp_path / "evaluators.npz", pictures)
+    torch.testing.assert_close(gather(tmp_path / "evaluators.npz", "pixels").mu, gather(shard, "pixels").mu)
+    statistics = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    np.savez(tmp_path / "statistics.npz", **statistics)
+    np.savez(tmp_path / "both.npz", arr_0=pictures, **statistics)
+    for name in ("statistics.npz", "both.npz"):
+        assert gather(tmp_path / name, "pixels").count is None
+    np.savez(tmp_path / "neither.npz", other=pictures)
+    with pytest.raises(FileFormatError, match="lacks mu"):
+        gather(tmp_path / "neither.npz", "pixels")
+
+
+def test_pictures_that_say_nothing_are_judged_too(sampler, tmp_path):
+    images = sampler.run(SEEDS).images
+    save_each(tmp_path / "folder", list(to_uint8(images)), SEEDS)
+    found = evaluate_samples(tmp_path / "folder")
+    assert (found.samples, found.nfe, found.class_accuracy) == (40, None, None)
+    with pytest.raises(ConfigError, match="no classes"):
+        evaluate_samples(tmp_path / "folder", classifier="digits")
+
+
+def test_samples_of_one_class_are_compared_with_that_class(sampler, tmp_path):
+    pytest.importorskip("sklearn")
+    generate_dataset(sampler, range(12), tmp_path / "threes", class_labels=3, format="npz")
+    found = evaluate_samples(tmp_path / "threes", data="digits")
+    same = evaluate(
+        sampler, range(12), data="digits", setting=amed_engine.evaluation.comparison.Setting(class_labels=3)
+    )
+    assert found.to_data.frechet == pytest.approx(same.to_data.frechet, rel=0.05)
+
+
+def test_a_reference_that_has_to_be_drawn_is_refused(folders):
+    with pytest.raises(ConfigError, match="drawn from the samples' latents"):
+        evaluate_samples(folders / "npz", reference="deis-fine")
+
+
+def test_a_damaged_shard_ends_it_with_its_name(sampler, tmp_path):
+    generate_dataset(sampler, range(12), tmp_path / "data", format="npz")
+    shard = tmp_path / "data" / "shard-000000.npz"
+    data = bytearray(shard.read_bytes())
+    data[300] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(FileFormatError, match=r"shard-000000\.npz"):
+        evaluate_samples(tmp_path / "data")
+
+
+# ---- the command
+
+
+def call(*arguments):
+    return app(["evaluate", *map(str, arguments)], standalone_mode=False)
+
+
+def test_the_command_reads_a_dataset(folders, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    call("--samples", folders / "webdataset", "--features", "digits", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["samples"] == 40
+    assert found["plan"] in capsys.readouterr().out
+    assert (found["data"], found["reference"], found["distance"]) == ("digits", None, None)
+    assert found["class_accuracy"] > 0.5
+
+
+def test_the_command_saves_statistics_and_compares_with_what_is_asked_for(folders, tmp_path):
+    call("--samples", folders / "npz", "--data", "none", "--save-statistics", tmp_path / "s.npz")
+    call(
+        "--samples",
+        folders / "npz",
+        "--data",
+        tmp_path / "s.npz",
+        "--reference",
+        folders / "zarr",
+        "--json",
+        tmp_path / "f",
+    )
+    found = json.loads((tmp_path / "f").read_text())
+    assert found["to_data"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert found["to_reference"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert Statistics.load(tmp_path / "s.npz").mu.shape == (64,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--seeds", "0-3"),
+        ("--nfe", "5"),
+        ("--model", "digits"),
+        ("--class", "3"),
+        ("--guidance", "2"),
+        ("--no-verify",),
+        ("--no-afs",),
+        ("--afs",),
+        ("--prediction", "epsilon"),
+        ("--dtype", "float32"),
+        ("--solver", "euler"),
+        ("--sigma-max", "80"),
+    ],
+)
+def test_the_command_refuses_what_is_for_drawing(options, folders):
+    import click
+
+    with pytest.raises(click.UsageError, match=f"{options[0]} are for drawing") as refused:
+        call("--samples", folders / "npz", *options)
+    assert "--samples judges what is there" in str(refused.value)

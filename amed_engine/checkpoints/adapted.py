@@ -116,7 +116,13 @@ def _load_adapter(folder: Path) -> Adapter:
     network = _network(folder, config, said)
     try:
         adapter = _wrapped(network, config["wrap"], tables)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a ConfigError is a ValueError
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # a ConfigError is a ValueError
         raise FileFormatError(f"{folder}: it cannot be wrapped as its {CONFIG_FILE} says: {error}") from error
     if fingerprint(adapter) != config.get("fingerprint"):
         raise FileFormatError(

@@ -15,6 +15,7 @@ from amed_engine.checkpoints.native import restore
 from amed_engine.checkpoints.plain_data import Record
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.sampling.predictors.amed import AMEDPredictor
+from amed_engine.solvers.arguments import told
 from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.schedule import make_schedule
 
@@ -32,7 +33,7 @@ def to_predictor(model: Record, loss: Any, tensors: Mapping[str, Tensor], path: 
     predictor = restore(AMEDPredictor, _arguments(settings, tensors, path), tensors, path).eval()
     try:
         predictor.plan = _plan(settings, trained)
-    except (ConfigError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # a ConfigError is a ValueError
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise FileFormatError(f"{path}: its settings make no plan: {reason}") from error
     return predictor
@@ -68,6 +69,8 @@ def _scales(settings: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _plan(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Plan:
     solver, schedule = settings["sampler_stu"], settings["schedule_type"]
+    if not isinstance(solver, str) or not isinstance(schedule, str):
+        raise ConfigError(f"sampler_stu and schedule_type must be names, got {told(solver)} and {told(schedule)}")
     given = {name: settings.get(name) for name in OPTIONS.get(solver, ())}
     if solver == "dpmpp":
         given["thresholding"] = True  # of every data prediction, always
@@ -88,8 +91,8 @@ def _plan(settings: Mapping[str, Any], trained: Mapping[str, Any]) -> Plan:
 def _levels(settings: Mapping[str, Any], trained: Mapping[str, Any], rho: float | None) -> Tensor:
     """The schedule's levels in float64; those recorded in training, in float32, where they are others."""
     count, recorded = settings["num_steps"], trained.get("t_steps")
-    if not isinstance(count, int) or not 2 <= count <= MAX_LEVELS:
-        raise ConfigError(f"num_steps must be an integer from 2 to {MAX_LEVELS}, got {count!r}")
+    if type(count) is not int or not 2 <= count <= MAX_LEVELS:
+        raise ConfigError(f"num_steps must be an integer from 2 to {MAX_LEVELS}, got {told(count)}")
     low, high = (_number(trained.get(name), default) for name, default in (("sigma_min", 0.002), ("sigma_max", 80.0)))
     computed = None
     if settings["schedule_type"] != "discrete":

@@ -58,23 +58,22 @@ def check_archive(archive: zipfile.ZipFile, path: Path, max_bytes: int | None = 
         raise FileFormatError(
             f"{path} has two entries of one name, which two readers could take differently; it is damaged"
         )
-    usual = max(UNPACKED, os.path.getsize(path))
+    usual = max(UNPACKED, _size_of(archive.fp))
     check_bound(path, sum(i.file_size for i in infos), usual if max_bytes is None else max_bytes, "unpacks to")
     return infos
 
 
-def load_restricted(path: Path, max_bytes: int | None = None) -> Any:
-    """The data of an archive of torch.save, or of what it wrote before there were archives, on the CPU.
+def load_restricted(file: BinaryIO, path: Path, max_bytes: int | None = None) -> Any:
+    """The data of an archive of torch.save, or of what it wrote before there were archives, on the CPU. path: for errors.
 
     Raises FileFormatError, UnsafeFileError for what costs more than its size, and whatever torch raises.
     """
-    with open(path, "rb") as file:  # of a path, torch would go by its name
-        if file.read(2) == b"PK":
-            _look_into_archive(file, path, max_bytes)
-        else:
-            _look_into_stream(file, path)
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+    if file.read(2) == b"PK":
+        _look_into_archive(file, path, max_bytes)
+    else:
+        _look_into_stream(file, path)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _look_into_archive(file: BinaryIO, path: Path, max_bytes: int | None) -> None:
@@ -96,12 +95,23 @@ def _look_into_archive(file: BinaryIO, path: Path, max_bytes: int | None) -> Non
 
 def _look_into_stream(file: BinaryIO, path: Path) -> None:
     """Five pickles: a number, a version, the system, the data, the keys of the storages that follow."""
-    size = os.path.getsize(path)
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    size = _size_of(file)
+    with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else _mapped(file) as data:
         policy = _policy(size, size, None)
         magic, *_, keys = (run(data, policy, str(path)) for _ in range(5))
     if magic != MAGIC or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise FileFormatError(f"{path} is not what torch.save wrote before there were archives; it is damaged")
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _size_of(file: Any) -> int:
+    at = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(at)
+    return size
 
 
 def _policy(pickled: int, held: int, sizes: Mapping[str, int] | None) -> Policy:

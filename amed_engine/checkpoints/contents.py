@@ -92,7 +92,8 @@ def _read(path: Path, start: bytes, max_bytes: int | None) -> Any:
             )
         return read_published(path)
     try:
-        return load_restricted(path, max_bytes)
+        with open(path, "rb") as file:  # of a path, torch would go by its name
+            return load_restricted(file, path, max_bytes)
     except FileFormatError:
         raise
     except Exception as error:  # torch raises what its readers happen to raise

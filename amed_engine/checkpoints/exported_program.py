@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from amed_engine.adapters.sealed import check_seal
+from amed_engine.checkpoints.archives import check_archive, load_restricted
 from amed_engine.checkpoints.files import MAX_HEADER
 from amed_engine.errors import FileFormatError
 from amed_engine.sampling.modes import plain_defaults
@@ -52,7 +53,7 @@ def extra_names(path: str | os.PathLike) -> list[str]:
 
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
     """Refuse what makes torch.export.load unpickle, and names that two readers could resolve differently."""
-    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos = check_archive(archive, path)
     roots, names = zip(*(info.filename.split("/", 1) for info in infos), strict=True)
     if len(set(roots)) != 1 or len({name.lower() for name in names}) != len(names):
         raise FileFormatError(f"{path}: its entries do not share one folder, or a name is there twice; it is damaged")
@@ -79,7 +80,7 @@ def _check_tensors(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) 
 
 def _check_inputs(data: bytes, path: Path) -> None:
     try:
-        torch.load(io.BytesIO(data), weights_only=True)
+        load_restricted(io.BytesIO(data), path)
     except Exception as error:  # as above
         raise FileFormatError(
             f"{path}: its sample inputs are a pickle of more than tensors, which could run code"

@@ -50,6 +50,12 @@ def infer_config(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[st
         raise FileFormatError(
             f"{path} is like a network of guided-diffusion, but lacks tensor {error}; it is damaged or another network's"
         ) from error
+    except (ValueError, ArithmeticError) as error:  # of a name that has no number, of a width of zero
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(
+            f"{path} is like a network of guided-diffusion, but its names and shapes are not: {str(error)[:200]}"
+        ) from error
     if given["image_size"] is None:
         raise FileFormatError(f"{path} does not say for which images its network is; pass it: --set image_size=256")
     return {**own, **given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -55,7 +56,8 @@ class Progress:
             self.samples[what] += samples
             self.seconds[what] += seconds
             if what == "writing":
-                self._show(samples)
+                with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end
+                    self._show(samples)
 
     def _show(self, samples: int) -> None:
         if self._bar is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import random
 from collections.abc import Mapping
@@ -26,8 +28,7 @@ def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | 
     AmedError naming the seeds that differ.
     """
     missing = Missing(folder, job)
-    places = [row for shard in sorted(missing.there) for row in job.rows(shard)] if count else []
-    chosen = sorted(random.SystemRandom().sample(places, min(count, len(places))))
+    chosen = _chosen(missing, count)
     exact = {shard: missing.ledger.entries[shard].device == source.device for shard in missing.there}
     batches = {(row // job.shard, row % job.shard // job.batch) for row in chosen}
     with threads(job.threads):
@@ -38,6 +39,15 @@ def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | 
     if chosen and not all(exact.values()):
         logger.warning("some shards were drawn on another processor: compared within one grey level")
     return len(chosen)
+
+
+def _chosen(missing: Missing, count: int) -> list[int]:
+    """Places of so many random samples of those that are there, in order."""
+    shards = sorted(missing.there)
+    ends = list(itertools.accumulate(len(missing.job.rows(shard)) for shard in shards))
+    total = ends[-1] if ends else 0
+    found = random.SystemRandom().sample(range(total), min(count, total))
+    return sorted(missing.job.rows(shards[i])[n - ends[i]] for n in found for i in (bisect.bisect_right(ends, n),))
 
 
 def compare_place(folder: Path, job: Job, source: Source, labels: np.ndarray | None, first: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 from dataset_folders import contents
 
+from amed_engine.datasets.claims import Claims
 from amed_engine.datasets.ledger import Ledger
 
 JOB = ["--model", "digits", "--nfe", "3", "--seeds", "0-399", "--format", "npz", "--shard", "20"]
@@ -41,8 +42,7 @@ def whole(tmp_path_factory):
     return contents(out), printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGINT), ("2", signal.SIGTERM)])
 def test_an_interrupt_finishes_the_open_shard(tmp_path, whole, workers, number):
     process = start(tmp_path, "--workers", workers)
     wait_for(tmp_path, 2, process)
@@ -93,6 +93,28 @@ def test_a_killed_worker_costs_its_open_shard_alone(tmp_path, whole):
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     assert contents(tmp_path) == whole[0]
+
+
+def torchrun(out):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "amed_engine", "generate"]
+    command = [sys.executable, "-P", *command, *JOB, "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ranks_of_torchrun_share_the_work_also_after_a_kill(tmp_path, whole):
+    process = torchrun(tmp_path)
+    wait_for(tmp_path, 2, process)
+    process.kill()  # its ranks finish their open shards
+    process.communicate()
+    process = torchrun(tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    until = time.monotonic() + 60
+    while Claims(tmp_path).held() and time.monotonic() < until:
+        time.sleep(0.1)
+    Claims(tmp_path).tidy()
+    assert contents(tmp_path) == whole[0]
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 20
 
 
 def test_two_commands_at_once_share_the_work(tmp_path, whole):

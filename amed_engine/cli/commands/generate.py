@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,8 @@ def generate(
 ) -> None:
     """Draw a dataset: shards of samples, each there whole or not at all."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the drawing takes both signals
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     if overwrite or workers > 1:
         _check_alone(overwrite)
     check_writable(None if json_file == "-" else json_file, streams=True)
@@ -88,10 +92,14 @@ def generate(
     told["labels"], class_labels = _split(labels, class_labels)
     drawing = {name: asked.pop(name) for name in ("shard", "threads", "check")}
     from amed_engine.datasets.generate import generate_dataset
+    from amed_engine.datasets.job import fitting_batch
+    from amed_engine.datasets.seeds import Seeds
 
+    numbers = Seeds.of(seeds)
+    asked["batch_sizes"] = (batch or fitting_batch(min(drawing["shard"], len(numbers))),)  # what a GPU captures
     report = generate_dataset(
         functools.partial(_sampler, told, asked),
-        seeds,
+        numbers,
         out,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
@@ -129,6 +137,13 @@ def _split(labels: str | None, class_labels: Any) -> tuple[str | None, Any]:
         raise click.UsageError(f"--labels is a file, or one of {', '.join(LABEL_KINDS)}; got {labels!r}")
     option = next(param for param in context.command.params if param.name == "labels")
     return None, parse_labels(context, option, labels)
+
+
+def _follow(parent: int) -> None:
+    """Finish the open shard and end where torchrun was killed: it tells nobody then."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check_alone(overwrite: bool) -> None:

@@ -46,7 +46,7 @@ class ParquetWriter(Writer):
         self._writer.close()
         self._file.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         if self._writer is not None:
             self._writer.is_open = False  # nothing more is to be written
         self._file.close()
@@ -59,7 +59,7 @@ class ParquetShard(Shard):
         self.bounded(size)
         if known.num_rows != self.header.count or not file.schema_arrow.equals(tables.schema(self.header)):
             raise FileFormatError("its columns or the number of its rows are not those of its description")
-        self.rows = Rows.join([tables.rows(batch) for batch in self._batches(1 << 16, tables.ROW)])
+        self.rows = Rows.join([tables.rows(batch) for batch in self._batches(4096, tables.ROW)])
 
     def _batches(self, batch: int, columns: list[str] | None = None) -> Iterator[Any]:
         known = set(self._file.schema_arrow.names)

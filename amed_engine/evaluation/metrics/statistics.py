@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amed_engine.checkpoints.archives import UNPACKED
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.files import write_or_stream
 
@@ -142,8 +143,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_BYTES:
-            raise FileFormatError(f"{path} unpacks to {size} bytes, more than the {MAX_BYTES} statistics may have")
+        limit = min(MAX_BYTES, max(UNPACKED, path.stat().st_size))
+        if size > limit:
+            raise FileFormatError(f"{path} unpacks to {size} bytes, more than the {limit} statistics may have")
         with np.load(path, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in ("mu", "sigma")}
     except KeyError as error:

@@ -66,7 +66,7 @@ def rows() -> list[set[str]]:
     return [set(entries) for entries in load(ROOT / "tests" / "test_layers.py").ROWS]
 
 
-TO_COME = {"datasets", "serving"}
+TO_COME = {"serving"}
 
 
 def test_the_readme_shows_the_rows_that_are_tested():

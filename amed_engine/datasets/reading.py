@@ -96,15 +96,19 @@ def format_of(path: Path) -> Format | None:
 
 def _start(path: Path) -> str:
     """A small file's text; none of one that is not there."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return file.read(MAX_BYTES).decode("utf-8", "replace")
+    with contextlib.suppress(OSError):
+        if path.is_file():  # opening a FIFO would wait for its writer
+            with path.open("rb") as file:
+                return file.read(MAX_BYTES).decode("utf-8", "replace")
     return ""
 
 
 def members(path: Path) -> set[str]:
     """Names in an .npz; none where it is none."""
-    with contextlib.suppress(OSError, zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(path) as archive:
-        return set(archive.namelist())
+    with contextlib.suppress(OSError, zipfile.BadZipFile, NotImplementedError):
+        if path.is_file():
+            with zipfile.ZipFile(path) as archive:
+                return set(archive.namelist())
     return set()
 
 

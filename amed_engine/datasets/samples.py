@@ -35,11 +35,14 @@ class Samples:
                 f"samples are (N, ...) of {', '.join(DTYPES)}, one per seed; got {self.arrays.dtype} of shape "
                 f"{self.arrays.shape} for {len(self.seeds)} seeds"
             )
-        kind = None if self.labels is None else (self.labels.ndim, str(self.labels.dtype))
-        if kind not in (None, (1, "int64"), (2, "float32")) or (kind and len(self.labels) != len(self.seeds)):
+        labels = self.labels
+        if labels is None:
+            return
+        kind = labels.ndim, str(labels.dtype)
+        if kind not in ((1, "int64"), (2, "float32")) or len(labels) != len(self.seeds):
             raise ConfigError(
-                f"labels are (N,) int64 or (N, L) float32, one per seed; got {self.labels.dtype} of shape "
-                f"{self.labels.shape} for {len(self.seeds)} seeds"
+                f"labels are (N,) int64 or (N, L) float32, one per seed; got {labels.dtype} of shape {labels.shape} for "
+                f"{len(self.seeds)} seeds"
             )
 
     def __len__(self) -> int:

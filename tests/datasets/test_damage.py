@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import resource
 import shutil
 import tarfile
@@ -98,6 +99,20 @@ def test_a_file_more_or_less_is_refused(format, original):
         with pytest.raises(FileFormatError, match=path.name):
             read(format, path)
         (path / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(make, format, original):
+    _, path = original
+    for name in list(bytes_of(path))[:3]:
+        file = path / name if path.is_dir() else path
+        data = file.read_bytes()
+        file.unlink()
+        make(file)
+        with pytest.raises(FileFormatError, match=path.name):
+            read(format, path)
+        file.unlink()
+        file.write_bytes(data)
 
 
 def test_samples_of_another_shard_are_refused(format, tmp_path):

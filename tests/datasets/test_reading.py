@@ -1,6 +1,7 @@
 """Datasets and shards as streams: every sample once, in order; what is missing, damaged or not of the dataset is named."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -106,6 +107,16 @@ def test_what_holds_no_samples_is_named(name, tmp_path):
         path.write_text("text")
     assert not is_dataset(path)
     with pytest.raises(FileFormatError, match=f"{name} holds no samples"):
+        open_samples(path)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.tar", "folder/manifest.json", "folder/about.json"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / name.partition("/")[0]
+    assert not is_dataset(path)
+    with pytest.raises(FileFormatError, match=path.name):
         open_samples(path)
 
 

@@ -24,7 +24,7 @@ from amed_engine.errors import MissingDependency
 
 SOURCE = functools.partial(Sampler, "digits", nfe=3)
 DRAWN = {"seeds": "0-799", "shard": 100, "format": "npz"}
-KILLED = {"seeds": "0-5999", "shard": 500, "format": "npz"}
+KILLED = {"seeds": "0-2999", "shard": 250, "format": "npz"}
 PROGRAM = """
 import functools, json, sys
 from amed_engine import Sampler
@@ -148,13 +148,14 @@ def program(folder: Path, settings: dict) -> Iterator[subprocess.Popen]:
         process.stdout.close()
 
 
-def drawing(folder: Path, process: subprocess.Popen, seconds: float = 120.0) -> int | None:
-    """The process id of an actor that draws a shard; None where the run ended first."""
+def drawing(folder: Path, process: subprocess.Popen, killed: set[int], seconds: float = 400.0) -> int | None:
+    """The process id of an actor that draws a shard, of those that live; None where the run ended first."""
     ends = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < ends:
         for claim in (folder / "claims").glob("[0-9]*.json"):
             with contextlib.suppress(OSError, ValueError):
-                return json.loads(claim.read_text())["pid"]
+                if (pid := json.loads(claim.read_text())["pid"]) not in killed:
+                    return pid
         time.sleep(0.01)
     return None
 
@@ -165,15 +166,15 @@ def test_killed_actors_cost_nothing(tmp_path):
     folder, chance, killed = tmp_path / "data", random.Random(5), set()
     with program(folder, KILLED) as process:
         for _ in range(4):
-            if (pid := drawing(folder, process)) is not None:
+            if (pid := drawing(folder, process, killed)) is not None:
                 time.sleep(chance.uniform(0, 0.3))
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
         report = json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
     assert len(killed) >= 2
-    assert (report["samples"], report["drawn"], report["set_hash"]) == (6000, 6000, expected.set_hash)
-    assert sorted(seeds_in(folder)) == list(range(6000))
+    assert (report["samples"], report["drawn"], report["set_hash"]) == (3000, 3000, expected.set_hash)
+    assert sorted(seeds_in(folder)) == list(range(3000))
     assert all_files(folder) == all_files(expected.folder)
 
 
@@ -188,8 +189,8 @@ def test_a_killed_run_is_continued(tmp_path):
         assert process.wait() == -signal.SIGKILL
     with program(folder, KILLED) as process:
         report = json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
-    assert report["samples"] == 6000
-    assert 0 < report["drawn"] < 6000
+    assert report["samples"] == 3000
+    assert 0 < report["drawn"] < 3000
     assert report["set_hash"] == expected.set_hash
     assert all_files(folder) == all_files(expected.folder)
 
@@ -197,12 +198,12 @@ def test_a_killed_run_is_continued(tmp_path):
 def test_an_interrupt_ends_the_run_after_the_open_shards(tmp_path):
     pytest.importorskip("ray.data", reason="ray[data] is not installed")
     with program(tmp_path / "data", KILLED) as process:
-        assert drawing(tmp_path / "data", process) is not None
+        assert drawing(tmp_path / "data", process, set()) is not None
         process.send_signal(signal.SIGINT)
-        report = json.loads(process.communicate(timeout=120)[0].splitlines()[-1])
+        report = json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
     assert report["interrupted"]
-    assert 0 < report["drawn"] < 6000
-    assert set(seeds_in(tmp_path / "data")) < set(range(6000))
+    assert 0 < report["drawn"] < 3000
+    assert set(seeds_in(tmp_path / "data")) < set(range(3000))
     assert all_files(tmp_path / "data") <= {"manifest.json", "ledger.jsonl", *files(tmp_path / "data")}
 
 

@@ -43,7 +43,7 @@ class ArrowWriter(Writer):
         self._writer.close()
         self._file.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         self._file.close()
 
 

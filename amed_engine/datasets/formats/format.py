@@ -70,6 +70,8 @@ class Format:
         if self.library:
             require(self.library, "datasets", f"the format {self.name}")
         try:
+            if self.folder:
+                _check_regular(path)
             with self.reader(path) as shard:
                 shard.check()
                 yield shard
@@ -80,3 +82,12 @@ class Format:
         except Exception as error:  # libraries raise all kinds of errors for damaged bytes
             said = error if isinstance(error, FileFormatError) else f"{type(error).__name__}, {str(error)[:200]}"
             raise FileFormatError(f"{path} is damaged, or no shard of {self.name}: {said}; draw it again") from error
+
+
+def _check_regular(folder: Path) -> None:
+    """Raise FileFormatError for what is neither file nor folder: opening a FIFO would wait for its writer."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            _check_regular(Path(entry.path))
+        elif not entry.is_file(follow_symlinks=False):
+            raise FileFormatError(f"{entry.name} is no regular file")

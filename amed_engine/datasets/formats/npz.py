@@ -35,7 +35,7 @@ class NpzWriter(Writer):
         self._member.write(head)
 
     def _write(self, samples: Samples) -> None:
-        self._member.write(memoryview(np.ascontiguousarray(samples.arrays)).cast("B"))
+        self._member.write(np.ascontiguousarray(samples.arrays).data.cast("B"))
 
     def _finish(self, rows: Rows, text: str) -> None:
         self._member.close()
@@ -51,7 +51,7 @@ class NpzWriter(Writer):
                 self._zip.writestr(_info(name, len(data)), data)
         self._zip.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         if file := self._zip.fp:
             self._zip.fp = None  # nothing more is to be written
             file.close()

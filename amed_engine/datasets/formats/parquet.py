@@ -46,7 +46,7 @@ class ParquetWriter(Writer):
         self._writer.close()
         self._file.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         if self._writer is not None:
             self._writer.is_open = False  # nothing more is to be written
         self._file.close()

@@ -30,7 +30,7 @@ def encoded(pictures: np.ndarray, texts: Sequence[bytes] | None = None) -> Itera
     lines[:, :, 1 + channels :] -= rows[:, :, :-channels]
     for i, line in enumerate(lines):
         deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
-        data = deflate.compress(line) + deflate.flush()
+        data = deflate.compress(line.data) + deflate.flush()
         yield b"".join((head, texts[i] if texts else b"", _chunk(b"IDAT", data), end))
 
 

@@ -10,6 +10,7 @@ taken for something else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -150,7 +151,7 @@ class Rows:
             columns.insert(1, self.labels.astype(self.labels.dtype.newbyteorder("<"), copy=False))
         for start in range(0, len(self), 4096):
             parts = [np.ascontiguousarray(column[start : start + 4096]) for column in columns]
-            found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1))
+            found.update(np.concatenate([part.view(np.uint8).reshape(len(part), -1) for part in parts], axis=1).data)
         return found.hexdigest()
 
 
@@ -199,7 +200,12 @@ class Writer:
         self._finish(rows, self.header.text(checksum=rows.checksum(self.header)))
 
     def abort(self) -> None:
-        """Close what is open; the part written stays."""
+        """Close what is open; the part written stays. Raises nothing: what is left to write may find the disk full again."""
+        with contextlib.suppress(OSError):
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Close files."""
 
     def _start(self) -> None:
         """The first batch is coming, the kind of labels is known."""

@@ -42,15 +42,16 @@ class WebDatasetWriter(Writer):
         labels = [None] * len(samples) if samples.labels is None else samples.labels.tolist()
         pictures = encoded(samples.arrays) if self.header.dtype == "uint8" else map(_npy, samples.arrays)
         kind = _suffix(self.header)
-        for own, *row, data in zip(samples.names, samples.seeds, labels, samples.hashes(), pictures, strict=True):
-            self._tar.write({"__key__": own, kind: data, **_texts(*row)})
+        rows = map(_texts, samples.seeds, labels, samples.hashes())
+        for own, texts, data in zip(samples.names, rows, pictures, strict=True):
+            self._tar.write({"__key__": own, kind: data, **texts})
 
     def _finish(self, rows: Rows, text: str) -> None:
         self._tar.tarstream.addfile(tarfile.TarInfo(ABOUT), io.BytesIO(text.encode("ascii")))
         self._tar.close()
         self._file.close()
 
-    def abort(self) -> None:
+    def _abandon(self) -> None:
         self._file.close()
 
 
@@ -93,8 +94,7 @@ class WebDatasetShard(Shard):
         """Seed, label and hash of a sample; where its picture lies is kept."""
         parts = {member.name: member for member in group}
         data = parse_json(self._bytes(parts.pop(f"{key}.json"), most=MAX_BYTES).decode("ascii"))
-        cls = parts.pop(f"{key}.cls", None)
-        if (cls is not None or "class" in data) and self._bytes(cls, most=32) != b"%d" % data["class"]:
+        if "class" in data and self._bytes(parts.pop(f"{key}.cls"), most=32) != b"%d" % data["class"]:
             raise FileFormatError(f"{key}.cls and {key}.json say two classes")
         (picture,) = parts.values()
         if name(data["seed"]) != key or picture.name not in (f"{key}.png", f"{key}.npy"):

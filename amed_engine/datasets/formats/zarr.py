@@ -80,7 +80,7 @@ class ZarrShard(Shard):
         count, labels = self.header.count, self.header.labels
         if labels == CLASS:
             return self._array("labels", (count,), "int64", size)
-        return self._array("labels", (count, labels), "float32", size)
+        return self._array("labels", (count, int(labels or 0)), "float32", size)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: str, size: int) -> Any:
         """Not read yet: plain numbers in chunks along the first axis alone, no more of them than `size` bytes are."""

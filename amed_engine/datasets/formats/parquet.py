@@ -59,7 +59,7 @@ class ParquetShard(Shard):
         self.bounded(size)
         if known.num_rows != self.header.count or not file.schema_arrow.equals(tables.schema(self.header)):
             raise FileFormatError("its columns or the number of its rows are not those of its description")
-        self.rows = Rows.join([tables.rows(batch) for batch in self._batches(1 << 16, tables.ROW)])
+        self.rows = Rows.join([tables.rows(batch) for batch in self._batches(4096, tables.ROW)])
 
     def _batches(self, batch: int, columns: list[str] | None = None) -> Iterator[Any]:
         known = set(self._file.schema_arrow.names)

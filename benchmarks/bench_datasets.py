@@ -80,7 +80,7 @@ def app() -> None:
 def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int, out: str | None) -> None:
     """Draw by every kind of process, undisturbed and killed at random moments."""
     wanted = Wanted(samples, format=form, shard=shard)
-    found = {"samples": samples, "format": form, "shard": shard, "kinds": {}, "environment": environment()}
+    found = begun(out, {"samples": samples, "format": form, "shard": shard}) | {"environment": environment()}
     for kind in kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
             found["kinds"][kind] = one_kind(kind, wanted, kills, random.Random(f"{kind} {seed}"), Path(folder))
@@ -88,6 +88,13 @@ def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int,
         save(out, found)
     if wrong := complaints(found):
         raise click.ClickException("; ".join(wrong))
+
+
+def begun(out: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The kinds that an earlier run with the same settings wrote, or none."""
+    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
+    kinds = found["kinds"] if settings.items() <= found.items() else {}
+    return {**settings, "kinds": kinds}
 
 
 def one_kind(kind: str, wanted: Wanted, kills: int, chance: random.Random, folder: Path) -> dict[str, Any]:

@@ -183,6 +183,11 @@ def stored(names, printed):
         assert printed.splitlines()[-1] == "50 (50, 8, 8, 1) (50,)"
 
 
+def drawn_by_actors(names, printed):
+    assert (names["report"].samples, names["report"].drawn) == (200, 200)
+    assert names["report"].set_hash in printed
+
+
 class Program(NamedTuple):
     """Blocks of a page that run one after the other, what holds after each, and the libraries without which none can."""
 
@@ -201,6 +206,7 @@ PROGRAMS = {
     "docs/cupy.md": [Program(stepper)],
     "docs/datasets.md": [
         Program(generated, blocks=2),
+        Program(drawn_by_actors, needs=("ray.data",)),
         Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
     ],
     "docs/evaluation.md": [

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def read_notes(path: str | os.PathLike) -> dict[str, str] | None:
         return None
     try:
         with Image.open(file, formats=["PNG"]) as image:
-            return {keyword: text for keyword, text in image.info.items() if isinstance(text, str)}
+            return {str(keyword): text for keyword, text in image.info.items() if isinstance(text, str)}
     except Exception:  # PIL raises all kinds of errors for damaged bytes
         return {}
 
@@ -165,6 +165,7 @@ def npz(pictures: Sequence[np.ndarray], seeds: Sequence[int], labels: Tensor | N
     """An .npz of arr_0 (B, H, W, C) uint8, seeds (B,) int64, labels where there are any, and each note as a text."""
     told = {} if labels is None else {"labels": labels.cpu().numpy()}
     texts = {name: np.array(text) for name, text in notes.items()}
+    arrays: dict[str, Any] = {"arr_0": np.stack(pictures), "seeds": np.array(seeds, np.int64), **told, **texts}
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=np.stack(pictures), seeds=np.array(seeds, np.int64), **told, **texts)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()

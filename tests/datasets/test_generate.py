@@ -188,6 +188,26 @@ def test_what_another_draws_is_left_to_it(sampler, tmp_path):
     assert generate_dataset(sampler, "0-39", tmp_path, **SMALL).drawn == 20
 
 
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_who_comes_second_leaves_the_firsts_shard(sampler, tmp_path, kind):
+    """Where a claim was taken for left although its writer lived, two draw one shard."""
+    job = {"format": kind, "shard": 20, "batch": 10}
+    generate_dataset(sampler, "0-39", tmp_path / "other", **job)
+    calls, real = [], sampler.run
+
+    def slow(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:  # the other finishes shard 0 now
+            shutil.copytree(tmp_path / "other", tmp_path / "data", dirs_exist_ok=True)
+        return real(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sampler, "run", slow)
+        assert generate_dataset(sampler, "0-39", tmp_path / "data", **job).samples == 40
+    assert len(Ledger(tmp_path / "data").path.read_text().splitlines()) == 2
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", ["shard-000000.npz", "ledger.jsonl"])
 def test_files_that_nobody_can_tell_anything_of_are_refused(sampler, tmp_path, name):
     (tmp_path / name).write_text("mine")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
 from amed_engine.datasets.sources.asking import Asked, ask, chosen_labels, defaults, parameters_of, seeded
 from amed_engine.datasets.sources.base import Source, nothing_global, stored_kind, stored_shape
+from amed_engine.engine import identity as identities
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import evaluating, exactly, plain_defaults

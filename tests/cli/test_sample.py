@@ -1,5 +1,6 @@
 """`amed sample` as to files: what an image says of itself, what it does not replace, and bytes on standard output."""
 
+import functools
 import hashlib
 import io
 import os
@@ -264,7 +265,7 @@ def started(tmp_path, tiny_model, *args, **how):
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_standard_output_is_the_bytes_alone(tmp_path, tiny_model, kind):
     done = started(tmp_path, tiny_model, "--out", "-", "--format", kind)
-    named = started(tmp_path, tiny_model, "--out", tmp_path / f"a.{kind}")
+    named = started(tmp_path, tiny_model, "--out", tmp_path / f"a.{kind}", preexec_fn=functools.partial(os.close, 2))
     assert (done.returncode, named.returncode) == (0, 0)
     assert done.stdout == (tmp_path / f"a.{kind}").read_bytes()
     assert b"wrote standard output" in done.stderr

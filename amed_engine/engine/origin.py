@@ -19,28 +19,34 @@ from amed_engine.solvers.plan import Plan
 
 LONGEST = 1000  # characters of a plan, or a label, that are told in full
 DRAWN, GIVEN = "drawn by each seed", "given"
-# Of a plan, what says where it was made and not what it computes.
-PROVENANCE = ("model", "dtype", "wrapping")
+# Of a plan, what says where it and its levels come from and not what it computes.
+PROVENANCE = ("model", "dtype", "wrapping", "schedule", "rho")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """facts: model (fingerprint, or the SHA-256 of its file), plan, guidance, dtype, classes, and `job`, a SHA-256 over these,
-    the files and buffers of the model and every number of the plan and the predictor; none of a model that cannot be told from
-    another. Batch size and device are none: they change the last bits alone. given: the label of each seed, where labels were
-    given."""
+    """facts: model (fingerprint, or the SHA-256 of its file), plan, guidance, dtype, classes, and `job`, a SHA-256 over what
+    decides images: these but for the words of the plan, the files and buffers of the model, every number of the plan and the
+    predictor; none of a model that cannot be told from another. Batch size and device are none: they change the last bits
+    alone. given: the label of each seed, where labels were given."""
 
     facts: Mapping[str, str]
     given: Mapping[int, str]
 
     @classmethod
     def of(
-        cls, sampler: Sampler, seeds: Sequence[int], labels: Any = None, guidance_scale: float | None = None
+        cls,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        labels: Any = None,
+        guidance_scale: float | None = None,
+        **more: str,
     ) -> Origin:
-        """Of what `sampler.run(seeds, labels, guidance_scale)` draws. Raises ConfigError."""
+        """Of what `sampler.run(seeds, labels, guidance_scale)` draws. more: further facts. Raises ConfigError."""
         (plan, predictor), model = sampler.running(guidance_scale), sampler.model
         files, known = file_hashes(model.module), fingerprint(model.network)
         told = {
+            **more,
             "model": known or " ".join(files) or "without weights that can be read",
             "plan": _short(plan.describe()),
             "guidance": "none" if guidance_scale is None else f"{guidance_scale:g}",
@@ -58,7 +64,7 @@ class Origin:
                 _plain(plan),
                 predictor_hash(predictor),
             ]
-            told["job"] = hashed([told, files, *numbers])
+            told["job"] = hashed([{**told, "plan": None}, files, *numbers])
         return cls(told, given)
 
     def notes(self, seeds: Sequence[int], labels: Tensor | None = None) -> list[dict[str, str]]:

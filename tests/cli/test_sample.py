@@ -106,6 +106,17 @@ def test_another_model_is_told(run, tmp_path, other):
     assert "is another image: model: " in err
 
 
+def test_the_same_job_by_other_words_replaces_its_images(run, tmp_path):
+    own = ("--nfe", 4, "--seeds", "0-1", "--outdir", tmp_path / "o")
+    for words in (("--class", 2), ("--class", "2,2", "--rho", 1), ("--class", 2, "--schedule", "time_uniform")):
+        assert run(*own, *words)[0] == 0
+    pixels = np.asarray(Image.open(tmp_path / "o" / "000001.png"))
+    code, _, err = run(*own, "--class", 2, "--rho", 2)
+    assert code == 2
+    assert "plan: euler, time_uniform, 4 intervals, " in err
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "o" / "000001.png")), pixels)
+
+
 def test_models_without_readable_weights_are_told_by_their_files(amed, tmp_path):
     inputs = {"x": ("float32", ("B", 1, 4, 4)), "sigma": ("float32", ("B",))}
     common = ("--seeds", "0-1", "--solver", "euler", "--nfe", 2, "--sigma-max", 80, "--device", "cpu", "--no-verify")
@@ -213,6 +224,9 @@ def test_python_saves_as_carefully(tmp_path):
         (("--seeds", "0-9,5,7-12", "--out", "a.png"), "seeds are named twice: 5, 7, 8, 9; "),
         (("--overwrite", "--out", "a.png"), "--overwrite needs --outdir"),
         (("--format", "npz", "--outdir", "o"), "--format is of --out"),
+        (("--out", "new/"), "new/ names a folder, expected a file"),
+        (("--out", "", "--outdir", "o"), "--out is empty"),
+        (("--seeds", "1-3", "--out", "o/../o/000002.png", "--outdir", "o"), "is the image of a seed in --outdir"),
         (("--format", "png", "--out", "a.npz"), "written as PNG, got a.npz; name it a.png"),
         (
             ("--format", "npz", "--out", "a.png"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,13 +123,12 @@ class Drawing(NamedTuple):
 
 def origin_of(recipe: Recipe, drawing: Drawing, seeds: Sequence[int]) -> Origin:
     """What decides the images of these seeds, for their files."""
-    origin = Origin.of(drawing.sampler, seeds, guidance_scale=drawing.guidance)
     told = {"recipe": recipe.name}
     if drawing.parts is not None:
         told["prompts"] = hashed([drawing.parts.fingerprint, *drawing.texts])
     if drawing.decoder is not None:
         told["decoder"] = fingerprint(drawing.decoder) or "without weights that can be read"
-    return replace(origin, facts={**told, **origin.facts})
+    return Origin.of(drawing.sampler, seeds, guidance_scale=drawing.guidance, **told)
 
 
 def draw(source: Sampler | Drawing, seeds: Sequence[int], batch: int = 64) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.datasets.reading import format_of, is_dataset, open_samples
+from amed_engine.engine.model import usable
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.comparison import REFERENCES
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, load_classifier
@@ -45,6 +46,7 @@ def evaluate_samples(
         raise ConfigError(
             f"{reference!r} is drawn from the samples' latents; for samples that are there pass images, or None"
         )
+    device = usable(device)
     path, tally = Path(samples), Tally(extractor(features, device), _classifier(classifier, device))
     about, stream = _opened(path, batch)
     classes: set[int] = set()

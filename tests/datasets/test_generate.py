@@ -330,7 +330,7 @@ def test_going_on_elsewhere_says_so(whole, sampler, tmp_path, monkeypatch, caplo
     folder = tmp_path / "data"
     shutil.copytree(whole[0], folder)
     (folder / "shard-000003.npz").unlink()
-    monkeypatch.setattr("amed_engine.datasets.sources.identity.device_name", lambda device: "cpu: Other")
+    monkeypatch.setattr("amed_engine.engine.identity.device_name", lambda device: "cpu: Other")
     report = generate_dataset(Sampler("digits", nfe=3), "0-89", folder, **SMALL, verify=30)
     assert "begun elsewhere (device cpu:" in caplog.text
     assert "a batch drawn again is the same to the byte" in caplog.text

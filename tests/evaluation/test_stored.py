@@ -172,3 +172,16 @@ def test_the_command_refuses_what_is_for_drawing(options, folders):
     with pytest.raises(click.UsageError, match=f"{options[0]} are for drawing") as refused:
         call("--samples", folders / "npz", *options)
     assert "--samples judges what is there" in str(refused.value)
+
+
+def test_the_command_takes_no_empty_name(folders, monkeypatch):
+    import click
+
+    monkeypatch.chdir(folders)
+    with pytest.raises(click.UsageError, match="--samples is empty"):
+        call("--samples", "")
+
+
+def test_a_device_that_is_not_there_is_named(folders):
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        evaluate_samples(folders / "npz", device="gpu")

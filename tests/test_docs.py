@@ -207,7 +207,7 @@ PROGRAMS = {
     "docs/datasets.md": [
         Program(generated, blocks=2),
         Program(drawn_by_actors, needs=("ray.data",)),
-        Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=8),
     ],
     "docs/evaluation.md": [
         Program(distance),
@@ -218,7 +218,6 @@ PROGRAMS = {
     ],
     "docs/export.md": [
         Program(result),
-        Program(needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("diffusers",)),
     ],

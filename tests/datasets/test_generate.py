@@ -188,6 +188,15 @@ def test_what_another_draws_is_left_to_it(sampler, tmp_path):
     assert generate_dataset(sampler, "0-39", tmp_path, **SMALL).drawn == 20
 
 
+@pytest.mark.parametrize(
+    ("seeds", "times"), [("0-39", None), ("7-40", None), (range(0, 160, 8), "8.0"), ([3, 11, 4], None)]
+)
+def test_seeds_that_contend_for_rows_are_told_of(sampler, tmp_path, caplog, seeds, times):
+    generate_dataset(sampler, seeds, tmp_path, **SMALL)
+    assert ("consecutive" in caplog.text) is bool(times)
+    assert times is None or f"these seeds take {float(times) * 20 / 24:.1f} times the runs" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["npz", "png"])
 def test_who_comes_second_leaves_the_firsts_shard(sampler, tmp_path, kind):
     """Where a claim was taken for left although its writer lived, two draw one shard."""

@@ -462,3 +462,11 @@ def test_the_settings_of_a_pipeline_as_it_comes_are_few(texts):
     settings = open_source(copy.deepcopy(texts), prompt="a cat", **STEPS).identity["settings"]
     assert settings.keys() == {"", "tokenizer", "scheduler"}
     assert not any(name.startswith("_use_default") for name in settings[""]["image_processor"][1])  # in no order
+
+
+def test_a_pipeline_that_was_saved_is_the_same_wherever_it_lies(texts, tmp_path):
+    identity = open_source(texts, prompt="a cat", **STEPS).identity
+    for name in ("one", "other"):
+        texts.save_pretrained(tmp_path / name)
+        loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
+        assert open_source(loaded, prompt="a cat", **STEPS).identity == identity

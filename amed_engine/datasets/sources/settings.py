@@ -17,7 +17,7 @@ from amed_engine.engine.identity import MAX_ENTRIES, hashed
 OTHERS = {
     *vars(nn.Module()), "_internal_dict", "config", "generation_config", "name_or_path", "_name_or_path",
     "_progress_bar_config", "_is_hf_initialized", "forward", "_hf_hook", "_old_forward", "hf_device_map", "_all_hooks",
-    "_offload_gpu_id", "_offload_device",
+    "_offload_gpu_id", "_offload_device", "_weight_conversions", "_use_kernels",
 }  # fmt: skip
 NOTES = ("transformers_version", "architectures", "dtype")  # in a configuration: of who saved it, and how
 CALLED = ("timesteps", "sigmas")  # tables that every call of a scheduler makes anew
@@ -36,8 +36,8 @@ def configuration_of(part: Any) -> Settings:
         if isinstance(config, Mapping)
         else {}
     )
-    kept = (name for name in told if not name.startswith("_") and name not in NOTES)
-    return {name: told[name] for name in kept if not isinstance(told[name], tuple)}
+    components = getattr(part, "components", {})
+    return {name: told[name] for name in told if not (name.startswith("_") or name in NOTES or name in components)}
 
 
 def settings_of(pipeline: Any) -> dict[str, Settings]:

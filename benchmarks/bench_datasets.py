@@ -1,7 +1,7 @@
 """Datasets of 50,000 digits: the same by every kind of process, whoever is killed meanwhile, and what writing them costs.
 
-    python benchmarks/bench_datasets.py kill --out benchmarks/results/datasets-kill.json
-    python benchmarks/bench_datasets.py speed --baseline PATH --out benchmarks/results/datasets-cpu.json
+    python benchmarks/bench_datasets.py kill --out datasets-kill.json
+    python benchmarks/bench_datasets.py speed --baseline PATH --out datasets-speed.json
     python benchmarks/bench_datasets.py table FILE...
 
 `kill` draws the digits by one process, `--workers 2`, torchrun with two ranks and two actors of a local Ray cluster, and again
@@ -80,7 +80,7 @@ def app() -> None:
 def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int, out: str | None) -> None:
     """Draw by every kind of process, undisturbed and killed at random moments."""
     wanted = Wanted(samples, format=form, shard=shard)
-    found = {"samples": samples, "format": form, "shard": shard, "kinds": {}, "environment": environment()}
+    found = begun(out, {"samples": samples, "format": form, "shard": shard}) | {"environment": environment()}
     for kind in kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
             found["kinds"][kind] = one_kind(kind, wanted, kills, random.Random(f"{kind} {seed}"), Path(folder))
@@ -88,6 +88,13 @@ def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int,
         save(out, found)
     if wrong := complaints(found):
         raise click.ClickException("; ".join(wrong))
+
+
+def begun(out: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The kinds that an earlier run with the same settings wrote, or none."""
+    found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
+    kinds = found["kinds"] if settings.items() <= found.items() else {}
+    return {**settings, "kinds": kinds}
 
 
 def one_kind(kind: str, wanted: Wanted, kills: int, chance: random.Random, folder: Path) -> dict[str, Any]:

@@ -183,6 +183,11 @@ def stored(names, printed):
         assert printed.splitlines()[-1] == "50 (50, 8, 8, 1) (50,)"
 
 
+def drawn_by_actors(names, printed):
+    assert (names["report"].samples, names["report"].drawn) == (200, 200)
+    assert names["report"].set_hash in printed
+
+
 class Program(NamedTuple):
     """Blocks of a page that run one after the other, what holds after each, and the libraries without which none can."""
 
@@ -201,7 +206,8 @@ PROGRAMS = {
     "docs/cupy.md": [Program(stepper)],
     "docs/datasets.md": [
         Program(generated, blocks=2),
-        Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
+        Program(drawn_by_actors, needs=("ray.data",)),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=8),
     ],
     "docs/evaluation.md": [
         Program(distance),
@@ -212,7 +218,6 @@ PROGRAMS = {
     ],
     "docs/export.md": [
         Program(result),
-        Program(needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("diffusers",)),
     ],
@@ -315,7 +320,7 @@ def test_options_and_recipes_that_are_shown_exist(amed):
 
 def test_options_of_evaluate_that_are_shown_exist():
     shown = re.findall(r"^    amed evaluate (.*)$", text("docs/evaluation.md"), flags=re.MULTILINE)
-    assert len(shown) == 3
+    assert len(shown) == 4
     assert {word for line in shown for word in line.split() if word.startswith("--")} <= options("evaluate")
 
 

@@ -6,6 +6,7 @@ in the directory is code: the classes that it may name are those listed here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ from amed_engine.checkpoints.hashes import Hashes, check_pair, settled
 from amed_engine.checkpoints.native import KINDS, restore, versions
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.networks import EDMPrecond, OpenAIUNet
+from amed_engine.networks.arguments import check_sigmas
 from amed_engine.sampling.modules import bare, bound, gathered, unknown_wrapper, whole
+from amed_engine.solvers.arguments import in_range, is_bool, is_number
+from amed_engine.solvers.arguments import told as short
 
 KIND = "wrapped_network"
 WRAP_FILE, FOLDER = "wrap.safetensors", "network"
@@ -68,6 +72,7 @@ FAMILIES: dict[type[Family], Callable[[Any], dict[str, Any]]] = {
 # Families of a table, and the tensor that it is in the file and in the family.
 TABLES: dict[type[Family], str] = {DiscreteSteps: "log_alpha", IndexedScore: "levels"}
 CONDITION = "condition."
+MAX_STEPS = 100_000  # of a family in a file, which may go through them one by one; and classes, as many wide are rows
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> None:
@@ -116,14 +121,10 @@ def _load_adapter(folder: Path) -> Adapter:
     network = _network(folder, config, said)
     try:
         adapter = _wrapped(network, config["wrap"], tables)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:  # a ConfigError is a ValueError
-        raise FileFormatError(f"{folder}: it cannot be wrapped as its {CONFIG_FILE} says: {error}") from error
+        _check_said(config["wrap"], _said(adapter))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a ConfigError among them
+        told = str(error)[:400]
+        raise FileFormatError(f"{folder}: it cannot be wrapped as its {CONFIG_FILE} says: {told}") from error
     if fingerprint(adapter) != config.get("fingerprint"):
         raise FileFormatError(
             f"{folder}: its fingerprint is not the one that was saved: weights or settings were changed, or another version of "
@@ -152,6 +153,13 @@ def _said(adapter: Adapter) -> dict[str, Any]:
         "bound": adapter.conditions.count,
         "has_null": adapter.conditions.has_null,
     }
+
+
+def _check_said(told: dict[str, Any], made: dict[str, Any]) -> None:
+    """Raise ConfigError for an entry that the denoiser would not be told by: of another type, or unknown."""
+    for name, value in told.items():
+        if name not in made or json.dumps(value, sort_keys=True) != json.dumps(made[name], sort_keys=True):
+            raise ConfigError(f"{name!r} is {short(value)}, expected {made.get(name)!r}")
 
 
 def _finite(level: float) -> float | None:
@@ -226,7 +234,7 @@ def _network(folder: Path, config: dict[str, Any], said: Hashes | None) -> nn.Mo
         return module.eval()
     if kind not in DIFFUSERS or not isinstance(config.get("dtype"), str):
         raise FileFormatError(
-            f"{folder} holds a network {kind!r}, expected one of {', '.join((*OWN.values(), *DIFFUSERS))}"
+            f"{folder} holds a network {short(kind)}, expected one of {', '.join((*OWN.values(), *DIFFUSERS))}"
         )
     diffusers = require("diffusers", "diffusers", f"a {kind}")
     dtype = getattr(torch, config["dtype"], None)
@@ -244,6 +252,7 @@ def _wrapped(network: nn.Module, said: dict[str, Any], tables: dict[str, Tensor]
     bound: Any = {name.removeprefix(CONDITION): table for name, table in tables.items() if name.startswith(CONDITION)}
     null = {name: table[-1:] for name, table in bound.items()} if said["has_null"] else None
     bound = {name: table[:-1] for name, table in bound.items()} if said["has_null"] else bound
+    in_range("its network", "label_dim", said["label_dim"], 0, MAX_STEPS)
     adapter = wrap(
         network,
         _family(said, tables),
@@ -268,10 +277,22 @@ def _family(said: dict[str, Any], tables: dict[str, Tensor]) -> Family:
     if make is DiscreteSteps:
         family = DiscreteSteps.of_table(said["arguments"]["prediction"], tables[TABLES[make]])
     else:
-        family = make(*(tables[TABLES[make]],) if make in TABLES else (), **said["arguments"])
+        family = make(*(tables[TABLES[make]],) if make in TABLES else (), **_arguments(said))
     family.sigma_min, family.sigma_max = _levels(said)
     return family
 
 
+def _arguments(said: dict[str, Any]) -> dict[str, Any]:
+    """Of a family, which may count its steps one by one."""
+    arguments = said["arguments"]
+    if not 0 < is_number("its family", "steps", arguments.get("steps", 1)) <= MAX_STEPS:
+        raise ConfigError(f"its family has {short(arguments['steps'])} steps, expected up to {MAX_STEPS}")
+    for name in arguments.keys() & {"v_prediction", "boundary"}:
+        is_bool("its family", name, arguments[name])
+    return arguments
+
+
 def _levels(said: dict[str, Any]) -> tuple[float, float]:
-    return float(said["sigma_min"] or 0), float("inf") if said["sigma_max"] is None else float(said["sigma_max"])
+    low, high = said["sigma_min"], float("inf") if said["sigma_max"] is None else said["sigma_max"]
+    check_sigmas("its range", low, high)
+    return float(low), float(high)

@@ -24,7 +24,9 @@ from amed_engine.checkpoints.files import (
     publish,
     read_config,
     read_tensors,
+    shapes_of,
 )
+from amed_engine.checkpoints.fit import check_numbers, check_types, without_memory
 from amed_engine.checkpoints.hashes import (
     KEY,
     NOT_OF_ONE_SAVE,
@@ -103,10 +105,19 @@ def load_by(load: Callable[[Path], Loaded], folder: Path) -> Loaded:
 def open_diffusers(model_class: Any, same: Path, folder: Path, what: str) -> Any:
     """same: what `held` gives for the folder."""
     try:
+        _check_fit(model_class, same)
         model = model_class.from_pretrained(same, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers raises what its constructors happen to make of a configuration
         raise FileFormatError(f"{folder} holds no {what} of diffusers: {str(error)[:300]}") from error
     return keep_name(model, folder)
+
+
+def _check_fit(model_class: Any, same: Path) -> None:
+    """Raises ConfigError where the configuration asks for more than the files hold, which diffusers would make up."""
+    shapes = [shape for name in _weights(same)[1] for shape in shapes_of(same / name)]
+    if shapes and (same / CONFIG_FILE).is_file():  # of what is missing diffusers speaks
+        check_types(model_class, config := read_config(same))
+        check_numbers(without_memory(lambda: model_class.from_config(config), len(shapes)), shapes)
 
 
 def keep_name(model: Any, folder: Path) -> Any:

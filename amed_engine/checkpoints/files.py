@@ -214,6 +214,12 @@ def held_tensors(
         ) from error
 
 
+def shapes_of(file: Path) -> list[torch.Size]:
+    """Of the tensors in a safetensors file, by its header alone. Raises SafetensorError."""
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return [torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118  (not a dict)
+
+
 def name_of(file: Path, handle: BinaryIO) -> Path:
     """A name by which an open file can be opened again, though another may have taken its own."""
     same = Path(f"/dev/fd/{handle.fileno()}")

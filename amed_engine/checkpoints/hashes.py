@@ -98,10 +98,12 @@ def check_tensors(tensors: Mapping[str, Tensor], said: Hashes, file: Path) -> No
         )
 
 
-def check_pair(expected: str, found: str, teller: Path, file: Path, what: str = "tensors") -> None:
+def check_pair(expected: Any, found: str, teller: Path, file: Path, what: str = "tensors") -> None:
     """Raises MixedError where one file of a folder names another's SHA-256, and that is not it."""
     if expected != found:
-        raise MixedError(f"{teller} is for {what} of SHA-256 {expected}, but {file} has {found}: {NOT_OF_ONE_SAVE}")
+        raise MixedError(
+            f"{teller} is for {what} of SHA-256 {str(expected)[:200]}, but {file} has {found}: {NOT_OF_ONE_SAVE}"
+        )
 
 
 def settled(load: Callable[[], Loaded]) -> Loaded:

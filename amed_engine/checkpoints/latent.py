@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from amed_engine.checkpoints.diffusers_folder import load_diffusers, save_diffusers
+from amed_engine.checkpoints.fit import check_numbers, without_memory
 from amed_engine.errors import ConfigError, FileFormatError, require
 
 PREFIX, AVERAGED = "model.diffusion_model.", "model_ema.diffusion_model"
@@ -79,6 +80,8 @@ def build(tensors: dict[str, Tensor], path: Path, settings: Mapping[str, Any]) -
         (Path(folder) / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", **config}))
         state: dict[str, Any] = {PREFIX + name: value for name, value in tensors.items()}
         try:
+            made = without_memory(lambda: model_class.from_config(config), len(tensors))
+            check_numbers(made, [tensor.shape for tensor in tensors.values()])
             return model_class.from_single_file(state, config=folder, local_files_only=True)
         except Exception as error:  # diffusers raises what its converters happen to raise
             raise FileFormatError(

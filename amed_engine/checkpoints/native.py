@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from amed_engine.checkpoints.files import MAX_PREDICTOR, read, write
+from amed_engine.checkpoints.fit import without_memory
 from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.networks import EDMPrecond, OpenAIClassifier, OpenAIUNet
 from amed_engine.sampling.modes import plain_defaults
@@ -22,7 +22,6 @@ from amed_engine.sampling.predictors.coefficient import CoefficientPredictor
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers.plan import Plan
 
-CALLS = 24  # of torch that a constructor makes for a tensor of its own, at most; those here make 8
 M = TypeVar("M", bound=nn.Module)
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "amed_predictor": AMEDPredictor,
@@ -105,23 +104,7 @@ def restore(make: Callable[..., M], arguments: Any, tensors: Mapping[str, Tensor
 
 
 def _check_fit(make: Callable[..., nn.Module], arguments: Any, tensors: Mapping[str, Tensor], path: Any) -> None:
-    # Without memory: a configuration may claim any size, the file's tensors have theirs.
-    with torch.device("meta"), _Layers(len(tensors)):
-        check_tensors(_build(make, arguments, path), tensors, path)
-
-
-class _Layers(TorchFunctionMode):
-    """Stops a constructor that makes more layers than a file's tensors can fill: a configuration may claim any number."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count, self.left = count, CALLS * (count + 16)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.left -= 1
-        if self.left < 0:
-            raise ConfigError(f"it asks for more layers than the {self.count} tensors of the file can fill")
-        return func(*args, **(kwargs or {}))
+    check_tensors(without_memory(lambda: _build(make, arguments, path), len(tensors)), tensors, path)
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:

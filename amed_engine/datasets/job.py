@@ -25,7 +25,13 @@ NAME, VERSION = "manifest.json", 1
 LARGEST_BATCH = 64
 PLACE = ("device", "arithmetic", "versions")  # what may change on the way: see `place`
 NAMES = ("model",)  # of a source with a fingerprint: what it is called, which decides nothing
-ARITHMETIC = ("graphs", "kernels", "matmul", "convolution")  # of a source's identity, what its device brings
+ARITHMETIC = (
+    "graphs",
+    "kernels",
+    "matmul",
+    "convolution",
+    "algorithms",
+)  # of a source's identity, what its device brings
 
 
 def fitting_batch(shard: int) -> int:

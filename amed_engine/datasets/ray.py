@@ -111,10 +111,14 @@ def _check(source: Any, actors: Any, verify: Any) -> None:
             f"a cluster needs a function that makes the source in each actor, got {type(source).__name__}; pass one without "
             "arguments that returns it"
         )
-    least, most = actors if isinstance(actors, tuple) and len(actors) == 2 else (actors, actors)
     if actors is not None:
+        least, most = _pair(actors)
         whole_number("actors", most, whole_number("actors", least, 1))
     whole_number("verify", verify, 0)
+
+
+def _pair(actors: Any) -> tuple[Any, Any]:
+    return actors if isinstance(actors, tuple) and len(actors) == 2 else (actors, actors)
 
 
 @contextlib.contextmanager
@@ -167,7 +171,7 @@ class Pool:
     def __init__(self, ray: ModuleType, actors: int | tuple[int, int] | None, num_cpus: float, num_gpus: float):
         self.ray, self.resources = ray, {"num_cpus": num_cpus, "num_gpus": num_gpus}
         room = self._room()
-        self.sizes = actors if isinstance(actors, tuple) else (actors or room, actors or room)
+        self.sizes = _pair(actors or room)
 
     def _room(self) -> int:
         """How many actors all nodes together hold."""

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.arguments import told
 
 if TYPE_CHECKING:
     from amed_engine.solvers.base import Solver, UseOfPredictor
@@ -76,12 +77,12 @@ def make_solver(name: str, **options: Any) -> Solver:
     lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary | consistency.
     """
     if name not in SOLVERS:
-        raise ConfigError(f"unknown solver {name!r}; valid names: {', '.join(SOLVERS)}")
+        raise ConfigError(f"unknown solver {told(name)}; valid names: {', '.join(SOLVERS)}")
     solver = SOLVERS[name]
     valid = list(solver.defaults())
     unknown = sorted(set(options) - set(valid))
     if unknown:
         raise ConfigError(
-            f"solver {name!r} has no option {', '.join(unknown)}; valid options: {', '.join(valid) or 'none'}"
+            f"solver {name!r} has no option {', '.join(unknown)[:200]}; valid options: {', '.join(valid) or 'none'}"
         )
     return solver(**options)

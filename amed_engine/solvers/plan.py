@@ -182,7 +182,7 @@ def plan_of_levels(data: Any) -> Plan:
     if told != LEVELS or isinstance(told["version"], bool):
         raise ConfigError("expected format 'amed_levels', version 1; write one with `amed search-schedule`")
     if unknown := sorted(set(map(str, data)) - {*LEVELS, "plan"}):
-        raise ConfigError(f"noise levels have unknown entries {', '.join(unknown)}; the plan says everything")
+        raise ConfigError(f"noise levels have unknown entries {', '.join(unknown)[:200]}; the plan says everything")
     return Plan.from_json(data.get("plan"))
 
 

@@ -11,6 +11,7 @@ from amed_engine.solvers.mean import NAMES
 from amed_engine.solvers.schedule import SCHEDULES
 
 VERSION = 2  # of plans in files; those of the first have none
+MAX_LEVELS = 10_000  # in files: what is made of a plan takes some 100 us for each
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -51,7 +52,7 @@ def current(data: Mapping, usual: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in ("solver", "sigmas") if name not in said]:
         raise ConfigError(f"plan lacks {', '.join(missing)}")
     if unknown := sorted(set(map(str, said)) - set(_TYPES)):
-        raise ConfigError(f"plan has unknown entries {', '.join(unknown)}; expected {', '.join(sorted(_TYPES))}")
+        raise ConfigError(f"plan has unknown entries {', '.join(unknown)[:200]}; expected {', '.join(sorted(_TYPES))}")
     if "version" not in data:
         said = _of_version_1(said, usual)
     said = {**dict.fromkeys(OPTIONAL), **said}
@@ -105,5 +106,9 @@ def _check_types(data: Mapping) -> None:
         )
     if not all(isinstance(settings, dict) for settings in (data["wrapping"] or {}).values()):
         raise ConfigError("plan entry 'wrapping' must hold an object for each place")
+    if len(data["sigmas"]) > MAX_LEVELS:
+        raise ConfigError(
+            f"plan entry 'sigmas' has {len(data['sigmas'])} numbers, more than the {MAX_LEVELS} that it may have"
+        )
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in data["sigmas"]):
         raise ConfigError("plan entry 'sigmas' must be a list of numbers")

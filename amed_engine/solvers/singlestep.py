@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import rules
-from amed_engine.solvers.arguments import in_range
+from amed_engine.solvers.arguments import in_range, told
 from amed_engine.solvers.base import Past, Solver, UseOfPredictor
 from amed_engine.solvers.stage import Midpoint, Row, Stage
 
@@ -40,7 +40,7 @@ class DPM2(Solver):
 
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 < self.r <= 1:
-            raise ConfigError(f"dpm: r must be in (0, 1], got {self.r!r}")
+            raise ConfigError(f"dpm: r must be in (0, 1], got {told(self.r)}")
 
     def step(
         self, past: Past, sigma: Tensor, sigma_next: Tensor, midpoint: Midpoint | None, i: int, n: int

@@ -207,6 +207,20 @@ def test_damaged_directories_are_refused(tmp_path):
             "its fingerprint is not the one that was saved",
         ),
         ({"wrap": config["wrap"] | {"sigma_max": "wide"}}, "cannot be wrapped"),
+        ({"wrap": config["wrap"] | {"sigma_max": 0.0}}, "sigma_min must be at least 0 and below sigma_max"),
+        ({"wrap": config["wrap"] | {"sigma_max": True}}, "sigma_max must be a number"),
+        ({"wrap": config["wrap"] | {"has_null": 1e308}}, "'has_null' is 1e[+]308, expected False"),
+        ({"wrap": config["wrap"] | {"labels": [1] * 1000}}, r"'labels' is \[1, 1, .{,60}\], expected 'rows'"),
+        ({"wrap": config["wrap"] | {"label_dim": 10**9}}, "label_dim must be an integer from 0 to 100000"),
+        ({"wrap": config["wrap"] | {"colour": 1}}, "'colour' is 1, expected None"),
+        (
+            {"wrap": config["wrap"] | {"family": "IDDPM", "arguments": {"steps": 10**9}}},
+            "its family has 1000000000 steps",
+        ),
+        (
+            {"wrap": config["wrap"] | {"family": "EDM", "arguments": {"v_prediction": 1}}},
+            "v_prediction must be True or",
+        ),
         ({"fingerprint": "0"}, "its fingerprint is not the one"),
         ({"model": {"image_size": -1}}, "does not build"),
     ):

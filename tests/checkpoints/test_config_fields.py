@@ -3,12 +3,15 @@
 import json
 import random
 
+import numpy
 import pytest
 import torch
 
-from amed_engine import AMEDPredictor, ConfigError, FileFormatError
+from amed_engine import AMEDPredictor, ConfigError, FileFormatError, Plan, make_plan, save_predictor
 from amed_engine.checkpoints import load_model, load_predictor
+from amed_engine.checkpoints.diffusers_folder import load_diffusers
 from amed_engine.checkpoints.files import write
+from amed_engine.checkpoints.native import save_model
 from amed_engine.networks import DhariwalUNet, EDMPrecond, OpenAIClassifier, OpenAIUNet, SongUNet
 from amed_engine.sampling.predictors import CoefficientPredictor, ConstantPredictor
 
@@ -151,3 +154,54 @@ def test_the_arguments_of_published_networks_are_taken():
         network = EDMPrecond(**published)
         again = EDMPrecond(**json.loads(json.dumps(network.config)))
         assert again.config == network.config
+
+
+DIFFUSERS = {
+    "layers_per_block": (10**9, "it asks for more layers than the [0-9]+ tensors of the file can fill"),
+    "down_block_types": (["DownBlock2D"] * 3000, "holds no U-Net of diffusers"),
+    "num_class_embeds": (10**9, "it asks for [0-9]+ tensors of [0-9]+ numbers, the file holds [0-9]+ of"),
+    "class_embed_type": ("timestep", "it asks for [0-9]+ tensors"),
+    "flip_sin_to_cos": ("no", "flip_sin_to_cos must be bool, got 'no'"),
+    "norm_eps": ([1] * 1000, r"norm_eps must be int or float, got \[1, 1"),
+    "freq_shift": (True, "freq_shift must be int, got True"),
+    "act_fn": ({}, "act_fn must be str, got {}"),
+    "block_out_channels": ([10**400, 8], "holds no U-Net of diffusers"),
+}
+
+
+def test_fields_of_diffusers_have_types_and_no_more_layers_than_the_file(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    small = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    model = diffusers.UNet2DModel(8, **small, down_block_types=down, up_block_types=up, attention_head_dim=8)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(DIFFUSERS) < {*config}
+    for name, (value, message) in DIFFUSERS.items():
+        (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(FileFormatError, match=message) as told:
+            load_diffusers(diffusers.UNet2DModel, tmp_path, "U-Net")
+        assert len(str(told.value)) < 600
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_diffusers(diffusers.UNet2DModel, tmp_path, "U-Net").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_sizes_may_be_numpys_integers_and_are_plain_in_files(tmp_path):
+    count = {value: numpy.int64(value) for value in range(9)}
+    networks = {
+        "model": EDMPrecond(count[8], 1, model_channels=count[8], channel_mult=[count[1]], num_blocks=count[1]),
+        "amed": AMEDPredictor(0.1, bottleneck=(count[4], 4), hidden_dim=count[8], embedding_dim=count[4]),
+        "constant": ConstantPredictor(count[3], numpy.uint8(2)),
+        "coefficient": CoefficientPredictor(count[3], 80.0, codes=count[2], inputs=count[5]),
+    }
+    for name, network in networks.items():
+        (save_model if name == "model" else save_predictor)(network, file := tmp_path / f"{name}.safetensors")
+        loaded = (load_model if name == "model" else load_predictor)(file)
+        assert loaded.config == network.config
+    plan = make_plan(count[5], solver="ipndm", options={"max_order": count[3]})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan == make_plan(5, solver="ipndm", options={"max_order": 3})
+    for size in (True, numpy.bool_(True), 8.0, numpy.float32(8)):
+        with pytest.raises(ConfigError, match="hidden_dim must be an integer of at least 1"):
+            AMEDPredictor(hidden_dim=size)

@@ -142,6 +142,7 @@ def test_unknown_solver_options_are_refused(plan, options):
         ({"sigmas": [2, "1"]}, "plan entry 'sigmas' must be a list of numbers"),
         ({"sigmas": [2, True]}, "plan entry 'sigmas' must be a list of numbers"),
         ({"sigmas": [1, 2]}, "sigmas must decrease"),
+        ({"sigmas": [*range(20_000, 0, -1)]}, "plan entry 'sigmas' has 20000 numbers, more than the 10000"),
         ({"sigmas": []}, "sigmas must be a vector of at least 2 noise levels"),
         ({"sigmas": [float("inf"), 1]}, "sigmas must be finite"),
         ({"afs": 1}, "plan entry 'afs' has type int, expected bool"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,10 @@ def _check_parts(folder: Path) -> None:
     """Raise ConfigError where something else has the name of what a dataset consists of."""
     for name in (NAME, ledgers.NAME):
         resolved(folder / name)
-    if (claims := folder / claims_of.FOLDER).exists() and not claims.is_dir():
+    claims, mode = folder / claims_of.FOLDER, stat.S_IFDIR
+    with contextlib.suppress(FileNotFoundError):  # one look: another may remove the folder at any time
+        mode = claims.lstat().st_mode
+    if not stat.S_ISDIR(mode):
         raise ConfigError(
             f"{claims} is no folder, and a dataset has its claims there; move it away, or choose another folder"
         )
@@ -89,7 +93,7 @@ def _check_parts(folder: Path) -> None:
 def _check_free(folder: Path) -> None:
     """Raise ConfigError where there are shards, or a ledger, without a manifest."""
     ours = [path.name for path in folder.iterdir() if ledgers.SHARD.fullmatch(path.name) or path.name == ledgers.NAME]
-    if ours:
+    if ours and not (folder / NAME).exists():  # another may have begun just now
         raise ConfigError(
             f"{folder} has {min(ours)} but no {NAME}, so nobody can tell what it holds; restore that, or choose another folder"
         )

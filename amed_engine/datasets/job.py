@@ -122,7 +122,7 @@ def labels_told(labels: np.ndarray | None) -> Any:
         return None
     if bool((labels == labels[:1]).all()):
         return labels[0].tolist()
-    return {"sha256": hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(), "dtype": str(labels.dtype)}
+    return {"sha256": hashlib.sha256(np.ascontiguousarray(labels).data).hexdigest(), "dtype": str(labels.dtype)}
 
 
 def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Datasets of 50,000 digits: the same by every kind of process, whoever is killed meanwhile, and what writing them costs.
 
-    python benchmarks/bench_datasets.py kill --out benchmarks/results/datasets-kill.json
-    python benchmarks/bench_datasets.py speed --baseline PATH --out benchmarks/results/datasets-cpu.json
+    python benchmarks/bench_datasets.py kill --out datasets-kill.json
+    python benchmarks/bench_datasets.py speed --baseline PATH --out datasets-speed.json
     python benchmarks/bench_datasets.py table FILE...
 
 `kill` draws the digits by one process, `--workers 2`, torchrun with two ranks and two actors of a local Ray cluster, and again

@@ -207,7 +207,7 @@ PROGRAMS = {
     "docs/datasets.md": [
         Program(generated, blocks=2),
         Program(drawn_by_actors, needs=("ray.data",)),
-        Program(stored, needs=("webdataset", "pyarrow", "zarr"), blocks=6),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=8),
     ],
     "docs/evaluation.md": [
         Program(distance),
@@ -218,7 +218,6 @@ PROGRAMS = {
     ],
     "docs/export.md": [
         Program(result),
-        Program(needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("onnxscript", "onnxruntime")),
         Program(result, needs=("diffusers",)),
     ],
@@ -321,7 +320,7 @@ def test_options_and_recipes_that_are_shown_exist(amed):
 
 def test_options_of_evaluate_that_are_shown_exist():
     shown = re.findall(r"^    amed evaluate (.*)$", text("docs/evaluation.md"), flags=re.MULTILINE)
-    assert len(shown) == 3
+    assert len(shown) == 4
     assert {word for line in shown for word in line.split() if word.startswith("--")} <= options("evaluate")
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,10 +18,13 @@ import click
 
 from amed_engine.errors import AmedError, ConfigError, MissingDependency
 
+STDERR = 2
+
 
 def run(app: App, args: Sequence[str] | None = None) -> int:
     """The exit code of a program with these arguments, or the process's; what went wrong is printed."""
     name = app.name
+    _open_stderr()
     try:
         with _messages(name):
             return app.main(args, prog_name=name, standalone_mode=False) or 0
@@ -31,6 +36,16 @@ def run(app: App, args: Sequence[str] | None = None) -> int:
             message += f" (see {error.ctx.command_path} --help)"
     click.echo(f"{name}: error: {message}", err=True)
     return code
+
+
+def _open_stderr() -> None:
+    """Where it is closed messages go nowhere, and no file of ours gets its number, which libraries print to."""
+    if sys.stderr is None:
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, STDERR)
+        if handle != STDERR:
+            os.close(handle)
+        sys.stderr = os.fdopen(STDERR, "w", closefd=False)
 
 
 class App(click.Group):

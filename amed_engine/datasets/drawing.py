@@ -71,14 +71,9 @@ class Missing:
 
 
 def rows_of(job: Job, rows: range, labels: np.ndarray | None, source: Source) -> Samples:
-    """The samples at these places; the batch is filled up with its last seed, since the batch's size decides last bits."""
-    places = [*rows, *[rows[-1]] * (job.batch - len(rows))]
-    seeds = job.seeds[rows.start : rows.stop]
-    seeds += seeds[-1:] * (job.batch - len(seeds))
-    drawn = source.draw(seeds, None if labels is None else labels[places])
-    count = len(rows)
-    kept = None if drawn.labels is None else drawn.labels[:count]
-    return Samples(drawn.seeds[:count], drawn.arrays[:count], kept)
+    """The samples at these places, in a batch of the job's size, since that decides last bits."""
+    places = slice(rows.start, rows.stop)
+    return source.draw(job.seeds[places], None if labels is None else labels[places], job.batch)
 
 
 def draw_missing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import time
@@ -22,12 +23,14 @@ from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.seeds import Seeds
 from amed_engine.datasets.shards import MODULUS
 from amed_engine.datasets.sources import Source, open_source
+from amed_engine.datasets.sources.base import batches_of
 from amed_engine.datasets.verify import compare_place, verify_samples
 from amed_engine.datasets.workers import draw_in_workers
 from amed_engine.errors import AmedError, ConfigError
 
 logger = logging.getLogger("amed_engine")
 
+LOOKED = 20  # batches
 MAKERS = (types.FunctionType, types.MethodType, functools.partial)
 
 
@@ -178,7 +181,20 @@ def make_job(
     }
     job = Job(seeds=seeds, format=format, shard=shard, batch=size, threads=threads, **told)
     job.kind.check(source.shape, source.stored)
+    _warn_of_rows(job)
     return job, labels
+
+
+def _warn_of_rows(job: Job) -> None:
+    """Say where seeds contend for the rows of a batch, which takes more runs of the network: see `batches_of`."""
+    looked = [job.seeds[rows.start : rows.stop] for rows in itertools.islice(job.batches(0), LOOKED)]
+    runs = sum(len(batches_of(seeds, None, job.batch)[0]) for seeds in looked)
+    if runs > max(1.5 * len(looked), len(looked) + 1):
+        logger.warning(
+            "a seed has the row of its remainder by %d, so these seeds take %.1f times the runs of consecutive ones; name "
+            "consecutive seeds, or another batch size",
+            *(job.batch, runs / len(looked)),
+        )
 
 
 def check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:

@@ -23,7 +23,13 @@ from amed_engine.solvers.temporary import Temporary
 NAME, VERSION = "manifest.json", 1
 LARGEST_BATCH = 64
 PLACE = ("device", "arithmetic", "versions")  # what may change on the way: see `place`
-ARITHMETIC = ("graphs", "kernels", "matmul", "convolution")  # of a source's identity, what its device brings
+ARITHMETIC = (
+    "graphs",
+    "kernels",
+    "matmul",
+    "convolution",
+    "algorithms",
+)  # of a source's identity, what its device brings
 
 
 def fitting_batch(shard: int) -> int:

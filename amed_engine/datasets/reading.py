@@ -117,6 +117,8 @@ def read_arrays(path: Path, batch: int) -> Iterator[np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open(ARRAY) as member:
             shape, dtype = read_head(member)
+            if len(shape) != 4 or not shape[0]:
+                raise FileFormatError(f"arr_0 has shape {shape}, expected pictures (N, H, W, 1 or 3)")
             header = Header(shape[0], shape[1:], str(dtype), {}).check()
             if header.dtype != "uint8":
                 raise FileFormatError(f"arr_0 is {dtype}, expected pictures of bytes (N, H, W, 1 or 3)")

@@ -140,6 +140,7 @@ class ShardWriter:
         self._give_up()
 
     def _give_up(self) -> None:
+        """Of a shard that has its name nothing is left to give up but the claim."""
         if self._open is not None:
             if self._open.writer is not None:
                 self._open.writer.abort()
@@ -163,7 +164,7 @@ class ShardWriter:
     def _make_room(self, shard: int, target: Path) -> None:
         if not (target.exists() or target.is_symlink()):
             return
-        if (entry := self.ledger.entries.get(shard)) is None:
+        if (entry := self.ledger.refresh().get(shard)) is None:
             raise ConfigError(f"{target} is there and not in the ledger, so not of this dataset; move it away")
         delete(self.ledger.folder, entry)
 
@@ -182,26 +183,31 @@ class ShardWriter:
         made, started = self._open, time.perf_counter()
         with _naming(made.temporary.target):
             made.writer.close()
+            made.writer = None
             made.temporary.flush()
-            path, folder = made.temporary.path, self.job.kind.folder
-            files = sizes_of(path) if folder else None
-            self.ledger.append(
-                Entry(
-                    shard=made.shard,
-                    name=made.temporary.target.name,
-                    samples=made.samples,
-                    sha256=hash_of(path),
-                    sum=f"{made.sum % MODULUS:064x}",
-                    size=path.stat().st_size if files is None else sum(files.values()),
-                    device=self.device,
-                    files=files,
-                )
-            )
-            made.temporary.publish()
-        made.claim.release()
-        self._open = None
+            there = self.ledger.refresh().get(made.shard)
+            if there is None or not there.is_there(
+                self.ledger.folder
+            ):  # else another took the claim for left, and was first
+                self.ledger.append(self._entry(made))
+                made.temporary.publish()
+        self._give_up()
         self.progress.wrote(0, time.perf_counter() - started)
         self.progress.published(made.samples)
+
+    def _entry(self, made: Open) -> Entry:
+        path = made.temporary.path
+        files = sizes_of(path) if self.job.kind.folder else None
+        return Entry(
+            shard=made.shard,
+            name=made.temporary.target.name,
+            samples=made.samples,
+            sha256=hash_of(path),
+            sum=f"{made.sum % MODULUS:064x}",
+            size=path.stat().st_size if files is None else sum(files.values()),
+            device=self.device,
+            files=files,
+        )
 
 
 @contextlib.contextmanager

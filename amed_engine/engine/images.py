@@ -20,6 +20,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.solvers.files import atomic_write, write_or_stream
 from amed_engine.solvers.targets import resolved
 
+OWN = ("seed", "class")  # notes of an image alone
 LEGIBLE = 64  # pixels; images of at most half as many are enlarged on a contact sheet
 
 
@@ -128,8 +129,8 @@ def save_each(
 ) -> None:
     """Write every picture (H, W, C) as the PNG of its seed, in its own size, with its notes; without any, its seed.
 
-    A file that is there is replaced where it has the same notes, and they name a `job` as those of `Origin` do, or where it is
-    the same bytes; others only to overwrite. Raises ConfigError, before anything is written, for one of those, for what is no
+    A file that is there is replaced where it is of the same seed, class and `job`, which notes of `Origin` name, or the same
+    bytes; others only to overwrite. Raises ConfigError, before anything is written, for one of those, for what is no
     regular file and for a seed named twice; and OSError.
     """
     check_distinct(seeds)
@@ -138,19 +139,23 @@ def save_each(
     paths = [seed_path(folder, seed, subdirs) for seed in seeds]
     for path, own, data in zip(paths, told, files, strict=True):
         theirs = None if overwrite else read_notes(path)
-        if theirs is not None and not ("job" in own and theirs == own) and path.read_bytes() != data:
-            refuse(path, difference(theirs, own))
+        if theirs is None or path.read_bytes() == data:
+            continue
+        if (found := difference(theirs, own)) is not None or "job" not in own:
+            refuse(path, found)
     for path, data in zip(paths, files, strict=True):
         atomic_write(path, data)
 
 
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
-    """The first of our notes that an image's are not; None for the same."""
+    """The first of our notes that an image's are not; None for the same, and for those of the same job in other words."""
+    same = "job" in ours and theirs.get("job") == ours["job"]
     for name, text in ours.items():
-        if name == "job" and name in theirs and theirs[name] != text:
+        if theirs.get(name) == text or (same and name not in OWN):
+            continue
+        if name == "job" and name in theirs:
             return "a number of the plan or of the predictor is another one"
-        if theirs.get(name) != text:
-            return f"{name}: {theirs.get(name, 'not said')[:80]} there, {text[:80]} here"
+        return f"{name}: {theirs.get(name, 'not said')[:80]} there, {text[:80]} here"
     return None
 
 

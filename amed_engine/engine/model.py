@@ -168,6 +168,20 @@ def _check_answer(x0: Tensor, x: Tensor) -> None:
         )
 
 
+def usable(device: torch.device | str) -> torch.device:
+    """The device of that name as tensors have it: with its index on a GPU, without one on the CPU. Raises ConfigError."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def place(model: Model, device: torch.device | str | None) -> torch.device:
     """Move the model to a device, None leaves it; the device it is on then. Raises ConfigError.
 
@@ -178,17 +192,7 @@ def place(model: Model, device: torch.device | str | None) -> torch.device:
         if model.module is not None and brings_weights(model.module):
             _move(model.module, device)
         return device
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}; pass e.g. 'cpu' or 'cuda:0'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; pass device='cpu'")
-    try:
-        # As tensors there have it: with its index on a GPU, without one on the CPU.
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    device = usable(device)
     if model.module is None:
         return device
     if brings_weights(model.module) and device != (own := torch.empty(0, device=model.device).device):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,45 +10,62 @@ from typing import Any
 
 from torch import Tensor
 
-from amed_engine.adapters.fingerprint import digest, fingerprint
+from amed_engine.adapters.fingerprint import fingerprint
+from amed_engine.engine.identity import buffers_hash, file_hashes, hashed, predictor_hash
 from amed_engine.engine.images import difference, read_notes, refuse, seed_path
 from amed_engine.engine.request import check_labels
 from amed_engine.engine.sampler import Sampler
-from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.plan import Plan
 
 LONGEST = 1000  # characters of a plan, or a label, that are told in full
 DRAWN, GIVEN = "drawn by each seed", "given"
-# Of a plan, what says where it was made and not what it computes.
-PROVENANCE = ("model", "dtype", "wrapping")
+# Of a plan, what says where it and its levels come from and not what it computes.
+PROVENANCE = ("model", "dtype", "wrapping", "schedule", "rho")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """facts: model (fingerprint), plan, guidance, dtype, classes, and `job`, a SHA-256 over these and every number of the plan
-    and the predictor. Batch size and device are none: they change the last bits alone. given: the label of each seed, where
-    labels were given."""
+    """facts: model (fingerprint, or the SHA-256 of its file), plan, guidance, dtype, classes, and `job`, a SHA-256 over what
+    decides images: these but for the words of the plan, the files and buffers of the model, every number of the plan and the
+    predictor; none of a model that cannot be told from another. Batch size and device are none: they change the last bits
+    alone. given: the label of each seed, where labels were given."""
 
     facts: Mapping[str, str]
     given: Mapping[int, str]
 
     @classmethod
     def of(
-        cls, sampler: Sampler, seeds: Sequence[int], labels: Any = None, guidance_scale: float | None = None
+        cls,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        labels: Any = None,
+        guidance_scale: float | None = None,
+        **more: str,
     ) -> Origin:
-        """Of what `sampler.run(seeds, labels, guidance_scale)` draws. Raises ConfigError."""
-        plan, predictor = sampler.running(guidance_scale)
+        """Of what `sampler.run(seeds, labels, guidance_scale)` draws. more: further facts. Raises ConfigError."""
+        (plan, predictor), model = sampler.running(guidance_scale), sampler.model
+        files, known = file_hashes(model.module), fingerprint(model.network)
         told = {
-            "model": fingerprint(sampler.model.network) or "without weights that can be read",
+            **more,
+            "model": known or " ".join(files) or "without weights that can be read",
             "plan": _short(plan.describe()),
             "guidance": "none" if guidance_scale is None else f"{guidance_scale:g}",
             "dtype": str(sampler.dtype).removeprefix("torch."),
         }
-        if sampler.model.label_dim:
+        if model.label_dim:
             told["classes"] = DRAWN if labels is None else GIVEN
-        rows = None if labels is None else check_labels(labels, sampler.model, len(seeds), look=True)
+        rows = None if labels is None else check_labels(labels, model, len(seeds), look=True)
         given = {} if rows is None else {seed: text for seed, text in zip(seeds, texts_of(rows), strict=True) if text}
-        return cls({**told, "job": hashed([told, _plain(plan), _numbers(predictor)])}, given)
+        if known or files:
+            numbers = [
+                buffers_hash(model.module),
+                model.precision,
+                model.label_kind,
+                _plain(plan),
+                predictor_hash(predictor),
+            ]
+            told["job"] = hashed([{**told, "plan": None}, files, *numbers])
+        return cls(told, given)
 
     def notes(self, seeds: Sequence[int], labels: Tensor | None = None) -> list[dict[str, str]]:
         """The texts of each image, its seed and class among them."""
@@ -77,16 +93,5 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 80]}... sha256 {hashed(text)}"
 
 
-def hashed(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def _plain(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in plan.to_json().items() if name not in PROVENANCE}
-
-
-def _numbers(predictor: Predictor | None) -> str | None:
-    """SHA-256 of a predictor's settings and numbers; None without one."""
-    if predictor is None:
-        return None
-    return hashed([type(predictor).__name__, predictor.config, digest(predictor.state_dict())])

@@ -122,22 +122,28 @@ class Report:
 
 
 class Tally:
-    """Features, and classes recognised, of images that come batch by batch."""
+    """Features, and classes recognised, of images that come batch by batch. keep: the features, which `Closeness` to images
+    needs; their statistics alone take no more memory the more there are."""
 
-    def __init__(self, extract: Extractor, classifier: DigitClassifier | None = None):
-        self.extract, self.classifier = extract, classifier
+    def __init__(self, extract: Extractor, classifier: DigitClassifier | None = None, keep: bool = True):
+        self.extract, self.classifier, self._keep = extract, classifier, keep
         self._features: list[Tensor] = []
+        self._statistics = Statistics()
         self._hits, self._count = 0.0, 0
 
     def add(self, images: Tensor, labels: Tensor | None) -> None:
-        self._features.append(self.extract(images))
+        features = self.extract(images)
+        if self._keep:
+            self._features.append(features.clone())  # not what they may be a view of
+        else:
+            self._statistics.update(features)
         self._count += len(images)
         if self.classifier is not None and labels is not None:
             self._hits += class_accuracy(images, labels, self.classifier) * len(images)
 
     @property
     def known(self) -> Known:
-        return Known.of(torch.cat(self._features))
+        return Known.of(torch.cat(self._features)) if self._keep else Known(self._statistics, None)
 
     @property
     def accuracy(self) -> float | None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from amed_engine.datasets.reading import format_of, is_dataset, open_samples
-from amed_engine.errors import ConfigError
+from amed_engine.engine.model import usable
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.evaluation.comparison import REFERENCES
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, load_classifier
 from amed_engine.evaluation.metrics.features import Extractor, as_floats, extractor
-from amed_engine.evaluation.metrics.sources import Images, as_images, batches
+from amed_engine.evaluation.metrics.sources import Images, as_images, batches, holds_statistics
 from amed_engine.evaluation.quality import Report, Tally, closeness, know, of_class
 from amed_engine.solvers.plan import Plan
 
@@ -35,7 +36,8 @@ def evaluate_samples(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Report:
-    """Measure samples of a file or a folder; one batch is in memory at a time, their features are kept.
+    """Measure samples of a file or a folder; one batch is in memory at a time, and their features where they are compared with
+    images: beside statistics, or nothing, memory does not grow with the samples.
 
     samples: a dataset's folder, one of its shards, or pictures as `metrics.batches` reads them. reference, data: images to
     compare with, or an .npz of statistics; "digits" for those the bundled model learned. classifier: "digits" for samples of
@@ -45,7 +47,11 @@ def evaluate_samples(
         raise ConfigError(
             f"{reference!r} is drawn from the samples' latents; for samples that are there pass images, or None"
         )
-    path, tally = Path(samples), Tally(extractor(features, device), _classifier(classifier, device))
+    device, path = usable(device), Path(samples)
+    for other in (reference, data):
+        _check_there(other)
+    keep = any(other is not None and not holds_statistics(other) for other in (reference, data))
+    tally = Tally(extractor(features, device), _classifier(classifier, device), keep)
     about, stream = _opened(path, batch)
     classes: set[int] = set()
     with tqdm(desc="evaluate", unit="sample", unit_scale=True, disable=not progress) as bar:
@@ -73,6 +79,12 @@ def evaluate_samples(
         class_accuracy=tally.accuracy,
         statistics=found.statistics,
     )
+
+
+def _check_there(other: Images | None) -> None:
+    """Before the samples are read, which may take long. Raises FileFormatError."""
+    if isinstance(other, (str, os.PathLike)) and other != "digits" and not Path(other).exists():
+        raise FileFormatError(f"{other} is not there; pass a folder of PNG, a dataset or an .npz to compare with")
 
 
 def about_of(samples: str | os.PathLike) -> dict[str, Any]:

@@ -42,6 +42,8 @@ _held: dict[str, int] = {}  # FIFOs that were opened before the work
 def resolved(path: str | os.PathLike) -> Path:
     """The regular file that is to be made or replaced: the path itself, or where its links lead. Raises ConfigError for what
     is, or leads to, anything else."""
+    if str(path).endswith("/"):
+        raise ConfigError(f"{_named(path)} names a folder, expected a file; leave the / out, or choose another name")
     if (node := _node(path)) is not None:
         raise ConfigError(f"{_named(path)} is {KINDS[node]}, expected a file or a new name; choose another name")
     if not os.path.islink(path):

@@ -1,5 +1,7 @@
 """`amed sample` as to files: what an image says of itself, what it does not replace, and bytes on standard output."""
 
+import functools
+import hashlib
 import io
 import os
 import re
@@ -7,14 +9,17 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx_graphs
 import pytest
 from PIL import Image
+from torch import nn
 
 import amed_engine
 from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import save_model
 from amed_engine.engine import images
 from amed_engine.engine.images import save_each, to_uint8
+from amed_engine.engine.origin import Origin
 
 
 @pytest.fixture
@@ -101,6 +106,64 @@ def test_another_model_is_told(run, tmp_path, other):
     assert "is another image: model: " in err
 
 
+def test_the_same_job_by_other_words_replaces_its_images(run, tmp_path):
+    own = ("--nfe", 4, "--seeds", "0-1", "--outdir", tmp_path / "o")
+    for words in (("--class", 2), ("--class", "2,2", "--rho", 1), ("--class", 2, "--schedule", "time_uniform")):
+        assert run(*own, *words)[0] == 0
+    pixels = np.asarray(Image.open(tmp_path / "o" / "000001.png"))
+    code, _, err = run(*own, "--class", 2, "--rho", 2)
+    assert code == 2
+    assert "plan: euler, time_uniform, 4 intervals, " in err
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "o" / "000001.png")), pixels)
+
+
+def test_models_without_readable_weights_are_told_by_their_files(amed, tmp_path):
+    inputs = {"x": ("float32", ("B", 1, 4, 4)), "sigma": ("float32", ("B",))}
+    common = ("--seeds", "0-1", "--solver", "euler", "--nfe", 2, "--sigma-max", 80, "--device", "cpu", "--no-verify")
+    drawn = ("sample", *common, "--outdir", tmp_path / "o", "--model")
+    for name in ("one", "other"):
+        onnx_graphs.network(tmp_path / f"{name}.onnx", inputs, answer="denoised", metadata={"name": name})
+    for _ in range(2):
+        assert amed(*drawn, tmp_path / "one.onnx")[0] == 0
+    own = hashlib.sha256((tmp_path / "one.onnx").read_bytes()).hexdigest()
+    assert Image.open(tmp_path / "o" / "000001.png").text["model"] == own
+    code, _, err = amed(*drawn, tmp_path / "other.onnx")
+    assert code == 2
+    assert f"is another image: model: {own} there" in err
+
+
+def test_of_a_function_the_pixels_are_compared(tmp_path):
+    def drawn(scale):
+        sampler = amed_engine.Sampler(
+            lambda x, sigma: scale * x, shape=(1, 4, 4), nfe=2, solver="euler", sigma_max=80.0
+        )
+        origin, result = Origin.of(sampler, [0, 1]), sampler.run([0, 1])
+        origin.check(tmp_path, [0, 1], subdirs=False, overwrite=False)
+        save_each(tmp_path, to_uint8(result.images), [0, 1], notes=origin.notes([0, 1]))
+
+    drawn(0.5)
+    drawn(0.5)
+    with pytest.raises(amed_engine.errors.ConfigError, match=r"000000.png is another image: its pixels differ"):
+        drawn(-0.25)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
+
+    def forward(self, x, sigma):
+        return self.layers(x)
+
+
+def test_statistics_of_a_network_make_another_job():
+    sampler = amed_engine.Sampler(Normed().eval(), shape=(1, 4, 4), nfe=1, solver="euler", sigma_max=80.0)
+    before = Origin.of(sampler, [0]).facts["job"]
+    assert Origin.of(sampler, [0]).facts["job"] == before
+    sampler.model.module.layers[1].running_mean += 1
+    assert Origin.of(sampler, [0]).facts["job"] != before
+
+
 def test_the_same_job_writes_the_same_bytes_again(run, tmp_path):
     assert run(*JOB, "--outdir", tmp_path / "o")[0] == 0
     before = contents(tmp_path / "o")
@@ -161,6 +224,9 @@ def test_python_saves_as_carefully(tmp_path):
         (("--seeds", "0-9,5,7-12", "--out", "a.png"), "seeds are named twice: 5, 7, 8, 9; "),
         (("--overwrite", "--out", "a.png"), "--overwrite needs --outdir"),
         (("--format", "npz", "--outdir", "o"), "--format is of --out"),
+        (("--out", "new/"), "new/ names a folder, expected a file"),
+        (("--out", "", "--outdir", "o"), "--out is empty"),
+        (("--seeds", "1-3", "--out", "o/../o/000002.png", "--outdir", "o"), "is the image of a seed in --outdir"),
         (("--format", "png", "--out", "a.npz"), "written as PNG, got a.npz; name it a.png"),
         (
             ("--format", "npz", "--out", "a.png"),
@@ -213,7 +279,7 @@ def started(tmp_path, tiny_model, *args, **how):
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_standard_output_is_the_bytes_alone(tmp_path, tiny_model, kind):
     done = started(tmp_path, tiny_model, "--out", "-", "--format", kind)
-    named = started(tmp_path, tiny_model, "--out", tmp_path / f"a.{kind}")
+    named = started(tmp_path, tiny_model, "--out", tmp_path / f"a.{kind}", preexec_fn=functools.partial(os.close, 2))
     assert (done.returncode, named.returncode) == (0, 0)
     assert done.stdout == (tmp_path / f"a.{kind}").read_bytes()
     assert b"wrote standard output" in done.stderr

@@ -188,6 +188,35 @@ def test_what_another_draws_is_left_to_it(sampler, tmp_path):
     assert generate_dataset(sampler, "0-39", tmp_path, **SMALL).drawn == 20
 
 
+@pytest.mark.parametrize(
+    ("seeds", "times"), [("0-39", None), ("7-40", None), (range(0, 160, 8), "8.0"), ([3, 11, 4], None)]
+)
+def test_seeds_that_contend_for_rows_are_told_of(sampler, tmp_path, caplog, seeds, times):
+    generate_dataset(sampler, seeds, tmp_path, **SMALL)
+    assert ("consecutive" in caplog.text) is bool(times)
+    assert times is None or f"these seeds take {float(times) * 20 / 24:.1f} times the runs" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["npz", "png"])
+def test_who_comes_second_leaves_the_firsts_shard(sampler, tmp_path, kind):
+    """Where a claim was taken for left although its writer lived, two draw one shard."""
+    job = {"format": kind, "shard": 20, "batch": 10}
+    generate_dataset(sampler, "0-39", tmp_path / "other", **job)
+    calls, real = [], sampler.run
+
+    def slow(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:  # the other finishes shard 0 now
+            shutil.copytree(tmp_path / "other", tmp_path / "data", dirs_exist_ok=True)
+        return real(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sampler, "run", slow)
+        assert generate_dataset(sampler, "0-39", tmp_path / "data", **job).samples == 40
+    assert len(Ledger(tmp_path / "data").path.read_text().splitlines()) == 2
+    assert contents(tmp_path / "data") == contents(tmp_path / "other")
+
+
 @pytest.mark.parametrize("name", ["shard-000000.npz", "ledger.jsonl"])
 def test_files_that_nobody_can_tell_anything_of_are_refused(sampler, tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -301,7 +330,7 @@ def test_going_on_elsewhere_says_so(whole, sampler, tmp_path, monkeypatch, caplo
     folder = tmp_path / "data"
     shutil.copytree(whole[0], folder)
     (folder / "shard-000003.npz").unlink()
-    monkeypatch.setattr("amed_engine.datasets.sources.identity.device_name", lambda device: "cpu: Other")
+    monkeypatch.setattr("amed_engine.engine.identity.device_name", lambda device: "cpu: Other")
     report = generate_dataset(Sampler("digits", nfe=3), "0-89", folder, **SMALL, verify=30)
     assert "begun elsewhere (device cpu:" in caplog.text
     assert "a batch drawn again is the same to the byte" in caplog.text

@@ -394,3 +394,79 @@ def test_many_prompts_are_told_by_their_hash(texts):
     source = open_source(texts, prompt=prompts, **STEPS)
     assert source.identity["options"]["prompt"].startswith("sha256:")
     assert source.check_labels(np.arange(1000), 1000)[-1] == 999
+
+
+class Adapted(torch.nn.Module):
+    """A layer with an adapter of LoRA, as the library peft puts them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scaling = base, {"default": 1.0}
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.scaling["default"] * self.up(self.down(x))
+
+
+def adapted(pipeline):
+    other = copy.deepcopy(pipeline)
+    other.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q = Adapted(
+        other.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    )
+    return other
+
+
+SWITCHES = {
+    "FreeU": lambda pipeline: pipeline.enable_freeu(0.9, 0.2, 1.2, 1.4),
+    "slices": lambda pipeline: pipeline.vae.enable_slicing(),
+    "tiles": lambda pipeline: pipeline.vae.enable_tiling(),
+    "attention": lambda pipeline: pipeline.enable_attention_slicing(1),
+    "table": lambda pipeline: pipeline.scheduler.alphas_cumprod.mul_(0.5),
+    "length": lambda pipeline: setattr(pipeline.tokenizer, "model_max_length", 6),
+    "activation": lambda pipeline: setattr(pipeline.unet, "conv_act", torch.nn.GELU()),
+    "adapter": lambda pipeline: adapter_of(pipeline).scaling.update(default=0.5),
+    "text encoder": lambda pipeline: setattr(pipeline.text_encoder.config, "layer_norm_eps", 1e-3),
+}
+
+
+def adapter_of(pipeline):
+    return next(part for part in pipeline.unet.modules() if isinstance(part, Adapted))
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_switched_is_part_of_the_identity(texts, switch):
+    """Neither weights nor configurations tell it."""
+    pipeline = adapted(texts)
+    identity = open_source(pipeline, prompt="a cat", **STEPS).identity
+    assert open_source(copy.deepcopy(pipeline), prompt="a cat", **STEPS).identity == identity
+    SWITCHES[switch](pipeline)
+    assert open_source(pipeline, prompt="a cat", **STEPS).identity != identity
+
+
+class Counting(diffusers.UNet2DModel):
+    def forward(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(*args, **kwargs)
+
+
+def test_what_a_network_counts_is_no_setting():
+    pipeline = pixels()
+    pipeline.unet.__class__ = Counting
+    source = open_source(pipeline, **STEPS)
+    source.draw([3, 4], None)
+    assert open_source(pipeline, **STEPS).identity == source.identity
+
+
+def test_the_settings_of_a_pipeline_as_it_comes_are_few(texts):
+    settings = open_source(copy.deepcopy(texts), prompt="a cat", **STEPS).identity["settings"]
+    assert settings.keys() == {"", "tokenizer", "scheduler"}
+    assert not any(name.startswith("_use_default") for name in settings[""]["image_processor"][1])  # in no order
+
+
+def test_a_pipeline_that_was_saved_is_the_same_wherever_it_lies(texts, tmp_path):
+    identity = open_source(texts, prompt="a cat", **STEPS).identity
+    for name in ("one", "other"):
+        texts.save_pretrained(tmp_path / name)
+        loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / name, safety_checker=None)
+        assert open_source(loaded, prompt="a cat", **STEPS).identity == identity

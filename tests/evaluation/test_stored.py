@@ -1,6 +1,7 @@
 """Samples that are there, judged: the same numbers as of those that are drawn, from every format, one batch at a time."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -114,6 +115,30 @@ def test_a_damaged_shard_ends_it_with_its_name(sampler, tmp_path):
         evaluate_samples(tmp_path / "data")
 
 
+@pytest.mark.parametrize("data", [None, "images", "statistics"])
+def test_memory_does_not_grow_with_the_samples(data, folders, tmp_path):
+    """Of features that are parts of larger tensors these are let go; beside no images features are too."""
+    seen = []
+
+    def features(images):
+        large = images.float().flatten(1).numpy().copy()
+        seen.append(weakref.ref(large))
+        assert sum(ref() is not None for ref in seen) < 3
+        return torch.from_numpy(large)[:, :4]
+
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
+    other = {"images": folders / "png", "statistics": tmp_path / "s.npz"}.get(data)
+    whole = evaluate_samples(folders / "npz", features=lambda images: images.float().flatten(1)[:, :4]).statistics
+    found = evaluate_samples(folders / "npz", features=features, data=other, batch=3)
+    torch.testing.assert_close(found.statistics.sigma, whole.sigma)
+    assert len(seen) >= 14
+
+
+def test_what_is_compared_with_is_looked_for_before_the_samples_are_read(folders):
+    with pytest.raises(FileFormatError, match="nowhere is not there"):
+        evaluate_samples(folders / "npz", data="nowhere", features=lambda images: pytest.fail("it read first"))
+
+
 # ---- the command
 
 
@@ -172,3 +197,16 @@ def test_the_command_refuses_what_is_for_drawing(options, folders):
     with pytest.raises(click.UsageError, match=f"{options[0]} are for drawing") as refused:
         call("--samples", folders / "npz", *options)
     assert "--samples judges what is there" in str(refused.value)
+
+
+def test_the_command_takes_no_empty_name(folders, monkeypatch):
+    import click
+
+    monkeypatch.chdir(folders)
+    with pytest.raises(click.UsageError, match="--samples is empty"):
+        call("--samples", "")
+
+
+def test_a_device_that_is_not_there_is_named(folders):
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        evaluate_samples(folders / "npz", device="gpu")

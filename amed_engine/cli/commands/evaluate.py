@@ -28,9 +28,13 @@ def _without_drawing(command: Callable) -> Callable:
         context = click.get_current_context()
         given = [option for option in context.command.params if _is_given(context, str(option.name))]
         drawing = [option.opts[0] for option in given if option.name not in JUDGING]
-        if asked["samples"] and drawing:
+        if asked["samples"] is not None and drawing:
             raise click.UsageError(
                 f"--samples judges what is there, {', '.join(drawing)} are for drawing; leave them out"
+            )
+        if asked["samples"] == "":
+            raise click.UsageError(
+                "--samples is empty, expected a dataset, a shard or pictures; name them, or leave it out"
             )
         return command(**asked)
 
@@ -83,7 +87,7 @@ def evaluate(
         raise ConfigError(f"statistics are saved as .npz, got {save_statistics!r}")
     check_writable(save_statistics, None if json_file == "-" else json_file, streams=True)
     chosen = {"features": features, "progress": sys.stderr.isatty()}
-    if samples:
+    if samples is not None:
         given = {"reference": reference, "data": data, "classifier": classifier}
         found = _judged(samples, given, batch=batch, device=asked["device"], **chosen)
     else:

@@ -25,6 +25,7 @@ from amed_engine.cli.options import (
     show,
     where_options,
 )
+from amed_engine.datasets.interrupts import terminable
 
 FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
 
@@ -65,6 +66,7 @@ class Interrupted(click.ClickException):
 @click.option("--check", is_flag=True, help="Compare what is there with its hashes, not with its sizes alone.")
 @click.option("--overwrite", is_flag=True, help="Remove the dataset in the folder first, no other file.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
+@terminable()  # until the drawing takes both signals
 def generate(
     seeds,
     class_labels,
@@ -81,7 +83,6 @@ def generate(
     **asked,
 ) -> None:
     """Draw a dataset: shards of samples, each there whole or not at all."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the drawing takes both signals
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     if overwrite or workers > 1:

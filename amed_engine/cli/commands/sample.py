@@ -62,6 +62,8 @@ def sample(seeds, class_labels, guidance_scale, batch, out, kind, outdir, subdir
 
     numbers = parse_seeds(seeds)
     check_distinct(numbers)
+    if out and outdir and _is_among(out, [images.seed_path(outdir, seed, subdirs) for seed in numbers]):
+        raise click.UsageError(f"--out {out} is the image of a seed in --outdir; choose another name")
     sampler = make_sampler(**asked)
     images.check_pictures(sampler.model.shape)
     check_writable(None if out == "-" else out, streams=True)
@@ -101,7 +103,14 @@ def _kind(out: str | None, asked: str | None) -> str:
     return asked or named or "png"
 
 
+def _is_among(out: str, paths: list[Path]) -> bool:
+    return os.path.realpath(out) in map(os.path.realpath, paths)
+
+
 def _check_usage(out: str | None, outdir: str | None, subdirs: bool, overwrite: bool) -> None:
+    for name, given in (("--out", out), ("--outdir", outdir)):
+        if given == "":
+            raise click.UsageError(f"{name} is empty, expected a name; give one, or leave it out")
     if not (out or outdir):
         raise click.UsageError("nowhere to write; pass --out FILE.png or --outdir FOLDER")
     for name, given in (("--subdirs", subdirs), ("--overwrite", overwrite)):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
 from amed_engine.datasets.sources.base import Source, check_options, nothing_global, stored_kind, stored_shape
+from amed_engine.engine import identity as identities
 from amed_engine.engine.export.package import Package
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.datasets.sources import identity as identities
 from amed_engine.datasets.sources import labels as rows
 from amed_engine.datasets.sources.asking import Asked, ask, chosen_labels, defaults, parameters_of, seeded
 from amed_engine.datasets.sources.base import Source, nothing_global, stored_kind, stored_shape
+from amed_engine.datasets.sources.settings import Settings, configuration_of, lasting, settings_of, unusual
+from amed_engine.engine import identity as identities
 from amed_engine.engine.seeds import draw
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import evaluating, exactly, plain_defaults
@@ -45,13 +46,13 @@ class PipelineSource(Source):
                 "this pipeline's safety checker puts black pictures in the place of some, which would be samples of the data "
                 "set: set pipeline.safety_checker = None and filter the data set, or store latents, output_type='latent'"
             )
-        images = _tried(pipeline, asked)
+        images, settings = _tried(pipeline, asked)
         shape = tuple(images.shape[1:])
         # Latents of three channels are no pictures.
         kind = stored_kind("float32" if asked.latent and stored is None else stored, shape)
         if asked.latent and kind == "uint8":
             raise ConfigError("stored='uint8' is for pictures, and output_type='latent' gives none; store 'float32'")
-        told = identities.small(_identity(pipeline, asked))
+        told = identities.small(_identity(pipeline, asked, settings))
         return cls(stored_shape(kind, shape), kind, told, identities.device_name(_device(pipeline)), pipeline, asked)
 
     def _run(self, seeds: list[int], labels: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
@@ -72,16 +73,20 @@ class PipelineSource(Source):
 # ---- drawing ----
 
 
-def _tried(pipeline: Any, asked: Asked) -> Tensor:
-    """Two samples, drawn in either order. Raises ConfigError where a seed's sample depends on what is drawn with it."""
-    one, other = (_drawn(pipeline, asked, seeds, np.zeros(2, np.int64)) for seeds in ([0, 1], [1, 0]))
+def _tried(pipeline: Any, asked: Asked) -> tuple[Tensor, dict[str, Settings]]:
+    """Two samples, drawn in either order, and what either call leaves of settings. Raises ConfigError where a seed's sample
+    depends on what is drawn with it."""
+    calls = [
+        (_drawn(pipeline, asked, seeds, np.zeros(2, np.int64)), settings_of(pipeline)) for seeds in ([0, 1], [1, 0])
+    ]
+    (one, before), (other, after) = calls
     apart, spread = (one - other.flip(0)).abs().mean(), (one[0] - one[1]).abs().mean()
     if bool(apart > 0.1 * spread):
         raise ConfigError(
             f"the samples of {_named(pipeline)} depend on what is drawn with them: two seeds in the other order give other "
             "samples, so it does not take its noise from a generator for each; use another scheduler"
         )
-    return one
+    return one, unusual(pipeline, lasting(before, after))
 
 
 def _drawn(pipeline: Any, asked: Asked, seeds: list[int], labels: np.ndarray | None) -> Tensor:
@@ -156,7 +161,7 @@ def _modules(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def _identity(pipeline: Any, asked: Asked) -> dict[str, Any]:
+def _identity(pipeline: Any, asked: Asked, settings: dict[str, Settings]) -> dict[str, Any]:
     own = getattr(getattr(pipeline.components.get("predictor"), "predictor", None), "plan", None)
     told, usual = asked.told(), defaults(parameters_of(pipeline))
     components = {name: _component(part) for name, part in sorted(pipeline.components.items()) if part is not None}
@@ -166,7 +171,8 @@ def _identity(pipeline: Any, asked: Asked) -> dict[str, Any]:
         "model": type(pipeline).__name__,
         "fingerprint": None if None in prints else identities.hashed(prints),
         "components": components,
-        "configuration": identities.plain(_settings(pipeline.config)),
+        "configuration": identities.plain(configuration_of(pipeline)),
+        "settings": settings,
         "plan": None if own is None else own.to_json(),
         "guidance_scale": told.get("guidance_scale", usual.get("guidance_scale")),
         "options": {**usual, **told},
@@ -181,11 +187,6 @@ def _component(part: Any) -> dict[str, Any]:
         told |= {"fingerprint": fingerprint(part), "buffers": identities.buffers_hash(part)}
     if callable(words := getattr(part, "get_vocab", None)):
         told["words"] = identities.hashed(words())
-    if isinstance(config := getattr(part, "config", None), Mapping):
-        told["configuration"] = identities.plain(_settings(config))
+    if configuration := configuration_of(part):
+        told["configuration"] = identities.plain(configuration)
     return told
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without notes of where and by which version it was saved, and without the names of components."""
-    return {name: value for name, value in config.items() if not name.startswith("_") and not isinstance(value, tuple)}

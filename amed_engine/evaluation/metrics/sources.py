@@ -129,13 +129,20 @@ def _read_path(path: Path, batch: int) -> Iterator[Tensor]:
 def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
     if not folder.is_dir():
         raise FileFormatError(f"{folder} is not a folder; pass one of PNG files, a dataset, or an .npz")
-    files = sorted(file for file in folder.rglob("*.png") if file.is_file())
+    files = sorted(
+        file for file in folder.rglob("*.png") if file.is_file() and not _is_hidden(file.relative_to(folder))
+    )
     if not files:
         raise FileFormatError(f"{folder} has no PNG files, nor have its folders")
     first = _read_png(files[0])
     for start in range(0, len(files), batch):
         pictures = [_read_png(file, first.shape) for file in files[start : start + batch]]
         yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def _is_hidden(path: Path) -> bool:
+    """As what is still being written."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _read_png(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +11,11 @@ from torch import Tensor
 
 import amed_engine.adapters as adapters
 import amed_engine.zoo as zoo
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import load_predictor
+from amed_engine.engine.identity import hashed
 from amed_engine.engine.images import rounded
-from amed_engine.engine.origin import Origin, hashed
+from amed_engine.engine.origin import Origin
 from amed_engine.engine.sampler import Sampler
 from amed_engine.errors import ConfigError
 from amed_engine.evaluation.published.recipes import Recipe
@@ -122,9 +123,12 @@ class Drawing(NamedTuple):
 
 def origin_of(recipe: Recipe, drawing: Drawing, seeds: Sequence[int]) -> Origin:
     """What decides the images of these seeds, for their files."""
-    origin = Origin.of(drawing.sampler, seeds, guidance_scale=drawing.guidance)
-    prompts = {"prompts": hashed(list(drawing.texts))} if drawing.texts else {}
-    return replace(origin, facts={"recipe": recipe.name, **prompts, **origin.facts})
+    told = {"recipe": recipe.name}
+    if drawing.parts is not None:
+        told["prompts"] = hashed([drawing.parts.fingerprint, *drawing.texts])
+    if drawing.decoder is not None:
+        told["decoder"] = fingerprint(drawing.decoder) or "without weights that can be read"
+    return Origin.of(drawing.sampler, seeds, guidance_scale=drawing.guidance, **told)
 
 
 def draw(source: Sampler | Drawing, seeds: Sequence[int], batch: int = 64) -> Iterator[Tensor]:

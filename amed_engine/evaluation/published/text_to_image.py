@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 
 import amed_engine.adapters as adapters
+from amed_engine.adapters.fingerprint import fingerprint
 from amed_engine.checkpoints import latent, load_first_stage
+from amed_engine.engine.identity import hashed
 from amed_engine.errors import ConfigError, FileFormatError, require
 from amed_engine.zoo.catalogue import CATALOGUE
 from amed_engine.zoo.weights import VARIABLE, as_denoiser
@@ -38,6 +40,11 @@ class TextToImage:
         network, null = latent.load(folder / "unet"), self.encode([""])
         texts, none = {"encoder_hidden_states": null.expand(rows, -1, -1)}, {"encoder_hidden_states": null}
         self.denoiser = as_denoiser(network, name, folder / "unet", conditions=texts, null_conditions=none)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what makes a prompt's condition: the encoder's weights, the tokenizer's words."""
+        return hashed([fingerprint(self._encoder), self._tokenizer.get_vocab()])
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """(P, length, width); a prompt that is too long is cut."""

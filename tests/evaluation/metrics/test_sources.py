@@ -85,6 +85,7 @@ def test_nothing_is_kept_of_a_stream():
 def test_folders_are_read_in_the_order_of_names_and_searched(tmp_path):
     images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 1, 3, 3)
     save_each(tmp_path, list(to_uint8(images)), [2000, 1, 999, 1000, 0], subdirs=True)
+    (tmp_path / "000000" / ".amed-tmp.1-2.000003.png").write_bytes(b"half a picture")
     got = torch.cat(list(batches(tmp_path, batch=2)))
     assert got.dtype == torch.uint8
     assert got[:, 0, 0, 0].tolist() == [to_uint8(images)[i].item(0) for i in (4, 1, 2, 3, 0)]

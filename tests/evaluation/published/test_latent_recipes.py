@@ -106,6 +106,12 @@ def test_latents_become_the_images_of_their_first_stage(bedroom, amed, tmp_path,
     assert expected.shape == (3, 3, 16, 16)
     assert np.abs(written(tmp_path / "o").astype(int) - pixels(expected)).max() <= 1
     assert pixels(expected).std() > 1
+    with torch.no_grad():
+        next(vae.parameters()).flatten()[0] += 1e-3
+    vae.save_pretrained(folder / f"{LSUN}-vae")
+    code, _, error = amed("reproduce", name, "--images", 3, "--batch", 2, "--weights", folder, *common)
+    assert code == 2
+    assert "is another image: decoder: " in error
 
 
 def test_without_its_first_stage_it_says_where_to_get_it(bedroom, tmp_path):

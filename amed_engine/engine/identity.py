@@ -20,6 +20,7 @@ from amed_engine.adapters.fingerprint import digest
 from amed_engine.sampling.modules import is_lazy, placed, plain_name
 from amed_engine.sampling.predictors import Predictor
 
+ATTENTIONS = ("flash", "mem_efficient", "cudnn", "math")
 MAX_TEXT, MAX_ENTRIES = 256, 100  # of what is told in full
 
 
@@ -85,7 +86,12 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
     precisions = own[0].matmul.fp32_precision, own[1].conv.fp32_precision
     # "none" leaves it at float32.
     matmul, convolution = ("ieee" if precision == "none" else precision for precision in precisions)
-    return {**told, "matmul": matmul, "convolution": convolution}
+    algorithms = {
+        "deterministic": torch.are_deterministic_algorithms_enabled() or backends.cudnn.deterministic,
+        "benchmark": backends.cudnn.benchmark,
+        "attention": [getattr(backends.cuda, f"{kind}_sdp_enabled")() for kind in ATTENTIONS],
+    }
+    return {**told, "matmul": matmul, "convolution": convolution, "algorithms": algorithms}
 
 
 def device_name(device: torch.device) -> str:

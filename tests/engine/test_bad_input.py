@@ -15,6 +15,7 @@ from amed_engine import (
     Midpoint,
     Sampler,
     load,
+    load_package,
     make_plan,
     make_schedule,
     make_solver,

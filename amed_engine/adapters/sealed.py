@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from amed_engine.errors import FileFormatError
-from amed_engine.solvers.targets import resolved
+from amed_engine.solvers.targets import check_source, resolved
 from amed_engine.solvers.temporary import Temporary
 
 MARK = "amed.sha256"
@@ -72,6 +72,7 @@ def read_sealed(path: str | os.PathLike, read: Callable[[], Read], verify: bool 
     """What `read` gives of a file, which is the same at its end as when it was checked: where it was replaced meanwhile it is
     read again, for up to a second. verify: check it. Raises FileFormatError.
     """
+    check_source(path)
     path, end = Path(path), time.monotonic() + _SECONDS
     while True:
         before = _stamps(path)

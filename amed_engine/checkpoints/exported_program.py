@@ -15,6 +15,7 @@ from amed_engine.checkpoints.archives import check_archive, load_restricted
 from amed_engine.checkpoints.files import MAX_HEADER
 from amed_engine.errors import FileFormatError
 from amed_engine.sampling.modes import plain_defaults
+from amed_engine.solvers.targets import check_source
 
 MAX_CONFIG = 64 * MAX_HEADER  # an entry per tensor
 # Files of constants that are no tensors: scripted objects and pickled ones.
@@ -28,6 +29,7 @@ def load_program(path: str | os.PathLike, *, verify: bool = True) -> torch.expor
     other file, and for one with parts that torch would unpickle.
     """
     path = Path(path)
+    check_source(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, path)

@@ -17,6 +17,7 @@ from typing import Any
 
 from amed_engine.errors import FileFormatError
 from amed_engine.solvers.files import parse_json
+from amed_engine.solvers.targets import check_source
 from amed_engine.solvers.temporary import lock
 
 NAME = "ledger.jsonl"
@@ -84,6 +85,7 @@ class Ledger:
         if not self.path.exists():
             self.entries, self._read = {}, 0
             return self.entries
+        check_source(self.path)
         with open(self.path, "rb") as file:  # opened anew: a network file system shows then what others wrote
             file.seek(self._read)
             for line in file:

@@ -29,6 +29,7 @@ from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.kept import kept
 from amed_engine.sampling.modules import as_module, bare, bound, module_of, never_writes, said
+from amed_engine.solvers.targets import check_source
 
 
 def resolve(
@@ -151,6 +152,7 @@ def opened(model: Any, weights: str | os.PathLike | None = None) -> Any:
             f"unknown model {str(model)!r}: no such file, and bundled models are: {', '.join(zoo.names()) or 'none'}; "
             f"published ones: {', '.join(zoo.published())}"
         )
+    check_source(path)
     return _read(path)
 
 

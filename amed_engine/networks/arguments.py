@@ -8,7 +8,17 @@ from functools import partial
 from typing import Any
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers.arguments import in_range, is_bool, is_fraction, is_list, is_number, is_positive, one_of, told
+from amed_engine.solvers.arguments import (
+    in_range,
+    is_bool,
+    is_fraction,
+    is_list,
+    is_number,
+    is_positive,
+    is_whole,
+    one_of,
+    told,
+)
 
 MAX_SIDE = 1 << 16  # of an image
 MAX_LEVELS = 17  # each half as wide as the one before, the last one pixel
@@ -57,7 +67,7 @@ def _taps(owner: str, name: str, value: Any) -> None:
 
 
 def _heads(owner: str, name: str, value: Any) -> None:
-    if type(value) is not int or value != -1:
+    if not is_whole(value, -1, -1):
         in_range(owner, name, value, 1)
 
 

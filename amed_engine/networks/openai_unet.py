@@ -30,7 +30,7 @@ from amed_engine.networks.openai_layers import (
     zero,
 )
 from amed_engine.sampling.denoiser import one_hot
-from amed_engine.solvers.arguments import one_of, told
+from amed_engine.solvers.arguments import is_whole, one_of, plain, told
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # of the classifier's head over spatial means
@@ -61,10 +61,10 @@ class _Encoder(nn.Module):
 
     def __post_init__(self):
         super().__init__()  # the arguments are plain attributes, which may be there before it
-        self.config: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        self.config: dict[str, Any] = {each.name: plain(getattr(self, each.name)) for each in fields(self)}
         check_arguments(type(self).__name__, self.config)
         check_levels(type(self).__name__, "image_size", self.image_size, len(self.channel_mult))
-        if type(self.dims) is not int or self.dims != 2:
+        if not is_whole(self.dims, 2, 2):
             raise ConfigError(f"dims must be 2 (images), got {told(self.dims)}")
         width = 4 * self.model_channels
         self.style = Style(width, **{name: getattr(self, name) for name in Style._fields[1:]})

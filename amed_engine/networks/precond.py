@@ -17,7 +17,7 @@ from amed_engine.networks.arguments import check_arguments, check_sigmas
 from amed_engine.networks.dhariwal_unet import DhariwalUNet
 from amed_engine.networks.song_unet import SongUNet
 from amed_engine.sampling.denoiser import Denoised, is_tracing
-from amed_engine.solvers.arguments import one_of
+from amed_engine.solvers.arguments import one_of, plain
 
 NETWORKS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 # Set by the preconditioning itself, so not options of the network.
@@ -71,7 +71,7 @@ class EDMPrecond(nn.Module):
         config = {name: getattr(self, name) for name in names}
         if math.isfinite(self.sigma_max):
             config["sigma_max"] = self.sigma_max
-        return config | self._options
+        return {name: plain(value) for name, value in (config | self._options).items()}
 
     @property
     def bottleneck_shape(self) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from numbers import Integral, Real
 from typing import Any
 
 from amed_engine.errors import ConfigError
@@ -22,8 +23,22 @@ def told(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
+def plain(value: Any) -> Any:
+    """A setting with NumPy's numbers as Python's, which JSON knows; also those in lists."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def is_whole(value: Any, low: int, high: int = HUGE) -> bool:
+    """Whether it is an integer, NumPy's too, from low to high."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+
+
 def in_range(owner: str, name: str, value: Any, low: int, high: int = HUGE) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if not is_whole(value, low, high):
         expected = f"from {low} to {high}" if high < HUGE else f"of at least {low}"
         raise ConfigError(f"{owner}: {name} must be an integer {expected}, got {told(value)}")
 
@@ -41,7 +56,7 @@ def one_of(owner: str, name: str, value: Any, valid: tuple[str, ...]) -> None:
 def is_number(owner: str, name: str, value: Any, what: str = "a finite number") -> float:
     """The number as a float."""
     try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
+        if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value):
             return float(value)
     except OverflowError:
         pass

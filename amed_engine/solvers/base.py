@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.arguments import plain
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.stage import Midpoint, Stage
 
@@ -47,7 +48,7 @@ class Solver(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """All of them by name."""
-        return {option.name: getattr(self, option.name) for option in fields(self)}  # type: ignore[arg-type]
+        return {option.name: plain(getattr(self, option.name)) for option in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

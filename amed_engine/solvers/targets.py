@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from amed_engine.errors import ConfigError
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.temporary import sweep
 
 KINDS = {
@@ -54,6 +54,16 @@ def resolved(path: str | os.PathLike) -> Path:
             f"{_named(path)} is a link to {file}, whose folder does not exist; make it, or remove the link"
         )
     return file
+
+
+def check_source(path: str | os.PathLike) -> None:
+    """Before a file or a folder is read: raise FileFormatError where there is something else. To open a FIFO is to wait for its
+    writer, and a device may have no end."""
+    kind = stat.S_IFREG  # of what is not there who opens it speaks
+    with contextlib.suppress(OSError, ValueError):
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise FileFormatError(f"{_named(path)} is {KINDS[kind]}, expected a file; copy what it gives to one")
 
 
 def is_stream(path: str | os.PathLike) -> bool:

@@ -3,13 +3,15 @@
 import json
 import random
 
+import numpy
 import pytest
 import torch
 
-from amed_engine import AMEDPredictor, ConfigError, FileFormatError
+from amed_engine import AMEDPredictor, ConfigError, FileFormatError, Plan, make_plan, save_predictor
 from amed_engine.checkpoints import load_model, load_predictor
 from amed_engine.checkpoints.diffusers_folder import load_diffusers
 from amed_engine.checkpoints.files import write
+from amed_engine.checkpoints.native import save_model
 from amed_engine.networks import DhariwalUNet, EDMPrecond, OpenAIClassifier, OpenAIUNet, SongUNet
 from amed_engine.sampling.predictors import CoefficientPredictor, ConstantPredictor
 
@@ -183,3 +185,23 @@ def test_fields_of_diffusers_have_types_and_no_more_layers_than_the_file(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_diffusers(diffusers.UNet2DModel, tmp_path, "U-Net").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_sizes_may_be_numpys_integers_and_are_plain_in_files(tmp_path):
+    count = {value: numpy.int64(value) for value in range(9)}
+    networks = {
+        "model": EDMPrecond(count[8], 1, model_channels=count[8], channel_mult=[count[1]], num_blocks=count[1]),
+        "amed": AMEDPredictor(0.1, bottleneck=(count[4], 4), hidden_dim=count[8], embedding_dim=count[4]),
+        "constant": ConstantPredictor(count[3], numpy.uint8(2)),
+        "coefficient": CoefficientPredictor(count[3], 80.0, codes=count[2], inputs=count[5]),
+    }
+    for name, network in networks.items():
+        (save_model if name == "model" else save_predictor)(network, file := tmp_path / f"{name}.safetensors")
+        loaded = (load_model if name == "model" else load_predictor)(file)
+        assert loaded.config == network.config
+    plan = make_plan(count[5], solver="ipndm", options={"max_order": count[3]})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan == make_plan(5, solver="ipndm", options={"max_order": 3})
+    for size in (True, numpy.bool_(True), 8.0, numpy.float32(8)):
+        with pytest.raises(ConfigError, match="hidden_dim must be an integer of at least 1"):
+            AMEDPredictor(hidden_dim=size)

@@ -59,6 +59,21 @@ def test_the_content_decides_whatever_the_name(tmp_path, state, publish):
     assert load_predictor(convert(file, tmp_path / "ours.safetensors").path).plan is not None
 
 
+def test_an_archive_is_compared_with_its_checksums_unless_it_was_written_without_any(tmp_path, state):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(convert(tmp_path / "without.pt", tmp_path / "ours.safetensors", **TOLD).path, state)
+    torch.save(state, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[len(data) // 2] ^= 1  # of a weight
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(FileFormatError, match="is a damaged archive: Bad CRC-32"):
+        convert(tmp_path / "x.pt", tmp_path / "ours.safetensors", **TOLD)
+
+
 AMED = {"num_steps": 4, "sampler_stu": "amed", "schedule_type": "time_uniform", "schedule_rho": 1.0, "afs": True}
 AMED |= {"scale_dir": 0.01, "scale_time": 0.0, "M": 1, "guidance_type": None, "guidance_rate": 0.0}
 

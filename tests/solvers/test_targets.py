@@ -11,9 +11,17 @@ import sys
 import pytest
 from nodes import REFUSED, STREAMED, Reader
 
-from amed_engine.errors import ConfigError
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.solvers.files import atomic_write, whole, write_or_stream
-from amed_engine.solvers.targets import check_folder, check_target, held, is_descriptor, is_stream, resolved
+from amed_engine.solvers.targets import (
+    check_folder,
+    check_source,
+    check_target,
+    held,
+    is_descriptor,
+    is_stream,
+    resolved,
+)
 from amed_engine.solvers.temporary import PREFIX, Temporary
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs nodes in file systems")
@@ -230,3 +238,13 @@ def test_names_of_open_files_are_known_through_links(tmp_path):
         assert is_stream(f"/proc/self/fd/{file.fileno()}")
         with pytest.raises(ConfigError, match="an open file of a process"):
             resolved(f"/proc/self/fd/{file.fileno()}")
+
+
+def test_what_is_read_is_a_file_or_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, kind in (("fifo", "a FIFO"), ("zero", "a device")):
+        with pytest.raises(FileFormatError, match=f"{name} is {kind}, expected a file"):
+            check_source(tmp_path / name)
+    check_source(tmp_path)
+    check_source(tmp_path / "missing")

@@ -129,7 +129,9 @@ def _read_path(path: Path, batch: int) -> Iterator[Tensor]:
 def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
     if not folder.is_dir():
         raise FileFormatError(f"{folder} is not a folder; pass one of PNG files, a dataset, or an .npz")
-    files = sorted(file for file in folder.rglob("*.png") if not _is_hidden(file.relative_to(folder)))
+    files = sorted(
+        file for file in folder.rglob("*.png") if file.is_file() and not _is_hidden(file.relative_to(folder))
+    )
     if not files:
         raise FileFormatError(f"{folder} has no PNG files, nor have its folders")
     first = _read_png(files[0])

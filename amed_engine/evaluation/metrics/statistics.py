@@ -150,11 +150,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: opened[name] for name in ("mu", "sigma")}
     except KeyError as error:
         raise FileFormatError(f"{path} lacks {error.args[0]}; expected arrays mu (F,) and sigma (F, F)") from error
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, MemoryError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, NotImplementedError) as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(
-            f"{path} is not a readable .npz file: {error}; it is damaged or of another kind"
+            f"{path} is not a readable .npz file: {str(error)[:300]}; it is damaged or of another kind"
         ) from error
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":

@@ -19,7 +19,7 @@ from amed_engine.sampling.loop import sample
 from amed_engine.sampling.modules import device_of, dtype_of, said
 from amed_engine.sampling.predictors.constant import ConstantPredictor
 from amed_engine.solvers import AMED, Solver
-from amed_engine.solvers.arguments import HUGE, in_range, is_number, one_of, told
+from amed_engine.solvers.arguments import in_range, is_number, is_whole, one_of, told
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Midpoint, Update
 
@@ -62,17 +62,18 @@ class AMEDPredictor(nn.Module):
             if not 0 <= is_number("AMEDPredictor", name, scale, below := f"in [0, {SCALES[scales]})") < SCALES[scales]:
                 raise ConfigError(f"AMEDPredictor: {name} must be {below}, got {told(scale)}")
         sized = isinstance(bottleneck, (tuple, list)) and len(bottleneck) == 2
-        if not sized or not all(type(size) is int and 1 <= size < HUGE for size in bottleneck):
+        if not sized or not all(is_whole(size, 1) for size in bottleneck):
             raise ConfigError(f"AMEDPredictor: bottleneck must be two positive sizes (h, w), got {told(bottleneck)}")
         in_range("AMEDPredictor", "hidden_dim", hidden_dim, 1)
         in_range("AMEDPredictor", "bottleneck_dim", bottleneck_dim, 1)
-        if type(embedding_dim) is not int or not 4 <= embedding_dim < HUGE or embedding_dim % 2:
+        if not is_whole(embedding_dim, 4) or embedding_dim % 2:
             raise ConfigError(f"AMEDPredictor: embedding_dim must be even and at least 4, got {told(embedding_dim)}")
         self.plan: Plan | None = None
         self.report: Any = None  # of `distill`: how it compares with what runs without it; not saved
         self.scale_dir, self.scale_time, self.scales = float(scale_dir), float(scale_time), scales
         self.bottleneck = (int(bottleneck[0]), int(bottleneck[1]))
-        self.hidden_dim, self.bottleneck_dim, self.embedding_dim = hidden_dim, bottleneck_dim, embedding_dim
+        self.hidden_dim, self.bottleneck_dim = int(hidden_dim), int(bottleneck_dim)
+        self.embedding_dim = int(embedding_dim)
         width = bottleneck_dim + 2 * embedding_dim
         self.enc_layer0 = nn.Linear(self.bottleneck[0] * self.bottleneck[1], hidden_dim)
         self.enc_layer1 = nn.Linear(hidden_dim, bottleneck_dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import check_features
-from amed_engine.solvers.arguments import in_range, is_bool, is_positive, told
+from amed_engine.solvers.arguments import in_range, is_bool, is_positive, is_whole, told
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.stage import Row
 
@@ -43,7 +43,7 @@ class CoefficientPredictor(nn.Module):
     def __init__(self, intervals: int, sigma_max: float, *, afs: bool = False, codes: int = 0, inputs: int = 0):
         super().__init__()
         in_range("CoefficientPredictor", "intervals", intervals, 1, MAX_INTERVALS)
-        if not all(type(n) is int and 0 <= n <= 4096 for n in (codes, inputs)) or (codes > 0) > (inputs > 0):
+        if not all(is_whole(n, 0, 4096) for n in (codes, inputs)) or (codes > 0) > (inputs > 0):
             raise ConfigError(
                 f"CoefficientPredictor: codes and inputs must be integers from 0 to 4096, got {told(codes)}, {told(inputs)}"
             )
@@ -51,8 +51,8 @@ class CoefficientPredictor(nn.Module):
         is_bool("CoefficientPredictor", "afs", afs)
         self.plan: Plan | None = None
         self.report: Any = None  # of `fit`: how it compares with the best training-free plan; not saved
-        self.intervals, self.sigma_max, self.afs = intervals, float(sigma_max), afs
-        self.codes, self.inputs = codes, inputs
+        self.intervals, self.sigma_max, self.afs = int(intervals), float(sigma_max), afs
+        self.codes, self.inputs = int(codes), int(inputs)
         self.coefficients = nn.Parameter(torch.zeros(intervals, intervals + 1, dtype=torch.float64))
         zeros = self.coefficients.detach().new_zeros
         self.heads = nn.Parameter(zeros(intervals, intervals + 1, codes)) if codes else None

@@ -27,7 +27,7 @@ class ConstantPredictor(nn.Module):
         in_range("ConstantPredictor", "points", points, 1, 7)  # as many as `amed` takes
         self.plan: Plan | None = None
         self.report: Any = None  # of `fit`: how it compares with the best training-free plan; not saved
-        self.intervals, self.points = intervals, points
+        self.intervals, self.points = int(intervals), int(points)
         # Points spread over the interval, together a step in the mean of their directions.
         spread = torch.arange(1, points + 1, dtype=torch.float64) / (points + 1)
         self.r = nn.Parameter(spread.repeat(intervals, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -90,6 +91,9 @@ def _values(thing: Any, ignored: frozenset[str] = frozenset()) -> Iterator[tuple
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """JSON-able; a function by its name, another object by its class and its values."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no number for it
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

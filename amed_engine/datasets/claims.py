@@ -55,10 +55,10 @@ class Claims:
         path = self.folder / f"{shard:06d}.json"
         if path.exists() and not _removed(path, self.run):
             return None
-        try:
-            temporary = Temporary(path)
-        except FileNotFoundError:  # another tidied the folder away just now
-            temporary = Temporary(path)
+        temporary = None
+        while temporary is None:
+            with contextlib.suppress(FileNotFoundError):  # another tidied the folder away just now
+                temporary = Temporary(path)
         try:
             said = {"system": SYSTEM, "host": socket.gethostname(), "pid": os.getpid(), "run": self.run}
             temporary.path.write_text(json.dumps(said))
@@ -76,7 +76,7 @@ class Claims:
         found = {}
         for path in sorted(self.folder.glob("[0-9]*.json")):
             said = _said(path)
-            if not _removed(path, self.run) and path.exists():
+            if path.stem.isdecimal() and not _removed(path, self.run) and path.exists():
                 found[int(path.stem)] = f"process {said.get('pid', '?')} on {said.get('host', '?')}"
         return found
 

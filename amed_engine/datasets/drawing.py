@@ -17,7 +17,6 @@ from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.samples import Samples
 from amed_engine.datasets.shards import ShardWriter
 from amed_engine.datasets.sources import Source
-from amed_engine.solvers.temporary import sweep
 
 Stop = Callable[[], bool]
 
@@ -29,44 +28,50 @@ class Missing:
         self.folder, self.job = folder, job
         self.ledger, self.claims = Ledger(folder), Claims(folder, run)
         self.there: set[int] = set()
+        self.samples = 0
         self.refresh()
 
     def refresh(self) -> None:
-        for shard, entry in self.ledger.refresh().items():
-            if shard not in self.there and shard < self.job.shards and entry.is_there(self.folder):
-                self.there.add(shard)
+        """Look again at all of those that were not there."""
+        for shard in list(self.ledger.refresh()):
+            self._look(shard)
 
-    def tidy(self) -> None:
-        """Remove what killed writers left."""
-        sweep(self.folder)
-        self.claims.tidy()
+    def finished(self, shard: int) -> bool:
+        """Whether it is there by now: what others added to the ledger is read, and this shard alone looked at."""
+        self.ledger.refresh()
+        return self._look(shard)
 
-    @property
-    def samples(self) -> int:
-        """How many are there."""
-        return sum(len(self.job.rows(shard)) for shard in self.there)
+    def _look(self, shard: int) -> bool:
+        entry = self.ledger.entries.get(shard)
+        if entry is not None and shard not in self.there and shard < self.job.shards and entry.is_there(self.folder):
+            self.there.add(shard)
+            self.samples += len(self.job.rows(shard))
+        return shard in self.there
 
     def claimed(self, stop: Stop) -> Iterator[tuple[int, Claim]]:
         """One after the other, claimed for this process, until there are none or `stop` says so."""
-        taken = True
-        while taken:  # once more after a round that had some: others may have left theirs meanwhile
-            taken = False
-            for shard in range(self.job.shards):
+        while left := self.left():  # once more after a round: others may have given up theirs meanwhile
+            for shard in left:
                 if stop():
                     return
-                if shard not in self.there and (claim := self.claim(shard)) is not None:
-                    taken = True
+                if (claim := self.claim(shard)) is not None:
                     yield shard, claim
+
+    def left(self) -> list[int]:
+        """Those that are neither there nor in the hands of a living writer."""
+        held = self.claims.held()  # first: what is finished after this look is there at the next
+        self.refresh()
+        return [shard for shard in range(self.job.shards) if shard not in self.there and shard not in held]
 
     def claim(self, shard: int) -> Claim | None:
         """A shard's claim; None where another draws it, and where it is `there` by now."""
-        claim = self.claims.take(shard)
-        if claim is None:
+        if self.finished(shard) or (claim := self.claims.take(shard)) is None:
             return None
-        self.refresh()  # it may have been finished since the last look
-        if shard in self.there:
-            claim.release()
-            return None
+        with contextlib.ExitStack() as unless:
+            unless.callback(claim.release)
+            if self.finished(shard):  # between the two
+                return None
+            unless.pop_all()
         return claim
 
 
@@ -84,9 +89,9 @@ def draw_missing(
     Raises what sampling and writing raise; the open shard is given up then, and all others are kept.
     """
     missing = Missing(folder, job)
-    with threads(job.threads), ShardWriter(job, Ledger(folder), source.device, progress) as writer:
-        writer.ledger.refresh()
+    with threads(job.threads), ShardWriter(job, missing.ledger, source.device, progress) as writer:
         for shard, claim in missing.claimed(stop):
+            progress.found(missing.samples)
             draw_shard(shard, claim, source, labels, writer)
 
 

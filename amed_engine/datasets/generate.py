@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from amed_engine.datasets.drawing import Missing, draw_missing
-from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder
+from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder, tidy
 from amed_engine.datasets.interrupts import Interrupts
-from amed_engine.datasets.job import Job, decisive, fitting_batch, labels_told, place
+from amed_engine.datasets.job import Job, decisive, fitting_batch, labels_told, place, whole_number
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.seeds import Seeds
 from amed_engine.datasets.shards import MODULUS
@@ -116,35 +116,40 @@ def generate_dataset(
     there; FileFormatError for a damaged folder; OSError, naming the file, where the disk is full; and what sampling raises.
     """
     started, folder = time.perf_counter(), Path(out)
-    check_count("workers", workers, 1)
-    check_count("verify", verify, 0)
+    workers, verify = whole_number("workers", workers, 1), whole_number("verify", verify, 0)
     made = _made(source, workers)
     opened = open_source(made, guidance_scale=guidance_scale, stored=stored, **options)
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:
         overwrite_folder(folder)
-    there = open_folder(folder, job, place(opened.identity, opened.device))
-    compare_place(folder, job, opened, labels, there)
-    if check:
-        check_hashes(folder, job)
-    missing = Missing(folder, job)
-    shown = Progress(len(job.seeds), missing.samples, progress)
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, open_folder(folder, job, place(opened.identity, opened.device)) as (job, first):
+        stop = interrupts.asked.is_set
+        if check:
+            check_hashes(folder, job, stop)
+        compare_place(folder, job, opened, labels, first)
+        missing = Missing(folder, job)
+        shown = Progress(len(job.seeds), missing.samples, progress)
         try:
             errors = []
             if workers == 1:
-                draw_missing(folder, job, opened, labels, shown, interrupts.asked.is_set)
+                draw_missing(folder, job, opened, labels, shown, stop)
             else:
                 making = functools.partial(open_made, source, guidance_scale, stored, options)
                 errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)
         finally:
             shown.close()
-            missing.tidy()
-        missing.refresh()
-        interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
-        check_ended(errors, missing, held, interrupted)
-        verified = 0 if interrupted else verify_samples(folder, job, opened, labels, verify)
-    return report_of(missing, shown, started, held, verified, interrupted)
+            tidy(folder)
+        held = in_other_hands(missing)
+        check_ended(errors, missing, held, stop())
+        verified = verify_samples(folder, job, opened, labels, verify, stop)
+    return report_of(missing, shown, started, held, verified, stop())
+
+
+def in_other_hands(missing: Missing) -> int:
+    """How many shards living writers draw, as of now, as is what is there."""
+    held = missing.claims.held()
+    missing.refresh()
+    return len(held.keys() - missing.there)
 
 
 def report_of(
@@ -169,8 +174,7 @@ def make_job(
     source: Source, seeds: Seeds, class_labels: Any, format: str, shard: int, batch: int | None, threads: int
 ) -> tuple[Job, np.ndarray | None]:
     """The job, and the labels of its samples where they are given. Raises ConfigError."""
-    if type(shard) is not int or shard < 1:
-        raise ConfigError(f"shard must be a whole number of at least 1, got {shard!r}")
+    shard = whole_number("shard", shard, 1)
     labels = source.check_labels(class_labels, len(seeds))
     size = fitting_batch(min(shard, len(seeds))) if batch is None else batch
     told = {
@@ -198,25 +202,21 @@ def _warn_of_rows(job: Job) -> None:
 
 
 def check_ended(errors: list[str], missing: Missing, held: int, interrupted: bool) -> None:
-    """Raise AmedError where workers ended early and left something to draw."""
+    """Raise AmedError where a run ended early and left something to draw."""
     lacking = missing.job.shards - len(missing.there) - held
-    if errors and lacking > 0 and not interrupted:
+    if lacking > 0 and not interrupted:
+        why = errors[0] if errors else "others gave up what they were drawing"
         raise AmedError(
-            f"{errors[0]}; {lacking} shards are missing, all others are kept: the same call draws what is missing"
+            f"{why}; {lacking} shards are missing, all others are kept: the same call draws what is missing"
         )
     for error in errors:
-        logger.warning("%s; the others have drawn all there was", error)
+        logger.warning("%s; %s", error, "the same call draws what is missing" if lacking > 0 else "nothing is missing")
 
 
 def set_hash(missing: Missing) -> str:
     """The sum of all samples that are there, 64 hexadecimal digits."""
     entries = missing.ledger.entries
     return f"{sum(int(entries[shard].sum, 16) for shard in missing.there) % MODULUS:064x}"
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _made(source: Any, workers: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from amed_engine.solvers.temporary import Temporary
 NAME, VERSION = "manifest.json", 1
 LARGEST_BATCH = 64
 PLACE = ("device", "arithmetic", "versions")  # what may change on the way: see `place`
+NAMES = ("model",)  # of a source with a fingerprint: what it is called, which decides nothing
 ARITHMETIC = (
     "graphs",
     "kernels",
@@ -59,8 +61,7 @@ class Job:
         if self.format not in FORMATS:
             raise ConfigError(f"format must be one of {', '.join(FORMATS)}; got {self.format!r}")
         for name in ("shard", "batch", "threads"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
     @property
     def shards(self) -> int:
@@ -107,13 +108,21 @@ class Job:
         return cls(**{**fields, "seeds": Seeds.of(fields["seeds"]), "shape": tuple(shape)})
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Of any kind of integer. Raises ConfigError."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and (number := operator.index(value)) >= least:
+            return number
+    raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def labels_told(labels: np.ndarray | None) -> Any:
     """A label, or the numbers, of all samples; of different ones, their SHA-256; None where the seeds draw them."""
     if labels is None:
         return None
     if bool((labels == labels[:1]).all()):
         return labels[0].tolist()
-    return {"sha256": hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest(), "dtype": str(labels.dtype)}
+    return {"sha256": hashlib.sha256(np.ascontiguousarray(labels)).hexdigest(), "dtype": str(labels.dtype)}
 
 
 def decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,14 +175,17 @@ def _digest(told: Mapping[str, Any]) -> str:
 
 def difference(theirs: Job, ours: Job) -> str | None:
     """The first entries in which two jobs differ, for a message; None for the same job."""
-    found = list(_differences(_plain(theirs.to_json()), _plain(ours.to_json())))
+    found = list(_differences(_told(theirs), _told(ours)))
     found.sort(key=lambda text: text.split(" is ")[0].count("."))  # what was asked before what followed from it
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more if found else None
 
 
-def _plain(data: Any) -> Any:
-    return json.loads(json.dumps(data))
+def _told(job: Job) -> dict[str, Any]:
+    told = json.loads(json.dumps(job.to_json()))
+    if (source := told["source"]).get("fingerprint") is not None:
+        told["source"] = {name: value for name, value in source.items() if name not in NAMES}
+    return told
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:

@@ -102,7 +102,7 @@ class Ledger:
                 raise ValueError("it is not what was written")
             entry = Entry(**fields)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if not line.rstrip().endswith(b"}"):  # cut short by a kill, ended by the next writer
+            if _is_cut(line):  # by a kill or a full disk, and ended by the next writer
                 return
             raise FileFormatError(
                 f"{self.path} holds a line that is no shard: {error}; restore it, or draw into another folder"
@@ -124,6 +124,11 @@ class Ledger:
 
 def _sum(fields: Any) -> int:
     return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether the end of an object is missing; one inside it may be complete."""
+    return not line.rstrip().endswith(b"}") or line.count(b"{") > line.count(b"}")
 
 
 def _ends_a_line(handle: int, size: int) -> bool:

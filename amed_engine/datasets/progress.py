@@ -15,17 +15,18 @@ EVERY = 30.0  # seconds between lines
 class Progress:
     """Samples there are, and images a second of drawing and of writing, each while it was at it. Takes counts from any thread.
 
-    total, there: samples wanted, and those that an earlier run made. shown: False says nothing.
+    total, there: samples wanted, and those that others made, see `found`. shown: False says nothing, nor does a closed stderr.
     """
 
     def __init__(self, total: int, there: int, shown: bool):
-        self.total, self.there, self.shown = total, there, shown
+        self.total, self.there, self._before = total, there, there
+        self.shown = shown and sys.stderr is not None and not sys.stderr.closed
         self.samples = {"drawing": 0, "writing": 0}
         self.seconds = {"drawing": 0.0, "writing": 0.0}
         self.done = 0  # samples in shards that this run finished
         self._lock = threading.Lock()
         self._started = self._said = time.monotonic()
-        terminal = shown and sys.stderr.isatty()
+        terminal = self.shown and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=there, desc="generate", unit="image") if terminal else None
 
     def drew(self, samples: int, seconds: float) -> None:
@@ -39,6 +40,11 @@ class Progress:
         with self._lock:
             self.done += samples
 
+    def found(self, samples: int) -> None:
+        """So many are there, of this run and of all others."""
+        with self._lock:
+            self.there = max(self.there, samples - self.samples["writing"])
+
     def rate(self, what: str) -> float:
         """Images a second."""
         return self.samples[what] / self.seconds[what] if self.seconds[what] else 0.0
@@ -48,24 +54,24 @@ class Progress:
         return ", ".join(f"{what} {self.rate(what):.1f} images/s" for what in self.samples)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            if self._bar is not None:
+                self._bar.close()
 
     def _count(self, what: str, samples: int, seconds: float) -> None:
         with self._lock:
             self.samples[what] += samples
             self.seconds[what] += seconds
-            if what == "writing":
-                with contextlib.suppress(OSError):  # a terminal that is gone is no reason to end
-                    self._show(samples)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to end
+                self._show()
 
-    def _show(self, samples: int) -> None:
+    def _show(self) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(self.rates, refresh=False)
-            self._bar.update(samples)
+            self._bar.update(self.there + self.samples["writing"] - self._bar.n)
         elif self.shown and time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
-            done = self.samples["writing"]
-            left = (self.total - self.there - done) * (self._said - self._started) / max(done, 1)
-            sys.stderr.write(f"generate: {self.there + done:,} of {self.total:,}, {self.rates}, {left:.0f} s left\n")
+            now = self.there + self.samples["writing"]
+            left = (self.total - now) * (self._said - self._started) / max(now - self._before, 1)
+            sys.stderr.write(f"generate: {now:,} of {self.total:,}, {self.rates}, {left:.0f} s left\n")
             sys.stderr.flush()

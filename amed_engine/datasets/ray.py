@@ -22,16 +22,17 @@ from types import ModuleType
 from typing import Any
 
 from amed_engine.datasets.drawing import Missing
-from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder
+from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder, tidy
 from amed_engine.datasets.generate import (
     MAKERS,
     DatasetReport,
-    check_count,
     check_ended,
+    in_other_hands,
     open_made,
     report_of,
 )
 from amed_engine.datasets.interrupts import Interrupts
+from amed_engine.datasets.job import whole_number
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.ray_actors import TRIES, Drawer, Foreman, described, verified
 from amed_engine.datasets.seeds import Seeds
@@ -90,17 +91,17 @@ def generate(
         job, labels, here = pool.ask(described, making, *wanted)
         if overwrite:
             overwrite_folder(folder)
-        first = open_folder(folder, job, here)
-        if check:
-            check_hashes(folder, job)
-        missing = Missing(folder, job, run=secrets.token_hex(8))
-        drawer = {"making": making, "labels": labels, "first": first, "missing": missing}
-        shown = Progress(len(job.seeds), missing.samples, progress)
-        with Interrupts() as interrupts:
-            errors = _draw(pool, missing, drawer, shown, interrupts.asked)
-        interrupted, held = interrupts.asked.is_set(), len(missing.claims.held())
-        check_ended(errors, missing, held, interrupted)
-        again = 0 if interrupted or not verify else pool.ask(verified, making, folder, job, labels, verify)
+        with open_folder(folder, job, here) as (job, first):
+            if check:
+                check_hashes(folder, job)
+            missing = Missing(folder, job, run=secrets.token_hex(8))
+            drawer = {"making": making, "labels": labels, "first": first, "missing": missing}
+            shown = Progress(len(job.seeds), missing.samples, progress)
+            with Interrupts() as interrupts:
+                errors = _draw(pool, missing, drawer, shown, interrupts.asked)
+            interrupted, held = interrupts.asked.is_set(), in_other_hands(missing)
+            check_ended(errors, missing, held, interrupted)
+            again = 0 if interrupted or not verify else pool.ask(verified, making, folder, job, labels, verify)
     return report_of(missing, shown, started, held, again, interrupted)
 
 
@@ -112,9 +113,8 @@ def _check(source: Any, actors: Any, verify: Any) -> None:
         )
     if actors is not None:
         least, most = _pair(actors)
-        check_count("actors", least, 1)
-        check_count("actors", most, least)
-    check_count("verify", verify, 0)
+        whole_number("actors", most, whole_number("actors", least, 1))
+    whole_number("verify", verify, 0)
 
 
 def _pair(actors: Any) -> tuple[Any, Any]:
@@ -240,7 +240,7 @@ def _draw(
     finally:
         ended.set()
         shown.close()
-        missing.tidy()
+        tidy(missing.folder)
     shown.done = missing.samples - before  # an actor that died after its shard was there told nobody
     return errors
 

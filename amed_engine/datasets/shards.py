@@ -94,7 +94,11 @@ class ShardWriter:
 
     def open(self, shard: int, claim: Claim) -> None:
         """The claim is released with the shard's end, whichever it is."""
-        self._put(self._start, shard, claim)
+        try:
+            self._put(self._start, shard, claim)
+        except BaseException:  # an earlier shard's error, or an interrupt
+            claim.release()
+            raise
 
     def add(self, samples: Samples) -> None:
         self._put(self._encode, samples)

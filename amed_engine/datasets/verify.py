@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from amed_engine.datasets.drawing import Missing, rows_of, threads
+from amed_engine.datasets.drawing import Missing, Stop, rows_of, threads
 from amed_engine.datasets.job import Job, place
 from amed_engine.datasets.samples import Samples
 from amed_engine.datasets.sources import Source
@@ -21,8 +21,10 @@ from amed_engine.errors import AmedError, FileFormatError
 logger = logging.getLogger("amed_engine")
 
 
-def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | None, count: int) -> int:
-    """Draw so many random samples of those that are there again; how many were compared.
+def verify_samples(
+    folder: Path, job: Job, source: Source, labels: np.ndarray | None, count: int, stop: Stop = lambda: False
+) -> int:
+    """Draw so many random samples of those that are there again, until `stop` says so between batches; how many were compared.
 
     On the processor they were drawn on they have to have the same bytes, on another to be within one grey level. Raises
     AmedError naming the seeds that differ.
@@ -30,15 +32,20 @@ def verify_samples(folder: Path, job: Job, source: Source, labels: np.ndarray | 
     missing = Missing(folder, job)
     chosen = _chosen(missing, count)
     exact = {shard: missing.ledger.entries[shard].device == source.device for shard in missing.there}
-    batches = {(row // job.shard, row % job.shard // job.batch) for row in chosen}
+    batches = itertools.groupby(chosen, lambda row: (row // job.shard, row % job.shard // job.batch))
+    compared = 0
     with threads(job.threads):
-        for shard, number in sorted(batches):
-            rows = list(job.batches(shard))[number]
-            wanted = [row - rows.start for row in chosen if row in rows]
+        for (shard, number), group in batches:
+            if stop():
+                break
+            start = shard * job.shard + number * job.batch
+            rows = range(start, min(start + job.batch, job.rows(shard).stop))
+            wanted = [row - start for row in group]
             _compare(folder, job, source, labels, shard, rows, wanted, exact[shard])
-    if chosen and not all(exact.values()):
+            compared += len(wanted)
+    if compared and not all(exact.values()):
         logger.warning("some shards were drawn on another processor: compared within one grey level")
-    return len(chosen)
+    return compared
 
 
 def _chosen(missing: Missing, count: int) -> list[int]:

@@ -49,6 +49,7 @@ def draw_in_workers(
         ) from error
     context = multiprocessing.get_context("spawn")
     pipes: dict[Connection, BaseProcess] = {}
+    labels = labels[:1] if job.labels is not None and not isinstance(job.labels, dict) else labels  # one for all
     try:
         for number in range(workers):
             ours, theirs = context.Pipe(duplex=False)
@@ -73,7 +74,7 @@ def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: thr
             try:
                 what, *values = pipe.recv()
             except (EOFError, OSError):
-                errors.extend(_ended(pipes.pop(pipe)))
+                errors.extend(_ended(pipes.pop(pipe), told))
                 continue
             if what == "error":
                 errors.extend(values)
@@ -82,10 +83,17 @@ def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: thr
     return errors
 
 
-def _ended(process: BaseProcess) -> list[str]:
+def _ended(process: BaseProcess, told: bool) -> list[str]:
     process.join()
     code = process.exitcode or 0
-    return [f"a worker was killed by {signal.Signals(-code).name}"] if code < 0 else []
+    if code == 0 or (told and code == -signal.SIGTERM):  # before it listened
+        return []
+    if code < 0:
+        return [f"a worker was killed by {signal.Signals(-code).name}"]
+    return [
+        f"a worker ended with exit code {code}, and stderr says why (a script starts workers under "
+        '`if __name__ == "__main__":` alone)'
+    ]
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
@@ -122,6 +130,7 @@ class Reports(Progress):
 
 
 def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, number: int, pipe: Connection) -> None:
+    labels = None if labels is None else np.broadcast_to(labels, (len(job.seeds), *labels.shape[1:]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's, who tells by SIGTERM
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())

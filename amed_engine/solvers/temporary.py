@@ -59,9 +59,14 @@ class Temporary:
                 return None
         else:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # the umask takes its part
-        lock(handle, wait=True)
-        if is_there(self.path, handle):
-            return handle
+        try:
+            lock(handle, wait=True)
+            if is_there(self.path, handle):
+                return handle
+        except BaseException:
+            remove(self.path)
+            os.close(handle)
+            raise
         os.close(handle)
         return None
 
@@ -99,8 +104,10 @@ class Temporary:
 
     def discard(self) -> None:
         if self._lock is not None:
-            remove(self.path)
-            self._release()
+            try:
+                remove(self.path)
+            finally:
+                self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -147,10 +154,11 @@ def abandoned(path: Path, system: str) -> Iterator[bool]:
         os.close(handle)
 
 
-def lock(handle: int, wait: bool = False) -> bool | None:
-    """Whether an exclusive lock was taken; None where the file system has none."""
+def lock(handle: int, wait: bool = False, shared: bool = False) -> bool | None:
+    """Whether a lock was taken, an exclusive one unless `shared`; None where the file system has none."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -170,7 +178,8 @@ def is_there(path: Path, handle: int) -> bool:
 
 def _silent(path: Path) -> bool:
     """Whether there was no sign of life for STALE seconds, by the clock of the file server."""
-    os.utime(path.parent)
+    with contextlib.suppress(OSError):  # a folder that cannot be written keeps its time, and nothing in it goes silent
+        os.utime(path.parent)
     return path.parent.stat().st_mtime - path.stat().st_mtime > STALE
 
 

@@ -33,7 +33,8 @@ def check_types(make: type[nn.Module], config: Mapping[str, Any]) -> None:
 def without_memory(make: Callable[[], Module], count: int) -> Module:
     """The module on the meta device. Raises ConfigError where it has more layers than `count` tensors can fill, and whatever
     its constructor raises."""
-    with torch.device("meta"), _Layers(count):
+    # The first puts back what torch.no_grad in a constructor cannot: to leave that is a call of torch too, which is stopped.
+    with torch.set_grad_enabled(torch.is_grad_enabled()), torch.device("meta"), _Layers(count):
         return make()
 
 

@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
 
 def is_whole(value: Any, low: int, high: int = HUGE) -> bool:
     """Whether it is an integer, NumPy's too, from low to high."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def in_range(owner: str, name: str, value: Any, low: int, high: int = HUGE) -> None:

@@ -53,7 +53,10 @@ class Temporary:
     def _made(self) -> int | None:
         if self.folder:
             self.path.mkdir()
-            handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                return None
         else:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # the umask takes its part
         try:

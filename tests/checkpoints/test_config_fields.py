@@ -138,6 +138,7 @@ def test_more_layers_than_the_tensors_of_a_file_fill_are_not_built(tmp_path, nam
     with pytest.raises(FileFormatError, match=f"more layers than the {len(tensors)} tensors"):
         load_model(tmp_path / "x.safetensors")
     assert len(built) < 12 * usual
+    assert torch.is_grad_enabled()  # as it was before
 
 
 def test_the_raw_networks_check_theirs():

@@ -1,7 +1,9 @@
 """Bad input: each case is refused before sampling, by an error that says what was got and what would have been right."""
 
 import math
+import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,14 +15,16 @@ from amed_engine import (
     Midpoint,
     Sampler,
     load,
+    load_package,
     make_plan,
     make_schedule,
     make_solver,
     sample,
     save_predictor,
 )
+from amed_engine.adapters import load_compiled, load_onnx
 from amed_engine.adapters.fingerprint import fingerprint
-from amed_engine.checkpoints import save_model
+from amed_engine.checkpoints import load_program, save_model
 from amed_engine.engine.seeds import parse_seeds
 from amed_engine.errors import AmedError, ConfigError, FileFormatError
 
@@ -363,6 +367,15 @@ def test_schedules_that_cannot_be(arguments, message):
 def test_models_of_another_kind(model, message):
     with pytest.raises(AmedError, match=message):
         Sampler(model, shape=SHAPE)
+
+
+@pytest.mark.parametrize("suffix", ["", ".pt2", ".onnx", ".safetensors"])
+def test_a_fifo_is_no_model_and_nobody_waits_for_its_writer(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"x{suffix}")
+    readers = {"": [], ".pt2": [load_compiled, load_program, load_package], ".onnx": [load_onnx, load_package]}
+    for read in (partial(Sampler, shape=SHAPE), *readers.get(suffix, [])):
+        with pytest.raises(FileFormatError, match=r"x(\.\w+)? is (a FIFO, expected a file|not a file)"):
+            read(tmp_path / f"x{suffix}")
 
 
 def test_an_unknown_model_comes_with_the_bundled_names(tmp_path, monkeypatch, tiny_model):

@@ -108,6 +108,22 @@ def test_a_sweep_between_making_and_locking_costs_the_writer_nothing(tmp_path, m
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_sweep_between_making_and_opening_a_folder_costs_the_writer_nothing(tmp_path, monkeypatch):
+    calls, taken = [], []
+
+    def swept(name, flags, *rest, real=os.open):
+        calls.append(name)
+        if len(calls) == 1:
+            taken.extend(sweep(tmp_path))
+        return real(name, flags, *rest)
+
+    monkeypatch.setattr(os, "open", swept)
+    with Temporary(tmp_path / "x", folder=True) as made:
+        made.publish()
+    assert len(taken) == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["x"]
+
+
 def test_long_names_are_possible(tmp_path):
     name = "n" * 250
     atomic_write(tmp_path / name, b"1")

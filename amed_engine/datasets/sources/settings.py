@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,14 +30,8 @@ Settings = dict[str, Any]
 def configuration_of(part: Any) -> Settings:
     """What a part, or the pipeline, was made of: without notes of where and by which version it was saved, and without the
     names of components."""
-    config = getattr(part, "config", None)
-    told = (
-        config.to_dict()
-        if callable(getattr(config, "to_dict", None))
-        else config
-        if isinstance(config, Mapping)
-        else {}
-    )
+    config: Any = getattr(part, "config", None)
+    told = config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
     components = getattr(part, "components", {})
     return {name: told[name] for name in told if not (name.startswith("_") or name in NOTES or name in components)}
 
@@ -95,6 +91,9 @@ def _values(thing: Any, ignored: frozenset[str] = frozenset()) -> Iterator[tuple
 
 def _plain(value: Any, depth: int = 0) -> Any:
     """JSON-able; a function by its name, another object by its class and its values."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no number for it
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -123,11 +122,11 @@ def _same(one: Any, other: Any) -> bool:
 
 def _fresh(part: Any) -> Any:
     """A part of the same class and configuration, without weights; None where it cannot be made so."""
-    config = getattr(part, "config", None)
+    kind, config = type(part), getattr(part, "config", None)
+    made = kind.from_config if isinstance(config, Mapping) and hasattr(kind, "from_config") else kind
+    weightless = torch.device("meta") if isinstance(part, nn.Module) else nullcontext()
     try:
-        if not isinstance(part, nn.Module):
-            return type(part).from_config(config) if hasattr(part, "set_timesteps") else None
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return type(part).from_config(config) if isinstance(config, Mapping) else type(part)(copy.deepcopy(config))
+        with torch.random.fork_rng(devices=[]), weightless:
+            return made(copy.deepcopy(config)) if config is not None else None
     except Exception:  # whatever a class of somebody else's raises
         return None

@@ -89,7 +89,7 @@ def draw_missing(
     Raises what sampling and writing raise; the open shard is given up then, and all others are kept.
     """
     missing = Missing(folder, job)
-    with threads(job.threads), ShardWriter(job, missing.ledger, source.device, progress) as writer:
+    with threads(job.threads), ShardWriter(job, Ledger(folder), source.device, progress) as writer:
         for shard, claim in missing.claimed(stop):
             progress.found(missing.samples)
             draw_shard(shard, claim, source, labels, writer)

@@ -73,7 +73,10 @@ def _size(path: Path) -> int | None:
 
 
 class Ledger:
-    """The ledger of a folder. `entries` are the shards by number as of the last `refresh`, which reads what was added."""
+    """The ledger of a folder. `entries` are the shards by number as of the last `refresh`, which reads what was added.
+
+    Of one thread; others, and other processes, have their own.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / NAME

@@ -70,10 +70,10 @@ class _MixedError(FileFormatError):
 
 def read_sealed(path: str | os.PathLike, read: Callable[[], Read], verify: bool = True) -> Read:
     """What `read` gives of a file, which is the same at its end as when it was checked: where it was replaced meanwhile it is
-    read again, for up to a second. verify: check it. Raises FileFormatError.
+    read again, for a second and once at least. verify: check it. Raises FileFormatError.
     """
     check_source(path)
-    path, end = Path(path), time.monotonic() + _SECONDS
+    path, end = Path(path), None
     while True:
         before = _stamps(path)
         try:
@@ -85,8 +85,9 @@ def read_sealed(path: str | os.PathLike, read: Callable[[], Read], verify: bool 
             raise _MixedError(f"{path} was written again and again while it was read; read it when that is over")
         except FileFormatError as error:
             stays = _stamps(path) == before and not isinstance(error, _MixedError)
-            if stays or time.monotonic() >= end:
+            if stays or (end is not None and time.monotonic() >= end):
                 raise
+            end = end or time.monotonic() + _SECONDS
             time.sleep(_PAUSE)
 
 

@@ -107,12 +107,13 @@ def check_pair(expected: Any, found: str, teller: Path, file: Path, what: str = 
 
 
 def settled(load: Callable[[], Loaded]) -> Loaded:
-    """What `load` gives, asked again for up to a second while the files of its folder are not of one save."""
-    end = time.monotonic() + SECONDS
+    """What `load` gives, asked again for a second, and once at least, where the files of its folder are not of one save."""
+    end = None
     while True:
         try:
             return load()
         except MixedError:
-            if time.monotonic() >= end:
+            if end is not None and time.monotonic() >= end:
                 raise
+            end = end or time.monotonic() + SECONDS
             time.sleep(PAUSE)

@@ -25,6 +25,7 @@ NAME, VERSION = "manifest.json", 1
 LARGEST_BATCH = 64
 PLACE = ("device", "arithmetic", "versions")  # what may change on the way: see `place`
 NAMES = ("model",)  # of a source with a fingerprint: what it is called, which decides nothing
+WORDS = ("schedule", "rho")  # of a plan, how its noise levels were asked for
 ARITHMETIC = (
     "graphs",
     "kernels",
@@ -183,6 +184,8 @@ def difference(theirs: Job, ours: Job) -> str | None:
 
 def _told(job: Job) -> dict[str, Any]:
     told = json.loads(json.dumps(job.to_json()))
+    if isinstance(plan := told["source"].get("plan"), dict):
+        told["source"]["plan"] = {name: value for name, value in plan.items() if name not in WORDS}
     if (source := told["source"]).get("fingerprint") is not None:
         told["source"] = {name: value for name, value in source.items() if name not in NAMES}
     return told

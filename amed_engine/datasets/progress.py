@@ -20,14 +20,14 @@ class Progress:
 
     def __init__(self, total: int, there: int, shown: bool):
         self.total, self.there, self._before = total, there, there
-        stderr = sys.stderr
+        stderr = sys.stderr  # None, or closed, where a host has it so
         self.shown = shown and stderr is not None and not stderr.closed
         self.samples = {"drawing": 0, "writing": 0}
         self.seconds = {"drawing": 0.0, "writing": 0.0}
         self.done = 0  # samples in shards that this run finished
         self._lock = threading.Lock()
         self._started = self._said = time.monotonic()
-        terminal = self.shown and stderr is not None and stderr.isatty()
+        terminal = stderr is not None and self.shown and stderr.isatty()
         self._bar = tqdm(total=total, initial=there, desc="generate", unit="image") if terminal else None
 
     def drew(self, samples: int, seconds: float) -> None:

@@ -167,3 +167,16 @@ def test_readers_beside_writers_see_one_of_the_two_and_nothing_else(tmp_path, ki
     assert set(known) <= seen <= {*known, *(["not of one save"] if writers == 2 else [])}
     save(KINDS[kind](1), tmp_path / "f")
     assert content(from_pretrained(tmp_path / "f")) == known[1]
+
+
+def test_a_folder_that_takes_longer_than_the_second_is_looked_at_again_all_the_same(monkeypatch):
+    clock, tries = iter(range(0, 100, 10)), []  # each look takes ten seconds
+
+    def load():
+        tries.append(1)
+        if len(tries) == 1:
+            raise hashes.MixedError("half of it was saved")
+        return "whole"
+
+    monkeypatch.setattr(hashes.time, "monotonic", lambda: next(clock))
+    assert hashes.settled(load) == "whole"

@@ -114,6 +114,16 @@ def test_another_job_is_refused_with_the_difference(whole, sampler, changed, say
     assert bytes_of(folder) == before
 
 
+def test_the_same_levels_by_other_words_are_the_same_job(tmp_path):
+    small = {"solver": "ipndm", "nfe": 3, "schedule": "time_uniform"}
+    generate_dataset(Sampler("digits", **small), "0-39", tmp_path, **SMALL)
+    (tmp_path / "shard-000001.npz").unlink()
+    before = bytes_of(tmp_path)
+    assert generate_dataset(Sampler("digits", **small, rho=1), "0-39", tmp_path, **SMALL).drawn == 20
+    assert generate_dataset(Sampler("digits", **small), "0-39", tmp_path, **SMALL, check=True).drawn == 0
+    assert before.items() < bytes_of(tmp_path).items()
+
+
 def test_another_plan_or_network_is_refused(whole, tmp_path):
     with pytest.raises(ConfigError, match=r"source\.nfe is 3 there, 5 here"):
         generate_dataset(Sampler("digits", nfe=5), "0-89", whole[0], **SMALL)

@@ -122,7 +122,9 @@ def _empty(folder: Path) -> None:
     entries = ledger.refresh().values()
     others = {path.name for path in folder.iterdir() if ledgers.SHARD.fullmatch(path.name)} - {e.name for e in entries}
     if others:
-        raise ConfigError(f"{folder / min(others)} is not in the ledger, so not of this dataset; move it away")
+        raise ConfigError(
+            f"{folder / min(others)} is not in the ledger: it is not of this dataset, or its line was lost; move it away"
+        )
     logger.warning(
         "overwriting %s: removing %d shards, %d samples", folder, len(entries), sum(e.samples for e in entries)
     )

@@ -61,7 +61,9 @@ class DatasetReport:
 
     def table(self) -> str:
         """For people, a line per fact."""
-        others = f", {self.in_other_hands} shards are being drawn by others" if self.in_other_hands else ""
+        held = self.in_other_hands
+        others = f", {held} shard{'s are' if held > 1 else ' is'} being drawn by others" if held else ""
+        whole = "" if self.samples == self.wanted else " (of what is there so far)"
         again = [f"{self.verified} samples drawn again: the same"] if self.verified else []
         rates = f"drawing {self.drawing:.1f} images/s, writing {self.writing:.1f} images/s"
         return "\n".join(
@@ -69,7 +71,7 @@ class DatasetReport:
                 f"{self.samples:,} of {self.wanted:,} samples are in {self.folder}, {self.drawn:,} of them new{others}",
                 f"{self.seconds:.2f} s, {rates}",
                 *again,
-                f"set hash {self.set_hash}",
+                f"set hash {self.set_hash}{whole}",
             ]
         )
 

@@ -155,6 +155,7 @@ def save_manifest(folder: Path, job: Job, where: Mapping[str, Any]) -> None:
 
 def load_manifest(folder: Path) -> tuple[Job, dict[str, Any]]:
     """The job of a dataset's folder, and where it was first drawn. Raises FileFormatError."""
+    remedy = "restore it, or draw into another folder"
 
     def made(data: Any) -> tuple[Job, dict[str, Any]]:
         told = {name: data[name] for name in data if name != "sha256"} if isinstance(data, dict) else {}
@@ -167,7 +168,10 @@ def load_manifest(folder: Path) -> tuple[Job, dict[str, Any]]:
     path = folder / NAME
     if not path.exists():
         raise FileFormatError(f"{folder} is no dataset: it has no {NAME}; pass a folder that `amed generate` wrote")
-    return read_json(path, made, "dataset's manifest", "restore it, or draw into another folder")
+    try:
+        return read_json(path, made, "dataset's manifest", remedy)
+    except FileFormatError as error:
+        raise error if remedy in str(error) else FileFormatError(f"{error}; {remedy}") from error
 
 
 def _digest(told: Mapping[str, Any]) -> str:

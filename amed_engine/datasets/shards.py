@@ -169,7 +169,9 @@ class ShardWriter:
         if not (target.exists() or target.is_symlink()):
             return
         if (entry := self.ledger.refresh().get(shard)) is None:
-            raise ConfigError(f"{target} is there and not in the ledger, so not of this dataset; move it away")
+            raise ConfigError(
+                f"{target} is there and not in the ledger: it is not of this dataset, or its line was lost; move it away"
+            )
         delete(self.ledger.folder, entry)
 
     def _encode(self, samples: Samples) -> None:

@@ -6,12 +6,14 @@ gone notices with its next batch, since nobody reads its pipe.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -54,7 +56,8 @@ def draw_in_workers(
         for number in range(workers):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(making, folder, job, labels, number, theirs), daemon=True)
-            process.start()
+            with _deaf():
+                process.start()
             theirs.close()
             pipes[ours] = process
         return _follow(dict(pipes), progress, asked)
@@ -83,6 +86,16 @@ def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: thr
     return errors
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """A process started meanwhile never hears SIGINT, from its first moment on; what comes here is heard afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ended(process: BaseProcess, told: bool) -> list[str]:
     process.join()
     code = process.exitcode or 0
@@ -102,7 +115,9 @@ def _end(processes: Sequence[BaseProcess]) -> None:
         alive = [process for process in processes if process.is_alive()]
         for process in alive:
             process.terminate()
-        wait([process.sentinel for process in alive], patience)
+        until = time.monotonic() + patience
+        for process in alive:
+            process.join(max(0.0, until - time.monotonic()))
     for process in processes:
         process.kill()
         process.join()
@@ -131,7 +146,6 @@ class Reports(Progress):
 
 def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, number: int, pipe: Connection) -> None:
     labels = None if labels is None else np.broadcast_to(labels, (len(job.seeds), *labels.shape[1:]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's, who tells by SIGTERM
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())
     torch.set_num_threads(job.threads)

@@ -14,6 +14,8 @@ from amed_engine.datasets.formats.shard import Header, Shard, Writer
 from amed_engine.datasets.samples import Samples
 from amed_engine.errors import ConfigError, FileFormatError, MissingDependency, require
 
+REPAIR = "remove it, or pass --check (check=True), and the same command draws it again"
+
 
 @dataclass(frozen=True)
 class Format:
@@ -78,10 +80,10 @@ class Format:
         except MissingDependency:
             raise
         except OSError as error:
-            raise FileFormatError(f"{path} cannot be read: {error}; draw it again") from error
+            raise FileFormatError(f"{path} cannot be read: {error}; {REPAIR}") from error
         except Exception as error:  # libraries raise all kinds of errors for damaged bytes
             said = error if isinstance(error, FileFormatError) else f"{type(error).__name__}, {str(error)[:200]}"
-            raise FileFormatError(f"{path} is damaged, or no shard of {self.name}: {said}; draw it again") from error
+            raise FileFormatError(f"{path} is damaged, or no shard of {self.name}: {said}; {REPAIR}") from error
 
 
 def _check_regular(folder: Path) -> None:

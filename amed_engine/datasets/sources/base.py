@@ -169,4 +169,7 @@ def _check_finite(images: Tensor, seeds: Sequence[int], why: str) -> None:
 def check_options(kind: str, options: dict[str, Any], remedy: str) -> None:
     """Raise ConfigError for options that are another kind of source's."""
     if options:
-        raise ConfigError(f"{kind} takes no {', '.join(options)}: {remedy}; leave that out")
+        raise ConfigError(
+            f"{kind} takes no {', '.join(options)}: {remedy}; leave that out (labels are class_labels=, how samples are "
+            "stored is stored=)"
+        )

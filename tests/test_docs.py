@@ -207,7 +207,7 @@ PROGRAMS = {
     "docs/datasets.md": [
         Program(generated, blocks=2),
         Program(drawn_by_actors, needs=("ray.data",)),
-        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=8),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=9),
     ],
     "docs/evaluation.md": [
         Program(distance),

@@ -42,7 +42,12 @@ def whole(tmp_path_factory):
     return contents(out), printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGINT), ("2", signal.SIGTERM)])
+SEVERAL = pytest.param("2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [("1", signal.SIGINT), pytest.param("2", signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_finishes_the_open_shard(tmp_path, whole, workers, number):
     process = start(tmp_path, "--workers", workers)
     wait_for(tmp_path, 2, process)
@@ -68,7 +73,7 @@ def test_an_interrupt_before_the_drawing(tmp_path, number):
     assert process.returncode in (130, -number)  # the second: Python itself had not started yet
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", SEVERAL])
 def test_kills_at_any_moment_lose_nothing(tmp_path, whole, workers):
     chance = random.Random(int(workers))
     for _ in range(4):
@@ -101,6 +106,7 @@ def torchrun(out):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_share_the_work_also_after_a_kill(tmp_path, whole):
     process = torchrun(tmp_path)
     wait_for(tmp_path, 2, process)

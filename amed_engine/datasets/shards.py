@@ -191,10 +191,8 @@ class ShardWriter:
             made.writer.close()
             made.writer = None
             made.temporary.flush()
-            there = self.ledger.refresh().get(made.shard)
-            if there is None or not there.is_there(
-                self.ledger.folder
-            ):  # else another took the claim for left, and was first
+            others = self.ledger.refresh().get(made.shard)  # who took the claim for left, and may have been first
+            if others is None or not others.is_there(self.ledger.folder):
                 self.ledger.append(self._entry(made))
                 made.temporary.publish()
         self._give_up()

@@ -7,6 +7,8 @@ import pytest
 from dataset_folders import contents
 
 from amed_engine.cli import app, console
+from amed_engine.cli.commands import generate as command
+from amed_engine.datasets import formats
 
 JOB = ["generate", "--model", "digits", "--nfe", "3", "--seeds", "0-19", "--format", "npz"]
 
@@ -20,6 +22,10 @@ def amed(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_every_format_has_its_name():
+    assert set(command.FORMATS) == set(formats.FORMATS)
 
 
 @pytest.fixture(scope="module")

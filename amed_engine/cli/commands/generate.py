@@ -97,7 +97,8 @@ def generate(
     from amed_engine.datasets.seeds import Seeds
 
     numbers = Seeds.of(seeds)
-    asked["batch_sizes"] = (batch or fitting_batch(min(drawing["shard"], len(numbers))),)  # what a GPU captures
+    batch = batch or fitting_batch(min(drawing["shard"], len(numbers)))
+    asked["batch_sizes"] = (batch,)  # what a GPU captures
     report = generate_dataset(
         functools.partial(_sampler, told, asked),
         numbers,

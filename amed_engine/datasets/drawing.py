@@ -81,15 +81,13 @@ def rows_of(job: Job, rows: range, labels: np.ndarray | None, source: Source) ->
     return source.draw(job.seeds[places], None if labels is None else labels[places], job.batch)
 
 
-def draw_missing(
-    folder: Path, job: Job, source: Source, labels: np.ndarray | None, progress: Progress, stop: Stop
-) -> None:
+def draw_missing(missing: Missing, source: Source, labels: np.ndarray | None, progress: Progress, stop: Stop) -> None:
     """Draw what nobody else does, until nothing is left or `stop` says so between shards.
 
     Raises what sampling and writing raise; the open shard is given up then, and all others are kept.
     """
-    missing = Missing(folder, job)
-    with threads(job.threads), ShardWriter(job, Ledger(folder), source.device, progress) as writer:
+    job, ledger = missing.job, Ledger(missing.folder)  # the writer's thread has its own
+    with threads(job.threads), ShardWriter(job, ledger, source.device, progress) as writer:
         for shard, claim in missing.claimed(stop):
             progress.found(missing.samples)
             draw_shard(shard, claim, source, labels, writer)

@@ -134,7 +134,7 @@ def generate_dataset(
         try:
             errors = []
             if workers == 1:
-                draw_missing(folder, job, opened, labels, shown, stop)
+                draw_missing(missing, opened, labels, shown, stop)
             else:
                 making = functools.partial(open_made, source, guidance_scale, stored, options)
                 errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)

@@ -29,6 +29,8 @@ def verify_samples(
     On the processor they were drawn on they have to have the same bytes, on another to be within one grey level. Raises
     AmedError naming the seeds that differ.
     """
+    if not count:
+        return 0
     missing = Missing(folder, job)
     chosen = _chosen(missing, count)
     exact = {shard: missing.ledger.entries[shard].device == source.device for shard in missing.there}
@@ -62,10 +64,11 @@ def compare_place(folder: Path, job: Job, source: Source, labels: np.ndarray | N
     compare a batch within one grey level, and say what came of it. Raises AmedError for samples further apart."""
     here = place(source.identity, source.device)
     changed = [f"{name} {first[name]} there, {here[name]} here" for name in here if first[name] != here[name]]
-    missing = Missing(folder, job)
-    if not missing.there or (not changed and source.identity.get("fingerprint") is not None):
+    if not changed and source.identity.get("fingerprint") is not None:
         return
-    shard = min(missing.there)
+    if not (there := Missing(folder, job).there):
+        return
+    shard = min(there)
     rows = next(job.batches(shard))
     with threads(job.threads):
         same = _compare(folder, job, source, labels, shard, rows, range(len(rows)), exact=False)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from amed_engine.datasets.drawing import draw_missing
+from amed_engine.datasets.drawing import Missing, draw_missing
 from amed_engine.datasets.interrupts import Interrupts
 from amed_engine.datasets.job import Job, decisive, difference
 from amed_engine.datasets.progress import Progress
@@ -154,7 +154,7 @@ def _work(making: Making, folder: Path, job: Job, labels: np.ndarray | None, num
         try:
             source = making()
             check_same(job, source)
-            draw_missing(folder, job, source, labels, reports, interrupts.asked.is_set)
+            draw_missing(Missing(folder, job), source, labels, reports, interrupts.asked.is_set)
         except (KeyboardInterrupt, BrokenPipeError):  # told twice, or nobody is there to tell
             return
         except Exception as error:

@@ -108,7 +108,7 @@ def generate_dataset(
     format: png, npz, webdataset, parquet, arrow or zarr. shard: samples in each file (png and zarr: folder).
     batch: samples computed at once, always as many, since the size decides the last bits; None is the largest of at most 64
         that divides the shard.
-    threads: of torch on a CPU, in each worker. workers: processes on this machine.
+    threads: of torch on a CPU, in each worker. workers: processes on this machine, this one among them.
     stored: "uint8" for pictures, "float32", "float16"; None is bytes for pictures and float32 for everything else.
     overwrite: remove the dataset in the folder first, no file but those of its ledger. check: compare what is there with its
         hashes, not with its sizes alone; what differs is drawn again. verify: draw so many random samples again at the end and
@@ -137,7 +137,7 @@ def generate_dataset(
                 draw_missing(missing, opened, labels, shown, stop)
             else:
                 making = functools.partial(open_made, source, guidance_scale, stored, options)
-                errors = draw_in_workers(workers, making, folder, job, labels, shown, interrupts.asked)
+                errors = draw_in_workers(workers, making, missing, opened, labels, shown, interrupts.asked)
         finally:
             shown.close()
             tidy(folder)

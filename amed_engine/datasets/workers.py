@@ -1,4 +1,5 @@
-"""Several processes of one machine on one dataset. Each opens the source itself and draws what no other has claimed.
+"""Several processes of one machine on one dataset: this one and others, which open the source themselves. Each draws what no
+other has claimed.
 
 A pipe for each, no lock, queue or barrier between them: one that is killed costs its open shard alone, and one whose parent is
 gone notices with its next batch, since nobody reads its pipe.
@@ -37,9 +38,16 @@ Making = Callable[[], Source]
 
 
 def draw_in_workers(
-    workers: int, making: Making, folder: Path, job: Job, labels: Any, progress: Progress, asked: threading.Event
+    workers: int,
+    making: Making,
+    missing: Missing,
+    source: Source,
+    labels: np.ndarray | None,
+    progress: Progress,
+    asked: threading.Event,
 ) -> list[str]:
-    """Draw what is missing in so many processes; what those that ended early said, if any did. What they made is kept.
+    """Draw what is missing in so many processes, this one among them, from its source; what those that ended early said, if
+    any did. What they made is kept.
 
     asked: that they end after their open shards.
     """
@@ -49,27 +57,38 @@ def draw_in_workers(
         raise ConfigError(
             f"workers cannot be handed what makes the source: {error}; pass a function of a module, without arguments"
         ) from error
-    context = multiprocessing.get_context("spawn")
+    job, context = missing.job, multiprocessing.get_context("spawn")
     pipes: dict[Connection, BaseProcess] = {}
-    labels = labels[:1] if job.labels is not None and not isinstance(job.labels, dict) else labels  # one for all
+    sent = labels[:1] if labels is not None and not isinstance(job.labels, dict) else labels  # one for all
+    errors: list[str] = []
     try:
-        for number in range(workers):
+        for number in range(1, workers):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(making, folder, job, labels, number, theirs), daemon=True)
+            arguments = (making, missing.folder, job, sent, number, theirs)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             with _deaf():
                 process.start()
             theirs.close()
             pipes[ours] = process
-        return _follow(dict(pipes), progress, asked)
+        following = threading.Thread(target=_follow, args=(dict(pipes), progress, asked, errors), daemon=True)
+        following.start()
+        try:
+            draw_missing(missing, source, labels, progress, asked.is_set)
+        except Exception as error:  # ends this process's part alone, as it would another's
+            errors.append(told(error))
+        following.join()
     finally:
         _end(list(pipes.values()))
+    return errors
 
 
-def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: threading.Event) -> list[str]:
-    told, errors = False, []
+def _follow(
+    pipes: dict[Connection, BaseProcess], progress: Progress, asked: threading.Event, errors: list[str]
+) -> None:
+    stopped = False
     while pipes:
-        if asked.is_set() and not told:
-            told = True
+        if asked.is_set() and not stopped:
+            stopped = True
             for process in pipes.values():
                 process.terminate()
         for pipe in wait(list(pipes), EVERY):
@@ -77,13 +96,12 @@ def _follow(pipes: dict[Connection, BaseProcess], progress: Progress, asked: thr
             try:
                 what, *values = pipe.recv()
             except (EOFError, OSError):
-                errors.extend(_ended(pipes.pop(pipe), told))
+                errors.extend(_ended(pipes.pop(pipe), stopped))
                 continue
             if what == "error":
                 errors.extend(values)
             else:
                 getattr(progress, what)(*values)
-    return errors
 
 
 @contextlib.contextmanager
@@ -96,10 +114,10 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ended(process: BaseProcess, told: bool) -> list[str]:
+def _ended(process: BaseProcess, stopped: bool) -> list[str]:
     process.join()
     code = process.exitcode or 0
-    if code == 0 or (told and code == -signal.SIGTERM):  # before it listened
+    if code == 0 or (stopped and code == -signal.SIGTERM):  # before it listened
         return []
     if code < 0:
         return [f"a worker was killed by {signal.Signals(-code).name}"]

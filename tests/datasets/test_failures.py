@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from amed_engine import AmedError, ConfigError, Sampler, generate_dataset
+from amed_engine.datasets.drawing import Missing
 from amed_engine.datasets.folder import open_folder
 from amed_engine.datasets.formats.npz import NpzWriter
-from amed_engine.datasets.generate import make_job
+from amed_engine.datasets.generate import make_job, open_made
 from amed_engine.datasets.job import difference, place
 from amed_engine.datasets.ledger import Ledger
 from amed_engine.datasets.progress import Progress
@@ -36,6 +37,10 @@ def denoiser(x, sigma):
 @pytest.fixture(scope="module")
 def tiny():
     return Sampler(denoiser, solver="ipndm", nfe=3, shape=(1, 4, 4), sigma_min=0.5, sigma_max=1.0)
+
+
+def fail(error, *_):
+    raise error
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +118,28 @@ def test_the_second_name_of_a_manifest_whose_making_was_killed_is_removed(tiny, 
     assert shards(tmp_path / "data") == shards(whole)
 
 
-def test_a_worker_that_ends_without_a_word_is_an_error(tiny, tmp_path):
-    source = open_source(tiny)
-    job, _ = make_job(source, Seeds.of("0-7"), None, "npz", 4, 4, 1)
-    making = functools.partial(os._exit, 3)
-    errors = draw_in_workers(1, making, tmp_path, job, None, Progress(8, 0, shown=False), threading.Event())
+def in_workers(source, making, folder, seeds="0-7"):
+    """What two workers said, this process being the first, and how many samples are there."""
+    source = open_source(source)
+    job, _ = make_job(source, Seeds.of(seeds), None, "npz", 4, 4, 1)
+    missing, shown = Missing(folder, job), Progress(len(job.seeds), 0, shown=False)
+    errors = draw_in_workers(2, making, missing, source, None, shown, threading.Event())
+    missing.refresh()
+    return errors, missing.samples
+
+
+def test_this_process_draws_what_a_worker_that_ends_without_a_word_does_not(tiny, tmp_path):
+    errors, samples = in_workers(tiny, functools.partial(os._exit, 3), tmp_path)
     assert [error.split(",")[0] for error in errors] == ["a worker ended with exit code 3"]
+    assert samples == 8
+
+
+def test_a_worker_draws_what_this_process_cannot(making, tmp_path, monkeypatch):
+    monkeypatch.setattr(NpzWriter, "add", functools.partial(fail, OSError(errno.EIO, "Input/output error")))
+    errors, samples = in_workers(making(), functools.partial(open_made, making, None, None, {}), tmp_path)
+    assert len(errors) == 1
+    assert "Input/output error" in errors[0]
+    assert samples == 8
 
 
 def test_a_run_that_lacks_shards_is_no_success(tiny, tmp_path, monkeypatch):

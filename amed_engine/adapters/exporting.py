@@ -42,7 +42,8 @@ def check_no_loop(names: Iterable[str], path: str | os.PathLike) -> None:
     if LOOP in names:
         raise ConfigError(
             f"{path} holds a whole sampling loop, which Sampler.export wrote, and no denoiser: draw from it with "
-            "amed_engine.load_package(path).run(...); a denoiser is saved by save_package, save_program or save_onnx"
+            "amed_engine.load_package(path).run(...) or `amed generate --package`; a denoiser is saved by save_package, "
+            "save_program or save_onnx"
         )
 
 

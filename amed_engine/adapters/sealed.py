@@ -157,9 +157,7 @@ def _check_directory(file: IO[bytes], path: Path) -> None:
 
 def _compare(found: str, told: str, path: Path, kind: type[FileFormatError] = FileFormatError) -> None:
     if found != told:
-        raise kind(
-            f"{path} is not the file that was written: its SHA-256 is {found[:16]}..., expected {told[:16]}...; {_REMEDY}"
-        )
+        raise kind(f"{path} is not the file that was written: its SHA-256 is {found}, expected {told}; {_REMEDY}")
 
 
 # ---- hashes ----

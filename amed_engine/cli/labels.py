@@ -15,17 +15,32 @@ def parse_labels(context: click.Context, option: click.Parameter, text: str | No
     if text is None:
         return None
     if Path(text).is_file():
-        rows = [_numbers(line) for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not rows or None in rows or len({len(row or ()) for row in rows}) != 1:
+        try:
+            rows = _rows(Path(text).read_text(encoding="utf-8").splitlines())
+        except ValueError as error:  # a UnicodeDecodeError too
             raise click.BadParameter(
-                f"file {text} must hold a line of numbers per sample, as many in each", context, option
-            )
-        return [row[0] for row in rows if row] if len(rows[0] or ()) == 1 else rows
+                f"file {text} must hold a line of numbers per sample, as many in each: {error}", context, option
+            ) from error
+        return [row[0] for row in rows] if len(rows[0]) == 1 else rows
     if (numbers := _numbers(text)) is None:
         raise click.BadParameter(
-            f"{text!r} is neither a number, nor several as 0.3,0.7, nor a file of them", context, option
+            f"{text!r} is neither a number, nor several as 0.3,0.7, nor a file of them that is there", context, option
         )
     return numbers if "," in text else numbers[0]
+
+
+def _rows(lines: list[str]) -> list[list[float]]:
+    """The numbers of each line that has any. Raises ValueError."""
+    rows: list[list[float]] = []
+    for place, line in enumerate(lines, 1):
+        if (row := _numbers(line)) is None:
+            raise ValueError(f"line {place} is {line.strip()[:40]!r}")
+        if row and rows and len(row) != len(rows[0]):
+            raise ValueError(f"line {place} has {len(row)} numbers, those before have {len(rows[0])}")
+        rows.extend([row] if row else [])
+    if not rows:
+        raise ValueError("it has none")
+    return rows
 
 
 def _numbers(text: str) -> list[float] | None:

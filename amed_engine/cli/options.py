@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from amed_engine.cli.labels import label_option
 from amed_engine.errors import AmedError, ConfigError
@@ -33,6 +34,16 @@ def parse_pairs(context: click.Context, option: click.Parameter, pairs: Sequence
         except ValueError:
             options[name] = value
     return options
+
+
+def given_beside(names: Collection[str]) -> list[str]:
+    """The options of the running command that were given, but for those of these names."""
+    context = click.get_current_context()
+    unasked = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
+    given = [
+        option for option in context.command.params if context.get_parameter_source(option.name or "") not in unasked
+    ]
+    return [option.opts[0] for option in given if option.name not in names]
 
 
 Decorator = Callable[[Callable], Callable]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from amed_engine.datasets.drawing import Missing, draw_missing
+from amed_engine.datasets.drawing import threads as torch_threads
 from amed_engine.datasets.folder import check_hashes, open_folder, overwrite_folder, tidy
 from amed_engine.datasets.interrupts import Interrupts
 from amed_engine.datasets.job import Job, decisive, fitting_batch, labels_told, place, whole_number
@@ -119,7 +120,8 @@ def generate_dataset(
     """
     started, folder = time.perf_counter(), Path(out)
     workers, verify = whole_number("workers", workers, 1), whole_number("verify", verify, 0)
-    made = _made(source, workers)
+    with torch_threads(whole_number("threads", threads, 1)):  # ONNX Runtime takes their number when it opens a file
+        made = _made(source, workers)
     opened = open_source(made, guidance_scale=guidance_scale, stored=stored, **options)
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:

@@ -164,9 +164,10 @@ def check_labels(labels: Any, model: Model, batch: int, look: bool) -> Tensor:
     if labels.dtype in INTEGERS and labels.dim() == 0:
         labels = labels.expand(batch)
     if labels.dtype not in INTEGERS or tuple(labels.shape) != (batch,):
+        several = labels.dtype in INTEGERS and labels.dim() == 1
         raise ConfigError(
-            f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got {labels.dtype} "
-            f"of shape {tuple(labels.shape)}"
+            f"class_labels must be one integer, {batch} integers or vectors ({batch}, {label_dim}), got "
+            + (f"{len(labels)} integers" if several else f"{labels.dtype} of shape {tuple(labels.shape)}")
         )
     if look and bool(((labels < 0) | (labels >= label_dim)).any()):
         bad = labels[(labels < 0) | (labels >= label_dim)][0].item()

@@ -28,6 +28,7 @@ from amed_engine.evaluation.comparison import REFERENCES, Setting
 from amed_engine.evaluation.metrics import Distances, Statistics, frechet_distance, gather, per_image_rmse
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, class_accuracy, load_classifier
 from amed_engine.evaluation.metrics.features import Extractor, extractor
+from amed_engine.evaluation.metrics.labelled import of_one_class
 from amed_engine.evaluation.metrics.manifold import Manifold
 from amed_engine.evaluation.metrics.sources import Images, holds_statistics, read_features
 from amed_engine.solvers.plan import Plan
@@ -221,14 +222,18 @@ def _one_class(setting: Setting) -> int | None:
 
 
 def of_class(data: Images, label: int | None) -> Images:
-    """The data that samples of one class are to be compared with: that class, where the data says which is which."""
+    """The data that samples of one class are to be compared with: that class, where the data say which is which."""
     if isinstance(data, str) and data == "digits":
         return bundled_digits(label)
-    if label is not None:
-        logger.warning(
-            "samples are of class %d; data %s have no labels and are taken as they are: pass images of that class alone",
-            *(label, data if isinstance(data, (str, os.PathLike)) else "given"),
-        )
+    if label is None:
+        return data
+    named = isinstance(data, (str, os.PathLike))
+    if named and not holds_statistics(data) and (own := of_one_class(Path(data), label)) is not None:
+        return own
+    logger.warning(
+        "samples are of class %d; data %s have no labels and are taken as they are: pass images of that class alone",
+        *(label, data if named else "given"),
+    )
     return data
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.evaluation.comparison import REFERENCES
 from amed_engine.evaluation.metrics.classifier import DigitClassifier, load_classifier
 from amed_engine.evaluation.metrics.features import Extractor, as_floats, extractor
-from amed_engine.evaluation.metrics.sources import Images, as_images, batches, holds_statistics
+from amed_engine.evaluation.metrics.labelled import read_labelled
+from amed_engine.evaluation.metrics.sources import Images, holds_statistics
 from amed_engine.evaluation.quality import Report, Tally, closeness, know, of_class
 from amed_engine.solvers.plan import Plan
 
@@ -52,10 +52,10 @@ def evaluate_samples(
         _check_there(other)
     keep = any(other is not None and not holds_statistics(other) for other in (reference, data))
     tally = Tally(extractor(features, device), _classifier(classifier, device), keep)
-    about, stream = _opened(path, batch)
+    told = read_labelled(path, batch)
     classes: set[int] = set()
     with tqdm(desc="evaluate", unit="sample", unit_scale=True, disable=not progress) as bar:
-        for images, labels in stream:
+        for images, labels in told.batches:
             tally.add(_on(images, device, tally.classifier), _classes(labels, tally.classifier, path))
             classes.update(() if labels is None or labels.is_floating_point() else labels.unique().tolist())
             bar.update(len(images))
@@ -65,7 +65,7 @@ def evaluate_samples(
         None if other is None else closeness(found, know(of_class(other, only), tally.extract))
         for other in (reference, data)
     ]
-    plan, nfe = _plan(about)
+    plan, nfe = _plan(told.about)
     return Report(
         plan=plan,
         nfe=nfe,
@@ -91,15 +91,6 @@ def about_of(samples: str | os.PathLike) -> dict[str, Any]:
     """What the files say of the job; nothing where they are pictures alone. Raises as `evaluate_samples`."""
     path = Path(samples)
     return open_samples(path).about if is_dataset(path) or format_of(path) else {}
-
-
-def _opened(path: Path, batch: int) -> tuple[dict[str, Any], Iterator[tuple[Tensor, Tensor | None]]]:
-    """What the files say of the job, and images with their labels."""
-    if not (is_dataset(path) or format_of(path)):
-        return {}, ((images, None) for images in batches(path, batch))
-    stored = open_samples(path)
-    parts = ((as_images(part), part.labels) for part in stored.batches(batch))
-    return stored.about, ((images, None if labels is None else torch.tensor(labels)) for images, labels in parts)
 
 
 def _on(images: Tensor, device: torch.device | str, classifier: DigitClassifier | None) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from dataset_folders import contents
 
+from amed_engine import Sampler, generate_dataset, load_package
 from amed_engine.cli import app, console
 from amed_engine.cli.commands import generate as command
 from amed_engine.datasets import formats
@@ -72,7 +73,10 @@ def test_a_file_has_a_line_for_each_seed(amed, tmp_path, option):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--labels", "nowhere.txt"], "--labels is a file, or one of rows, index, float, vector; got 'nowhere.txt'"),
+        (
+            ["--labels", "nowhere.txt"],
+            "--labels is a file, or one of rows, index, float, vector; 'nowhere.txt' is no file",
+        ),
         (["--labels", "rows"], "--labels is of a raw network"),
         (["--seeds", "0-3,2"], "seeds are named twice: 2"),
         (["--store", "float32", "--format", "png"], "png holds pictures"),
@@ -86,6 +90,38 @@ def test_what_cannot_be_is_refused(amed, tmp_path, arguments, says):
     assert code == 2
     assert says in errors
     assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "loop.pt2"
+    Sampler("digits", nfe=3, device="cpu").export(path, format="exported")
+    return path
+
+
+def test_a_package_draws_what_it_draws_in_python(amed, package, tmp_path):
+    job = ["generate", "--package", package, "--seeds", "0-19", "--format", "npz"]
+    code, printed, errors = amed(*job, "--out", tmp_path / "data", "--class", 3, "--verify", 2)
+    assert code == 0, errors
+    same = generate_dataset(load_package(package), "0-19", tmp_path / "same", class_labels=3, format="npz", batch=20)
+    assert printed.splitlines()[-1] == f"set hash {same.set_hash}"
+    code, _, errors = amed(*job, "--out", tmp_path / "data", "--class", 4)
+    assert (code, "labels" in errors) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [("--nfe", 3), ("--model", "digits"), ("--guidance", 1), ("--device", "cpu"), ("--afs",), ("--labels", "rows")],
+)
+def test_a_package_says_all_of_how_it_draws(amed, package, tmp_path, fixed):
+    code, _, errors = amed("generate", "--package", package, "--seeds", "0", "--out", tmp_path / "data", *fixed)
+    assert (code, f"leave {fixed[0]} out" in errors) == (2, True)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_loop_in_place_of_a_model_is_told_its_option(amed, package, tmp_path):
+    code, _, errors = amed("generate", "--model", package, "--seeds", "0", "--out", tmp_path / "data")
+    assert (code, "`amed generate --package`" in errors) == (2, True)
 
 
 def test_labels_twice_are_refused(amed, tmp_path):

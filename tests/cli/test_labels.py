@@ -54,11 +54,19 @@ def test_what_is_no_number_is_refused(amed, model, tmp_path, told, message):
     assert message in err
 
 
-def test_a_damaged_file_is_refused(amed, model, tmp_path):
-    (tmp_path / "numbers.txt").write_text("0.5\n6,7\n")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0.5\n\n6,7\n", "line 3 has 2 numbers, those before have 1"),
+        ("0.5\nhalf\n", "line 2 is 'half'"),
+        ("\n", "it has none"),
+    ],
+)
+def test_a_damaged_file_is_refused(amed, model, tmp_path, text, says):
+    (tmp_path / "numbers.txt").write_text(text)
     code, _, err = amed("sample", "--model", model, "--class", tmp_path / "numbers.txt", "--out", tmp_path / "a.png")
-    assert code != 0
-    assert "as many in each" in err
+    assert code == 2
+    assert f"numbers.txt must hold a line of numbers per sample, as many in each: {says}" in err
 
 
 def test_training_commands_take_them_in_turn(amed, model, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dataset_folders import contents
 
 from amed_engine import AmedError, ConfigError, FileFormatError, Sampler, generate_dataset
@@ -56,6 +57,18 @@ def test_the_same_call_again_draws_nothing(whole, sampler):
     again = generate_dataset(sampler, range(90), folder, **SMALL, verify=3)
     assert (again.samples, again.drawn, again.verified, again.set_hash) == (90, 0, 3, report.set_hash)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_source_is_made_with_the_threads_it_is_to_draw_with(making, tmp_path):
+    seen = []
+
+    def made():
+        seen.append(torch.get_num_threads())
+        return making()
+
+    before = torch.get_num_threads()
+    generate_dataset(made, "0-3", tmp_path / "data", **{**SMALL, "shard": 4, "batch": 4}, threads=before + 1)
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 def test_workers_draw_the_same_files(whole, making, tmp_path):

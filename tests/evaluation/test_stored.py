@@ -100,6 +100,42 @@ def test_samples_of_one_class_are_compared_with_that_class(sampler, tmp_path):
     assert found.to_data.frechet == pytest.approx(same.to_data.frechet, rel=0.05)
 
 
+def test_a_dataset_to_compare_with_says_its_classes(sampler, tmp_path, caplog):
+    labels = [seed % 2 + 3 for seed in range(24)]
+    generate_dataset(sampler, range(24), tmp_path / "both", class_labels=labels, format="npz", batch=4, shard=8)
+    generate_dataset(sampler, range(1, 24, 2), tmp_path / "fours", class_labels=4, format="npz", batch=4, shard=8)
+    found = evaluate_samples(tmp_path / "fours", reference=tmp_path / "both")
+    assert found.to_reference.frechet == pytest.approx(0, abs=1e-9)
+    assert frechet(tmp_path / "fours", tmp_path / "both", features="pixels") > 0.1
+    assert "no labels" not in caplog.text
+    images = torch.cat(list(batches(tmp_path / "both")))[1::2]
+    save_each(tmp_path / "unnamed", list(images.permute(0, 2, 3, 1).numpy()), range(12))
+    evaluate_samples(tmp_path / "fours", reference=tmp_path / "unnamed")
+    assert "have no labels" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["folder", "arrays"])
+def test_what_amed_sample_wrote_says_its_plan_and_classes(kind, sampler, tmp_path):
+    given = ["--out", str(tmp_path / "data.npz")] if kind == "arrays" else ["--outdir", str(tmp_path / "data")]
+    told = ["--nfe", "3", "--seeds", "0-39", "--device", "cpu", *given]
+    app.main(["sample", *told], standalone_mode=False)
+    path = tmp_path / ("data.npz" if kind == "arrays" else "data")
+    found, same = (evaluate_samples(each, classifier="digits") for each in (path, drawn_again(sampler, tmp_path)))
+    assert (found.plan, found.class_accuracy) == (sampler.plan.describe(), same.class_accuracy)
+
+
+def drawn_again(sampler, folder):
+    generate_dataset(sampler, SEEDS, folder / "again", format="npz", batch=8, shard=8)
+    return folder / "again"
+
+
+def test_damaged_labels_beside_pictures_are_refused(tmp_path):
+    arrays = {"arr_0": np.zeros((3, 8, 8, 1), np.uint8), "labels": np.array([{}], dtype=object)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(FileFormatError, match="its plan or labels cannot be read"):
+        evaluate_samples(tmp_path / "a.npz")
+
+
 def test_a_reference_that_has_to_be_drawn_is_refused(folders):
     with pytest.raises(ConfigError, match="drawn from the samples' latents"):
         evaluate_samples(folders / "npz", reference="deis-fine")
@@ -194,7 +230,7 @@ def test_the_command_saves_statistics_and_compares_with_what_is_asked_for(folder
 def test_the_command_refuses_what_is_for_drawing(options, folders):
     import click
 
-    with pytest.raises(click.UsageError, match=f"{options[0]} are for drawing") as refused:
+    with pytest.raises(click.UsageError, match=f"draws nothing; leave {options[0]} out") as refused:
         call("--samples", folders / "npz", *options)
     assert "--samples judges what is there" in str(refused.value)
 

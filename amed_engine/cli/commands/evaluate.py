@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from amed_engine.cli.network import network_options, no_verify
-from amed_engine.cli.options import check_writable, default_device, drawing_options, make_sampler, sampler_options, show
+from amed_engine.cli.options import (
+    check_writable,
+    default_device,
+    drawing_options,
+    given_beside,
+    make_sampler,
+    sampler_options,
+    show,
+)
 from amed_engine.errors import ConfigError
+
+logger = logging.getLogger("amed_engine")
 
 BUNDLED = "digits"
 DRAWN = "deis-fine"  # the reference of samples that are drawn
@@ -25,13 +35,9 @@ def _without_drawing(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(**asked: Any) -> Any:
-        context = click.get_current_context()
-        given = [option for option in context.command.params if _is_given(context, str(option.name))]
-        drawing = [option.opts[0] for option in given if option.name not in JUDGING]
+        drawing = given_beside(JUDGING)
         if asked["samples"] is not None and drawing:
-            raise click.UsageError(
-                f"--samples judges what is there, {', '.join(drawing)} are for drawing; leave them out"
-            )
+            raise click.UsageError(f"--samples judges what is there and draws nothing; leave {', '.join(drawing)} out")
         if asked["samples"] == "":
             raise click.UsageError(
                 "--samples is empty, expected a dataset, a shard or pictures; name them, or leave it out"
@@ -39,10 +45,6 @@ def _without_drawing(command: Callable) -> Callable:
         return command(**asked)
 
     return run
-
-
-def _is_given(context: click.Context, name: str) -> bool:
-    return context.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP, None)
 
 
 @click.command()
@@ -95,6 +97,10 @@ def evaluate(
         found = _drawn(model, seeds, given, (class_labels, guidance_scale, batch), asked, chosen)
     if save_statistics:
         found.statistics.save(save_statistics)
+    elif not any((found.distance, found.to_reference, found.to_data, found.class_accuracy is not None)):
+        logger.warning(
+            "nothing is compared: pass --data or --reference, images to compare with, or --classifier digits"
+        )
     show(found, json_file)
 
 

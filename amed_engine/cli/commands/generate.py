@@ -18,6 +18,7 @@ from amed_engine.cli.options import (
     check_writable,
     check_writable_folder,
     condition_options,
+    given_beside,
     make_sampler,
     options,
     range_options,
@@ -28,6 +29,11 @@ from amed_engine.cli.options import (
 from amed_engine.datasets.interrupts import terminable
 
 FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
+
+
+# Options beside --package, in whose file all others are fixed.
+PACKAGED = {"package", "class_labels", "labels", "verify", "seeds", "out", "file_format", "shard", "batch", "store"}
+PACKAGED |= {"workers", "threads", "again", "check", "overwrite", "json_file"}
 
 
 class Interrupted(click.ClickException):
@@ -43,6 +49,11 @@ class Interrupted(click.ClickException):
     show_default="drawn by each seed",
 )
 @no_verify
+@click.option(
+    "--package",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Draw by the loop in a file of amed export, in place of a model; a compiled .pt2 is a program that runs.",
+)
 @click.option("--seeds", required=True, help="One sample each, e.g. 0-49999 or 1,5,9.")
 @sampler_options
 @condition_options
@@ -72,6 +83,7 @@ def generate(
     class_labels,
     labels,
     guidance_scale,
+    package,
     out,
     file_format,
     batch,
@@ -91,6 +103,8 @@ def generate(
     check_writable_folder(out, "manifest.json", "ledger.jsonl")
     told = {name: asked.pop(name) for name in TOLD if name != "labels"}
     told["labels"], class_labels = _split(labels, class_labels)
+    if package is not None and (fixed := given_beside(PACKAGED) + ["--labels"] * (told["labels"] is not None)):
+        raise click.UsageError(f"--package holds model and plan, and says all of them; leave {', '.join(fixed)} out")
     drawing = {name: asked.pop(name) for name in ("shard", "threads", "check")}
     from amed_engine.datasets.generate import generate_dataset
     from amed_engine.datasets.job import fitting_batch
@@ -99,21 +113,27 @@ def generate(
     numbers = Seeds.of(seeds)
     batch = batch or fitting_batch(min(drawing["shard"], len(numbers)))
     asked["batch_sizes"] = (batch,)  # what a GPU captures
-    report = generate_dataset(
-        functools.partial(_sampler, told, asked),
-        numbers,
-        out,
-        class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        format=file_format,
-        batch=batch,
-        stored=store,
-        workers=workers,
-        verify=again,
-        overwrite=overwrite,
-        progress=os.environ.get("RANK", "0") == "0",
-        **drawing,
-    )
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        report = generate_dataset(
+            functools.partial(_sampler, told, asked)
+            if package is None
+            else functools.partial(_package, package, asked),
+            numbers,
+            out,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            format=file_format,
+            batch=batch,
+            stored=store,
+            workers=workers,
+            verify=again if first else 0,
+            overwrite=overwrite,
+            progress=first,
+            **drawing,
+        )
+    except KeyboardInterrupt as error:  # the second one
+        raise Interrupted(f"interrupted at once: what is finished stays in {out}; the same command goes on") from error
     show(report, json_file)
     if report.interrupted:
         raise Interrupted(
@@ -128,6 +148,13 @@ def _sampler(told: dict[str, Any], asked: dict[str, Any]) -> Any:
     return make_sampler(model, weights=weights, **asked)
 
 
+def _package(path: str, asked: dict[str, Any]) -> Any:
+    """In each worker."""
+    from amed_engine.engine.export.package import load_package
+
+    return load_package(path, verify=asked["verify"])
+
+
 def _split(labels: str | None, class_labels: Any) -> tuple[str | None, Any]:
     """--labels as the kind that a raw network is told, and the labels in a file. Raises click.UsageError."""
     if labels is None or labels in LABEL_KINDS:
@@ -136,7 +163,7 @@ def _split(labels: str | None, class_labels: Any) -> tuple[str | None, Any]:
     if class_labels is not None:
         raise click.UsageError("--class and --labels FILE exclude each other; leave one of them out")
     if not Path(labels).is_file():
-        raise click.UsageError(f"--labels is a file, or one of {', '.join(LABEL_KINDS)}; got {labels!r}")
+        raise click.UsageError(f"--labels is a file, or one of {', '.join(LABEL_KINDS)}; {labels!r} is no file")
     option = next(param for param in context.command.params if param.name == "labels")
     return None, parse_labels(context, option, labels)
 

@@ -126,7 +126,8 @@ def _read_path(path: Path, batch: int) -> Iterator[Tensor]:
         yield from _read_folder(path, batch)
 
 
-def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
+def png_files(folder: Path) -> list[Path]:
+    """Those of a folder and of its folders, in the order of their names. Raises FileFormatError where there are none."""
     if not folder.is_dir():
         raise FileFormatError(f"{folder} is not a folder; pass one of PNG files, a dataset, or an .npz")
     files = sorted(
@@ -134,6 +135,11 @@ def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
     )
     if not files:
         raise FileFormatError(f"{folder} has no PNG files, nor have its folders")
+    return files
+
+
+def _read_folder(folder: Path, batch: int) -> Iterator[Tensor]:
+    files = png_files(folder)
     first = _read_png(files[0])
     for start in range(0, len(files), batch):
         pictures = [_read_png(file, first.shape) for file in files[start : start + batch]]

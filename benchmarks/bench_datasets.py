@@ -80,7 +80,8 @@ def app() -> None:
 def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int, out: str | None) -> None:
     """Draw by every kind of process, undisturbed and killed at random moments."""
     wanted = Wanted(samples, format=form, shard=shard)
-    found = begun(out, {"samples": samples, "format": form, "shard": shard}) | {"environment": environment()}
+    settings = {"samples": samples, "format": form, "shard": shard}
+    found = {**settings, "environment": environment(), "kinds": {**begun(out, settings).get("kinds", {})}}
     for kind in kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
             found["kinds"][kind] = one_kind(kind, wanted, kills, random.Random(f"{kind} {seed}"), Path(folder))
@@ -91,10 +92,9 @@ def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int,
 
 
 def begun(out: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The kinds that an earlier run with the same settings wrote, or none."""
+    """What an earlier run with the same settings wrote, or nothing."""
     found = json.loads(Path(out).read_text()) if out and Path(out).exists() else {}
-    kinds = found["kinds"] if settings.items() <= found.items() else {}
-    return {**settings, "kinds": kinds}
+    return found if settings.items() <= found.items() else {}
 
 
 def one_kind(kind: str, wanted: Wanted, kills: int, chance: random.Random, folder: Path) -> dict[str, Any]:
@@ -175,13 +175,15 @@ def complaints(found: dict[str, Any]) -> list[str]:
 @click.option(
     "--baseline", type=click.Path(exists=True, file_okay=False), help=f"A checkout of {BASELINE} with its .venv."
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="Write the numbers.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the numbers; what is there of other threads stays.")
 def speed(samples, rounds, nfe, shard, threads, formats, baseline, out) -> None:
     """Time drawing alone, each format, two workers, and `amed sample --outdir` as it was, in turns."""
     if baseline:
         check_baseline(Path(baseline))
     seeds = f"0-{samples - 1}"
-    found = {"samples": samples, "nfe": nfe, "shard": shard, "environment": environment(), "rows": []}
+    settings = {"samples": samples, "nfe": nfe, "shard": shard}
+    others = [row for row in begun(out, settings).get("rows", []) if row["threads"] not in threads]
+    found = {**settings, "environment": environment(), "rows": others}
     for count in threads:
         contestants = commands(seeds, nfe, shard, count, formats.split(","), baseline)
         times: dict[str, list[float]] = {name: [] for name in contestants}

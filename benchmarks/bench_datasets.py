@@ -6,8 +6,8 @@
 
 `kill` draws the digits by one process, `--workers 2`, torchrun with two ranks and two actors of a local Ray cluster, and again
 by each while one of its processes, chosen by chance, is killed by SIGKILL at random moments; what ends before it is done is
-started again. `speed` draws in turns: nothing but samples, each format, and the `amed sample --outdir` of a checkout of
-commit b436505, which wrote a PNG per seed.
+started again. `speed` draws in turns: nothing but samples, each format, the last one by the same loop exported to ONNX too, and
+the `amed sample --outdir` of a checkout of commit b436505, which wrote a PNG per seed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any
 import click
 from dataset_runs import KINDS, Wanted, Watched, contents
 from harness import environment
+
+from amed_engine import Sampler
 
 BASELINE = "b436505"
 TIMED = """
@@ -177,15 +179,16 @@ def complaints(found: dict[str, Any]) -> list[str]:
 )
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the numbers; what is there of other threads stays.")
 def speed(samples, rounds, nfe, shard, threads, formats, baseline, out) -> None:
-    """Time drawing alone, each format, two workers, and `amed sample --outdir` as it was, in turns."""
+    """Time drawing alone, each format, an exported loop, two workers, and `amed sample --outdir` as it was, in turns."""
     if baseline:
         check_baseline(Path(baseline))
     seeds = f"0-{samples - 1}"
     settings = {"samples": samples, "nfe": nfe, "shard": shard}
     others = [row for row in begun(out, settings).get("rows", []) if row["threads"] not in threads]
     found = {**settings, "environment": environment(), "rows": others}
+    loop = exported(nfe, Path(click.get_current_context().with_resource(tempfile.TemporaryDirectory())))
     for count in threads:
-        contestants = commands(seeds, nfe, shard, count, formats.split(","), baseline)
+        contestants = commands(seeds, nfe, shard, count, formats.split(","), loop, baseline)
         times: dict[str, list[float]] = {name: [] for name in contestants}
         order = list(contestants)
         for _ in range(rounds):
@@ -203,16 +206,26 @@ def check_baseline(checkout: Path) -> None:
         raise click.UsageError(f"{checkout} is at {head or 'no commit'}; check out {BASELINE} there")
 
 
+def exported(nfe: int, folder: Path) -> Path:
+    """The loop as an ONNX model, made before anything is timed."""
+    path = folder / "loop.onnx"
+    Sampler("digits", nfe=nfe, device="cpu").export(path, "onnx", max_batch=64)
+    return path
+
+
 def commands(
-    seeds: str, nfe: int, shard: int, threads: int, formats: list[str], baseline: str | None
+    seeds: str, nfe: int, shard: int, threads: int, formats: list[str], loop: Path, baseline: str | None
 ) -> dict[str, list[str]]:
     """Contestants; {file} and {folder} stand for where to write."""
     told = ["--model", "digits", "--nfe", str(nfe), "--seeds", seeds]
     python = [sys.executable, "-P", "-c"]
     timed = [*python, TIMED, "{file}", str(threads)]
-    generate = [*timed, "generate", *told, "--out", "{folder}", "--shard", str(shard), "--threads", str(threads)]
+    where = ["--out", "{folder}", "--shard", str(shard), "--threads", str(threads)]
+    generate = [*timed, "generate", *told, *where]
     found = {"drawing alone": [*python, DRAWING, "{file}", str(threads), str(nfe), seeds, str(shard)]}
     found |= {form: [*generate, "--format", form] for form in formats}
+    drawn = ["generate", "--package", str(loop), "--seeds", seeds, *where, "--format", formats[-1]]
+    found[f"{formats[-1]}, exported loop"] = [*timed, *drawn]
     if threads == 1:
         found[f"{formats[0]}, two workers"] = [*generate, "--format", formats[0], "--workers", "2"]
     if baseline:

@@ -39,7 +39,7 @@ def test_a_table_stands_below_its_commands(title):
 
 
 def test_only_tables_of_measurements_are_on_the_page():
-    assert len(TABLE.findall(PAGE)) == 6
+    assert len(TABLE.findall(PAGE)) == 8
 
 
 DIGITS = {
@@ -170,3 +170,32 @@ def test_a_stranger_would_choose_about_the_same(tables):
         costs = [cost for _, cost in tables.left_out(found, first).values()]
         said = f"{math.prod(costs) ** (1 / len(costs)):.2f} / {max(costs):.2f} {words}"
         assert said in SECTIONS["The default on networks of others"].replace("\n", " ")
+
+
+# ---- datasets
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("What writing a dataset costs", "datasets-speed.json"),
+        ("Datasets drawn while processes are killed", "datasets-kill.json"),
+    ],
+)
+def test_datasets_are_shown_as_measured(title, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_datasets
+
+    (shown,) = TABLE.finditer(SECTIONS[title])
+    assert shown[0].strip() == bench_datasets.table_of(load(name))
+
+
+def test_every_kind_of_process_drew_the_same_samples_whoever_was_killed():
+    found = load("datasets-kill.json")
+    assert set(found["kinds"]) == {"process", "workers", "torchrun", "ray"}
+    for each in found["kinds"].values():
+        after = each["after"]
+        assert (after["samples"], after["twice"], after["half"], after["litter"]) == (found["samples"], 0, [], [])
+        assert len({each["set"], after["set"], found["kinds"]["process"]["set"]}) == 1
+        assert len(each["kills"]) == 5
+        assert each["peak_mib"] < 1.1 * each["peak_mib_of_a_tenth"]

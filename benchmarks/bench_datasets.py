@@ -83,7 +83,7 @@ def kill(samples: int, kills: int, kinds: str, form: str, shard: int, seed: int,
     """Draw by every kind of process, undisturbed and killed at random moments."""
     wanted = Wanted(samples, format=form, shard=shard)
     settings = {"samples": samples, "format": form, "shard": shard}
-    found = {**settings, "environment": environment(), "kinds": {**begun(out, settings).get("kinds", {})}}
+    found = {**settings, "environment": environment(), "kinds": begun(out, settings).get("kinds", {})}
     for kind in kinds.split(","):
         with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
             found["kinds"][kind] = one_kind(kind, wanted, kills, random.Random(f"{kind} {seed}"), Path(folder))

@@ -129,6 +129,13 @@ def drawn_again(sampler, folder):
     return folder / "again"
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_labels_beside_pictures_are_as_many(count, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8), labels=np.zeros(count, np.uint16))
+    with pytest.raises(FileFormatError, match=f"has {count} labels"):
+        evaluate_samples(tmp_path / "a.npz", batch=2)
+
+
 def test_damaged_labels_beside_pictures_are_refused(tmp_path):
     arrays = {"arr_0": np.zeros((3, 8, 8, 1), np.uint8), "labels": np.array([{}], dtype=object)}
     np.savez(tmp_path / "a.npz", **arrays)

@@ -38,7 +38,7 @@ def read_labelled(path: Path, batch: int = BATCH) -> Labelled:
         parts = ((as_images(part), part.labels) for part in stored.batches(batch))
         return Labelled(stored.about, ((images, None if own is None else torch.tensor(own)) for images, own in parts))
     about, labels = _of_npz(path) if path.suffix == ".npz" and path.is_file() else _of_pictures(png_files(path))
-    return Labelled(about, _in_turn(batches(path, batch), labels))
+    return Labelled(about, _in_turn(path, batches(path, batch), labels))
 
 
 def of_one_class(path: Path, label: int) -> Iterator[Tensor] | None:
@@ -50,11 +50,16 @@ def of_one_class(path: Path, label: int) -> Iterator[Tensor] | None:
     return (images[own == label] for images, own in rest.batches if own is not None and bool((own == label).any()))
 
 
-def _in_turn(images: Iterator[Tensor], labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _in_turn(path: Path, images: Iterator[Tensor], labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     start = 0
     for part in images:
-        yield part, None if labels is None else labels[start : start + len(part)]
+        own = None if labels is None else labels[start : start + len(part)]
         start += len(part)
+        if labels is not None and start > len(labels):
+            raise FileFormatError(f"{path} has {len(labels)} labels, and more images")
+        yield part, own
+    if labels is not None and start < len(labels):
+        raise FileFormatError(f"{path} has {len(labels)} labels, and {start} images")
 
 
 def _of_npz(path: Path) -> tuple[dict[str, Any], Tensor | None]:
@@ -72,8 +77,9 @@ def _of_npz(path: Path) -> tuple[dict[str, Any], Tensor | None]:
         raise FileFormatError(f"{path}: its plan or labels cannot be read: {error}") from error
     plan, labels = found.get("plan.npy"), found.get("labels.npy")
     told = {} if plan is None or plan.dtype.kind != "U" or plan.size != 1 else {"plan": str(plan.reshape(())[()])}
-    numbers = labels is not None and labels.dtype.kind in "iuf"
-    return told, torch.tensor(labels) if numbers else None
+    if labels is None or labels.dtype.kind not in "iuf":
+        return told, None
+    return told, torch.tensor(labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64))
 
 
 def _of_pictures(files: Sequence[Path]) -> tuple[dict[str, Any], Tensor | None]:

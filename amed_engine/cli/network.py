@@ -64,7 +64,7 @@ no_verify = click.option(
     flag_value=False,
     default=True,
     show_default=False,
-    help="Take a predictor or plan of another model, and no look at what --prediction says.",
+    help="Take a predictor or plan of another model, and no look at what --prediction says, or at a file's hash.",
 )
 
 

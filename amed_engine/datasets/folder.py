@@ -126,7 +126,7 @@ def _empty(folder: Path) -> None:
             f"{folder / min(others)} is not in the ledger: it is not of this dataset, or its line was lost; move it away"
         )
     logger.warning(
-        "overwriting %s: removing %d shards, %d samples", folder, len(entries), sum(e.samples for e in entries)
+        "overwriting %s: removing %d shard(s), %d samples", folder, len(entries), sum(e.samples for e in entries)
     )
     for entry in entries:
         delete(folder, entry)

@@ -126,7 +126,8 @@ def generate_dataset(
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:
         overwrite_folder(folder)
-    with Interrupts() as interrupts, open_folder(folder, job, place(opened.identity, opened.device)) as (job, first):
+    here = place(opened.identity, opened.device)
+    with Interrupts(said=progress) as interrupts, open_folder(folder, job, here) as (job, first):
         stop = interrupts.asked.is_set
         if check:
             check_hashes(folder, job, stop)
@@ -135,7 +136,8 @@ def generate_dataset(
         shown = Progress(len(job.seeds), missing.samples, progress)
         try:
             errors = []
-            if workers == 1:
+            workers = min(workers, len(missing.left()))
+            if workers < 2:
                 draw_missing(missing, opened, labels, shown, stop)
             else:
                 making = functools.partial(open_made, source, guidance_scale, stored, options)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+STDERR, HEARD = 2, b"\nfinishing the open shard; interrupt again to give it up and end at once\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """As a context in the main thread it takes the signals; `asked` is set by the first. Elsewhere it takes none."""
+    """As a context in the main thread it takes the signals; `asked` is set by the first. Elsewhere it takes none.
 
-    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
-        self.signals = signals
+    said: answer the first one on stderr.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS, said: bool = False) -> None:
+        self.signals, self.said = signals, said
         self.asked = threading.Event()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -33,6 +38,9 @@ class Interrupts:
         if self.asked.is_set():
             raise KeyboardInterrupt
         self.asked.set()
+        if self.said:
+            with contextlib.suppress(OSError):
+                os.write(STDERR, HEARD)  # a print is not safe here
 
 
 @contextlib.contextmanager

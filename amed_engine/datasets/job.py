@@ -205,4 +205,6 @@ def _differences(theirs: Any, ours: Any, path: str = "") -> Iterator[str]:
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if len(text) <= 60:
+        return text
+    return f"{text[:-1][:56]}...{text[-1]}"  # with its quote or bracket

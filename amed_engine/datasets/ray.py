@@ -97,7 +97,7 @@ def generate(
             missing = Missing(folder, job, run=secrets.token_hex(8))
             drawer = {"making": making, "labels": labels, "first": first, "missing": missing}
             shown = Progress(len(job.seeds), missing.samples, progress)
-            with Interrupts() as interrupts:
+            with Interrupts(said=progress) as interrupts:
                 errors = _draw(pool, missing, drawer, shown, interrupts.asked)
             interrupted, held = interrupts.asked.is_set(), in_other_hands(missing)
             check_ended(errors, missing, held, interrupted)

@@ -45,9 +45,11 @@ def evaluate_samples(
     """
     if isinstance(reference, str) and reference in REFERENCES:
         raise ConfigError(
-            f"{reference!r} is drawn from the samples' latents; for samples that are there pass images, or None"
+            f"{reference!r} is drawn from the samples' latents; for samples that are there pass images, statistics or nothing"
         )
     device, path = usable(device), Path(samples)
+    if not path.exists():
+        raise FileFormatError(f"{path} is not there; pass a dataset, a shard, a folder of PNG, or an .npz of pictures")
     for other in (reference, data):
         _check_there(other)
     keep = any(other is not None and not holds_statistics(other) for other in (reference, data))

@@ -142,6 +142,11 @@ def test_a_worker_draws_what_this_process_cannot(making, tmp_path, monkeypatch):
     assert samples == 8
 
 
+def test_no_more_workers_than_shards_are_started(making, tmp_path, monkeypatch):
+    monkeypatch.setattr("amed_engine.datasets.generate.draw_in_workers", lambda *_: pytest.fail("one shard, no worker"))
+    assert generate_dataset(making, "0-3", tmp_path, **SMALL, workers=99).samples == 4
+
+
 def test_a_run_that_lacks_shards_is_no_success(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("amed_engine.datasets.generate.draw_missing", lambda *_: None)
     with pytest.raises(AmedError, match="2 shards are missing, all others are kept"):

@@ -54,6 +54,7 @@ def test_an_interrupt_finishes_the_open_shard(tmp_path, whole, workers, number):
     process.send_signal(number)
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert errors.count("finishing the open shard; interrupt again to give it up and end at once") == 1
     there = len(contents(tmp_path))  # no litter either
     assert 40 <= there < 400
     assert f"interrupted: {there} of 400 samples are in {tmp_path}; the same command draws the others" in errors

@@ -107,7 +107,11 @@ def test_a_dataset_to_compare_with_says_its_classes(sampler, tmp_path, caplog):
     found = evaluate_samples(tmp_path / "fours", reference=tmp_path / "both")
     assert found.to_reference.frechet == pytest.approx(0, abs=1e-9)
     assert frechet(tmp_path / "fours", tmp_path / "both", features="pixels") > 0.1
+    assert "samples are of class 4: compared with the 12 images of that class" in caplog.text
     assert "no labels" not in caplog.text
+    generate_dataset(sampler, range(4), tmp_path / "fives", class_labels=5, format="npz", batch=4, shard=8)
+    with pytest.raises(ConfigError, match="fives has no images of class 4"):
+        evaluate_samples(tmp_path / "fours", reference=tmp_path / "fives")
     images = torch.cat(list(batches(tmp_path / "both")))[1::2]
     save_each(tmp_path / "unnamed", list(images.permute(0, 2, 3, 1).numpy()), range(12))
     evaluate_samples(tmp_path / "fours", reference=tmp_path / "unnamed")
@@ -141,6 +145,11 @@ def test_damaged_labels_beside_pictures_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(FileFormatError, match="its plan or labels cannot be read"):
         evaluate_samples(tmp_path / "a.npz")
+
+
+def test_samples_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(FileFormatError, match="nowhere is not there; pass a dataset"):
+        evaluate_samples(tmp_path / "nowhere")
 
 
 def test_a_reference_that_has_to_be_drawn_is_refused(folders):

@@ -103,14 +103,19 @@ def generate(
     check_writable_folder(out, "manifest.json", "ledger.jsonl")
     told = {name: asked.pop(name) for name in TOLD if name != "labels"}
     told["labels"], class_labels = _split(labels, class_labels)
-    if package is not None and (fixed := given_beside(PACKAGED) + ["--labels"] * (told["labels"] is not None)):
-        raise click.UsageError(f"--package holds model and plan, and says all of them; leave {', '.join(fixed)} out")
+    kinds = [] if told["labels"] is None else [f"--labels {labels}"]
+    if package is not None and (fixed := given_beside(PACKAGED) + kinds):
+        raise click.UsageError(f"--package holds model, plan and device; leave {', '.join(fixed)} out")
     drawing = {name: asked.pop(name) for name in ("shard", "threads", "check")}
     from amed_engine.datasets.generate import generate_dataset
     from amed_engine.datasets.job import fitting_batch
     from amed_engine.datasets.seeds import Seeds
 
     numbers = Seeds.of(seeds)
+    if labels is not None and class_labels is not None and len(class_labels) != len(numbers):
+        raise click.UsageError(
+            f"{labels} has {len(class_labels)} lines with labels and --seeds names {len(numbers)}; write a line for each seed"
+        )
     batch = batch or fitting_batch(min(drawing["shard"], len(numbers)))
     asked["batch_sizes"] = (batch,)  # what a GPU captures
     first = os.environ.get("RANK", "0") == "0"
@@ -136,9 +141,8 @@ def generate(
         raise Interrupted(f"interrupted at once: what is finished stays in {out}; the same command goes on") from error
     show(report, json_file)
     if report.interrupted:
-        raise Interrupted(
-            f"interrupted: {report.samples:,} of {report.wanted:,} samples are in {out}; the same command draws the others"
-        )
+        others = "; the same command draws the others" if report.samples < report.wanted else ""
+        raise Interrupted(f"interrupted: {report.samples:,} of {report.wanted:,} samples are in {out}{others}")
 
 
 def _sampler(told: dict[str, Any], asked: dict[str, Any]) -> Any:

@@ -218,7 +218,9 @@ def _look_into(path: Path) -> tuple[bool, bytes | str | None]:
             named += [info for info in compiled if info.filename.endswith("wrapper_metadata.json")]
             texts = [archive.read(info) for info in named if info.file_size <= 2 * MAX_FACTS]
     except Exception as error:  # zipfile raises what its decompressors happen to raise
-        raise FileFormatError(f"{path} is no .pt2 archive: {error}") from error
+        raise FileFormatError(
+            f"{path} is no package of Sampler.export, neither .onnx nor a .pt2 archive: {error}"
+        ) from error
     if not compiled:
         return False, texts[0] if texts else None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from torch import Tensor
 from amed_engine.datasets.formats.npz import read_head
 from amed_engine.datasets.reading import format_of, is_dataset, members, open_samples
 from amed_engine.engine.images import read_notes
-from amed_engine.errors import FileFormatError
+from amed_engine.errors import ConfigError, FileFormatError
 from amed_engine.evaluation.metrics.sources import BATCH, as_images, batches, png_files
+
+logger = logging.getLogger("amed_engine")
 
 MAX_LABELS = 1 << 27  # bytes
 
@@ -42,12 +45,25 @@ def read_labelled(path: Path, batch: int = BATCH) -> Labelled:
 
 
 def of_one_class(path: Path, label: int) -> Iterator[Tensor] | None:
-    """The images of one class; None where the files do not say which they are."""
+    """The images of one class, said to be so many; None where the files do not say which they are. Raises ConfigError where
+    none is."""
     first, rest = read_labelled(path), read_labelled(path)
     labels = next((own for _, own in first.batches), None)
     if labels is None or labels.is_floating_point() or labels.dim() > 1:
         return None
-    return (images[own == label] for images, own in rest.batches if own is not None and bool((own == label).any()))
+    return _of_class(path, label, rest.batches)
+
+
+def _of_class(path: Path, label: int, parts: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+    count = 0
+    for images, own in parts:
+        chosen = images[own == label]
+        count += len(chosen)
+        if len(chosen):
+            yield chosen
+    if not count:
+        raise ConfigError(f"{path} has no images of class {label}, of which all the samples are; compare with others")
+    logger.warning("samples are of class %d: compared with the %d images of that class in %s", label, count, path)
 
 
 def _in_turn(path: Path, images: Iterator[Tensor], labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

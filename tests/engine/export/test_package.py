@@ -64,8 +64,8 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path, facts, message):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.pt2", b"no archive", " is no .pt2 archive"),
-        ("a.pt2", b"", " is no .pt2 archive"),
+        ("a.pt2", b"no archive", " is no package of Sampler.export, neither .onnx nor a .pt2 archive"),
+        ("a.pt2", b"", " is no package of Sampler.export, neither .onnx nor a .pt2 archive"),
         ("a.onnx", b"no model", " cannot be loaded"),
         ("a.json", b"{}", " holds no network; read a plan with read_plan"),
     ],

@@ -15,7 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """As a context in the main thread it takes the signals; `asked` is set by the first. Elsewhere it takes none.
+    """As a context in the main thread it takes the signals; `asked` is set by the first. Elsewhere it takes none, nor
+    those that are ignored, as Ctrl-C is by what a script started in the background.
 
     said: answer the first one on stderr.
     """
@@ -27,7 +28,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._take) for number in self.signals}
+            heard = [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._take) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import shutil
+import signal
 import threading
 
 import numpy as np
@@ -18,6 +19,7 @@ from amed_engine.datasets.drawing import Missing
 from amed_engine.datasets.folder import open_folder
 from amed_engine.datasets.formats.npz import NpzWriter
 from amed_engine.datasets.generate import make_job, open_made
+from amed_engine.datasets.interrupts import Interrupts
 from amed_engine.datasets.job import difference, place
 from amed_engine.datasets.ledger import Ledger
 from amed_engine.datasets.progress import Progress
@@ -252,3 +254,14 @@ def test_progress_without_a_stderr_says_nothing(monkeypatch):
     progress = Progress(10, 0, shown=True)
     progress.drew(10, 1.0)
     progress.close()
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interrupts.asked.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,5 +1,6 @@
 """Runs that are interrupted and killed, as processes of the command line: what they leave is whole, and is gone on with."""
 
+import functools
 import os
 import random
 import signal
@@ -18,7 +19,9 @@ JOB = ["--model", "digits", "--nfe", "3", "--seeds", "0-399", "--format", "npz",
 
 def start(out, *more, job=JOB):
     command = [sys.executable, "-P", "-m", "amed_engine", "generate", *job, "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # whatever started the tests ignores
+    return subprocess.Popen(command, **pipes, preexec_fn=heard)
 
 
 def shards(out) -> int:

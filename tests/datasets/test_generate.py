@@ -186,7 +186,7 @@ def test_overwriting_removes_what_the_ledger_lists_alone(sampler, tmp_path, capl
     assert bytes_of(folder) == before
     (folder / "shard-000009.npz").rename(folder / "mine.npz")
     report = generate_dataset(Sampler("digits", nfe=5), "7-16", folder, **SMALL, overwrite=True)
-    assert "removing 2 shards, 40 samples" in caplog.text
+    assert "removing 2 shard(s), 40 samples" in caplog.text
     assert (report.samples, report.drawn) == (10, 10)
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "mine.npz").read_text() == "mine too"

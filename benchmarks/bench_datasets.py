@@ -217,8 +217,7 @@ def commands(
     seeds: str, nfe: int, shard: int, threads: int, formats: list[str], loop: Path, baseline: str | None
 ) -> dict[str, list[str]]:
     """Contestants; {file} and {folder} stand for where to write."""
-    told = ["--model", "digits", "--nfe", str(nfe), "--seeds", seeds]
-    python = [sys.executable, "-P", "-c"]
+    told, python = ["--model", "digits", "--nfe", str(nfe), "--seeds", seeds], [sys.executable, "-P", "-c"]
     timed = [*python, TIMED, "{file}", str(threads)]
     where = ["--out", "{folder}", "--shard", str(shard), "--threads", str(threads)]
     generate = [*timed, "generate", *told, *where]

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,8 @@ def generate_dataset(
     """
     started, folder = time.perf_counter(), Path(out)
     workers, verify = whole_number("workers", workers, 1), whole_number("verify", verify, 0)
-    with torch_threads(whole_number("threads", threads, 1)):  # ONNX Runtime takes their number when it opens a file
-        made = _made(source, workers)
-    opened = open_source(made, guidance_scale=guidance_scale, stored=stored, **options)
+    _check_made(source, workers)
+    opened = open_made(source, threads, guidance_scale, stored, options)
     job, labels = make_job(opened, Seeds.of(seeds), class_labels, format, shard, batch, threads)
     if overwrite:
         overwrite_folder(folder)
@@ -140,7 +139,7 @@ def generate_dataset(
             if workers < 2:
                 draw_missing(missing, opened, labels, shown, stop)
             else:
-                making = functools.partial(open_made, source, guidance_scale, stored, options)
+                making = functools.partial(open_made, source, threads, guidance_scale, stored, options)
                 errors = draw_in_workers(workers, making, missing, opened, labels, shown, interrupts.asked)
         finally:
             shown.close()
@@ -225,17 +224,17 @@ def set_hash(missing: Missing) -> str:
     return f"{sum(int(entries[shard].sum, 16) for shard in missing.there) % MODULUS:064x}"
 
 
-def _made(source: Any, workers: int) -> Any:
-    """The source itself, of the function that makes one."""
-    if isinstance(source, MAKERS):
-        return source()
-    if workers > 1:
+def _check_made(source: Any, workers: int) -> None:
+    """Raise ConfigError where workers cannot make the source themselves."""
+    if workers > 1 and not isinstance(source, MAKERS):
         raise ConfigError(
             f"{workers} workers need a function that makes the source in each of them, got {type(source).__name__}; pass one "
             "without arguments, defined in a module, that returns it"
         )
-    return source
 
 
-def open_made(source: Callable[[], Any], guidance_scale: float | None, stored: str | None, options: dict) -> Source:
-    return open_source(source(), guidance_scale=guidance_scale, stored=stored, **options)
+def open_made(source: Any, threads: Any, guidance_scale: float | None, stored: str | None, options: dict) -> Source:
+    """Open a source, or what a function makes, with so many threads: ONNX Runtime takes their number when it opens a file."""
+    with torch_threads(whole_number("threads", threads, 1)):
+        made = source() if isinstance(source, MAKERS) else source
+    return open_source(made, guidance_scale=guidance_scale, stored=stored, **options)

@@ -83,7 +83,7 @@ def generate(
     _check(source, actors, verify)
     ray = require("ray", "ray", "drawing a dataset on a cluster")
     require("ray.data", "ray", "drawing a dataset on a cluster")
-    making = functools.partial(open_made, source, guidance_scale, stored, options)
+    making = functools.partial(open_made, source, threads, guidance_scale, stored, options)
     with _connected(ray, address) as alone:
         folder = _folder(out, alone)
         pool = Pool(ray, actors, threads if num_cpus is None else num_cpus, num_gpus)

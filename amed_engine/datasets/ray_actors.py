@@ -12,7 +12,7 @@ import numpy as np
 
 from amed_engine.datasets.drawing import Missing, draw_shard, threads
 from amed_engine.datasets.generate import make_job
-from amed_engine.datasets.job import NAME, Job, place, whole_number
+from amed_engine.datasets.job import NAME, Job, place
 from amed_engine.datasets.progress import Progress
 from amed_engine.datasets.shards import ShardWriter
 from amed_engine.datasets.sources import Source
@@ -82,8 +82,7 @@ class Drawer:
         missing = self.missing
         if not (missing.folder / NAME).exists():
             raise ConfigError(f"{missing.folder} is not there: it has to be on storage that all nodes share")
-        with threads(missing.job.threads):
-            source = self.making()
+        source = self.making()
         check_same(missing.job, source)
         compare_place(missing.folder, missing.job, source, self.labels, self.first)
         return source
@@ -91,13 +90,11 @@ class Drawer:
 
 def described(making: Making, *arguments: Any) -> tuple[Job, np.ndarray | None, dict[str, Any]]:
     """The job, the labels of its samples, and the place where this runs. arguments: of `make_job`, after the source."""
-    with threads(whole_number("threads", arguments[-1], 1)):
-        source = making()
+    source = making()
     job, labels = make_job(source, *arguments)
     return job, labels, place(source.identity, source.device)
 
 
 def verified(making: Making, folder: Path, job: Job, labels: np.ndarray | None, count: int) -> int:
     """See `verify_samples`."""
-    with threads(job.threads):
-        return verify_samples(folder, job, making(), labels, count)
+    return verify_samples(folder, job, making(), labels, count)

@@ -138,7 +138,7 @@ def test_this_process_draws_what_a_worker_that_ends_without_a_word_does_not(tiny
 
 def test_a_worker_draws_what_this_process_cannot(making, tmp_path, monkeypatch):
     monkeypatch.setattr(NpzWriter, "add", functools.partial(fail, OSError(errno.EIO, "Input/output error")))
-    errors, samples = in_workers(making(), functools.partial(open_made, making, None, None, {}), tmp_path)
+    errors, samples = in_workers(making(), functools.partial(open_made, making, 1, None, None, {}), tmp_path)
     assert len(errors) == 1
     assert "Input/output error" in errors[0]
     assert samples == 8

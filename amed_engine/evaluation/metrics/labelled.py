@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import zipfile
@@ -47,11 +48,11 @@ def read_labelled(path: Path, batch: int = BATCH) -> Labelled:
 def of_one_class(path: Path, label: int) -> Iterator[Tensor] | None:
     """The images of one class, said to be so many; None where the files do not say which they are. Raises ConfigError where
     none is."""
-    first, rest = read_labelled(path), read_labelled(path)
-    labels = next((own for _, own in first.batches), None)
-    if labels is None or labels.is_floating_point() or labels.dim() > 1:
+    parts = read_labelled(path).batches
+    images, labels = next(parts, (None, None))
+    if images is None or labels is None or labels.is_floating_point() or labels.dim() > 1:
         return None
-    return _of_class(path, label, rest.batches)
+    return _of_class(path, label, itertools.chain([(images, labels)], parts))
 
 
 def _of_class(path: Path, label: int, parts: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:

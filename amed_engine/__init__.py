@@ -25,7 +25,10 @@ _NAMES = {
     "engine.measure": ("measure_mean",),
     "engine.result": ("SampleResult", "StepInfo"),
     "engine.sampler": ("Sampler",),
-    "errors": ("AmedError", "ConfigError", "FileFormatError", "NonFiniteError", "UnsafeFileError"),
+    "errors": (
+        *("AmedError", "ConfigError", "DeadlineError", "EngineClosedError", "FileFormatError", "NonFiniteError"),
+        *("QueueFullError", "UnsafeFileError"),
+    ),
     "sampling.denoiser": ("Denoised",),
     "sampling.loop": ("sample",),
     "sampling.predictors": ("AMEDPredictor", "CoefficientPredictor", "ConstantPredictor"),
@@ -68,8 +71,11 @@ if TYPE_CHECKING:
     from amed_engine.engine.sampler import Sampler as Sampler
     from amed_engine.errors import AmedError as AmedError
     from amed_engine.errors import ConfigError as ConfigError
+    from amed_engine.errors import DeadlineError as DeadlineError
+    from amed_engine.errors import EngineClosedError as EngineClosedError
     from amed_engine.errors import FileFormatError as FileFormatError
     from amed_engine.errors import NonFiniteError as NonFiniteError
+    from amed_engine.errors import QueueFullError as QueueFullError
     from amed_engine.errors import UnsafeFileError as UnsafeFileError
     from amed_engine.sampling.denoiser import Denoised as Denoised
     from amed_engine.sampling.loop import sample as sample

@@ -35,6 +35,22 @@ class NonFiniteError(AmedError, FloatingPointError):
         self.seeds = seeds
 
 
+class QueueFullError(AmedError):
+    """A request beyond what may wait. `retry_after`: seconds until there is likely room for it."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(AmedError, TimeoutError):
+    """A request that cannot be done by its deadline any more, or never could. It was not drawn."""
+
+
+class EngineClosedError(AmedError, RuntimeError):
+    """A request to an engine that takes no more, or that was closed before it came to the request."""
+
+
 def require(module: str, extra: str, user: str = "this integration", otherwise: str = "") -> ModuleType:
     """The imported module of an optional package. Raises MissingDependency: who needs it, and how to get it or do without.
 

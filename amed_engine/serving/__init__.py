@@ -1,0 +1,1 @@
+"""Many requests at once: rows of any programs, one evaluation a tick."""

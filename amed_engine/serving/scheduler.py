@@ -19,7 +19,6 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from math import inf
-from operator import attrgetter
 from typing import NamedTuple
 
 from amed_engine.errors import ConfigError, DeadlineError, QueueFullError
@@ -41,7 +40,7 @@ class Job:
     def __post_init__(self):
         if self.samples < 1 or self.ticks < 1:
             raise ConfigError(
-                f"samples, ticks: got {self.samples}, {self.ticks}, expected at least 1; nothing needs no row"
+                f"samples, ticks: got {self.samples}, {self.ticks}, expected at least 1 each; send no job"
             )
         if self.deadline is not None and self.deadline != self.deadline:
             raise ConfigError("deadline: got nan, expected seconds on the engine's clock; None: whenever it is done")
@@ -55,35 +54,19 @@ class Placed(NamedTuple):
     row: int
 
 
-@dataclass(eq=False, slots=True)
-class _Waiting:
-    """A job of which samples `index` .. samples - 1 wait, and its place in the order."""
-
-    job: Job
-    key: tuple[float, int, int, int]
-    index: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.job.samples - self.index
-
-
-_KEY = attrgetter("key")
-
-
 def _late(deadline: float, now: float, ticks: int, tick_seconds: float | None) -> bool:
     """Whether `ticks` ticks from now end after the deadline. Ticks that are not measured take longer than no time."""
     return now >= deadline if tick_seconds is None else now + ticks * tick_seconds > deadline
 
 
-def _fill(ends: list[int], waiting: _Waiting) -> int:
-    """Each waiting sample takes the row that is free first; returns the tick in which the last is done.
+def _fill(ends: list[int], samples: int, ticks: int) -> int:
+    """Each sample takes the row that is free first; returns the tick in which the last is done.
 
     ends: a heap of the ticks in which the rows come free; updated.
     """
     end = 0
-    for _ in range(waiting.left):
-        end = ends[0] + waiting.job.ticks
+    for _ in range(samples):
+        end = ends[0] + ticks
         heapreplace(ends, end)
     return end
 
@@ -96,9 +79,10 @@ class Scheduler:
             raise ConfigError(f"rows, queue: got {rows}, {queue}, expected a row or more and a queue of at least 0")
         self.rows, self.queue = rows, queue
         self.waiting = 0  # samples
-        self._jobs: dict[Job, _Waiting] = {}
-        # Sorted, not a heap: forecasts walk it in order, and cancelling finds its place. 10,000 entries move in microseconds.
-        self._order: list[_Waiting] = []
+        self._left: dict[Job, int] = {}  # samples that wait, of jobs of which any do
+        self._keys: dict[Job, tuple] = {}
+        # Sorted keys, no heap: forecasts walk them in order, and cancelling finds one. 10,000 are moved up in microseconds.
+        self._order: list[tuple] = []
         self._placed: list[Placed | None] = [None] * rows
         self._end = [0] * rows  # tick number in which the row's sample is done
         self._free = list(range(rows))  # a heap
@@ -123,27 +107,26 @@ class Scheduler:
         tick_seconds: what a tick takes; None: not measured yet, so that only a deadline that is past is refused.
         Raises ConfigError (it is here already, or larger than rows and queue together), QueueFullError, DeadlineError.
         """
-        if job in self._jobs or self._rows_of(job):
+        if job in self._left or self._rows_of(job):
             raise ConfigError("job: got one that waits or runs already, expected a new one; cancel it first")
         self._check_room(job, tick_seconds)
         if job.deadline is not None:
             self._check_deadline(job, job.deadline, now, tick_seconds)
             self._pace = None  # those behind it end later now
-        waiting = self._jobs[job] = self._entry(job)
-        insort(self._order, waiting, key=_KEY)
+        self._left[job], self._keys[job] = job.samples, self._key(job)
+        insort(self._order, self._keys[job])
         self._offers += 1
         self.waiting += job.samples
 
     def forecast(self, job: Job) -> int:
         """Ticks from now until its last sample is done if nothing comes or goes. A job not in here: as if offered now."""
-        waiting, running = self._jobs.get(job), self._rows_of(job)
-        if waiting is None and running:
+        running = self._rows_of(job)
+        if running and job not in self._left:
             return max(map(self.remaining, running))
-        waiting = waiting or self._entry(job)
-        ends = self._ends()
-        for ahead in self._order[: self._position(waiting.key)]:  # those behind cannot delay it
-            _fill(ends, ahead)
-        return _fill(ends, waiting)
+        ends, key = self._ends(), self._keys.get(job) or self._key(job)
+        for *_, ahead in self._order[: bisect_left(self._order, key)]:  # those behind cannot delay it
+            _fill(ends, self._left[ahead], ahead.ticks)
+        return _fill(ends, self._left.get(job, job.samples), job.ticks)
 
     def expire(self, now: float, tick_seconds: float | None) -> list[Job]:
         """Take out the jobs, nothing of which has started, that by the forecast end after their deadline; in their order.
@@ -152,28 +135,27 @@ class Scheduler:
         """
         if self._keeps_pace(now, tick_seconds):
             return []
-        ends, kept, late, pace = self._ends(), [], [], inf
-        timed = self._position((inf,))
-        for waiting in self._order[:timed]:
-            end = _fill(filled := ends.copy(), waiting)
-            if waiting.index == 0 and _late(waiting.key[0], now, end, tick_seconds):
-                late.append(waiting)
+        ends, late, pace = self._ends(), [], inf
+        for deadline, *_, job in self._order[: bisect_left(self._order, (inf,))]:
+            end = _fill(filled := ends.copy(), self._left[job], job.ticks)
+            fresh = self._left[job] == job.samples
+            if fresh and _late(deadline, now, end, tick_seconds):
+                self.cancel(job)
+                late.append(job)
                 continue
             ends = filled
-            kept.append(waiting)
-            pace = pace if waiting.index else min(pace, (waiting.key[0] - now) / end)
-        self._order[:timed] = kept
+            pace = min(pace, (deadline - now) / end) if fresh else pace
         self._pace = now, self._ticks, pace
-        return [self._forget(waiting) for waiting in late]
+        return late
 
     def admit(self) -> list[Placed]:
         """Waiting samples go into free rows: jobs in order, their samples in order, lowest free row first."""
         placed, emptied = [], 0
         while self._free and self.waiting:
-            waiting = self._order[emptied]
-            placed.append(self._start(waiting))
-            if not waiting.left:
-                self._forget(waiting)
+            *_, job = self._order[emptied]
+            placed.append(self._start(job))
+            if not self._left[job]:
+                del self._left[job], self._keys[job]
                 emptied += 1
         del self._order[:emptied]
         return placed
@@ -203,9 +185,9 @@ class Scheduler:
 
     def cancel(self, job: Job) -> list[int]:
         """Take a job out; one that is not here changes nothing. Returns the rows it had, free from now."""
-        if waiting := self._jobs.get(job):
-            del self._order[self._position(waiting.key)]
-            self._forget(waiting)
+        if job in self._left:
+            del self._order[bisect_left(self._order, self._keys.pop(job))]
+            self.waiting -= self._left.pop(job)
         rows = self._rows_of(job)
         self._release(rows)
         return rows
@@ -234,7 +216,7 @@ class Scheduler:
     def _until_finished(self, count: int) -> int:
         """Ticks until `count` of the samples here are finished: each makes room for one."""
         ends, end = self._ends(), 0
-        coming = (waiting.job.ticks for waiting in self._order for _ in range(waiting.left))
+        coming = (job.ticks for *_, job in self._order for _ in range(self._left[job]))
         for _ in range(len(self._free) + count):  # free rows are ends at 0 that finish nothing
             end = heappop(ends)
             if ticks := next(coming, 0):
@@ -257,16 +239,15 @@ class Scheduler:
         heapify(ends)
         return ends
 
-    def _entry(self, job: Job) -> _Waiting:
-        return _Waiting(job, (inf if job.deadline is None else job.deadline, -job.priority, job.arrival, self._offers))
+    def _key(self, job: Job) -> tuple[float, int, int, int, Job]:
+        """What jobs are sorted by; the number of the offer is unique, so that the jobs themselves are never compared."""
+        return (inf if job.deadline is None else job.deadline, -job.priority, job.arrival, self._offers, job)
 
-    def _position(self, key: tuple) -> int:
-        return bisect_left(self._order, key, key=_KEY)
-
-    def _start(self, waiting: _Waiting) -> Placed:
-        placed = Placed(waiting.job, waiting.index, heappop(self._free))
-        self._placed[placed.row], self._end[placed.row] = placed, self._ticks + placed.job.ticks
-        waiting.index += 1
+    def _start(self, job: Job) -> Placed:
+        row = heappop(self._free)
+        self._placed[row] = placed = Placed(job, job.samples - self._left[job], row)
+        self._end[row] = self._ticks + job.ticks
+        self._left[job] -= 1
         self.waiting -= 1
         return placed
 
@@ -274,10 +255,6 @@ class Scheduler:
         for row in rows:
             self._placed[row] = None
             heappush(self._free, row)
-
-    def _forget(self, waiting: _Waiting) -> Job:
-        self.waiting -= waiting.left
-        return self._jobs.pop(waiting.job).job
 
     def _rows_of(self, job: Job) -> list[int]:
         return [row for row, sample in enumerate(self._placed) if sample and sample.job is job]

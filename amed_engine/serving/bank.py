@@ -101,7 +101,9 @@ class Learned:
         self.slot = torch.zeros(lines, device=device, dtype=torch.int64)
         self.bottleneck = like.bottleneck
         self.frequencies = frequencies(like.embedding_dim, device).to(dtype)
-        self.parameters = {name: torch.zeros(slots, *shape, device=device, dtype=dtype) for name, shape in _shapes(like)}
+        self.parameters = {
+            name: torch.zeros(slots, *shape, device=device, dtype=dtype) for name, shape in _shapes(like)
+        }
         self.widths = torch.zeros(slots, 2, device=device, dtype=dtype)
 
     def write(self, slot: int, lines: slice, table: Table) -> None:
@@ -169,7 +171,7 @@ def _shapes(like: AMEDPredictor) -> list[tuple[str, tuple[int, ...]]]:
         "map_layer0": (like.embedding_dim, like.embedding_dim),
         "enc_layer0": (like.hidden_dim, pixels),
         "enc_layer1": (like.bottleneck_dim, like.hidden_dim),
-        **{head: (1, inputs) for head in ("fc_r", "fc_scale_dir", "fc_scale_time")},
+        **dict.fromkeys(("fc_r", "fc_scale_dir", "fc_scale_time"), (1, inputs)),
     }
     return [
         (f"{name}.{kind}", shape if kind == "weight" else shape[:1])

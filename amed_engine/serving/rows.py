@@ -118,6 +118,7 @@ class Rows:
                 state.index_copy_(0, new, state.index_select(0, old))
         self.ring.index_copy_(1, new, self.ring.index_select(1, old))
         for source, target in moves:
+            self.free([target])
             self._tables[target], self._tables[source] = self._tables[source], None
         self.line.index_fill_(0, old, IDLE)
 
@@ -189,24 +190,28 @@ class Rows:
     def _denoised(self, y: Tensor, sigma: Tensor, kind: Kind) -> Denoised:
         """D, where a row is guided D_u + g (D_c - D_u); features of the conditional half."""
         started = time.perf_counter()
-        labels = () if self.labels is None else (self.labels[: kind.size],)
-        if not kind.halves:
-            answer = self._ask(y, sigma, *labels)
+        labels = None if self.labels is None else self.labels[: kind.size]
+        if labels is None:
+            answer = self._ask(y, sigma)
+        elif not kind.halves:
+            answer = self._ask(y, sigma, labels)
         elif self.apart:
-            answer = self._guided(self._ask(y, sigma, *labels), self._ask(y, sigma, *map(torch.zeros_like, labels)).x0)
+            answer = self._guided(self._ask(y, sigma, labels), self._ask(y, sigma, torch.zeros_like(labels)).x0)
         elif kind.halves == kind.size:
-            both = self._ask(torch.cat([y, y]), torch.cat([sigma, sigma]), torch.cat([*labels, torch.zeros_like(*labels)]))
+            none = torch.zeros_like(labels)
+            both = self._ask(torch.cat([y, y]), torch.cat([sigma, sigma]), torch.cat([labels, none]))
             answer = self._guided(_first(both, kind.size), both.x0[kind.size :])
         else:
-            answer = self._few(y, sigma, *labels, kind)
+            answer = self._few(y, sigma, labels, kind)
         self.network_seconds += time.perf_counter() - started
         return answer
 
     def _few(self, y: Tensor, sigma: Tensor, labels: Tensor, kind: Kind) -> Denoised:
         """The halves of a few rows behind all rows, in one call."""
         size, few = kind.size, self.halved[: kind.halves]
-        inputs = (torch.cat([tensor, tensor.index_select(0, few)]) for tensor in (y, sigma))
-        both = self._ask(*inputs, torch.cat([labels, labels.new_zeros(kind.halves, labels.shape[1])]))
+        states = torch.cat([y, y.index_select(0, few)])
+        levels = torch.cat([sigma, sigma.index_select(0, few)])
+        both = self._ask(states, levels, torch.cat([labels, labels.new_zeros(kind.halves, labels.shape[1])]))
         answer, free = _first(both, size), both.x0[size:]
         scale = self.scale.index_select(0, few).reshape(-1, *[1] * (y.dim() - 1))
         guided = free + scale * (answer.x0.index_select(0, few) - free)

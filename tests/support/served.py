@@ -31,13 +31,13 @@ def gated(gate: Gate, **options) -> ContinuousSampler:
 
 
 @contextlib.contextmanager
-def served(app, grace: float = 30.0) -> Iterator:
+def served(app, grace: float = 30.0, close=lambda: None) -> Iterator:
     """The server, in a thread; `port` says where."""
     from amed_engine.serving.http.run import Server, listener
 
     ready = threading.Event()
     with listener("127.0.0.1", 0) as bound:
-        server = Server(app, grace, ready=ready.set, close=lambda: None)
+        server = Server(app, grace, ready=ready.set, close=close)
         server.port = bound.getsockname()[1]
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -67,7 +69,11 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--rows", type=POSITIVE, default=64, help="Samples drawn at once, on each device.")
 @click.option("--queue", type=POSITIVE, default=1024, help="Samples that may wait, for each device.")
 @click.option(
-    "--buckets", callback=parse_buckets, metavar="N,N,...", help="Batches computed.", show_default="powers of 2"
+    "--buckets",
+    callback=parse_buckets,
+    metavar="N,N,...",
+    help="Sizes of batches.",
+    show_default="powers of 2 on a GPU, elsewhere the rows that are live",
 )
 @click.option(
     "--device",
@@ -110,11 +116,23 @@ def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, 
         server = Server(
             app, grace, ready=lambda: click.echo(f"serving {', '.join(models)} on {where}"), close=stack.close
         )
-        server.run(sockets=[bound])
-    if server.force_exit:
-        raise Stopped("interrupted at once: requests were not answered", 130)
+        with _without_notices():
+            server.run(sockets=[bound])
     if server.unanswered:
-        raise Stopped(f"{server.unanswered} requests were not answered within --grace {grace:g}", 1)
+        when = "before the second signal" if server.signals > 1 else f"within --grace {grace:g}"
+        raise Stopped(f"{server.unanswered} requests were not answered {when}", 130 if server.signals > 1 else 1)
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """What the engine says of how a request is drawn is for its client, who is told the plan; without end in our log."""
+    logger = logging.getLogger("amed_engine")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _engines(

@@ -30,7 +30,7 @@ def listener(host: str, port: int) -> socket.socket:
 
 class Server(uvicorn.Server):
     """SIGTERM and SIGINT: the first lets what is asked for be answered, at most `grace` seconds, while new requests are
-    refused; the second stops at once.
+    refused; the second cuts that short. What is not answered by then is told so.
 
     ready: called when all engines are warmed up. close: called, in another thread, when no answer is waited for any more.
     """
@@ -40,13 +40,12 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=FAREWELL, **quiet))
         self._app, self._grace, self._ready, self._close = app, grace, ready, close
         self._leaving: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         self._said = False
         self.signals, self.unanswered = 0, 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.signals += 1
-        if self.signals > 1:
-            self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
@@ -57,10 +56,12 @@ class Server(uvicorn.Server):
             self._ready()
         if self.signals and self._leaving is None:
             self._leaving = asyncio.create_task(self._leave())
+        if self.signals > 1:
+            self._hurry.set()
         return await super().on_tick(counter)
 
     async def _leave(self) -> None:
         service: Service = self._app.state.service
-        self.unanswered = await service.drain(self._grace)
+        self.unanswered = await service.drain(self._grace, self._hurry)
         await asyncio.to_thread(self._close)
         self.should_exit = True

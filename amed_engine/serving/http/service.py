@@ -73,13 +73,15 @@ class Service:
             if not self._open:
                 self._idle.set()
 
-    async def drain(self, grace: float) -> int:
-        """Take no more work and wait, at most `grace` seconds, until all requests are answered; how many are not."""
+    async def drain(self, grace: float, hurry: asyncio.Event) -> int:
+        """Take no more work and wait, at most `grace` seconds or until hurry is set, until all requests are answered; how many
+        are not."""
         self.draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(grace):
-                while self._open:
-                    await self._idle.wait()
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._idle, hurry)]
+        if self._open:
+            await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         return self._open
 
 

@@ -106,14 +106,14 @@ class Order(Job):
         except Exception:
             logger.exception("on_sample failed for sample %d; the request goes on", sample.index)
 
-    def finish(self, backend: str) -> None:
-        """Fulfil the future, or say which samples failed."""
+    def finish(self, result: SampleResult | NonFiniteError) -> None:
+        """Fulfil the future, if anybody still waits."""
         if not self.future.set_running_or_notify_cancel():
             return
-        if self.failed:
-            self.future.set_exception(self._non_finite())
+        if isinstance(result, NonFiniteError):
+            self.future.set_exception(result)
         else:
-            self.future.set_result(self._result(backend))
+            self.future.set_result(result)
 
     def fail(self, error: BaseException) -> bool:
         """Whether anybody still waited."""
@@ -122,9 +122,14 @@ class Order(Job):
             self.future.set_exception(error)
         return waited
 
-    def _result(self, backend: str) -> SampleResult:
+    def result(self, backend: str) -> SampleResult | NonFiniteError:
+        """All samples, or which of them failed."""
+        if self.failed:
+            return self._non_finite()
         labels = None if self.labels[0] is None else torch.stack(self.labels)  # type: ignore[arg-type]
         images, seconds = torch.stack(self.images), time.monotonic() - self.submitted  # type: ignore[arg-type]
+        if images.is_cuda:  # made on a stream aside, used on the caller's
+            images.record_stream(torch.cuda.default_stream(images.device))
         plan, buckets = self.programmed.plan, tuple(sorted(self.buckets))
         return SampleResult(images, plan.nfe, self.seeds, labels, backend, plan, 1, seconds, buckets)
 

@@ -142,9 +142,12 @@ class Rows:
                 self.bank.release(table)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Their samples (n, C, H, W), and how many of their evaluations were finite (n,)."""
+        """Their samples (n, C, H, W), and how many of their evaluations were finite (n,), on the host once the device is there."""
         index = self._index(rows)
-        return self.y.index_select(0, index), self.finite.index_select(0, index)
+        finite = self.finite.index_select(0, index)
+        if finite.is_cuda:
+            finite = torch.empty(len(rows), dtype=finite.dtype, pin_memory=True).copy_(finite, non_blocking=True)
+        return self.y.index_select(0, index), finite
 
     def halve(self, rows: Sequence[int]) -> None:
         """Which rows guidance halves, for ticks of that many halves."""

@@ -25,7 +25,7 @@ class MixType(click.ParamType):
         from amed_engine.serving.load import Mix
 
         try:
-            return value if isinstance(value, Mix) else Mix.parse(value, param.opts[0] if param else "the mix")
+            return value if isinstance(value, Mix) else Mix.parse(value)
         except ConfigError as error:
             self.fail(str(error), param, ctx)
 

@@ -31,8 +31,8 @@ class Mix:
     weights: dict[int, float]
 
     @classmethod
-    def parse(cls, text: str, name: str) -> Mix:
-        """From "3:6,5:3,10:1", or "5" for one number alone. Raises ConfigError, which says `name`."""
+    def parse(cls, text: str) -> Mix:
+        """From "3:6,5:3,10:1", or "5" for one number alone. Raises ConfigError."""
         try:
             pairs = [part.partition(":") for part in text.split(",")]
             weights = {int(number): float(weight) if colon else 1.0 for number, colon, weight in pairs}
@@ -40,7 +40,7 @@ class Mix:
             pairs, weights = [], {}
         if not weights or len(weights) < len(pairs) or min(weights) < 1 or not all(map(_is_weight, weights.values())):
             raise ConfigError(
-                f"{name} is {text!r}, expected numbers of at least 1, each once with a positive weight, like 3:6,5:3,10:1"
+                f"{text!r} is no mix, expected numbers of at least 1, each once with a positive weight, like 3:6,5:3,10:1"
             )
         return cls(weights)
 

@@ -9,7 +9,7 @@ from amed_engine.errors import AmedError, ConfigError, DeadlineError, EngineClos
 from amed_engine.serving.load.arrivals import Arrival
 from amed_engine.serving.load.loop import Refused
 
-REFUSALS = (429, 503)  # HTTP: too many requests, no longer or not yet serving
+REFUSALS = (429, 503, 504)  # HTTP: the queue is full, the server stops, a deadline cannot be met
 COUNTERS = ("amed_evaluations_total", "amed_evaluated_total")  # of /metrics
 
 
@@ -39,7 +39,7 @@ class EngineTarget:
 
     def __init__(self, engine: Any, **options: Any):
         self.engine, self.options = engine, options
-        self.name = f"{engine.model.name} in this process"
+        self.name = f"{engine.model.name or 'an engine'} in this process"
 
     async def ask(self, arrival: Arrival) -> None:
         try:

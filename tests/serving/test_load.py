@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from amed_engine import ConfigError, DeadlineError, EngineClosedError, NonFiniteError, QueueFullError
-from amed_engine.errors import AmedError
 from amed_engine.serving.load import (
     Arrival,
     EngineTarget,
@@ -18,7 +17,6 @@ from amed_engine.serving.load import (
     Outcome,
     Percentiles,
     Refused,
-    ServerTarget,
     measure,
     offer,
 )

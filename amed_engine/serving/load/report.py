@@ -28,7 +28,8 @@ class Percentiles:
         if not seconds:
             return None
         ordered = sorted(seconds)
-        return cls(len(ordered), *(_quantile(ordered, q) for q in (0.5, 0.95, 0.99)), ordered[-1])
+        p50, p95, p99 = (_quantile(ordered, q) for q in (0.5, 0.95, 0.99))
+        return cls(len(ordered), p50, p95, p99, ordered[-1])
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

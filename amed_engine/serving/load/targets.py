@@ -86,7 +86,7 @@ class ServerTarget:
         await self._client.aclose()
 
     async def ask(self, arrival: Arrival) -> None:
-        body = {**self.options, "seeds": list(arrival.seeds), "nfe": arrival.nfe}
+        body = {**self.options, "seeds": list(arrival.seeds), "nfe": arrival.nfe, "format": "png"}
         try:
             response = await self._client.post("/v1/samples", json=body)
         except self._http.HTTPError as error:
@@ -95,13 +95,8 @@ class ServerTarget:
             raise Refused(f"status {response.status_code}")
         if response.status_code != 200:
             raise AmedError(f"status {response.status_code}: {response.text[:200]}")
-        self._count(response, arrival)
-
-    def _count(self, response: Any, arrival: Arrival) -> None:
-        """Raise AmedError where an answer has not as many samples as were asked for."""
-        images = response.json()["samples"]
-        if len(images) != len(arrival.seeds):
-            raise AmedError(f"{len(images)} samples in the answer, {len(arrival.seeds)} were asked for")
+        if (drawn := _samples(response)) != len(arrival.seeds):
+            raise AmedError(f"{drawn} samples in the answer, {len(arrival.seeds)} were asked for")
 
     async def rows(self) -> Rows | None:
         try:
@@ -109,6 +104,16 @@ class ServerTarget:
         except self._http.HTTPError as error:
             raise AmedError(f"/metrics of {self.url}: {_said(error)}") from error
         return _rows(response.text) if response.status_code == 200 else None
+
+
+def _samples(response: Any) -> int:
+    """How many samples are in an answer: one of a picture, or JSON with a list of them."""
+    if response.headers.get("content-type", "").startswith("image/"):
+        return 1
+    try:
+        return len(response.json()["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AmedError(f"an answer that is not one of amed serve: {response.text[:200]}") from error
 
 
 def _rows(text: str) -> Rows | None:

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json --baseline PATH
 
-Parts: `saturation`, all requests at once, by ContinuousSampler and three ways of Sampler.run; `latency` at a part of that rate, of short
-requests beside long ones and alone; `servers`, `amed serve` beside LitServe's servers as of commit b88507b, over loopback;
-`overhead`, what of a tick is not the network. Contestants run in turns; every round is kept. What a part needs of an
-earlier one may stand in the file already.
+Parts: `saturation`, all requests at once, by ContinuousSampler and three ways of Sampler.run; `latency` at a part of that
+rate, of short requests beside long ones and alone; `servers`, `amed serve` beside LitServe's servers as of commit b88507b,
+over loopback; `overhead`, what of a tick is not the network. Contestants run in turns; every round is kept. What a part needs
+of an earlier one may stand in the file already.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from harness import environment
 from serving_engines import GROUPED, SINGLE, TICKS, Bench, latency, overhead, saturation
+from serving_servers import AMED, LITSERVE, servers
 from targets import Target
 
 PARTS = ("saturation", "latency", "servers", "overhead")
@@ -32,8 +33,6 @@ def run(part: str, options: argparse.Namespace, found: dict[str, Any]) -> dict[s
     """What a part found, and where."""
     data = {"environment": environment(torch.device(options.device)), "load": options.load}
     if part == "servers":
-        from serving_servers import servers
-
         return data | servers(options.baseline, options.rows, options.load, options.requests, options.rounds)
     if part == "overhead":
         device = torch.device(options.device)
@@ -60,8 +59,6 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
 
 
 def _p99(found: dict[str, Any]) -> Iterator[Target]:
-    from serving_servers import AMED, LITSERVE
-
     for name in (name for name in found if name.endswith((AMED, LITSERVE))):
         ours, theirs = (found[name][server]["median_latency"]["p99"] for server in (AMED, LITSERVE))
         yield Target(f"p99 of all over that of {LITSERVE}, at {name}", ours / theirs, 0.5)
@@ -115,9 +112,9 @@ def _latency_table(found: dict[str, Any]) -> Iterator[str]:
 def _servers_table(found: dict[str, Any]) -> Iterator[str]:
     yield "| load | server | samples/s | failed | p50, ms | p95 | p99 |"
     yield "|---|---|---|---|---|---|---|"
-    for load, servers in found.items():
+    for load, reports in found.items():
         if load == "saturation" or " of " in load:
-            for name, each in servers.items():
+            for name, each in reports.items():
                 rate = each["median_samples_per_second"]
                 yield f"| {load} | {name} | {rate:.3g} | {each['failed']} | {_ms(each['median_latency'])} |"
 

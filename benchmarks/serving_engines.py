@@ -1,4 +1,4 @@
-"""Requests of mixed evaluations drawn in this process: row by row, one at a time, grouped; and what a tick costs beside the network."""
+"""Requests of mixed evaluations in this process: as rows of ticks, one at a time, grouped; and what a tick costs."""
 
 from __future__ import annotations
 

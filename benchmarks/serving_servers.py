@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from routes_servers import await_health, free_port
 from serving_engines import MIXED, MODEL
 
-from amed_engine.errors import AmedError
+from amed_engine.errors import AmedError, require
 from amed_engine.serving.load import Arrival, Load, LoadReport, ServerTarget, measure
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -34,8 +33,9 @@ class LitServeTarget:
         self.ports = ports
 
     async def __aenter__(self) -> LitServeTarget:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx2.AsyncClient(limits=limits, timeout=None)
+        self._http = require("httpx2", "serve", "asking a server")
+        limits = self._http.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = self._http.AsyncClient(limits=limits, timeout=None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -45,7 +45,7 @@ class LitServeTarget:
         url = f"http://127.0.0.1:{self.ports[arrival.nfe]}/predict"
         try:
             response = await self._client.post(url, json={"seeds": list(arrival.seeds)})
-        except httpx2.HTTPError as error:
+        except self._http.HTTPError as error:
             raise AmedError(str(error) or type(error).__name__) from error
         if response.status_code != 200:
             raise AmedError(f"status {response.status_code}: {response.text[:200]}")
@@ -58,7 +58,7 @@ class LitServeTarget:
 
 @dataclass
 class Arrangement:
-    """Processes that serve together on one core, stopped while they are not asked: an idle one that polls takes nobody's time."""
+    """Processes that serve together on one core. They are stopped while they are not asked: some poll when idle."""
 
     name: str
     target: Callable[[], AbstractAsyncContextManager[Any]]

@@ -61,7 +61,8 @@ class Truth:
         """Of floats (B, C, H, W), or of grey levels (B, H, W[, C]). Raises AmedError."""
         expected: np.ndarray = self.images[variant][seeds].numpy()
         if drawn.dtype == np.uint8:
-            expected, allowed = np.stack(to_uint8(self.images[variant][seeds])).reshape(drawn.shape), 1.0
+            expected, allowed = to_uint8(self.images[variant][seeds]), 1.0
+            drawn = drawn.reshape(*drawn.shape[:3], -1)
         else:
             allowed = TOLERANCE * float(np.abs(expected).max())
         apart = float(np.abs(drawn.astype(np.float64) - expected).max()) if drawn.shape == expected.shape else np.inf

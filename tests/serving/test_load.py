@@ -31,6 +31,7 @@ def test_a_mix_is_numbers_and_weights():
     assert Mix.parse("3:6,5:3,10:1") == MIXED
     assert str(MIXED) == "3:6,5:3,10:1"
     assert Mix.parse("5") == Mix({5: 1.0})
+    assert str(Mix.parse("5")) == "5"
     assert Mix.parse("1,4:0.5") == Mix({1: 1.0, 4: 0.5})
 
 
@@ -230,7 +231,7 @@ def test_the_report_is_json_and_a_table():
     assert data["latency"] == {"count": 3, "p50": 1.5, "p95": 1.95, "p99": 1.99, "max": 2.0}
     assert set(data["by_nfe"]) == {"3", "10"}
     lines = report.table().splitlines()
-    assert lines[0] == "5 requests to here, at 1 requests/s (Poisson, seed 0); NFE 3:6,5:3,10:1, samples 1:1"
+    assert lines[0] == "5 requests to here, at 1 requests/s (Poisson, seed 0); NFE 3:6,5:3,10:1, samples 1"
     assert lines[1:3] == ["answered 3, refused 1, failed 1 in 4.00 s", "1 samples/s, 4.75 evaluations/s"]
     assert lines[4].split() == ["all", "3", "1500.0", "1950.0", "1990.0", "2000.0"]
     assert lines[5].split() == ["NFE", "3", "2", "1000.0", "1450.0", "1490.0", "1500.0"]

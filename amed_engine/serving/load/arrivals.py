@@ -56,6 +56,8 @@ class Mix:
         return sorted(numbers, key=lambda _: chance.random())
 
     def __str__(self) -> str:
+        if len(self.weights) == 1:
+            return str(next(iter(self.weights)))
         return ",".join(f"{number}:{weight:g}" for number, weight in self.weights.items())
 
 

@@ -26,7 +26,7 @@ from serving_servers import AMED, LITSERVE, servers
 from targets import Target
 
 PARTS = ("saturation", "latency", "servers", "overhead")
-SIZES = (1, 4, 16, 64)  # rows whose tick is timed
+SIZES = (1, 4, 8, 16, 64)  # rows whose tick is timed
 
 
 def run(part: str, options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ import json
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 
 from amed_engine import ConfigError, DeadlineError, EngineClosedError, NonFiniteError, QueueFullError
+from amed_engine.errors import AmedError
 from amed_engine.serving.load import (
     Arrival,
     EngineTarget,
@@ -17,6 +19,7 @@ from amed_engine.serving.load import (
     Outcome,
     Percentiles,
     Refused,
+    ServerTarget,
     measure,
     offer,
 )
@@ -295,3 +298,134 @@ def test_a_broken_sample_has_failed():
 def test_an_unknown_solver_ends_it_before_the_load():
     with pytest.raises(ConfigError, match="no such solver"):
         asyncio.run(measure(Load(10, MIXED), EngineTarget(Engine(ConfigError("no such solver")))))
+
+
+def test_silence_ends_it_before_the_load():
+    engine = Engine()
+    engine.submit = lambda *_, **__: Future()
+    with pytest.raises(AmedError, match=r"^tiny in this process gave no answer within 0.01 s$"):
+        asyncio.run(measure(Load(10, MIXED, timeout=0.01), EngineTarget(engine)))
+
+
+# ---- a server
+
+METRICS = """# TYPE amed_evaluations_total counter
+amed_evaluations_total{model="a",device="cpu"} 30.0
+amed_evaluations_total{model="b",device="cpu"} 12.0
+# TYPE amed_evaluated_total counter
+amed_evaluated_total{model="a",device="cpu"} 40.0
+amed_evaluated_total{model="b",device="cpu"} 16.0
+"""
+
+
+class Server:
+    """Answers as `amed serve` does, or as it is told."""
+
+    def __init__(self, *answers, metrics=METRICS):
+        self.answers, self.metrics, self.bodies = list(answers), metrics, []
+
+    def __call__(self, request):
+        if request.url.path == "/metrics":
+            return httpx2.Response(200 if self.metrics else 404, text=self.metrics or "")
+        if request.url.path == "/healthz":
+            return httpx2.Response(200)
+        assert (request.method, request.url.path) == ("POST", "/v1/samples")
+        self.bodies.append(json.loads(request.content))
+        return self.answers.pop(0) if self.answers else drawn(len(self.bodies[-1]["seeds"]))
+
+
+def drawn(count):
+    return httpx2.Response(200, json={"data": [{"b64_json": ""}] * count})
+
+
+TWO = Arrival(0.0, 3, (4, 5))
+
+
+def asked(server, arrival=TWO, **options):
+    """One request to the server, and then its rows."""
+
+    async def run():
+        transport = httpx2.MockTransport(server)
+        async with ServerTarget("http://127.0.0.1:1/", transport=transport, **options) as target:
+            await target.ask(arrival)
+            return await target.rows()
+
+    return asyncio.run(run())
+
+
+def test_a_server_is_asked_with_the_options_of_the_load():
+    server = Server()
+    assert asked(server, model="a", solver="ipndm", guidance_scale=None) == (42, 56)
+    assert server.bodies == [{"model": "a", "solver": "ipndm", "seeds": [4, 5], "nfe": 3, "format": "png"}]
+
+
+def test_a_picture_is_one_sample():
+    answer = httpx2.Response(200, content=b"...", headers={"Content-Type": "image/png"})
+    asked(Server(answer), Arrival(0.0, 3, (4,)))
+    with pytest.raises(AmedError, match="1 samples in the answer, 2 were asked for"):
+        asked(Server(httpx2.Response(200, content=b"...", headers={"Content-Type": "image/png"})))
+
+
+@pytest.mark.parametrize("status", [429, 503, 504])
+def test_what_a_server_turns_away_is_refused(status):
+    with pytest.raises(Refused, match=f"status {status}"):
+        asked(Server(httpx2.Response(status, json={"error": {"message": "not now"}})))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (httpx2.Response(422, json={"error": {"message": "unknown solver"}}), "^status 422: unknown solver$"),
+        (httpx2.Response(500, text="oh"), "^status 500: oh$"),
+        (httpx2.Response(404, json=["else"]), "^status 404: "),
+        (drawn(1), "^1 samples in the answer, 2 were asked for$"),
+        (httpx2.Response(200, text="<html>"), "^an answer that is not one of amed serve: <html>$"),
+        (httpx2.Response(200, json={"images": []}), "^an answer that is not one of amed serve"),
+    ],
+)
+def test_what_is_no_answer_has_failed(answer, message):
+    with pytest.raises(AmedError, match=message) as raised:
+        asked(Server(answer))
+    assert not isinstance(raised.value, Refused)
+
+
+@pytest.mark.parametrize("metrics", [None, "", "amed_evaluations_total 3\n"])
+def test_a_server_that_counts_no_rows(metrics):
+    assert asked(Server(metrics=metrics)) is None
+
+
+def test_a_connection_that_breaks_has_failed():
+    def server(request):
+        if request.url.path == "/healthz":
+            return httpx2.Response(200)
+        raise httpx2.ReadError("reset")
+
+    with pytest.raises(AmedError, match="reset"):
+        asked(server)
+
+
+def test_a_server_that_is_not_there():
+    async def run():
+        async with ServerTarget("http://127.0.0.1:9"):
+            raise AssertionError("nobody listens")
+
+    with pytest.raises(AmedError, match=r"no server answers at http://127.0.0.1:9 \(.+\); start one with amed serve"):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://[::1", ""])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(ConfigError, match=r"URL.*write one like http://127.0.0.1:8000"):
+        ServerTarget(url)
+
+
+def test_a_load_on_a_server():
+    async def run(server):
+        async with ServerTarget("http://127.0.0.1:1", transport=httpx2.MockTransport(server)) as target:
+            return await measure(Load(20, MIXED, Mix({1: 1, 2: 1})), target)
+
+    full = httpx2.Response(429, json={"error": {"message": "full"}})
+    report = asyncio.run(run(Server(drawn(1), drawn(1), drawn(1), full)))
+    assert (report.answered, report.refused, report.reasons) == (19, 1, {"status 429": 1})
+    assert report.target == "http://127.0.0.1:1"
+    assert report.useful is None  # its counters stand still

@@ -94,7 +94,7 @@ class ServerTarget:
         if response.status_code in REFUSALS:
             raise Refused(f"status {response.status_code}")
         if response.status_code != 200:
-            raise AmedError(f"status {response.status_code}: {response.text[:200]}")
+            raise AmedError(f"status {response.status_code}: {_message(response)}")
         if (drawn := _samples(response)) != len(arrival.seeds):
             raise AmedError(f"{drawn} samples in the answer, {len(arrival.seeds)} were asked for")
 
@@ -114,6 +114,14 @@ def _samples(response: Any) -> int:
         return len(response.json()["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise AmedError(f"an answer that is not one of amed serve: {response.text[:200]}") from error
+
+
+def _message(response: Any) -> str:
+    """What the server says is wrong; the body of one that says it in another shape."""
+    try:
+        return response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
 
 
 def _rows(text: str) -> Rows | None:

@@ -96,6 +96,10 @@ class Scheduler:
         """Ticks until the row is free; 0: it is."""
         return self._end[row] - self._ticks if self._placed[row] else 0
 
+    def placed(self) -> list[Placed]:
+        """The samples in rows."""
+        return [sample for sample in self._placed if sample]
+
     def offer(self, job: Job, now: float, tick_seconds: float | None) -> None:
         """Queue a job. What is refused leaves no trace.
 

@@ -216,6 +216,7 @@ class Machine(RuleBasedStateMachine):
         scheduler, model = self.scheduler, self.model
         assert (scheduler.live, scheduler.waiting) == (len(model.live), len(model.waiting))
         assert len(scheduler) == len(model.live) + len(model.waiting)
+        assert scheduler.placed() == [(job, index, row) for row, (job, index, _) in sorted(model.live.items())]
         remaining = [model.live[row][2] if row in model.live else 0 for row in range(model.rows)]
         assert [scheduler.remaining(row) for row in range(scheduler.rows)] == remaining
         assert scheduler.waiting <= scheduler.queue + scheduler.rows - scheduler.live

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 import amed_engine
+from amed_engine.cli.commands.bench_serve import bench_serve
 from amed_engine.cli.commands.calibrate import calibrate
 from amed_engine.cli.commands.compare import compare
 from amed_engine.cli.commands.convert import convert
@@ -46,6 +47,7 @@ def app(debug: bool) -> None:
 
 
 for command in (
+    bench_serve,
     calibrate,
     compare,
     convert,

@@ -142,7 +142,7 @@ class Rows:
                 self.bank.release(table)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Their samples (n, C, H, W), and how many of their evaluations were finite (n,), on the host once the device is there."""
+        """Their samples (n, C, H, W), and how many evaluations were finite (n,), on the host when the device is there."""
         index = self._index(rows)
         finite = self.finite.index_select(0, index)
         if finite.is_cuda:

@@ -53,7 +53,9 @@ def told(answer, status: int) -> dict:
     assert body.keys() == {"error"}
     error = body["error"]
     assert error.keys() == {"message", "type", "code", "param"}
-    assert error["type"] == {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    assert error["type"] == {429: "rate_limit_error"}.get(
+        status, "server_error" if status >= 500 else "invalid_request_error"
+    )
     assert isinstance(error["message"], str)
     assert isinstance(error["code"], str)
     assert error["param"] is None or isinstance(error["param"], str)

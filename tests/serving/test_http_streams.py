@@ -139,7 +139,9 @@ def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream):
 
 def test_a_client_that_goes_while_it_sends_leaves_nothing(server, gated_engine):
     with socket.create_connection(("127.0.0.1", server.port)) as half:
-        half.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        half.sendall(
+            b"POST /v1/samples HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
         until(lambda: server._app.state.service._open == 1)
     until(lambda: server._app.state.service._open == 0)
     assert answered(posted(server, {**EULER, "seeds": [1]}))[0] == 200

@@ -25,6 +25,7 @@ from amed_engine.cli.commands.info import info
 from amed_engine.cli.commands.reproduce import reproduce
 from amed_engine.cli.commands.sample import sample
 from amed_engine.cli.commands.search_schedule import search_schedule
+from amed_engine.cli.commands.serve import serve
 from amed_engine.cli.console import App, run
 
 
@@ -59,5 +60,6 @@ for command in (
     reproduce,
     sample,
     search_schedule,
+    serve,
 ):
     app.add_command(command)

@@ -8,14 +8,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
-from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import DeadlineError, EngineClosedError, QueueFullError
+from amed_engine.serving.beside import Beside
 from amed_engine.serving.order import Order
 from amed_engine.serving.rows import Rows, Start
 from amed_engine.serving.scheduler import Placed, Scheduler
@@ -30,7 +30,7 @@ class Loop:
 
     def __init__(self, rows: Rows, ticker: Ticker, runner: Runner, waiting: int):
         self.rows, self.ticker, self.runner = rows, ticker, runner
-        self.scheduler, self.queue = Scheduler(rows.count, waiting), waiting
+        self.scheduler = Scheduler(rows.count, waiting)
         self.pace = Pace(rows.device)
         self.counts: dict[str, int] = defaultdict(int)
         self.closing = False
@@ -39,7 +39,7 @@ class Loop:
         self._at: list[Start | None] = [None] * rows.count  # what is in each row
         self._tasks: list[tuple[Callable[[], Any], Future]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._beside = ThreadPoolExecutor(1, "amed-beside")
+        self._beside = Beside(rows, runner, waiting + rows.count)
         self._threads = [
             threading.Thread(target=work, name=f"amed-{name}", daemon=True)
             for name, work in (("ticks", self._serve), ("delivery", self._deliver))
@@ -56,7 +56,7 @@ class Loop:
                 raise EngineClosedError("the engine is closed and takes no more requests; make another")
             try:
                 if order.programmed.table is None:
-                    self._check_beside(order)
+                    self._beside.check(order, self._orders)
                 else:
                     self.scheduler.offer(order, time.monotonic(), self._tick_seconds(order))
             except (QueueFullError, DeadlineError):
@@ -67,7 +67,7 @@ class Loop:
         # Not before the lock is free: a future that was cancelled already calls at once.
         order.future.add_done_callback(lambda future: self._cancel(order) if future.cancelled() else None)
         if order.programmed.table is None:
-            self._beside.submit(self._draw_beside, order)
+            self._beside.threads.submit(self._draw_beside, order)
 
     def seconds(self, order: Order) -> float | None:
         """Until it would be done if it came now and nothing after it; None before any tick was measured."""
@@ -109,7 +109,7 @@ class Loop:
             self._wake.notify_all()
         for order in left:
             order.fail(EngineClosedError("the engine was closed before this request was done; send it to another"))
-        self._beside.shutdown(wait=drain and until is None, cancel_futures=True)
+        self._beside.threads.shutdown(wait=drain and until is None, cancel_futures=True)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(None if until is None else max(0.1, until - time.monotonic()))
@@ -215,66 +215,47 @@ class Loop:
     def _deliver(self) -> None:
         while (item := self._done.get()) is not None:
             done, images, finite, mark = item
-            if mark is not None:
-                mark.synchronize()
-            checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
-            for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
-                self._hand_out(placed.job, placed.index, image, count)
+            try:
+                if mark is not None:
+                    mark.synchronize()  # of samples and counts
+                checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
+                for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
+                    self._hand_out(placed.job, placed.index, image, count)
+            except Exception as error:  # of the device
+                for order in {placed.job for placed in done}:
+                    self._cancel(order)
+                    order.fail(error)
 
     def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None) -> None:
         if order.future.done():
             return
-        good = finite is None or finite >= order.ticks
         last = order.deliver(index, image, finite)
         with self._wake:
-            self.counts["completed" if good else "failed"] += 1
-            if last:
-                late = order.deadline is not None and time.monotonic() > order.deadline
-                self.counts["missed"] += order.samples if late else 0
+            self.counts["failed" if index in order.failed else "completed"] += 1
+            if last and order.deadline is not None and time.monotonic() > order.deadline:
+                self.counts["missed"] += order.samples
         if last:
-            order.finish("ticks")
-            self._forget(order)
+            self._forget(order)  # first: what the future calls may wait for the engine to be drained
+            with self.pace.aside():
+                result = order.result("ticks")
+            order.finish(result)
 
     # ---- programs that are no table ----
 
-    def _check_beside(self, order: Order) -> None:
-        if order.deadline is not None and order.deadline <= time.monotonic():
-            raise DeadlineError("the deadline is over already; allow more seconds")
-        waiting = sum(each.samples for each in self._orders if each.programmed.table is None)
-        if waiting + order.samples > self.queue + self.rows.count:
-            raise QueueFullError(f"{waiting} samples wait to be drawn beside the rows; try again later", 1.0)
-
     def _draw_beside(self, order: Order) -> None:
-        late = order.deadline is not None and time.monotonic() > order.deadline
         if order.future.done():
             return
         try:
-            if late:
-                self.counts["missed"] += order.samples
-                raise DeadlineError("the deadline passed before this request was drawn")
-            program = order.programmed.program
-            drawn = self.runner.run(program, self._request(order), order.scale, None)
+            backend = self._beside.draw(order)
         except BaseException as error:
-            self.counts["failed"] += 0 if late else order.samples
+            self._count("missed" if isinstance(error, DeadlineError) else "failed", order)
+            self._forget(order)
             order.fail(error)
         else:
-            for index, image in enumerate(drawn.images.unbind(0)):
-                order.deliver(index, image, None)
-            with self._wake:
-                self.counts["beside"] += order.samples
-                self.counts["completed"] += order.samples
-            order.finish(drawn.backend)
-        self._forget(order)
-
-    def _request(self, order: Order) -> Request:
-        batch: Any = order.latents if order.seeds is None else order.seeds
-        kind: dict[str, Any] = {"dtype": self.rows.dtype, "device": self.rows.device}
-        request = make_request(
-            self.rows.model, batch, order.classes, None, noises=order.programmed.program.noises, **kind
-        )
-        if request.classes is not None:
-            order.labels[:] = request.classes.unbind(0)
-        return request
+            self._count("beside", order)
+            self._count("completed", order)
+            self._forget(order)
+            order.finish(order.result(backend))
 
     # ---- bookkeeping ----
 
@@ -282,6 +263,10 @@ class Loop:
         """Of the ticks to come, by how many rows they will have."""
         coming = len(self.scheduler) + (0 if order is None else order.samples)
         return self.pace.of(min(self.rows.count, max(1, coming)))
+
+    def _count(self, what: str, order: Order) -> None:
+        with self._wake:
+            self.counts[what] += order.samples
 
     def _cancel(self, order: Order) -> None:
         with self._wake:

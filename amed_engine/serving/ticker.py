@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from amed_engine.engine.capture import Addresses, Device, Recording, numerics
 from amed_engine.engine.graphs import WARMUPS, WARMUPS_TORCHSCRIPT, Bucket, WarmupReport, check_sizes
 from amed_engine.errors import AmedError, ConfigError
-from amed_engine.sampling.modes import evaluating
+from amed_engine.sampling.modes import modes_kept
 from amed_engine.serving.rows import Kind, Rows
 
 
@@ -40,6 +41,10 @@ class Ticker:
     _addresses: Addresses | None = None
     _numerics: tuple = ()
 
+    def __post_init__(self):
+        module = self.rows.model.module
+        self._parts = [] if module is None else list(module.modules())  # walking them takes longer than a small tick
+
     def kind(self, live: int, guided: int, learned: bool) -> Kind:
         """The tick for so many live rows, of which so many are guided."""
         size = live if self.buckets is None else self.buckets[bisect_left(self.buckets, live)]
@@ -48,7 +53,7 @@ class Ticker:
         return Kind(size, halves, learned)
 
     def tick(self, kind: Kind) -> None:
-        with evaluating(self.rows.model.module), torch.no_grad():
+        with self._evaluating(), torch.no_grad():
             if self.device is None:
                 self.rows.tick(kind)
             else:
@@ -61,7 +66,7 @@ class Ticker:
             return WarmupReport("eager")
         halves = (False, True) if guided else (False,)
         kinds = [Kind(size, size * both) for size in reversed(self.buckets) for both in halves]
-        with evaluating(self.rows.model.module), torch.no_grad():
+        with self._evaluating(), torch.no_grad():
             return WarmupReport("graph", tuple(self._capture(self.device, k) for k in kinds if k not in self._graphs))
 
     def clear(self) -> None:
@@ -71,6 +76,11 @@ class Ticker:
             self.device.wait()
             self._graphs.clear()
             self.device.drop(recordings)
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """As `evaluating`."""
+        trains = any(getattr(part, "training", False) for part in self._parts)
+        return modes_kept(self.rows.model.module) if trains else nullcontext()
 
     def _replay(self, device: Device, kind: Kind) -> None:
         module = self.rows.model.module

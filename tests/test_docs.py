@@ -170,6 +170,15 @@ def generated(names, printed):
     assert report.set_hash in printed
 
 
+def continuous(names, printed):
+    if "done" not in names:
+        assert len(names["images"]) == 2
+        assert "backend ticks" in printed
+    else:
+        assert sorted(names["done"]) == list(range(8))
+        assert "evaluations=32" in printed
+
+
 def stored(names, printed):
     """Of the blocks so far, each its own library's view of the same pictures."""
     if "seeds" in names:
@@ -203,6 +212,7 @@ PROGRAMS = {
     "docs/arrays.md": [Program(result)],
     "docs/c-api.md": [Program(host_in_c)],
     "docs/checkpoints.md": [Program(), Program(), Program(), Program(), Program()],
+    "docs/continuous.md": [Program(continuous, blocks=2)],
     "docs/cupy.md": [Program(stepper)],
     "docs/datasets.md": [
         Program(generated, blocks=2),

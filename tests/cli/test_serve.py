@@ -47,11 +47,9 @@ def opened(url, body):
 
 
 def test_sigterm_finishes_what_is_asked_for(running):
-    process, names, url = running("--rows", "1", "--model", "digits", "--model", "small=digits")
-    assert names == "digits, small"
-    told = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))
-    assert [each["id"] for each in told["data"]] == ["digits", "small"]
-    stream = opened(url, {"model": "small", "n": 6, "nfe": 20, "predictor": "none", "stream": True})
+    process, names, url = running("--rows", "1", "--model", "small=digits")
+    assert names == "small"
+    stream = opened(url, {"model": "small", "n": 6, "nfe": 12, "predictor": "none", "stream": True})
     assert stream.readline() == b"event: sample\n"
     process.send_signal(signal.SIGTERM)
     rest = stream.read().decode()

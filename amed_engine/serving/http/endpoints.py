@@ -124,8 +124,10 @@ def _form(asked: Draw, alone: bool) -> str:
     """Of the answer, a key of WRITERS or "stream". Raises Refusal, 406."""
     if asked.stream:
         return "stream"
-    if asked.format in ("npz", "safetensors") or not alone:
-        return {None: "json", "png": "json"}.get(asked.format, asked.format)
+    if asked.format == "npz" or asked.format == "safetensors":
+        return asked.format
+    if not alone:
+        return "json"
     if asked.count != 1:
         message = f"{PNG} is one picture, got {asked.count} samples; leave Accept: {PNG} out for JSON of all"
         raise Refusal(406, "not_acceptable", message, "n" if asked.seeds is None else "seeds")

@@ -129,7 +129,7 @@ def test_what_is_refused_has_no_stream(digits):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream):
+def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream, caplog):
     gate.open.clear()
     gone = posted(server, {**EULER, "seeds": [1, 2], "stream": stream})
     until(lambda: gated_engine.stats().live == 2)
@@ -141,6 +141,7 @@ def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream):
     gate.open.set()
     assert answered(waiting)[0] == 200
     assert gated_engine.stats().completed == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_client_that_goes_while_it_sends_leaves_nothing(server, gated_engine):

@@ -58,3 +58,26 @@ def assert_same_pictures(texts, images) -> None:
     """To one grey level: other last bits may round a pixel the other way."""
     got = np.stack([pixels(text) for text in texts]).astype(int)
     assert np.abs(got - to_uint8(images)[..., 0].astype(int)).max() <= 1
+
+
+def told(answer, status: int) -> dict:
+    """The error of an answer, whose shape is checked."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert body.keys() == {"error"}
+    error = body["error"]
+    assert error.keys() == {"message", "type", "code", "param"}
+    assert error["type"] == {429: "rate_limit_error"}.get(
+        status, "server_error" if status >= 500 else "invalid_request_error"
+    )
+    assert isinstance(error["message"], str)
+    assert isinstance(error["code"], str)
+    assert error["param"] is None or isinstance(error["param"], str)
+    assert "Traceback" not in answer.text
+    assert ".py" not in answer.text
+    return error
+
+
+def raw(client, body: bytes, path: str = "/v1/samples", kind: str = "application/json"):
+    return client.post(path, content=body, headers={"Content-Type": kind})

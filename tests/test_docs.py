@@ -261,7 +261,10 @@ PROGRAMS = {
     "docs/models.md": [Program(described, blocks=9)],
     "docs/output.md": [Program()],
     "docs/schedules.md": [Program(calibrated), Program(), Program(searched)],
-    "docs/serving.md": [Program(served_over_http, needs=("fastapi", "uvicorn", "prometheus_client"), blocks=2)],
+    "docs/serving.md": [
+        Program(served_over_http, needs=("fastapi", "uvicorn", "prometheus_client"), blocks=2),
+        Program(),
+    ],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
 }

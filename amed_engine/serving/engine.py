@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from amed_engine.engine.arrays import imported
 from amed_engine.engine.capture import CudaDevice
 from amed_engine.engine.graphs import WarmupReport
 from amed_engine.engine.model import check_guidance, place, tune
-from amed_engine.engine.prepared import Wishes
-from amed_engine.engine.request import check_labels, make_request, read_seeds, shape_of
+from amed_engine.engine.request import shape_of
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
-from amed_engine.engine.runner import BACKENDS, Runner
+from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.offloaded import brings_weights
+from amed_engine.serving.asked import Orders, check_settings
 from amed_engine.serving.loop import Loop
-from amed_engine.serving.order import Order, Sample
-from amed_engine.serving.programs import Programmed, Programs
+from amed_engine.serving.order import Sample
+from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.stats import ServingStats
-from amed_engine.serving.table import MAX_HISTORY
 from amed_engine.serving.ticker import Ticker, check_buckets
-from amed_engine.solvers.arguments import is_whole
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
 
@@ -90,9 +84,9 @@ class ContinuousSampler:
         verify: bool = True,
         check_finite: bool = True,
     ):
-        _check(rows=rows, history=history, queue=queue, dtype=dtype, backend=backend)
+        check_settings(rows=rows, history=history, queue=queue, dtype=dtype, backend=backend)
         facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        self.model = resolve(model, weights=weights, **facts)  # type: ignore[arg-type]
+        self.model = resolve(model, weights=weights, ready=False, **facts)  # type: ignore[arg-type]
         self.device, self.dtype = place(self.model, device), dtype
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         runner = Runner(tuned, self.device, "eager", (1,), check_finite)
@@ -102,8 +96,8 @@ class ContinuousSampler:
         apart = buckets is not None
         state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
-        self._range = {"sigma_min": sigma_min, "sigma_max": sigma_max}
-        self._programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
+        programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
+        self._orders = Orders(self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max})
         self._loop = Loop(state, ticker, runner, queue)
         # Also at the interpreter's end, where a thread that still runs torch would be cut off.
         self._finalizer = weakref.finalize(self, self._loop.close, False, 10.0)
@@ -140,6 +134,7 @@ class ContinuousSampler:
         schedule: str | Tensor | None = None,
         rho: float | None = None,
         afs: FirstStep | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> Future[SampleResult]:
         """Ask for samples; they are those of `Sampler.run` but for the last bits.
 
@@ -148,12 +143,29 @@ class ContinuousSampler:
         deadline: seconds from now. A request that cannot be done by then is refused, or fails while nothing of it has
             started; one that runs is finished. priority: larger first, among requests of one deadline or none.
         on_sample: called with each `Sample` as it is done, in any order, by a thread of the engine; the next waits for it.
+        conditions: tensors (1 or B, ...) by name, in place of class labels, for a network that `wrap` made with some: text
+            embeddings, masks. Their shapes are the engine's from the first on.
         Returns a future of the result, to be cancelled at any time: its rows are free at the next tick. It raises
         NonFiniteError naming the seeds that failed, once the others are done; DeadlineError; EngineClosedError.
         Raises ConfigError, FileFormatError, QueueFullError, DeadlineError or EngineClosedError at once.
         """
-        wishes = Wishes(predictor, plan, solver, solver_options, nfe, schedule, rho, afs, **self._range)
-        order = self._order(seeds, class_labels, wishes, guidance_scale, deadline, priority, on_sample)
+        order = self._orders.make(
+            seeds,
+            class_labels,
+            nfe=nfe,
+            solver=solver,
+            predictor=predictor,
+            plan=plan,
+            guidance_scale=guidance_scale,
+            deadline=deadline,
+            priority=priority,
+            on_sample=on_sample,
+            solver_options=solver_options,
+            schedule=schedule,
+            rho=rho,
+            afs=afs,
+            conditions=conditions,
+        )
         self._loop.take(order)
         return order.future
 
@@ -182,10 +194,7 @@ class ContinuousSampler:
 
     def cost(self, seeds: int | Sequence[int] | Tensor, class_labels: Any = None, **options: Any) -> Cost:
         """What a request of `submit`'s arguments would take. Raises ConfigError, FileFormatError."""
-        names = {"deadline": None, "priority": 0, "on_sample": None, "guidance_scale": None}
-        said = {name: options.pop(name, usual) for name, usual in names.items()}
-        wishes = Wishes(**{**options, **self._range})
-        order = self._order(seeds, class_labels, wishes, said["guidance_scale"], None, said["priority"], None)
+        order = self._orders.make(seeds, class_labels, **options)
         return Cost(order.samples, order.samples * order.programmed.plan.nfe, self._loop.seconds(order))
 
     def stats(self) -> ServingStats:
@@ -200,54 +209,6 @@ class ContinuousSampler:
         """Take no more requests and end: with drain after all that were taken are done, at most `timeout` seconds from now;
         what is left gets EngineClosedError."""
         self._loop.close(drain, timeout)
-
-    def _order(
-        self,
-        seeds: Any,
-        class_labels: Any,
-        wishes: Wishes,
-        scale: float | None,
-        deadline: float | None,
-        priority: int,
-        on_sample: Callable[[Sample], None] | None,
-    ) -> Order:
-        until = _deadline(deadline)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise ConfigError(f"priority must be an integer, larger first, got {priority!r}")
-        if on_sample is not None and not callable(on_sample):
-            raise ConfigError(f"on_sample must be a function of a Sample, got {type(on_sample).__name__}")
-        programmed = self._programs.of(wishes, scale)
-        named, latents, classes = self._given(seeds, class_labels, programmed)
-        count = len(named) if latents is None else len(latents)  # type: ignore[arg-type]
-        return Order(
-            samples=count,
-            ticks=programmed.ticks,
-            deadline=until,
-            priority=priority,
-            arrival=time.monotonic_ns(),
-            programmed=programmed,
-            scale=scale,
-            seeds=named,
-            latents=latents,
-            classes=classes,
-            on_sample=on_sample,
-        )
-
-    def _given(
-        self, batch: Any, labels: Any, programmed: Programmed
-    ) -> tuple[list[int] | None, Tensor | None, Tensor | None]:
-        """Seeds or latents, and classes where they are given; all of it checked."""
-        batch, labels = imported("seeds", batch), imported("class_labels", labels)
-        if isinstance(batch, Tensor) and batch.is_floating_point():
-            kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "noises": programmed.program.noises}
-            request = make_request(self.model, batch.clone(), labels, None, **kind)
-            return None, request.latents, request.classes
-        seeds = read_seeds(int(batch) if isinstance(batch, Integral) and not isinstance(batch, bool) else batch)
-        if labels is None and self.model.continuous:
-            raise ConfigError(
-                f"class_labels are missing: this model is told {self.model.numbers} per sample, which no seed draws"
-            )
-        return seeds, None, None if labels is None else check_labels(labels, self.model, len(seeds), True).cpu().clone()
 
     def _captures(self, backend: str) -> bool:
         brings = brings_weights(self.model.module)
@@ -276,24 +237,3 @@ class ContinuousSampler:
         except ConfigError:
             return False
         return True
-
-
-def _check(*, rows: int, history: int, queue: int, dtype: torch.dtype, backend: str) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise ConfigError(f"dtype is the state's and must be torch.float32 or torch.float64, got {dtype!r}")
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    bounds = {"rows": (rows, 1, 4096), "history": (history, 1, MAX_HISTORY), "queue": (queue, 0, 1 << 20)}
-    for name, (value, low, high) in bounds.items():
-        if not is_whole(value, low, high):
-            raise ConfigError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-
-
-def _deadline(seconds: Any) -> float | None:
-    """On the engine's clock. Raises ConfigError."""
-    if seconds is None:
-        return None
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not math.isfinite(seconds) or seconds <= 0:
-        raise ConfigError(f"deadline must be seconds from now, a positive number, got {seconds!r}")
-    return time.monotonic() + seconds

@@ -217,7 +217,7 @@ class Loop:
             done, images, finite, mark = item
             try:
                 if mark is not None:
-                    mark.synchronize()
+                    mark.synchronize()  # of samples and counts
                 checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
                 for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
                     self._hand_out(placed.job, placed.index, image, count)
@@ -236,7 +236,9 @@ class Loop:
                 self.counts["missed"] += order.samples
         if last:
             self._forget(order)  # first: what the future calls may wait for the engine to be drained
-            order.finish("ticks")
+            with self.pace.aside():
+                result = order.result("ticks")
+            order.finish(result)
 
     # ---- programs that are no table ----
 
@@ -253,7 +255,7 @@ class Loop:
             self._count("beside", order)
             self._count("completed", order)
             self._forget(order)
-            order.finish(backend)
+            order.finish(order.result(backend))
 
     # ---- bookkeeping ----
 

@@ -37,13 +37,14 @@ class Sample(NamedTuple):
 @dataclass(eq=False)
 class Order(Job):
     """A job with what its samples start from: seeds, or latents (B, C, ...) of unit variance; classes (B, ...) as they were
-    given, None to draw them from the seeds."""
+    given, None to draw them from the seeds. conditions: of the network, (1 or B, ...) each, in place of classes."""
 
     programmed: Programmed
     scale: float | None
     seeds: list[int] | None
     latents: Tensor | None
     classes: Tensor | None
+    conditions: dict[str, Tensor] | None = None
     on_sample: Callable[[Sample], None] | None = None
     future: Future[SampleResult] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
@@ -62,6 +63,8 @@ class Order(Job):
         assert table is not None
         latents, classes, noises = self._drawn(indices, rows)
         labels = None if classes is None else model.label_rows(sent(classes, rows.device)).to(rows.dtype)
+        chosen = {} if rows.conditions is None else rows.conditions.chosen(self.conditions, indices, labels)
+        guided = self.scale is not None and (labels is not None or self.conditions is not None)
         starts = []
         for k, index in enumerate(indices):
             self.labels[index] = None if classes is None else classes[k]
@@ -70,8 +73,8 @@ class Order(Job):
             if program.mean is not None:
                 mean = mean_of_labels(program.mean, None if label is None else label[None], self.scale)[0]
             more = None if noises is None else noises[k]
-            guided = label is not None and self.scale is not None
-            starts.append(Start(table, latents[k], more, mean, label, float(self.scale) if guided else 1.0))  # type: ignore[arg-type]
+            own = {name: value[k] for name, value in chosen.items()}
+            starts.append(Start(table, latents[k], more, mean, label, float(self.scale) if guided else 1.0, own))  # type: ignore[arg-type]
         return starts
 
     def _drawn(self, indices: Sequence[int], rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -79,9 +82,9 @@ class Order(Job):
         if self.latents is not None:
             return self.latents[list(indices)], given, None
         assert self.seeds is not None
-        model, count = rows.model, self.programmed.program.noises
+        classes, count = 0 if self.conditions else rows.model.classes, self.programmed.program.noises
         seeds = [self.seeds[index] for index in indices]
-        noise, drawn, more = draw_all(seeds, tuple(rows.x.shape[1:]), model.classes, count)
+        noise, drawn, more = draw_all(seeds, tuple(rows.x.shape[1:]), classes, count)
         send = [sent(tensor, rows.device, rows.dtype) for tensor in (noise, more)]
         return send[0], drawn if given is None else given, send[1] if count else None
 
@@ -103,14 +106,14 @@ class Order(Job):
         except Exception:
             logger.exception("on_sample failed for sample %d; the request goes on", sample.index)
 
-    def finish(self, backend: str) -> None:
-        """Fulfil the future, or say which samples failed."""
+    def finish(self, result: SampleResult | NonFiniteError) -> None:
+        """Fulfil the future, if anybody still waits."""
         if not self.future.set_running_or_notify_cancel():
             return
-        if self.failed:
-            self.future.set_exception(self._non_finite())
+        if isinstance(result, NonFiniteError):
+            self.future.set_exception(result)
         else:
-            self.future.set_result(self._result(backend))
+            self.future.set_result(result)
 
     def fail(self, error: BaseException) -> bool:
         """Whether anybody still waited."""
@@ -119,9 +122,14 @@ class Order(Job):
             self.future.set_exception(error)
         return waited
 
-    def _result(self, backend: str) -> SampleResult:
+    def result(self, backend: str) -> SampleResult | NonFiniteError:
+        """All samples, or which of them failed."""
+        if self.failed:
+            return self._non_finite()
         labels = None if self.labels[0] is None else torch.stack(self.labels)  # type: ignore[arg-type]
         images, seconds = torch.stack(self.images), time.monotonic() - self.submitted  # type: ignore[arg-type]
+        if images.is_cuda:  # made on a stream aside, used on the caller's
+            images.record_stream(torch.cuda.default_stream(images.device))
         plan, buckets = self.programmed.plan, tuple(sorted(self.buckets))
         return SampleResult(images, plan.nfe, self.seeds, labels, backend, plan, 1, seconds, buckets)
 

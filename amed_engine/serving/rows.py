@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,18 @@ from amed_engine.engine.request import sent
 from amed_engine.kernels import combine
 from amed_engine.sampling.denoiser import Denoised, as_denoised
 from amed_engine.serving.bank import IDLE, Bank
+from amed_engine.serving.conditions import conditions_of
 from amed_engine.serving.table import Table
+
+Told = dict[str, Tensor]  # conditions by name, or labels by this one
+LABELS = "class labels"
 
 
 @dataclass(frozen=True)
 class Start:
     """A sample on its way into a row: latents (C, H, W) of unit variance, noises (K, C, H, W), the mean answer it starts about
-    (1, C, H, W) or None, label row (label_dim,) or None; all on the device. scale: guidance, 1 for none."""
+    (C, H, W) or None, label row (label_dim,) or None; all on the device. scale: guidance, 1 for none. conditions: of the
+    network, a row each."""
 
     table: Table
     latents: Tensor
@@ -33,6 +38,7 @@ class Start:
     mean: Tensor | None
     label: Tensor | None
     scale: float
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Kind(NamedTuple):
@@ -74,7 +80,9 @@ class Rows:
         self.finite = zeros(count, dtype=torch.int64)  # evaluations that were, since the row was written
         self.scale = torch.ones(count, device=device, dtype=dtype)
         self.halved = torch.arange(count, device=device)  # the rows that guidance halves, where those are not all
-        self.labels = zeros(count, model.label_dim) if model.label_dim else None
+        self.conditions = conditions_of(model, count, device)
+        # Of labels that choose conditions, a row has what they chose.
+        self.labels = zeros(count, model.label_dim) if model.label_dim and self.conditions is None else None
         self.mid = torch.ones(count, 4, device=device, dtype=torch.float64)  # m, scale_dir, r, level told
         self.network_seconds = 0.0  # of the host; on a GPU it does not wait
         self._ticks = 0
@@ -106,6 +114,8 @@ class Rows:
         self.mid.index_fill_(0, rows, 1.0)
         scales = torch.tensor([start.scale for start in given], dtype=self.dtype, device="cpu")
         self.scale.index_copy_(0, rows, sent(scales, self.device))
+        if self.conditions is not None:
+            self.conditions.write(rows, [start.conditions for start in given])
         if self.labels is not None:
             labels = [start.label for start in given]
             self.labels.index_copy_(0, rows, torch.stack(labels))  # type: ignore[arg-type]
@@ -117,6 +127,8 @@ class Rows:
             if state is not None:
                 state.index_copy_(0, new, state.index_select(0, old))
         self.ring.index_copy_(1, new, self.ring.index_select(1, old))
+        if self.conditions is not None:
+            self.conditions.move(old, new)
         for source, target in moves:
             self.free([target])
             self._tables[target], self._tables[source] = self._tables[source], None
@@ -130,9 +142,12 @@ class Rows:
                 self.bank.release(table)
 
     def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Their samples (n, C, H, W), and how many of their evaluations were finite (n,)."""
+        """Their samples (n, C, H, W), and how many evaluations were finite (n,), on the host when the device is there."""
         index = self._index(rows)
-        return self.y.index_select(0, index), self.finite.index_select(0, index)
+        finite = self.finite.index_select(0, index)
+        if finite.is_cuda:
+            finite = torch.empty(len(rows), dtype=finite.dtype, pin_memory=True).copy_(finite, non_blocking=True)
+        return self.y.index_select(0, index), finite
 
     def halve(self, rows: Sequence[int]) -> None:
         """Which rows guidance halves, for ticks of that many halves."""
@@ -190,28 +205,32 @@ class Rows:
     def _denoised(self, y: Tensor, sigma: Tensor, kind: Kind) -> Denoised:
         """D, where a row is guided D_u + g (D_c - D_u); features of the conditional half."""
         started = time.perf_counter()
-        labels = None if self.labels is None else self.labels[: kind.size]
-        if labels is None:
-            answer = self._ask(y, sigma)
-        elif not kind.halves:
-            answer = self._ask(y, sigma, labels)
+        size, told, none = kind.size, *self._told(kind.size)
+        if not kind.halves:
+            answer = self._ask(y, sigma, told)
         elif self.apart:
-            answer = self._guided(self._ask(y, sigma, labels), self._ask(y, sigma, torch.zeros_like(labels)).x0)
-        elif kind.halves == kind.size:
-            none = torch.zeros_like(labels)
-            both = self._ask(torch.cat([y, y]), torch.cat([sigma, sigma]), torch.cat([labels, none]))
-            answer = self._guided(_first(both, kind.size), both.x0[kind.size :])
+            answer = self._guided(self._ask(y, sigma, told), self._ask(y, sigma, none).x0)
+        elif kind.halves == size:
+            both = self._ask(torch.cat([y, y]), torch.cat([sigma, sigma]), _joined(told, none))
+            answer = self._guided(_first(both, size), both.x0[size:])
         else:
-            answer = self._few(y, sigma, labels, kind)
+            answer = self._few(y, sigma, told, none, self.halved[: kind.halves])
         self.network_seconds += time.perf_counter() - started
         return answer
 
-    def _few(self, y: Tensor, sigma: Tensor, labels: Tensor, kind: Kind) -> Denoised:
+    def _told(self, size: int) -> tuple[Told, Told]:
+        """What the network is told of the first rows beside their noise levels, and what means "none" in its place."""
+        if self.conditions is not None:
+            return self.conditions.first(size), self.conditions.none(size)
+        if self.labels is None:
+            return {}, {}
+        return {LABELS: self.labels[:size]}, {LABELS: torch.zeros_like(self.labels[:size])}
+
+    def _few(self, y: Tensor, sigma: Tensor, told: Told, none: Told, few: Tensor) -> Denoised:
         """The halves of a few rows behind all rows, in one call."""
-        size, few = kind.size, self.halved[: kind.halves]
-        states = torch.cat([y, y.index_select(0, few)])
-        levels = torch.cat([sigma, sigma.index_select(0, few)])
-        both = self._ask(states, levels, torch.cat([labels, labels.new_zeros(kind.halves, labels.shape[1])]))
+        size, count = len(y), len(few)
+        states, levels = (torch.cat([tensor, tensor.index_select(0, few)]) for tensor in (y, sigma))
+        both = self._ask(states, levels, _joined(told, {name: value[:count] for name, value in none.items()}))
         answer, free = _first(both, size), both.x0[size:]
         scale = self.scale.index_select(0, few).reshape(-1, *[1] * (y.dim() - 1))
         guided = free + scale * (answer.x0.index_select(0, few) - free)
@@ -222,9 +241,10 @@ class Rows:
         guided = free + scale * (answer.x0 - free)
         return answer._replace(x0=torch.where(scale == 1, answer.x0, guided))
 
-    def _ask(self, y: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
-        # The predictor's and the state's arithmetic is not for a caller's autocast to narrow.
-        return as_denoised(self.model.denoise(y, sigma, *labels))
+    def _ask(self, y: Tensor, sigma: Tensor, told: Told) -> Denoised:
+        conditions = {name: value for name, value in told.items() if name != LABELS}
+        labels = (told[LABELS],) if LABELS in told else ()
+        return as_denoised(self.model.denoise(y, sigma, *labels, **conditions))
 
     def snapshot(self) -> list[Tensor]:
         """Copies of all that a tick writes."""
@@ -237,6 +257,10 @@ class Rows:
     @property
     def _state(self) -> tuple[Tensor, ...]:
         return self.x, self.y, self.ring, self.phase, self.line, self.finite, self.mid
+
+
+def _joined(told: Told, none: Told) -> Told:
+    return {name: torch.cat([value, none[name]]) for name, value in told.items()}
 
 
 def _first(answer: Denoised, size: int) -> Denoised:

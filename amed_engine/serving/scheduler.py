@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from math import inf
 from typing import NamedTuple
 
@@ -39,9 +39,7 @@ class Job:
 
     def __post_init__(self):
         if self.samples < 1 or self.ticks < 1:
-            raise ConfigError(
-                f"samples, ticks: got {self.samples}, {self.ticks}, expected at least 1 each; send no job"
-            )
+            raise ConfigError(f"samples, ticks: got {self.samples}, {self.ticks}, expected 1 or more; send no job")
         if self.deadline is not None and self.deadline != self.deadline:
             raise ConfigError("deadline: got nan, expected seconds on the engine's clock; None: whenever it is done")
 
@@ -60,10 +58,7 @@ def _late(deadline: float, now: float, ticks: int, tick_seconds: float | None) -
 
 
 def _fill(ends: list[int], samples: int, ticks: int) -> int:
-    """Each sample takes the row that is free first; returns the tick in which the last is done.
-
-    ends: a heap of the ticks in which the rows come free; updated.
-    """
+    """The tick in which the last of the samples is done, each in the row of `ends` that is free first; `ends` is updated."""
     end = 0
     for _ in range(samples):
         end = ends[0] + ticks
@@ -171,12 +166,12 @@ class Scheduler:
         """
         live, placed = self.live, self._placed
         holes = [row for row in range(live) if placed[row] is None]
-        beyond = [sample for sample in placed[live:] if sample]
-        for sample, row in zip(beyond, holes, strict=True):
+        moved = list(zip([sample for sample in placed[live:] if sample], holes, strict=True))
+        for sample, row in moved:
             placed[sample.row], placed[row] = None, sample._replace(row=row)
             self._end[row] = self._end[sample.row]
         self._free = list(range(live, self.rows))
-        return [(sample.row, row) for sample, row in zip(beyond, holes, strict=True)]
+        return [(sample.row, row) for sample, row in moved]
 
     def tick(self) -> list[Placed]:
         """One evaluation of every live row is done. Returns the samples that are finished, by row; their rows are free."""
@@ -202,20 +197,15 @@ class Scheduler:
             raise ConfigError(f"samples: got {job.samples}, expected at most {most}, rows and queue; split the request")
         if (excess := here + job.samples - most) > 0:
             retry = 1.0 if tick_seconds is None else self._until_finished(excess) * tick_seconds
-            raise QueueFullError(
-                f"queue: got {job.samples} samples, expected at most {most - here}, as {self.live} run and {self.waiting} "
-                f"wait; try again in {retry:.3g} s, or ask for fewer",
-                retry,
-            )
+            got = f"got {job.samples} samples, expected {most - here} at most: {self.live} run, {self.waiting} wait"
+            raise QueueFullError(f"queue: {got}; try again in {retry:.3g} s, or ask for fewer", retry)
 
     def _check_deadline(self, job: Job, deadline: float, now: float, tick_seconds: float | None) -> None:
         ticks = 0 if tick_seconds is None else self.forecast(job)
         if _late(deadline, now, ticks, tick_seconds):
-            need = "more than none" if tick_seconds is None else f"{ticks} ticks of {tick_seconds:.3g} s"
-            raise DeadlineError(
-                f"deadline: got {deadline - now:.3g} s from now, expected time for {need}; allow more, "
-                "ask for fewer samples or evaluations, or try when less is waiting"
-            )
+            need = "a future one" if tick_seconds is None else f"time for {ticks} ticks of {tick_seconds:.3g} s"
+            got = f"got {deadline - now:.3g} s from now, expected {need}"
+            raise DeadlineError(f"deadline: {got}; allow more, ask for fewer evaluations, or try when less is waiting")
 
     def _until_finished(self, count: int) -> int:
         """Ticks until `count` of the samples here are finished: each makes room for one."""
@@ -239,9 +229,7 @@ class Scheduler:
 
     def _ends(self) -> list[int]:
         """A heap of the ticks from now in which the rows come free."""
-        ends = [self.remaining(row) for row in range(self.rows)]
-        heapify(ends)
-        return ends
+        return sorted(map(self.remaining, range(self.rows)))
 
     def _key(self, job: Job) -> tuple[float, int, int, int, Job]:
         """What jobs are sorted by; the number of the offer is unique, so that the jobs themselves are never compared."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 RECENT = 0.1  # the share of the newest tick in a bucket's mean
-AHEAD = 2  # ticks that a GPU may have before it, so that it never waits for the host, nor a new request for many
+AHEAD = 1  # ticks that a GPU may have waiting, so that it never waits for the host, nor a new request for many
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Pace:
         self.by_bucket: dict[int, float] = {}
         self._started: Any = None
         self._running: deque[tuple[int, Any, Any]] = deque()
+        self._side = torch.cuda.Stream(device) if self.on_gpu else None
 
     def start(self) -> None:
         self._started = self._mark()
@@ -67,6 +70,16 @@ class Pace:
             ended.synchronize()
             self._note(past, begun.elapsed_time(ended) / 1000)
         return mark
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work on samples that are done, which does not wait for the ticks before it on the device."""
+        if self._side is None:
+            yield
+            return
+        with torch.cuda.stream(self._side):
+            yield
+        self._side.synchronize()
 
     def of(self, size: int) -> float | None:
         """Seconds of a tick of so many rows: of that size or the next larger that was measured, else of the largest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,11 @@ class Beside:
 
     def __init__(self, rows: Rows, runner: Runner, limit: int):
         self.rows, self.runner, self.limit = rows, runner, limit
-        self.threads = ThreadPoolExecutor(1, "amed-beside")
+        self.thread: threading.Thread | None = None
+        self.threads = ThreadPoolExecutor(1, "amed-beside", self._begin)
+
+    def _begin(self) -> None:
+        self.thread = threading.current_thread()
 
     def check(self, order: Order, others: Iterable[Order]) -> None:
         """Raises QueueFullError."""
@@ -37,7 +42,8 @@ class Beside:
             raise DeadlineError("the deadline passed before this request came to be drawn; allow more seconds")
         drawn = self.runner.run(order.programmed.program, self._request(order), order.scale, None)
         for index, image in enumerate(drawn.images.unbind(0)):
-            order.deliver(index, image, None)
+            order.keep(index, image, None)
+            order.tell(index)
         return drawn.backend
 
     def _request(self, order: Order) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.offloaded import brings_weights
 from amed_engine.serving.asked import Orders, check_settings
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.serving.loop import Loop
 from amed_engine.serving.order import Sample
 from amed_engine.serving.programs import Programs
@@ -62,6 +64,7 @@ class ContinuousSampler:
     Threads may share it; it has threads of its own, which `close` ends.
     """
 
+    @plain_tensors()
     def __init__(
         self,
         model: Any,
@@ -183,7 +186,7 @@ class ContinuousSampler:
             loop.call_soon_threadsafe(ready.put_nowait, item)
 
         asked = partial(self.submit, seeds, class_labels, on_sample=put, **options)
-        future = await asyncio.to_thread(asked)
+        future = await _aside(asked)
         future.add_done_callback(lambda _: put(done))
         try:
             while (sample := await ready.get()) is not done:
@@ -237,3 +240,23 @@ class ContinuousSampler:
         except ConfigError:
             return False
         return True
+
+
+async def _aside(submit: Callable[[], Future]) -> Future:
+    """The future of a request that another thread submits; cancelled where nobody waits for it any more."""
+    taken: list[Future] = []
+    left = threading.Event()
+
+    def work() -> Future:
+        taken.append(submit())
+        if left.is_set():
+            taken[0].cancel()
+        return taken[0]
+
+    try:
+        return await asyncio.to_thread(work)
+    except asyncio.CancelledError:
+        left.set()
+        for future in taken:
+            future.cancel()
+        raise

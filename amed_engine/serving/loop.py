@@ -63,11 +63,11 @@ class Loop:
                 self.counts["refused"] += order.samples
                 raise
             self._orders.add(order)
+            if order.programmed.table is None:
+                self._beside.threads.submit(self._draw_beside, order)
             self._wake.notify_all()
         # Not before the lock is free: a future that was cancelled already calls at once.
         order.future.add_done_callback(lambda future: self._cancel(order) if future.cancelled() else None)
-        if order.programmed.table is None:
-            self._beside.threads.submit(self._draw_beside, order)
 
     def seconds(self, order: Order) -> float | None:
         """Until it would be done if it came now and nothing after it; None before any tick was measured."""
@@ -79,6 +79,8 @@ class Loop:
 
     def between_ticks(self, work: Callable[[], Any]) -> Any:
         """The result of work that is done by the ticking thread while no tick runs. Raises EngineClosedError."""
+        if threading.current_thread() is self._threads[0]:
+            return work()
         future: Future = Future()
         with self._wake:
             if self.closing:
@@ -97,22 +99,25 @@ class Loop:
             )  # type: ignore[arg-type]
 
     def close(self, drain: bool, timeout: float | None) -> None:
-        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards."""
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards.
+
+        From a callback, which one of them calls, nothing is waited for: they end when all is done or given up.
+        """
         until = None if timeout is None else time.monotonic() + timeout
+        waits = threading.current_thread() not in (*self._threads, self._beside.thread)
         with self._wake:
             self.closing = True
-            if drain:
+            if drain and waits:
                 self._wake.wait_for(lambda: not self._orders, timeout)
-            left = list(self._orders)
+            left = [] if drain and not waits else list(self._orders)
             for order in left:
                 self._drop(order)
             self._wake.notify_all()
         for order in left:
             order.fail(EngineClosedError("the engine was closed before this request was done; send it to another"))
-        self._beside.threads.shutdown(wait=drain and until is None, cancel_futures=True)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(None if until is None else max(0.1, until - time.monotonic()))
+        self._beside.threads.shutdown(wait=waits and drain and until is None, cancel_futures=not drain)
+        for thread in self._threads if waits else ():
+            thread.join(None if until is None else max(0.1, until - time.monotonic()))
 
     # ---- the ticking thread ----
 
@@ -134,14 +139,11 @@ class Loop:
                 return False
             tasks, self._tasks = self._tasks, []
             late: list[Any] = self.scheduler.expire(time.monotonic(), self._tick_seconds())
-            self.pace.start()
             placed, moves = self.scheduler.admit(), self.scheduler.moves()
-            for job in late:
-                self._forget(job)
         for work, future in tasks:
             _work(work, future)
         for job in late:
-            self.counts["missed"] += job.samples
+            self._ends(job, "missed")
             job.fail(DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn"))
         try:
             self._tick(placed, moves)
@@ -150,6 +152,7 @@ class Loop:
         return True
 
     def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
+        self.pace.start()
         starts = self._starts(placed)
         with self._wake:
             for row, start in starts:
@@ -203,12 +206,8 @@ class Loop:
         """A tick that failed is the end of all that was in it; what waits is not touched."""
         with self._wake:
             orders: set[Any] = {placed.job for placed in self.scheduler.placed()}
-            for order in orders:
-                self._drop(order)
-                self.counts["failed"] += order.samples
         logger.error("a tick failed, and %d requests with it: %s", len(orders), error)
-        for order in orders:
-            order.fail(error)
+        self._fail(orders, error)
 
     # ---- delivery ----
 
@@ -222,20 +221,18 @@ class Loop:
                 for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
                     self._hand_out(placed.job, placed.index, image, count)
             except Exception as error:  # of the device
-                for order in {placed.job for placed in done}:
-                    self._cancel(order)
-                    order.fail(error)
+                self._fail({placed.job for placed in done}, error)
 
     def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None) -> None:
-        if order.future.done():
-            return
-        last = order.deliver(index, image, finite)
         with self._wake:
-            self.counts["failed" if index in order.failed else "completed"] += 1
+            if order not in self._orders:  # cancelled, or failed
+                return
+            self.counts["completed" if order.keep(index, image, finite) else "failed"] += 1
+            last = order.delivered == order.samples
             if last and order.deadline is not None and time.monotonic() > order.deadline:
                 self.counts["missed"] += order.samples
-        if last:
-            self._forget(order)  # first: what the future calls may wait for the engine to be drained
+        order.tell(index)
+        if last and self._ends(order):  # first: what the future calls may wait for the engine to be drained
             with self.pace.aside():
                 result = order.result("ticks")
             order.finish(result)
@@ -248,14 +245,11 @@ class Loop:
         try:
             backend = self._beside.draw(order)
         except BaseException as error:
-            self._count("missed" if isinstance(error, DeadlineError) else "failed", order)
-            self._forget(order)
-            order.fail(error)
+            if self._ends(order, "missed" if isinstance(error, DeadlineError) else "failed"):
+                order.fail(error)
         else:
-            self._count("beside", order)
-            self._count("completed", order)
-            self._forget(order)
-            order.finish(order.result(backend))
+            if self._ends(order, "beside", "completed"):
+                order.finish(order.result(backend))
 
     # ---- bookkeeping ----
 
@@ -264,15 +258,30 @@ class Loop:
         coming = len(self.scheduler) + (0 if order is None else order.samples)
         return self.pace.of(min(self.rows.count, max(1, coming)))
 
-    def _count(self, what: str, order: Order) -> None:
+    def _ends(self, order: Order, *counts: str) -> bool:
+        """Whether it was still wanted, neither cancelled nor given up; no more of it is."""
         with self._wake:
-            self.counts[what] += order.samples
+            wanted = order in self._orders
+            for what in counts if wanted else ():
+                self.counts[what] += order.samples
+            self._orders.discard(order)
+            self._wake.notify_all()
+        return wanted
 
     def _cancel(self, order: Order) -> None:
+        order.settles()
         with self._wake:
             if order in self._orders:
                 self.counts["cancelled"] += order.samples - order.delivered
                 self._drop(order)
+
+    def _fail(self, orders: set[Any], error: BaseException) -> None:
+        with self._wake:
+            for order in orders & self._orders:
+                self.counts["failed"] += order.samples - order.delivered
+                self._drop(order)
+        for order in orders:
+            order.fail(error)
 
     def _drop(self, order: Order) -> None:
         """Out of the queue and the rows; to be called with the lock."""
@@ -281,18 +290,10 @@ class Loop:
         self._orders.discard(order)
         self._wake.notify_all()
 
-    def _forget(self, order: Order) -> None:
-        with self._wake:
-            self._orders.discard(order)
-            self._wake.notify_all()
-
     def _stop(self, error: BaseException) -> None:
         with self._wake:
-            self.closing = True
-            left, self._orders = list(self._orders), set()
-            tasks, self._tasks = self._tasks, []
-        for order in left:
-            order.fail(error)
+            self.closing, tasks, self._tasks = True, self._tasks, []
+        self._fail(set(self._orders), error)
         for _, future in tasks:
             future.set_exception(error)
 

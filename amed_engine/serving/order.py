@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class Order(Job):
         self.labels: list[Tensor | None] = [None] * self.samples
         self.failed: dict[int, int] = {}  # sample -> the evaluation that was not finite
         self.delivered = 0
+        self._settled, self._lock = False, threading.Lock()
 
     def starts(self, indices: Sequence[int], rows: Rows) -> list[Start]:
         """What these samples begin with, on the device of the rows."""
@@ -88,39 +90,42 @@ class Order(Job):
         send = [sent(tensor, rows.device, rows.dtype) for tensor in (noise, more)]
         return send[0], drawn if given is None else given, send[1] if count else None
 
-    def deliver(self, index: int, image: Tensor, finite: int | None) -> bool:
-        """One sample more, after so many finite evaluations (None: nobody looked). Whether it was the last."""
+    def keep(self, index: int, image: Tensor, finite: int | None) -> bool:
+        """One sample more, after so many finite evaluations (None: nobody looked). Whether it is one."""
+        self.delivered += 1
         if finite is not None and finite < self.ticks:
             self.failed[index] = finite + 1
-        else:
-            self.images[index] = image
-            self._tell(Sample(index, self.seeds[index] if self.seeds else None, self.labels[index], image))
-        self.delivered += 1
-        return self.delivered == self.samples
+            return False
+        self.images[index] = image
+        return True
 
-    def _tell(self, sample: Sample) -> None:
-        if self.on_sample is None or self.future.cancelled():
+    def tell(self, index: int) -> None:
+        """on_sample, of a sample that was kept."""
+        image = self.images[index]
+        if self.on_sample is None or image is None or self.future.done():
             return
         try:
-            self.on_sample(sample)
+            self.on_sample(Sample(index, self.seeds[index] if self.seeds else None, self.labels[index], image))
         except Exception:
-            logger.exception("on_sample failed for sample %d; the request goes on", sample.index)
+            logger.exception("on_sample failed for sample %d; the request goes on", index)
 
     def finish(self, result: SampleResult | NonFiniteError) -> None:
         """Fulfil the future, if anybody still waits."""
-        if not self.future.set_running_or_notify_cancel():
-            return
         if isinstance(result, NonFiniteError):
-            self.future.set_exception(result)
-        else:
+            self.fail(result)
+        elif self.settles():
             self.future.set_result(result)
 
-    def fail(self, error: BaseException) -> bool:
-        """Whether anybody still waited."""
-        waited = not self.future.done() and self.future.set_running_or_notify_cancel()
-        if waited:
+    def fail(self, error: BaseException) -> None:
+        if self.settles():
             self.future.set_exception(error)
-        return waited
+
+    def settles(self) -> bool:
+        """Whether it is for the caller to set the future: for the first thread that comes to it, unless it was cancelled, of
+        which whoever waits is told."""
+        with self._lock:
+            first, self._settled = not self._settled, True
+        return first and self.future.set_running_or_notify_cancel()
 
     def result(self, backend: str) -> SampleResult | NonFiniteError:
         """All samples, or which of them failed."""

@@ -130,10 +130,12 @@ def _hashable(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return ("levels", str(value.dtype), tuple(value.detach().flatten().tolist()), tuple(value.shape))
     if isinstance(value, Mapping):
-        return json.dumps(value, sort_keys=True, default=repr)
-    return (
-        os.fspath(value) if isinstance(value, os.PathLike) else (type(value), value) if value.__hash__ else repr(value)
-    )
+        return tuple(sorted((repr(name), repr(each)) for name, each in value.items()))
+    try:
+        hash(value)
+    except TypeError:  # what is refused later, a list among them
+        return repr(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else (type(value), value)
 
 
 def _value(predictor: Predictor) -> str:

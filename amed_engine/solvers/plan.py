@@ -209,7 +209,8 @@ def make_plan(
     None is the best that is at hand: "mean" where `mean` is given and the NFE allows it, else False, else True. Raises
     ConfigError where no whole number of intervals spends the NFE.
     """
-    if options is not None and not isinstance(options, Mapping):
+    named = isinstance(options, Mapping) and all(isinstance(name, str) for name in options)
+    if options is not None and not named:
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
     made = make_solver(solver, **dict(options or {}))
     midpoint = midpoint or made.takes_predictor == "required"

@@ -27,7 +27,7 @@ from amed_engine import (
 from amed_engine.serving.programs import KEPT
 
 SAID = {"solver": "ipndm", "nfe": 3}
-PATIENCE = 60  # seconds, after which something waits for ever
+PATIENCE = 20  # seconds, after which something waits for ever
 
 
 class Network(mixed.Classes):
@@ -210,8 +210,10 @@ def test_a_callback_of_a_future_may_close_the_engine(network, drain, why):
     said = {"solver": "dpmpp", "solver_options": {"thresholding": True}, "nfe": 2} if why == "beside" else SAID
     with mixed.held(engine):
         network.trouble = RuntimeError("no") if why == "failed" else None
+        network.stop()  # what is drawn beside the rows begins at once
         first, other = engine.submit([1, 2], **said), engine.submit([3, 4, 5], solver="euler", nfe=9)
         first.add_done_callback(lambda _: (engine.close(drain=drain), closed.set()))
+        network.gate.set()
         if why == "beside":
             assert wait([first], PATIENCE).done
     assert closed.wait(PATIENCE)
@@ -400,9 +402,11 @@ def test_leaving_a_stream_cancels_the_rest(engine):
 def test_a_stream_raises_what_submit_and_its_future_raise(engine, network):
     with pytest.raises(ConfigError, match="unknown solver"):
         collected(engine, [1], solver="magic")
-    with pytest.raises(QueueFullError), mixed.held(engine):
-        engine.submit(list(range(20)), **SAID)
-        collected(engine, [1], **SAID)
+    with mixed.held(engine):
+        future = engine.submit(list(range(20)), **SAID)
+        with pytest.raises(QueueFullError):
+            collected(engine, [1], **SAID)
+    future.result(PATIENCE)
     network.trouble = RuntimeError("a broken model")
     with pytest.raises(RuntimeError, match="a broken model"):
         collected(engine, [1], **SAID)
@@ -544,7 +548,7 @@ def test_a_predictor_that_cannot_read_the_bottleneck_fails_its_request_alone(eng
 def test_the_queue_is_bounded(engine):
     with mixed.held(engine):
         futures = [engine.submit(list(range(10)), **SAID), engine.submit(list(range(10)), **SAID)]
-        with pytest.raises(QueueFullError, match="expected at most 0") as caught:
+        with pytest.raises(QueueFullError, match="expected 0 at most") as caught:
             engine.submit([1], **SAID)
         assert caught.value.retry_after > 0
         futures[0].cancel()
@@ -728,6 +732,34 @@ def test_between_ticks_errors_are_the_callers(engine):
     assert engine.submit([1], **SAID).result(PATIENCE)
 
 
+def test_work_between_ticks_is_no_part_of_a_tick(engine, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    def work():
+        clock.now += 100
+
+    with mixed.held(engine):
+        future = engine.submit([1], **SAID)
+        others = [threading.Thread(target=engine._loop.between_ticks, args=(work,)) for _ in range(2)]
+        for other in others:
+            other.start()
+        until(lambda: len(engine._loop._tasks) == 2)
+    assert future.result(PATIENCE)
+    assert (clock.now, engine.stats().tick_seconds) == (1200.0, 0.0)
+
+
+def test_between_ticks_from_a_callback_of_a_tick_that_failed(engine, network):
+    reports = []
+    with mixed.held(engine):
+        future = engine.submit([1], **SAID)
+        future.add_done_callback(lambda _: reports.append(engine.warmup()))
+        network.trouble = RuntimeError("a broken model")
+    with pytest.raises(RuntimeError):
+        future.result(PATIENCE)
+    until(lambda: reports)
+
+
 # ---- cost, statistics, warm-up
 
 
@@ -860,14 +892,14 @@ WRONG = {
     "option": ([1], {"solver": "ipndm", "solver_options": {"order": 3}}, "has no option order"),
     "option's value": ([1], {"solver": "ipndm", "solver_options": {"max_order": 9}}, "max_order"),
     "options' kind": ([1], {"solver": "ipndm", "solver_options": ["max_order"]}, "solver_options must be a dict"),
-    "option's name": ([1], {"solver": "ipndm", "solver_options": {1: 3}}, "has no option"),
-    "options of two kinds": ([1], {"solver": "ipndm", "solver_options": {1: 3, "max_order": 2}}, "has no option"),
+    "option's name": ([1], {"solver": "ipndm", "solver_options": {1: 3}}, "solver_options must be a dict"),
+    "options of two kinds": ([1], {"solver": "ipndm", "solver_options": {1: 3, "max_order": 2}}, "solver_options must be a dict"),
     "options without solver": ([1], {"solver_options": {"max_order": 3}}, "solver_options need a solver"),
     "schedule": ([1], {"schedule": "linear"}, "unknown schedule 'linear'"),
     "schedule's kind": ([1], {"schedule": [80.0, 1.0]}, "schedule must be a name"),
     "a schedule of lists": ([1], {"schedule": ([80.0], [1.0])}, "schedule must be a name"),
     "rising levels": ([1], {"schedule": torch.tensor([1.0, 2.0])}, "decreas"),
-    "levels that are NaN": ([1], {"schedule": torch.tensor([torch.nan, 1.0])}, ""),
+    "levels that are NaN": ([1], {"schedule": torch.tensor([torch.nan, 1.0])}, "finite"),
     "rho": ([1], {"schedule": "polynomial", "rho": -1.0}, "rho must be a positive number"),
     "rho's kind": ([1], {"schedule": "polynomial", "rho": [7]}, "rho must be a positive number"),
     "afs": ([1], {"afs": "zero"}, "afs must be True, False, 'mean' or None"),
@@ -969,7 +1001,7 @@ def test_the_callers_modes_have_no_say(network):
 
 
 def programs(engine):
-    return engine._programs
+    return engine._orders.programs
 
 
 def tables(engine):

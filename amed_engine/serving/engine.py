@@ -22,9 +22,9 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.offloaded import brings_weights
 from amed_engine.serving.asked import Orders, check_settings
-from amed_engine.sampling.modes import plain_tensors
 from amed_engine.serving.loop import Loop
 from amed_engine.serving.order import Sample
 from amed_engine.serving.programs import Programs

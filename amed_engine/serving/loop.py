@@ -16,7 +16,7 @@ from torch import Tensor
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import DeadlineError, EngineClosedError, QueueFullError
 from amed_engine.serving.beside import Beside
-from amed_engine.serving.order import Order
+from amed_engine.serving.order import Order, starts_of
 from amed_engine.serving.rows import Rows, Start
 from amed_engine.serving.scheduler import Placed, Scheduler
 from amed_engine.serving.stats import Pace, ServingStats
@@ -99,10 +99,8 @@ class Loop:
             )  # type: ignore[arg-type]
 
     def close(self, drain: bool, timeout: float | None) -> None:
-        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards.
-
-        From a callback, which one of them calls, nothing is waited for: they end when all is done or given up.
-        """
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; a callback, which one of them
+        calls, waits for nothing, and they end when all is done."""
         until = None if timeout is None else time.monotonic() + timeout
         waits = threading.current_thread() not in (*self._threads, self._beside.thread)
         with self._wake:
@@ -153,7 +151,7 @@ class Loop:
 
     def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
         self.pace.start()
-        starts = self._starts(placed)
+        starts = starts_of(placed, self.rows)
         with self._wake:
             for row, start in starts:
                 self._at[row] = start
@@ -191,16 +189,6 @@ class Loop:
         mark = self.pace.end(kind.size)
         if results is not None:
             self._done.put((done, *results, mark))
-
-    def _starts(self, placed: Sequence[Placed]) -> list[tuple[int, Start]]:
-        by_order: dict[Any, list[Placed]] = {}
-        for sample in placed:
-            by_order.setdefault(sample.job, []).append(sample)
-        return [
-            (sample.row, start)
-            for order, samples in by_order.items()
-            for sample, start in zip(samples, order.starts([s.index for s in samples], self.rows), strict=True)
-        ]
 
     def _fail_live(self, error: Exception) -> None:
         """A tick that failed is the end of all that was in it; what waits is not touched."""
@@ -292,8 +280,11 @@ class Loop:
 
     def _stop(self, error: BaseException) -> None:
         with self._wake:
-            self.closing, tasks, self._tasks = True, self._tasks, []
-        self._fail(set(self._orders), error)
+            self.closing = True
+            left, self._orders = self._orders, set()
+            tasks, self._tasks = self._tasks, []
+        for order in left:
+            order.fail(error)
         for _, future in tasks:
             future.set_exception(error)
 

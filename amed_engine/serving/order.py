@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from amed_engine.errors import NonFiniteError
 from amed_engine.sampling.denoiser import mean_of_labels
 from amed_engine.serving.programs import Programmed
 from amed_engine.serving.rows import Rows, Start
-from amed_engine.serving.scheduler import Job
+from amed_engine.serving.scheduler import Job, Placed
 
 logger = logging.getLogger("amed_engine")
 
@@ -148,3 +148,15 @@ class Order(Job):
             step,
             named,
         )
+
+
+def starts_of(placed: Sequence[Placed], rows: Rows) -> list[tuple[int, Start]]:
+    """What samples of any orders begin with, each with its row."""
+    by_order: dict[Any, list[Placed]] = {}
+    for sample in placed:
+        by_order.setdefault(sample.job, []).append(sample)
+    return [
+        (sample.row, start)
+        for order, samples in by_order.items()
+        for sample, start in zip(samples, order.starts([s.index for s in samples], rows), strict=True)
+    ]

@@ -118,7 +118,9 @@ def test_nothing_of_a_former_occupant_is_left(buckets):
     """Not in its anchor, point, directions, midpoint or guidance: NaN would show, whatever the coefficient."""
     model = Spoiled()
     predictor = mixed.learned(1)
-    predictor.plan = mixed.plan_of({"solver": "ipndm", "nfe": 3, "afs": True, "schedule": "polynomial"}, {}, midpoint=True)
+    predictor.plan = mixed.plan_of(
+        {"solver": "ipndm", "nfe": 3, "afs": True, "schedule": "polynomial"}, {}, midpoint=True
+    )
     for said in ({"solver": "ipndm", "nfe": 5}, {"predictor": predictor}, {"solver": "consistency", "nfe": 3}):
         with ContinuousSampler(model, 4, buckets=buckets, verify=False) as engine:
             clean = engine.submit([1, 2, 3, 4], [0, 1, 2, 0], **said).result(60).images

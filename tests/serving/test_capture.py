@@ -51,7 +51,7 @@ def test_the_tape_does_what_was_recorded_and_sees_no_change_of_the_host(double):
 
 def test_ten_thousand_mixed_requests_capture_a_kind_of_tick_once(engines):
     model, generator = mixed.Classes(), random.Random(1)
-    engine = engines(model, rows=64, buckets=(1, 2, 4, 8, 16, 32, 64), queue=20_000)
+    engine = engines(model, rows=128, buckets=(1, 4, 16, 64, 128), queue=20_000)
     asked = list(islice(mixed.asks(generator), 60))
     futures = []
     for k in range(10_000):
@@ -60,7 +60,7 @@ def test_ten_thousand_mixed_requests_capture_a_kind_of_tick_once(engines):
     assert not wait(futures, timeout=300).not_done
     assert all(future.result().backend == "ticks" for future in futures)
     ticker = engine._loop.ticker
-    assert ticker.captures == len(kinds(engine)) == engine.stats().captures <= 7 * 2 * 2
+    assert ticker.captures == len(kinds(engine)) == engine.stats().captures <= 5 * 2 * 2
     replays = sum(recording.replays for recording in ticker.device.recordings)
     assert replays == engine.stats().ticks + ticker.captures  # one more to compare each with the eager tick
     for k in (0, 4_321, 9_999):
@@ -149,7 +149,7 @@ def test_weights_that_left_their_place_fail_what_is_live_and_nothing_after(engin
         reassign(model)
         live = engine.submit(list(range(8)), **SAID)
         waiting = engine.submit([9], **SAID)
-    with pytest.raises(StaleGraphError, match="'means' was re-assigned or moved.*send it again"):
+    with pytest.raises(StaleGraphError, match=r"'means' was re-assigned or moved.*send it again"):
         live.result(60)
     expected = plain.submit([9], **SAID).result(60).images
     assert torch.equal(waiting.result(60).images, expected)

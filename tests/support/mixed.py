@@ -72,7 +72,7 @@ FIXED = [*LEARNED, ("deis", {"max_order": 3}), ("dpmpp", {"max_order": 2}), ("un
 
 
 def learned(seed: int = 0, **options: Any) -> AMEDPredictor:
-    """An AMED predictor with random weights, large enough that samples differ in what it says of them, and r stays off 0 and 1."""
+    """An AMED predictor with random weights, so large that samples differ in what it says of them, r far from 0 and 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         predictor = AMEDPredictor(**({"scale_dir": 0.1, "scale_time": 0.2, "bottleneck": (2, 2)} | options)).eval()

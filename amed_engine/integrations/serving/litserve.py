@@ -6,6 +6,7 @@ answers {"images": [PNG as base64, ...]}, or {"error": ...} with status 422, 429
 """
 
 import signal
+import sys
 from typing import Any
 
 import click
@@ -50,7 +51,7 @@ class AMEDAPI(ls.LitAPI):
 @click.option("--port", default=8000, show_default=True)
 def main(port: int, **options: Any) -> None:
     """Serve a model until interrupted; what was taken is answered first."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by the way that ends all processes
     server = ls.LitServer(AMEDAPI(**options), accelerator="auto")
     server.run(host="127.0.0.1", port=port, generate_client_file=False)
 

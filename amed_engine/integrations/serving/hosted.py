@@ -6,6 +6,8 @@ import asyncio
 import base64
 import inspect
 import math
+import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -65,8 +67,11 @@ class Hosted:
         return self.engine.submit(asked.seeds, asked.classes, **self._options(asked.options))
 
     def later(self, work: Any, *args: Any) -> Future:
-        """Work in a thread of the server's own."""
-        return self._threads.submit(work, *args)
+        """Work in a thread of the server's own. Raises EngineClosedError."""
+        try:
+            return self._threads.submit(work, *args)
+        except RuntimeError as error:
+            raise EngineClosedError("the engine is closed and takes no more requests; ask another server") from error
 
     async def draw(self, payload: Any) -> Tensor:
         """The images (n, C, H, W). Cancelled, it frees the rows. Raises what `submit` and its future raise."""
@@ -107,6 +112,17 @@ def check_options(options: Mapping[str, Any]) -> None:
     known = [*inspect.signature(ContinuousSampler).parameters, *PROGRAM]
     if unknown := sorted(options.keys() - set(known)):
         raise ConfigError(f"unknown options {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+def interrupt_at_sigterm() -> None:
+    """SIGTERM does to this process what Ctrl-C does, and nothing to a child that inherits this."""
+    own = os.getpid()
+
+    def interrupt(*_: Any) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def as_json(images: Tensor) -> dict[str, list[str]]:

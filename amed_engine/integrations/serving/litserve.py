@@ -5,15 +5,13 @@
 answers {"images": [PNG as base64, ...]}, or {"error": ...} with status 422, 429 (wait for Retry-After), 503 or 504.
 """
 
-import signal
-import sys
 from typing import Any
 
 import click
 
 from amed_engine.engine.images import check_pictures
 from amed_engine.errors import AmedError, require
-from amed_engine.integrations.serving.hosted import Hosted, check_options, refusal
+from amed_engine.integrations.serving.hosted import Hosted, check_options, interrupt_at_sigterm, refusal
 
 ls = require("litserve", "litserve")
 
@@ -51,9 +49,8 @@ class AMEDAPI(ls.LitAPI):
 @click.option("--port", default=8000, show_default=True)
 def main(port: int, **options: Any) -> None:
     """Serve a model until interrupted; what was taken is answered first."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by the way that ends all processes
-    server = ls.LitServer(AMEDAPI(**options), accelerator="auto")
-    server.run(host="127.0.0.1", port=port, generate_client_file=False)
+    interrupt_at_sigterm()
+    ls.LitServer(AMEDAPI(**options), accelerator="auto").run(host="127.0.0.1", port=port, generate_client_file=False)
 
 
 if __name__ == "__main__":

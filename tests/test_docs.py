@@ -342,7 +342,7 @@ def test_the_accuracy_that_is_stated_is_the_classifier_s():
 
 def test_every_integration_has_a_page():
     folder = ROOT / "amed_engine" / "integrations"
-    shared = {"__init__", "__pycache__", "common", "require", "serving", "batching", "tritonserver"}
+    shared = {"__init__", "__pycache__", "common", "require", "serving", "hosted", "requests", "tritonserver"}
     routes = {p.stem for p in [*folder.iterdir(), *(folder / "serving").iterdir()]} - shared
     pages = {path.stem for path in (ROOT / "docs" / "integrations").glob("*.md")}
     assert pages == routes - {"cupy"}  # beside the C API: docs/cupy.md

@@ -1,33 +1,41 @@
-"""LitServe and Ray Serve: requests of any kind come into one engine at once, each gets its own answer."""
+"""LitServe: requests of any kind come into one engine at once, each gets its own answer."""
 
 import asyncio
-import http.client
 import importlib
 import importlib.util
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from served import PAYLOADS, WRONG, expected, live_rows, pictures, same_pictures
+from served import (
+    LONG,
+    PAYLOADS,
+    QUEUE,
+    ROWS,
+    WRONG,
+    Client,
+    check_a_full_queue,
+    check_answers,
+    check_rows_fill,
+    expected,
+    pictures,
+    same_pictures,
+    stand_in_for_starlette,
+    unused_port,
+)
 
-from amed_engine import ConfigError, EngineClosedError
+from amed_engine import ConfigError
 from amed_engine.engine.images import to_uint8
 from amed_engine.integrations.serving.hosted import as_json
-
-ROWS, QUEUE = 16, 24
-LONG = {"nfe": 48, "solver": "euler"}
 
 
 @pytest.fixture(scope="module")
@@ -40,75 +48,6 @@ def test_pictures_are_png_and_latents_are_refused():
     np.testing.assert_array_equal(pictures(as_json(coloured)), to_uint8(coloured))
     with pytest.raises(ConfigError, match="pictures need samples"):
         as_json(torch.zeros(1, 4, 8, 8))
-
-
-def unused_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Client:
-    """Of a server on loopback. stats: what its engine did so far."""
-
-    def __init__(self, port, path, stats=None):
-        self.port, self.url, self.stats = port, f"http://127.0.0.1:{port}/{path}", stats
-
-    def post(self, payload):
-        """(status, what was answered, its headers)."""
-        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"}, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response), response.headers
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error), error.headers
-
-    def ask_all(self, payloads, clients):
-        with ThreadPoolExecutor(clients) as pool:
-            return list(pool.map(self.post, payloads))
-
-    def send(self, payload):
-        """The connection that a request went out by."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request("POST", self.url, json.dumps(payload), {"Content-Type": "application/json"})
-        return connection
-
-    def until(self, reached):
-        """The first stats of which `reached` holds."""
-        end = time.monotonic() + 60
-        while not reached(stats := self.stats()):
-            assert time.monotonic() < end, stats
-            time.sleep(0.01)
-        return stats
-
-
-def check_answers(client, images):
-    """Of all kinds of requests, three of each at once."""
-    for i, (status, output, _) in enumerate(client.ask_all(PAYLOADS * 3, 16)):
-        kind = i % len(PAYLOADS)
-        assert status == (422 if kind in WRONG else 200)
-        assert WRONG[kind] in output["error"] if kind in WRONG else same_pictures(output, images[kind])
-
-
-def check_rows_fill(client):
-    before = client.stats()
-    payloads = [{"seeds": [i], "nfe": (16, 24, 32)[i % 3], "solver": ("euler", "ipndm")[i % 2]} for i in range(96)]
-    assert {status for status, *_ in client.ask_all(payloads, 16)} == {200}
-    assert live_rows(before, client.stats()) > ROWS / 2
-
-
-def check_a_full_queue(client):
-    answers = client.ask_all([{"seeds": list(range(32)), **LONG}] * 4, 4)  # 40 fit
-    refused = [(output["error"], headers) for status, output, headers in answers if status == 429]
-    assert len(refused) + sum(status == 200 for status, *_ in answers) == 4
-    assert refused
-    for message, headers in refused:
-        assert "got 32 samples" in message
-        assert int(headers["Retry-After"]) >= 1
-
-
-# LitServe
 
 
 @pytest.fixture
@@ -125,12 +64,6 @@ def lit(monkeypatch):
     monkeypatch.delitem(sys.modules, "amed_engine.integrations.serving.litserve", raising=False)
     yield importlib.import_module("amed_engine.integrations.serving.litserve")
     sys.modules.pop("amed_engine.integrations.serving.litserve", None)
-
-
-def stand_in_for_starlette(monkeypatch):
-    responses = SimpleNamespace(JSONResponse=lambda content, status_code, headers: SimpleNamespace(**locals()))
-    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(responses=responses))
-    monkeypatch.setitem(sys.modules, "starlette.responses", responses)
 
 
 def test_litserve_takes_requests_at_once(lit, images):
@@ -240,134 +173,3 @@ def test_litserve_answers_what_it_took_before_it_ends(tmp_path):
         process.terminate()
         assert [connection.getresponse().status for connection in asked] == [200] * 8
         process.wait(60)
-
-
-# Ray Serve
-
-
-class Deployment:
-    """What `serve.deployment` makes of a class, run in this process."""
-
-    def __init__(self, cls, **settings):
-        self.cls, self.settings = cls, settings
-
-    def options(self, **settings):
-        return Deployment(self.cls, **self.settings | settings)
-
-    def bind(self, **options):
-        app = self.cls(**options)
-        app.settings = self.settings
-        return app
-
-
-@pytest.fixture
-def ray(monkeypatch):
-    """The example on the part of Ray that it needs, in this process."""
-    serve = SimpleNamespace(deployment=lambda **settings: lambda cls: Deployment(cls, **settings))
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
-    monkeypatch.setitem(sys.modules, "ray.serve", serve)
-    stand_in_for_starlette(monkeypatch)
-    monkeypatch.delitem(sys.modules, "amed_engine.integrations.serving.ray", raising=False)
-    yield importlib.import_module("amed_engine.integrations.serving.ray")
-    sys.modules.pop("amed_engine.integrations.serving.ray", None)
-
-
-def ask_together(app, payloads) -> list:
-    """Answers to requests that arrive at once."""
-
-    async def body(payload):
-        return payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-
-    async def all_at_once():
-        requests = (SimpleNamespace(body=lambda payload=payload: body(payload)) for payload in payloads)
-        return await asyncio.gather(*map(app, requests))
-
-    return asyncio.run(all_at_once())
-
-
-def test_ray_serve_takes_requests_at_once(ray, images):
-    app = ray.build({"model": "digits", "nfe": "5", "device": "cpu"})
-    for i, (output, drawn) in enumerate(zip(ask_together(app, PAYLOADS), images, strict=True)):
-        assert output.status_code == 422 if i in WRONG else same_pictures(output, drawn)
-    assert app.stats()["evaluations"] > app.stats()["ticks"]
-
-
-@pytest.mark.parametrize("body", [b"", b"{not json", b"\xff\xfe", b"[" * 100_000, b"[]"])
-def test_ray_serve_answers_what_is_no_request_with_what_one_is(ray, body):
-    (answered,) = ask_together(ray.build({"model": "digits", "device": "cpu"}), [body])
-    assert answered.status_code == 422
-    assert "a request must be" in answered.content["error"]
-
-
-def test_ray_lets_in_more_requests_than_the_engine_can_hold(ray):
-    assert ray.build({"device": "cpu"}).settings == {"max_ongoing_requests": 64 + 1024 + 1}
-    assert ray.build({"device": "cpu", "rows": "8", "queue": "2"}).settings == {"max_ongoing_requests": 11}
-
-
-def test_a_replica_whose_engine_ended_is_not_healthy(ray):
-    app = ray.build({"device": "cpu"})
-    app.check_health()
-    app.__del__()  # as Ray calls it
-    with pytest.raises(EngineClosedError):
-        app.check_health()
-    (answered,) = ask_together(app, [PAYLOADS[0]])
-    assert answered.status_code == 503
-
-
-@pytest.mark.parametrize(
-    ("args", "match"), [({"steps": "3"}, "unknown arguments steps"), ({"rows": "many"}, "rows must be an integer")]
-)
-def test_ray_build_refuses_what_it_does_not_know(ray, args, match):
-    with pytest.raises(ConfigError, match=match):
-        ray.build(args)
-
-
-@pytest.fixture(scope="module")
-def ray_client():
-    """Of the example on a cluster of its own."""
-    real = pytest.importorskip("ray", reason="ray is not installed")
-    serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
-    from amed_engine.integrations.serving.ray import build
-
-    port, args = unused_port(), {"nfe": "5", "device": "cpu", "rows": str(ROWS), "queue": str(QUEUE)}
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    real.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False, runtime_env=environment)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        handle = serve.run(build(args))
-        yield Client(port, "", lambda: handle.stats.remote().result(timeout_s=60))
-    finally:
-        serve.shutdown()
-        real.shutdown()
-
-
-def test_ray_serve_answers_over_http(ray_client, images):
-    check_answers(ray_client, images)
-    status, output, _ = ray_client.post(b"{not json")
-    assert (status, "a request must be" in output["error"]) == (422, True)
-
-
-def test_ray_serve_lets_requests_of_many_programs_fill_the_rows(ray_client):
-    check_rows_fill(ray_client)
-
-
-def test_ray_serve_says_when_to_come_back(ray_client):
-    check_a_full_queue(ray_client)
-
-
-def test_ray_serve_cancels_for_a_client_that_goes_away(ray_client):
-    before = ray_client.stats()["cancelled"]
-    leaving = ray_client.send({"seeds": list(range(16)), "nfe": 64, "solver": "euler"})
-    ray_client.until(lambda stats: stats["live"] == 16)
-    leaving.close()
-    ray_client.until(lambda stats: stats["cancelled"] == before + 16 and not stats["live"])
-
-
-def test_ray_serve_answers_what_it_took_before_it_ends(ray_client):
-    from ray import serve
-
-    with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(ray_client.post, {"seeds": list(range(8)), **LONG}) for _ in range(2)]
-        ray_client.until(lambda stats: stats["live"] == 16)
-        serve.delete("default")
-        assert [future.result()[0] for future in asked] == [200] * 2

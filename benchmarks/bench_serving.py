@@ -23,7 +23,7 @@ import torch
 from harness import environment
 from serving_engines import GROUPED, SINGLE, TICKS, Bench, latency, overhead, saturation
 from serving_servers import AMED, LITSERVE, servers
-from targets import Target
+from targets import Target, judged_ticks
 
 PARTS = ("saturation", "latency", "servers", "overhead")
 SIZES = (1, 4, 8, 16, 64)  # rows whose tick is timed
@@ -55,7 +55,8 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
     if "servers" in found:
         yield from _p99(found["servers"])
     if "overhead" in found:
-        yield from _overhead(found["overhead"])
+        measured = found["overhead"]
+        yield from judged_ticks(measured["sizes"], on_gpu=bool(measured["environment"]["gpu"]))
 
 
 def _p99(found: dict[str, Any]) -> Iterator[Target]:
@@ -64,26 +65,13 @@ def _p99(found: dict[str, Any]) -> Iterator[Target]:
         yield Target(f"p99 of all over that of {LITSERVE}, at {name}", ours / theirs, 0.5)
 
 
-def _overhead(found: dict[str, Any]) -> Iterator[Target]:
-    for size in found["sizes"]:
-        if found["environment"]["gpu"] and size["rows"] in (8, 64):
-            limit = 1.10 if size["rows"] == 8 else 1.03
-            yield Target(
-                f"tick over the network alone, {size['rows']} rows", statistics.median(size["over_network"]), limit
-            )
-        if size["outside_shares"] and size["rows"] == 16:
-            yield Target(
-                "share of a tick outside the network, 16 rows", statistics.median(size["outside_shares"]), 0.08
-            )
-
-
 def tables(found: dict[str, Any]) -> str:
     """For people and docs/results.md."""
     made = {
         "saturation": _saturation_table,
         "latency": _latency_table,
         "servers": _servers_table,
-        "overhead": _sizes_table,
+        "overhead": sizes_table,
     }
     lines = [line for part, table in made.items() if part in found for line in [*table(found[part]), ""]]
     return "\n".join([*lines, *(target.describe() for target in judged(found))])
@@ -119,13 +107,13 @@ def _servers_table(found: dict[str, Any]) -> Iterator[str]:
                 yield f"| {load} | {name} | {rate:.3g} | {each['failed']} | {_ms(each['median_latency'])} |"
 
 
-def _sizes_table(found: dict[str, Any]) -> Iterator[str]:
-    yield "| rows | tick, ms | outside the network, ms | network alone, ms | whole time over network alone |"
-    yield "|---|---|---|---|---|"
+def sizes_table(found: dict[str, Any]) -> Iterator[str]:
+    yield "| rows | tick, ms | network alone, ms | tick over it | with admission and delivery | outside the network, ms |"
+    yield "|---|---|---|---|---|---|"
     for each in found["sizes"]:
-        over = statistics.median(each["over_network"])
-        cells = f"{each['tick_ms']:.3g} | {each['outside_ms']:.3g} | {each['network_ms']:.3g} | {over:.3g}"
-        yield f"| {each['rows']} | {cells} |"
+        over = " | ".join(f"{statistics.median(each[key]):.3f}" for key in ("tick_over_network", "whole_over_network"))
+        outside = "" if each["outside_ms"] is None else f"{each['outside_ms']:.2g}"
+        yield f"| {each['rows']} | {each['tick_ms']:.3g} | {each['network_ms']:.3g} | {over} | {outside} |"
 
 
 def _ms(each: dict[str, float]) -> str:

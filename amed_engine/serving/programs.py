@@ -58,18 +58,32 @@ class Programs:
         self._prepared: OrderedDict[Hashable, Prepared] = OrderedDict()
         self._tables: OrderedDict[int, Programmed] = OrderedDict()
         self._bottleneck: tuple[int, int] | None = None  # of the predictors in tables: a model has one
+        self._making: dict[Hashable, threading.Lock] = {}
         self._lock = threading.RLock()
 
     def of(self, wishes: Wishes, guidance_scale: float | None) -> Programmed:
         """Raises ConfigError, FileFormatError for what cannot run on this model."""
         wishes, key = _opened(wishes)
+        prepared = self._once(key, wishes)
         with self._lock:
-            prepared = self._prepared.get(key)
-            if prepared is None:
-                prepared = prepare(self.model, self.tuned, wishes, **self._prepare)
-                _keep(self._prepared, key, prepared)
-            self._prepared.move_to_end(key)
             return self._tabulated(*prepared.under(guidance_scale))
+
+    def _once(self, key: Hashable, wishes: Wishes) -> Prepared:
+        """Whoever asks for the same waits for it, and nobody else: a mean that is measured takes many evaluations."""
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        try:
+            with making:
+                with self._lock:
+                    prepared = self._prepared.get(key)
+                if prepared is None:
+                    prepared = prepare(self.model, self.tuned, wishes, **self._prepare)
+                with self._lock:
+                    _keep(self._prepared, key, prepared)
+                return prepared
+        finally:
+            with self._lock:
+                self._making.pop(key, None)
 
     def _tabulated(self, program: Program, plan: Plan) -> Programmed:
         if id(program) not in self._tables:  # which the value keeps alive
@@ -94,9 +108,11 @@ class Programs:
 
 
 def _keep(cache: OrderedDict, key: Hashable, value: Any) -> None:
-    while len(cache) >= KEPT:
-        cache.popitem(last=False)
+    """The newest, in place of the one that was asked for longest ago."""
     cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > KEPT:
+        cache.popitem(last=False)
 
 
 def _opened(wishes: Wishes) -> tuple[Wishes, Hashable]:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from served import PAYLOADS, WRONG, expected, same_pictures
+from hosts import PAYLOADS, WRONG, expected, same_pictures
 
 from amed_engine import (
     ConfigError,

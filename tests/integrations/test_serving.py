@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from served import (
+from hosts import (
     LONG,
     PAYLOADS,
     QUEUE,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from served import (
+from hosts import (
     LONG,
     PAYLOADS,
     QUEUE,

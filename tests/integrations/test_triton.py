@@ -8,8 +8,8 @@ import time
 from concurrent.futures import Future
 from types import ModuleType, SimpleNamespace
 
+import hosts
 import pytest
-import served
 import torch
 from onnx_graphs import network
 
@@ -21,7 +21,7 @@ from amed_engine.zoo import bundled_predictor
 
 @pytest.fixture(scope="module")
 def images():
-    return served.expected()
+    return hosts.expected()
 
 
 def columns(seeds, class_labels=None, **_):
@@ -115,10 +115,10 @@ def started(folder):
 
 
 def test_a_repository_serves_the_engine_s_images(model, images):
-    requests = [Request(columns(**payload), parameters(**payload)) for payload in served.PAYLOADS]
+    requests = [Request(columns(**payload), parameters(**payload)) for payload in hosts.PAYLOADS]
     for i, (response, drawn) in enumerate(zip(execute(model, *requests), images, strict=True)):
         if drawn is None:
-            assert served.WRONG[i] in response.error.message
+            assert hosts.WRONG[i] in response.error.message
             assert response.error.code == Error.INVALID_ARG
         else:
             assert [tensor.name for tensor in response.tensors] == ["IMAGES"]

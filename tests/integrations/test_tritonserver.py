@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from served import PAYLOADS, ROWS, WRONG, expected, live_rows, unused_port
+from hosts import PAYLOADS, ROWS, WRONG, expected, live_rows, unused_port
 
 from amed_engine import AmedError, ConfigError
 from amed_engine.errors import MissingDependency

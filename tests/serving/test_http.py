@@ -63,7 +63,9 @@ def generated(client, **body):
 
 
 def test_a_prompt_names_the_class_and_n_is_honoured(client):
-    answer = generated(client, model="digits", prompt="3", n=4, size="8x8", response_format="b64_json", user="me", seed=5)
+    answer = generated(
+        client, model="digits", prompt="3", n=4, size="8x8", response_format="b64_json", user="me", seed=5
+    )
     assert answer.keys() == {"created", "data", *FACTS}
     assert type(answer["created"]) is int
     assert [set(each) for each in answer["data"]] == [{"b64_json", "seed", "class_label"}] * 4
@@ -75,7 +77,9 @@ def test_a_prompt_names_the_class_and_n_is_honoured(client):
 
 
 def test_seeds_draw_the_class_where_the_prompt_is_empty(client):
-    answer = generated(client, seeds=[9, 4], nfe=3, solver="euler", guidance_scale=1.5, output_format="png", size="auto")
+    answer = generated(
+        client, seeds=[9, 4], nfe=3, solver="euler", guidance_scale=1.5, output_format="png", size="auto"
+    )
     expected = Sampler("digits", nfe=3, solver="euler").run([9, 4], guidance_scale=1.5)
     assert [each["class_label"] for each in answer["data"]] == expected.labels.tolist()
     assert_same_pictures([each["b64_json"] for each in answer["data"]], expected.images)
@@ -142,7 +146,12 @@ def test_safetensors_hold_the_same_and_say_what_ran(client, tmp_path):
         assert opened.get_tensor("seeds").tolist() == [3, 1]
         assert torch.equal(opened.get_tensor("labels"), expected.labels)
     assert said.keys() == FACTS
-    assert (said["model"], said["nfe"], said["plan"], said["backend"]) == ("digits", "4", expected.plan.describe(), "ticks")
+    assert (said["model"], said["nfe"], said["plan"], said["backend"]) == (
+        "digits",
+        "4",
+        expected.plan.describe(),
+        "ticks",
+    )
     assert set(json.loads(said["buckets"])) <= set(range(1, 9))
 
 
@@ -156,7 +165,11 @@ def test_one_sample_is_a_picture_where_that_is_asked_for(client):
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
     expected = Sampler("digits").run([7])
     assert_same_pictures([base64.b64encode(answer.content)], expected.images)
-    assert Image.open(io.BytesIO(answer.content)).text == {"seed": "7", "class": str(int(expected.labels[0]))}
+    assert Image.open(io.BytesIO(answer.content)).text == {
+        "model": "digits",
+        "seed": "7",
+        "class": str(int(expected.labels[0])),
+    }
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "application/json, image/png", "text/html"])

@@ -77,6 +77,12 @@ def until(holds) -> None:
         time.sleep(0.01)
 
 
+def taken(engine) -> int:
+    """Samples that it has."""
+    stats = engine.stats()
+    return stats.live + stats.waiting
+
+
 # ---- streams
 
 
@@ -123,7 +129,7 @@ def test_what_is_refused_has_no_stream(digits):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream):
+def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream, caplog):
     gate.open.clear()
     gone = posted(server, {**EULER, "seeds": [1, 2], "stream": stream})
     until(lambda: gated_engine.stats().live == 2)
@@ -135,11 +141,14 @@ def test_a_client_that_goes_away_cancels(server, gate, gated_engine, stream):
     gate.open.set()
     assert answered(waiting)[0] == 200
     assert gated_engine.stats().completed == 1
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_client_that_goes_while_it_sends_leaves_nothing(server, gated_engine):
     with socket.create_connection(("127.0.0.1", server.port)) as half:
-        half.sendall(b"POST /v1/samples HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        half.sendall(
+            b"POST /v1/samples HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
         until(lambda: server._app.state.service._open == 1)
     until(lambda: server._app.state.service._open == 0)
     assert answered(posted(server, {**EULER, "seeds": [1]}))[0] == 200
@@ -185,9 +194,8 @@ def test_a_signal_lets_what_is_asked_for_be_answered(gate, gated_engine):
     with served(make_app({"gate": [gated_engine]})) as server:
         gate.open.clear()
         running, streamed = (posted(server, {**EULER, "seeds": [seed], "stream": seed == 2}) for seed in (1, 2))
-        until(lambda: gated_engine.stats().live == 2)
         queued = posted(server, {**EULER, "seeds": [3]})
-        until(lambda: gated_engine.stats().waiting == 1)
+        until(lambda: taken(gated_engine) == 3)
         server.handle_exit(signal.SIGTERM, None)
         until(lambda: asked(server, "/readyz") == 503)
         assert asked(server, "/healthz") == 200
@@ -207,7 +215,7 @@ def test_after_the_grace_what_is_left_is_told_so(gate):
     with served(make_app({"gate": [engine]}), grace=0.1, close=lambda: engine.close(drain=False)) as server:
         gate.open.clear()
         running, streamed = (posted(server, {**EULER, "seeds": [seed], "stream": seed == 2}) for seed in (1, 2))
-        until(lambda: engine.stats().live + engine.stats().waiting == 2)
+        until(lambda: taken(engine) == 2)
         server.handle_exit(signal.SIGTERM, None)
         until(lambda: engine.closed)
         status, headers, text = answered(running)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+from served import Gate, gated, served
 
 from amed_engine import ConfigError, DeadlineError, EngineClosedError, NonFiniteError, QueueFullError
 from amed_engine.errors import AmedError
@@ -429,3 +430,18 @@ def test_a_load_on_a_server():
     assert (report.answered, report.refused, report.reasons) == (19, 1, {"status 429": 1})
     assert report.target == "http://127.0.0.1:1"
     assert report.useful is None  # its counters stand still
+
+
+def test_amed_serve_itself():
+    from amed_engine.serving.http import make_app
+
+    async def run(port):
+        async with ServerTarget(f"http://127.0.0.1:{port}", solver="euler") as target:
+            return await measure(Load(12, MIXED, Mix({1: 1, 2: 1}), outstanding=6), target)
+
+    with gated(Gate(), rows=4) as engine, served(make_app({"tiny": [engine]})) as server:
+        report = asyncio.run(run(server.port))
+        stats = engine.stats()
+    assert (report.answered, report.samples, report.reasons) == (12, 18, {})
+    assert stats.completed == 18 + 3  # of those that came first
+    assert report.useful == (stats.evaluations - 18) / (stats.evaluated - 18)

@@ -13,10 +13,12 @@ import click
 from amed_engine.cli.options import default_device
 
 
-class Stopped(click.ClickException):
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+class Unanswered(click.ClickException):
+    exit_code = 1
+
+
+class Interrupted(click.ClickException):
+    exit_code = 130
 
 
 def parse_buckets(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -119,8 +121,10 @@ def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, 
         with _without_notices():
             server.run(sockets=[bound])
     if server.unanswered:
-        when = "before the second signal" if server.signals > 1 else f"within --grace {grace:g}"
-        raise Stopped(f"{server.unanswered} requests were not answered {when}", 130 if server.signals > 1 else 1)
+        lost = f"{server.unanswered} requests were not answered"
+        if server.signals > 1:
+            raise Interrupted(f"{lost} before the second signal")
+        raise Unanswered(f"{lost} within --grace {grace:g}")
 
 
 @contextlib.contextmanager

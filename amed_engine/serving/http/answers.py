@@ -28,10 +28,15 @@ def pictures(result: SampleResult, model: str) -> Response:
     return JSON({"created": int(time.time()), "data": data, "model": model, **facts(result)})
 
 
-def picture(result: SampleResult) -> Response:
-    """A PNG file; its text chunks say seed and class."""
+def picture(result: SampleResult, model: str) -> Response:
+    """A PNG file; its text chunks say model, seed and class."""
     (drawn,), (label,) = to_uint8(result.images), _classes(result.labels, 1)
-    notes = {"seed": str((result.seeds or [""])[0]), **({} if label is None else {"class": json.dumps(label)})}
+    said = {"model": model, "seed": (result.seeds or [None])[0], "class": label}
+    notes = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in said.items()
+        if value is not None
+    }
     return Response(png(drawn, notes), media_type="image/png")
 
 
@@ -44,9 +49,10 @@ def event(sample: Sample) -> dict[str, Any]:
 def npz(result: SampleResult, model: str) -> Response:
     """images (B, C, H, W) float32, seeds (B,) int64, labels where there are any, and each fact."""
     known = {"model": model, **facts(result)}
-    arrays = {name: tensor.numpy() for name, tensor in _tensors(result).items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in _tensors(result).items()}
+    arrays |= {name: np.array(value) for name, value in known.items()}
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, **{name: np.array(value) for name, value in known.items()})
+    np.savez(buffer, **arrays)
     return Response(buffer.getvalue(), media_type="application/octet-stream")
 
 

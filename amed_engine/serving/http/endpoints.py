@@ -14,12 +14,18 @@ from amed_engine.serving.http import answers, bodies, orders
 from amed_engine.serving.http.errors import Refusal
 from amed_engine.serving.http.metrics import registry
 from amed_engine.serving.http.replies import JSON
-from amed_engine.serving.http.schemas import Asked, Draw, Generation, read
+from amed_engine.serving.http.schemas import Draw, Generation, read
 from amed_engine.serving.http.service import Service
 from amed_engine.serving.http.streams import Events, Stream
 from amed_engine.serving.http.waiting import result_of
 
 PNG = "image/png"
+WRITERS = {
+    "json": answers.pictures,
+    "png": answers.picture,
+    "npz": answers.npz,
+    "safetensors": answers.safetensors_file,
+}
 
 
 def add_endpoints(app: FastAPI, service: Service) -> None:
@@ -36,8 +42,8 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
 class Drawing(NamedTuple):
     """A request that an engine has."""
 
-    asked: Asked
     model: str
+    form: str  # of the answer: json, png, npz, safetensors or stream
     future: Future[SampleResult]
 
 
@@ -85,41 +91,44 @@ class Endpoints:
         return await asyncio.to_thread(answers.pictures, result, drawing.model)
 
     def _submit_generation(self, body: bytes) -> Drawing:
-        asked = read(Generation, bodies.parse(body))
-        order = orders.of_generation(asked, self._service)
-        return Drawing(asked, order.model, order.submit())
+        order = orders.of_generation(read(Generation, bodies.parse(body)), self._service)
+        return Drawing(order.model, "json", order.submit())
 
     async def samples(self, request: Request) -> Response:
         """Draw samples, by all that the engine takes."""
         body = await bodies.read(request, self._service.limits)
-        events, alone = Events(), _accepts_png(request)
+        events, alone = Events(), _wants_png(request)
         drawing = await asyncio.to_thread(self._submit_draw, body, events, alone)
-        if drawing.asked.stream:
+        if drawing.form == "stream":
             return Stream(events, drawing.future, drawing.model)
         result = await result_of(request, drawing.future)
-        return await asyncio.to_thread(_written, result, drawing, alone)
+        return await asyncio.to_thread(WRITERS[drawing.form], result, drawing.model)
 
     def _submit_draw(self, body: bytes, events: Events, alone: bool) -> Drawing:
         asked = read(Draw, bodies.parse(body))
-        if alone and asked.format in (None, "png") and not asked.stream and asked.count != 1:
-            message = f"{PNG} is one picture, got {asked.count} samples; leave Accept: {PNG} out for JSON of all"
-            raise Refusal(406, "not_acceptable", message, "n" if asked.seeds is None else "seeds")
+        form = _form(asked, alone)
         order = orders.of_draw(asked, self._service)
-        future = order.submit(events.put if asked.stream else None)
-        if asked.stream:
+        future = order.submit(events.put if form == "stream" else None)
+        if form == "stream":
             future.add_done_callback(events.put)
-        return Drawing(asked, order.model, future)
+        return Drawing(order.model, form, future)
 
 
-def _accepts_png(request: Request) -> bool:
+def _wants_png(request: Request) -> bool:
     """Whether a picture is asked for, rather than anything or JSON."""
     kinds = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
     return PNG in kinds and "application/json" not in kinds
 
 
-def _written(result: SampleResult, drawing: Drawing, alone: bool) -> Response:
-    if drawing.asked.format == "npz":
-        return answers.npz(result, drawing.model)
-    if drawing.asked.format == "safetensors":
-        return answers.safetensors_file(result, drawing.model)
-    return answers.picture(result) if alone else answers.pictures(result, drawing.model)
+def _form(asked: Draw, alone: bool) -> str:
+    """Of the answer, a key of WRITERS or "stream". Raises Refusal, 406."""
+    if asked.stream:
+        return "stream"
+    if asked.format == "npz" or asked.format == "safetensors":
+        return asked.format
+    if not alone:
+        return "json"
+    if asked.count != 1:
+        message = f"{PNG} is one picture, got {asked.count} samples; leave Accept: {PNG} out for JSON of all"
+        raise Refusal(406, "not_acceptable", message, "n" if asked.seeds is None else "seeds")
+    return "png"

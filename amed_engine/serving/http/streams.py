@@ -61,14 +61,19 @@ class Stream(Response):
         watch = asyncio.ensure_future(gone(receive))
         watch.add_done_callback(lambda _: self._events.put(ClientDisconnect))
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self._events.read():
-                text = await asyncio.to_thread(self._text, event)
-                await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._write(send)
+        except ClientDisconnect:
+            pass
         finally:
             watch.cancel()
             self._future.cancel()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for event in self._events.read():
+            text = await asyncio.to_thread(self._text, event)
+            await send({"type": "http.response.body", "body": text.encode("ascii"), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _text(self, event: Sample | Future[SampleResult] | None) -> str:
         if event is None:

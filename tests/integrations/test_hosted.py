@@ -136,6 +136,18 @@ def test_defaults_of_a_solver_stay_with_another_nfe():
     held.close()
 
 
+@pytest.mark.parametrize("name", ["plan", "schedule"])
+def test_a_plan_and_noise_levels_leave_another_nfe_alone(name):
+    plan = Sampler("digits", solver="dpmpp", nfe=4, afs=False, device="cpu").plan
+    given = {"plan": plan} if name == "plan" else {"schedule": plan.levels, "solver": "dpmpp", "afs": False}
+    held = Hosted("digits", **given, device="cpu")
+    for said in ({}, {"nfe": 4}):
+        assert drawn(held, {"seeds": [1]}, said)[1].sigmas == plan.sigmas
+    rest = {} if name == "plan" else {"solver": "dpmpp", "afs": False}
+    assert drawn(held, {"seeds": [1]}, {"nfe": 6})[1] == Sampler("digits", nfe=6, **rest, device="cpu").plan
+    held.close()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

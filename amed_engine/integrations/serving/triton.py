@@ -7,6 +7,7 @@ tritonserver --model-repository=models
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -24,7 +25,9 @@ from amed_engine.integrations.serving.hosted import Hosted, status_of
 from amed_engine.integrations.serving.requests import MAX_IMAGES, OPTIONS
 from amed_engine.solvers.targets import check_folder
 
-PRIORITY = "amed_priority"
+logger = logging.getLogger("amed_engine")
+
+PRIORITY = "amed_priority"  # "priority" is a parameter of Triton's own, which no model sees
 _MODEL = "from amed_engine.integrations.serving.triton import TritonPythonModel  # noqa: F401\n"
 
 _CONFIG = """name: "{name}"
@@ -147,11 +150,14 @@ class TritonPythonModel:
         return self.utils.InferenceResponse(output_tensors=[], error=codes(str(error), code))
 
     def _send(self, sender: Any, response: Any) -> None:
-        sender.send(response, flags=self.utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        try:
+            sender.send(response, flags=self.utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception:  # nobody waits for what this thread raises
+            logger.exception("a response could not be sent")
 
 
 def _options(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A request's parameters as it says them elsewhere; "priority" is Triton's own and never gets here. Raises ConfigError."""
+    """A request's parameters as it says them elsewhere. Raises ConfigError."""
     names = {PRIORITY if name == "priority" else name: name for name in OPTIONS}
     if unknown := sorted(parameters.keys() - names):
         raise ConfigError(f"unknown parameter {unknown[0][:40]!r}; known are {', '.join(names)}")

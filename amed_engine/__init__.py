@@ -37,6 +37,7 @@ _NAMES = {
     "solvers.plan": ("Plan", "make_plan"),
     "solvers.schedule": ("make_schedule",),
     "solvers.stage": ("Midpoint",),
+    "serving.engine": ("ContinuousSampler",),
     "training.calibrate": ("calibrate",),
     "training.distill": ("distill",),
     "training.fit": ("fit",),
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from amed_engine.sampling.predictors import AMEDPredictor as AMEDPredictor
     from amed_engine.sampling.predictors import CoefficientPredictor as CoefficientPredictor
     from amed_engine.sampling.predictors import ConstantPredictor as ConstantPredictor
+    from amed_engine.serving.engine import ContinuousSampler as ContinuousSampler
     from amed_engine.solvers import make_solver as make_solver
     from amed_engine.solvers.mean import Mean as Mean
     from amed_engine.solvers.plan import Plan as Plan

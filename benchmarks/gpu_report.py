@@ -1,6 +1,6 @@
-"""One call that shows what the engine does on a GPU: gpu tests, kernels, whole samples; one JSON and a table.
+"""One call that shows what the engine does on a GPU: gpu tests, kernels, whole samples, ticks; one JSON and a table.
 
-    python benchmarks/gpu_report.py --out DIR [--minutes 8.5] [--suites tests,kernels,samples] [--full]
+    python benchmarks/gpu_report.py --out DIR [--minutes 8.5] [--suites tests,kernels,samples,ticks] [--full]
 
 Needs no network. What did not fit into the time is named in the JSON. --dry-run tries the plumbing on a CPU with tiny sizes.
 """
@@ -27,12 +27,14 @@ STARTED = time.monotonic()  # before torch, whose first import on a fresh machin
 import bench_kernels  # noqa: E402
 import bench_sampler  # noqa: E402
 import torch  # noqa: E402
+from bench_serving import sizes_table as tables_of_ticks  # noqa: E402
 from harness import ROOT, environment  # noqa: E402
-from targets import judged  # noqa: E402
+from serving_engines import overhead  # noqa: E402
+from targets import Target, judged, judged_ticks  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("tests", "kernels", "samples")
-SHARE = {"tests": 0.35, "kernels": 0.4, "samples": 1.0}  # of the time left when its turn comes
+SUITES = ("tests", "kernels", "samples", "ticks")
+SHARE = {"tests": 0.35, "kernels": 0.4, "samples": 0.85, "ticks": 1.0}  # of the time left when its turn comes
 GRACE = 10.0  # seconds that the last case may run over
 STOPPED = "(stopped: out of time)"
 COMPILING = 90.0  # what a case with compiled contestants takes at the very least
@@ -50,7 +52,14 @@ class Report:
         gpu = re.sub(r"[^a-z0-9]+", "-", (found["gpu"] or "cpu").lower()).strip("-").removeprefix("nvidia-")
         name = f"gpu-{gpu}-{found['commit'][:8]}{suffix}.json"
         self.files = [folder / name for folder in folders]
-        self.data: dict[str, Any] = {"environment": found, "left_out": [], "tests": None, "kernels": {}, "samples": {}}
+        self.data: dict[str, Any] = {
+            "environment": found,
+            "left_out": [],
+            "tests": None,
+            "kernels": {},
+            "samples": {},
+            "ticks": {},
+        }
 
     def write(self) -> None:
         for file in self.files:
@@ -71,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         if suite in options.suites.split(","):
             allowed = (end - time.monotonic()) * SHARE[suite]
             _run_suite(suite, report, device, time.monotonic() + allowed, options)
-    report.data["targets"] = [t.to_json() for t in judged(report.data["kernels"], report.data["samples"])]
+    report.data["targets"] = [target.to_json() for target in _targets(report.data)]
     report.write()
     print(table(report.data))
     print("\n".join(f"wrote {file}" for file in report.files))
@@ -98,7 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="a second folder for the JSON")
     parser.add_argument("--minutes", type=float, default=8.5, help="for everything")
-    parser.add_argument("--suites", default=",".join(SUITES), help="which of tests, kernels, samples")
+    parser.add_argument("--suites", default=",".join(SUITES), help="which of tests, kernels, samples, ticks")
     parser.add_argument("--cases", default="", help="only cases whose name contains this, e.g. cifar10-64")
     parser.add_argument(
         "--full", action="store_true", help="also the loop compiled as a whole (minutes of compilation)"
@@ -138,6 +147,11 @@ def _cases(suite: str, device: torch.device, options: argparse.Namespace):
                 case, device, compiled=not tiny, time_left=left, **settings
             )
             yield bench_kernels.label(case), 5.0, run
+        return
+    if suite == "ticks":
+        for name, rows in [("tiny", 2)] if tiny else [("cifar10", 64), ("cifar10", 8)]:
+            run = lambda left, name=name, rows=rows: overhead(name, rows, device, settings["rounds"])  # noqa: E731
+            yield f"{name}-{rows}", 20.0, run
         return
     trials = [("tiny", 2), ("tiny-labels", 2), ("tiny-latent", 2)]
     for case, compiled in [(case, False) for case in trials] if tiny else bench_sampler.plan(device):
@@ -223,11 +237,23 @@ def table(data: dict[str, Any]) -> str:
         parts.append(_samples(data["samples"]))
     if data["kernels"]:
         parts.append(_kernels(data["kernels"]))
-    if targets := judged(data["kernels"], data["samples"]):
+    if ticks := _measured(data):
+        parts.append("\n".join(tables_of_ticks({"sizes": ticks})))
+    if targets := _targets(data):
         parts.append("\n".join(f"- {target.describe()}" for target in targets))
     if data["left_out"]:
         parts.append("Left out: " + "; ".join(f"{item['case']} ({item['reason']})" for item in data["left_out"]))
     return "\n\n".join(parts)
+
+
+def _targets(data: dict[str, Any]) -> list[Target]:
+    on_gpu = bool(data["environment"]["gpu"])
+    return [*judged(data["kernels"], data["samples"]), *judged_ticks(_measured(data), on_gpu=on_gpu)]
+
+
+def _measured(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sizes of ticks that did not break."""
+    return [size for size in data["ticks"].values() if "rows" in size]
 
 
 def _samples(cases: dict[str, dict[str, dict]]) -> str:

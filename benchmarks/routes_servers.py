@@ -51,7 +51,7 @@ def litserve(bench: Bench, stack: ExitStack) -> Draw:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen(command, start_new_session=True, **quiet)
     stack.callback(lambda: (os.killpg(server.pid, signal.SIGKILL), server.wait()))
-    _await_health(f"http://127.0.0.1:{port}/health", server)
+    await_health(f"http://127.0.0.1:{port}/health", server)
     return lambda: drawn(f"http://127.0.0.1:{port}/predict", bench.batch)
 
 
@@ -108,7 +108,7 @@ def inferred(url: str, batch: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(answer[start:], np.float32).reshape(told["shape"]).copy())
 
 
-def _await_health(url: str, server: subprocess.Popen) -> None:
+def await_health(url: str, server: subprocess.Popen) -> None:
     end = time.monotonic() + STARTUP
     while time.monotonic() < end:
         if server.poll() is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 Cases = dict[str, dict[str, dict[str, Any]]]  # case -> contestant -> row
@@ -32,6 +33,19 @@ class Target(NamedTuple):
 def judged(kernels: Cases, samples: Cases) -> list[Target]:
     """Every target for which there are numbers."""
     return [*_sampling(samples), *_kernels(kernels), *_predictor(kernels, samples)]
+
+
+def judged_ticks(sizes: Iterable[dict[str, Any]], *, on_gpu: bool) -> Iterator[Target]:
+    """Of ticks of one bucket each, as `serving_engines.overhead` measures them."""
+    for size in sizes:
+        if on_gpu and size["rows"] in (8, 64):
+            ratio = statistics.median(size["tick_over_network"])
+            yield Target(
+                f"tick over the network alone, {size['rows']} rows", ratio, 1.10 if size["rows"] == 8 else 1.03
+            )
+        if size["outside_shares"] and size["rows"] == 16:
+            share = statistics.median(size["outside_shares"])
+            yield Target("share of a tick outside the network, 16 rows", share, 0.08)
 
 
 def _sampling(samples: Cases) -> Iterator[Target]:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +154,30 @@ def served(names, printed):
     assert "/predict" in {route.path for route in names["server"].app.routes}
 
 
+def served_over_http(names, printed):
+    """The page's client, and its shell commands against a server of their own; once, at the end of the page."""
+    if "refused" not in names:
+        assert names["server"].started
+        return
+    assert names["arrays"]["images"].shape == (2, 1, 8, 8)
+    assert printed.count("event: sample") == 3
+    assert "event: done\n422 unknown key 'steps'; known are model" in printed
+    if not shutil.which("curl"):
+        pytest.skip("no curl")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (script,) = blocks("docs/serving.md", "sh")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = script.replace("8000", str(port))
+    done = subprocess.run(["sh", "-e", "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"serving digits on http://127.0.0.1:{port}\n" in done.stdout
+    assert done.stdout.count("event: sample") == 4
+    assert done.stdout.count('{"b64_json":"') == 2
+    assert Path("three.png").read_bytes().startswith(b"\x89PNG")
+    assert len(np.load("four.npz")["images"]) == 4
+
+
 def deployment(names, printed):
     assert type(names["app"]).__name__ == "Application"
 
@@ -168,6 +193,15 @@ def generated(names, printed):
     report = names["report"]
     assert (report.samples, report.drawn) == (report.wanted, report.wanted)
     assert report.set_hash in printed
+
+
+def continuous(names, printed):
+    if "done" not in names:
+        assert len(names["images"]) == 2
+        assert "backend ticks" in printed
+    else:
+        assert sorted(names["done"]) == list(range(8))
+        assert "evaluations=32" in printed
 
 
 def stored(names, printed):
@@ -205,6 +239,7 @@ PROGRAMS = {
     "docs/arrays.md": [Program(result)],
     "docs/c-api.md": [Program(host_in_c)],
     "docs/checkpoints.md": [Program(), Program(), Program(), Program(), Program()],
+    "docs/continuous.md": [Program(continuous, blocks=2)],
     "docs/cupy.md": [Program(stepper)],
     "docs/datasets.md": [
         Program(generated, blocks=2),
@@ -228,6 +263,10 @@ PROGRAMS = {
     "docs/models.md": [Program(described, blocks=9)],
     "docs/output.md": [Program()],
     "docs/schedules.md": [Program(calibrated), Program(), Program(searched)],
+    "docs/serving.md": [
+        Program(served_over_http, needs=("fastapi", "uvicorn", "prometheus_client"), blocks=2),
+        Program(),
+    ],
     "docs/solvers.md": [Program(), Program()],
     "docs/training.md": [Program(result), Program(result)],
 }

@@ -66,19 +66,16 @@ def rows() -> list[set[str]]:
     return [set(entries) for entries in load(ROOT / "tests" / "test_layers.py").ROWS]
 
 
-TO_COME = {"serving"}
-
-
 def test_the_readme_shows_the_rows_that_are_tested():
     block = README.split("## Layout\n", 1)[1].split("\n    ", 1)[1].split("\n\n", 1)[0]
     shown = [set(re.split(r",\s*", re.split(r"\s{2,}", line.strip())[0])) for line in block.splitlines()]
-    tested = [entries - TO_COME - {"metrics", "__main__"} for entries in reversed(rows())]
+    tested = [entries - {"metrics", "__main__"} for entries in reversed(rows())]
     assert shown == [entries for entries in tested if entries]
 
 
 def test_every_package_has_its_sentence():
     named = [re.sub(r"`", "", name) for name, _ in table("Packages")]
-    assert set(named) == set().union(*rows()) - TO_COME - {"metrics", "__main__"}
+    assert set(named) == set().union(*rows()) - {"metrics", "__main__"}
     assert len(named) == len(set(named))
 
 

@@ -46,6 +46,7 @@ NAMES = {
     ),
     "amed_engine.metrics.train_classifier": ("main",),
     "amed_engine.networks": ("OpenAIClassifier",),
+    "amed_engine.serving.http": ("Limits", "make_app"),
     "amed_engine.zoo": ("bundled_predictor", "published"),
     "amed_engine.zoo.train_digits": ("main",),
 }
@@ -62,6 +63,7 @@ NEEDS = {
     "amed_engine.integrations.diffusers": "diffusers",
     "amed_engine.integrations.serving.litserve": "litserve",
     "amed_engine.integrations.serving.ray": "ray",
+    "amed_engine.serving.http": "fastapi",
 }
 
 

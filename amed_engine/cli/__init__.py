@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 import amed_engine
+from amed_engine.cli.commands.bench_serve import bench_serve
 from amed_engine.cli.commands.calibrate import calibrate
 from amed_engine.cli.commands.compare import compare
 from amed_engine.cli.commands.convert import convert
@@ -24,6 +25,7 @@ from amed_engine.cli.commands.info import info
 from amed_engine.cli.commands.reproduce import reproduce
 from amed_engine.cli.commands.sample import sample
 from amed_engine.cli.commands.search_schedule import search_schedule
+from amed_engine.cli.commands.serve import serve
 from amed_engine.cli.console import App, run
 
 
@@ -45,6 +47,7 @@ def app(debug: bool) -> None:
 
 
 for command in (
+    bench_serve,
     calibrate,
     compare,
     convert,
@@ -57,5 +60,6 @@ for command in (
     reproduce,
     sample,
     search_schedule,
+    serve,
 ):
     app.add_command(command)

@@ -107,9 +107,9 @@ class Model:
         """Where it runs; see `device_of`."""
         return device_of(self.network)
 
-    def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Denoised:
+    def denoise(self, x: Tensor, sigma: Tensor, *labels: Tensor, **conditions: Tensor) -> Denoised:
         """The network's answer in x's precision. Networks get float32 unless they compute in float64, those of half precision
-        that refuse it get what their layers take."""
+        that refuse it get what their layers take. conditions: of an adapter that takes some, in place of labels."""
         dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
         check_format(self.memory_format, x.dim() - 1)
         usual, state = Handed(dtype, dtype), x.contiguous(memory_format=self.memory_format)
@@ -118,7 +118,8 @@ class Model:
         def ask(handed: Handed) -> Denoised:
             if compiled is not None:  # it says itself what it takes
                 return self._call(*compiled.convert(state, sigma, *labels)[0])
-            return self._call(state.to(handed.state), *(tensor.to(handed.rest) for tensor in (sigma, *labels)))
+            told = (tensor.to(handed.rest) for tensor in (sigma, *labels))
+            return self._call(state.to(handed.state), *told, **conditions)
 
         # The caller's own autocast has no say, and its cache of cast weights none in a graph, which would read them on
         # after they changed.
@@ -128,13 +129,13 @@ class Model:
         _check_answer(denoised.x0, x)
         return denoised._replace(x0=denoised.x0.to(x.dtype))
 
-    def _call(self, *inputs: Tensor) -> Denoised:
+    def _call(self, *inputs: Tensor, **conditions: Tensor) -> Denoised:
         """The network's answer; its own errors say how it was called, which is the cause of most of them."""
         given = [copied(tensor) for tensor in inputs] if self.foreign else inputs  # as `ask` does it
         try:
             runs = inputs[0].device.type != "meta"  # there all is without numbers, and shapes alone are asked for
             with brought(self._awaited) if runs and self._awaited else nullcontext():
-                answer = as_denoised(self.network(*given))
+                answer = as_denoised(self.network(*given, **conditions))
         except (TypeError, RuntimeError, IndexError) as error:
             if wants_index(error):
                 raise told_floats(error, self.network, self.label_dim) from error

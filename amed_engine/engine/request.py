@@ -82,9 +82,9 @@ def make_request(
             # Latents have no seeds: the row numbers stand in for them.
             _, drawn = draw(range(len(latents)), (), model.classes)
     else:
-        seeds = _seeds(batch, generator)
-        noise, drawn, more = draw_all(seeds, _shape(model), model.classes, noises)
-        latents, fresh = _sent(noise, device, dtype), _sent(more, device, dtype) if noises else None
+        seeds = read_seeds(batch, generator)
+        noise, drawn, more = draw_all(seeds, shape_of(model), model.classes, noises)
+        latents, fresh = sent(noise, device, dtype), sent(more, device, dtype) if noises else None
     classes = drawn if class_labels is None else check_labels(class_labels, model, len(latents), look)
     if classes is None and model.continuous:
         raise ConfigError(
@@ -92,11 +92,12 @@ def make_request(
             "class_labels=, or --class on the command line"
         )
     classes = None if classes is None else classes.clone()  # reported, whatever the caller does to its own
-    labels = None if classes is None else model.label_rows(_sent(classes, device)).to(dtype)
+    labels = None if classes is None else model.label_rows(sent(classes, device)).to(dtype)
     return Request(latents, labels, seeds, classes, fresh)
 
 
-def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
+def read_seeds(batch: Any, generator: torch.Generator | None = None) -> list[int]:
+    """The seeds of a batch that is no latents: as given, or so many drawn. Raises ConfigError."""
     if isinstance(batch, Integral) and not isinstance(batch, bool):  # NumPy's integers too
         return draw_seeds(int(batch), generator)
     if isinstance(batch, Tensor) and batch.dim() == 1:
@@ -104,18 +105,19 @@ def _seeds(batch: Any, generator: torch.Generator | None) -> list[int]:
     if isinstance(batch, (str, bytes, bool)) or not isinstance(batch, (Sequence, range)):
         raise ConfigError(
             "batch must be a number of samples, a sequence of seeds or a float tensor of latents (B, C, H, W), "
-            f"got {_name(batch)}"
+            f"got {named(batch)}"
         )
     return check_seeds(batch)
 
 
-def _name(value: Any) -> str:
+def named(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"
 
 
-def _shape(model: Model) -> tuple[int, ...]:
+def shape_of(model: Model) -> tuple[int, ...]:
+    """The shape of one sample. Raises ConfigError where it is not known."""
     if model.shape is None:
         raise ConfigError(
             f"the model does not say what shape its samples have; pass {model.shape_asked} to the Sampler, or latents to run"
@@ -205,7 +207,7 @@ def _check_vectors(labels: Tensor, label_dim: int, batch: int, look: bool) -> Te
     return labels if labels.is_floating_point() else labels.float()
 
 
-def _sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def sent(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """On the device; from the host by pinned memory, since an ordinary copy would wait for all the device has to do."""
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()

@@ -40,12 +40,13 @@ def resolve(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     weights: str | os.PathLike | None = None,
+    ready: bool = True,
 ) -> Model:
     """A Model from a zoo name, a path, an nn.Module (compiled and scripted ones too), an ExportedProgram or a callable.
 
     What is not given is read from the module's attributes, which EDM's networks have: img_channels, img_resolution,
-    label_dim, sigma_min, sigma_max. weights: of a published model's name, as `zoo.load` takes them. Modules are put into
-    evaluation mode. Raises ConfigError.
+    label_dim, sigma_min, sigma_max. weights: of a published model's name, as `zoo.load` takes them. ready: a network that takes
+    conditions must have some bound to it, since no call brings them. Modules are put into evaluation mode. Raises ConfigError.
     """
     name = model if isinstance(model, str) and model in zoo.names() else None
     network = as_module(opened(model, weights))
@@ -65,7 +66,7 @@ def resolve(
     if (module := module_of(network)) is not None:
         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
             module.eval()
-    if isinstance(check := said(network, "check_ready"), MethodType):  # an adapter knows what it lacks
+    if ready and isinstance(check := said(network, "check_ready"), MethodType):  # an adapter knows what it lacks
         check()
     own_labels = 0 if "class_labels" in bound(network) else int(said(network, "label_dim", 0))
     if label_dim is None and not own_labels:

@@ -31,7 +31,8 @@ class SampleResult:
     """Images (B, C, H, W) in the sampler's dtype, a tensor unless `output_type` says otherwise, and how they came about.
 
     seeds: one per image, None for latents the caller gave. labels: class indices or the given vectors, None for an
-    unconditional model. nfe: network evaluations per image. backend: what ran, "graph" or "eager", or a package's format.
+    unconditional model. nfe: network evaluations per image. backend: what ran, "graph" or "eager", a package's format, or
+    "ticks" for rows of a `ContinuousSampler`.
     chunks: 1, or more where memory was short.
     """
 
@@ -43,6 +44,7 @@ class SampleResult:
     plan: Plan
     chunks: int
     seconds: float  # of the host; a GPU may still be at work
+    buckets: tuple[int, ...] = ()  # of ticks: the sizes of the batches that its samples were evaluated in
 
     def __repr__(self) -> str:
         images = f"{tuple(self.images.shape)} {str(self.images.dtype).removeprefix('torch.')}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import amed_engine.zoo as zoo
 from amed_engine.engine.arrays import check_out, check_output_type, delivered, writable
 from amed_engine.engine.export.write import Exported, Job, export
 from amed_engine.engine.graphs import Stats, WarmupReport
-from amed_engine.engine.measure import check_mean, measured
-from amed_engine.engine.model import Model, check_guidance, place, tune
-from amed_engine.engine.notices import announce
-from amed_engine.engine.pairing import PlanRequest, open_plan, pair
+from amed_engine.engine.model import place, tune
+from amed_engine.engine.prepared import Wishes, prepare
 from amed_engine.engine.request import make_request
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult, StepInfo, make_observer
@@ -28,13 +23,9 @@ from amed_engine.engine.runner import BoundLoop, Runner
 from amed_engine.engine.verification import verify_model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.predictors import Predictor
-from amed_engine.solvers.mean import FirstStep, Mean
-from amed_engine.solvers.plan import Plan, own_range
+from amed_engine.solvers.mean import FirstStep
+from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
-
-logger = logging.getLogger("amed_engine")
-
-_NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
 
 
 class Sampler:
@@ -99,29 +90,10 @@ class Sampler:
         facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
         self.model = resolve(model, weights=weights, **facts)
         self.dtype, self.device = dtype, place(self.model, device)
-        usable, recipe = own_range(self.model.sigma_min, self.model.sigma_max), open_plan(plan)
-        mean = _bundled_mean(replace(self.model, autocast=autocast))
-        levels: dict[str, Any] = {"schedule": schedule, "rho": rho, "sigma_min": sigma_min, "sigma_max": sigma_max}
-        levels["network"] = self.model.network
-        request = PlanRequest(
-            solver=solver, options=solver_options, nfe=nfe, afs=afs, usable=usable, recipe=recipe, mean=mean, **levels
-        )
-        pairing = pair(self.model, predictor, request, verify=verify, autocast=autocast)
-        announce(self.model, predictor, request, pairing)
-        plan, chosen, fallback = pairing
         self._unseen = verify and self.model.shape is None  # then the first latents tell it
-        if verify:
-            verify_model(self.model, plan)
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
-        for made in (plan, fallback):
-            if made is not None:
-                check_mean(made, tuned, verify=verify)
-        self.plan, fallback = measured(plan, tuned, mean), measured(fallback, tuned, mean)
-        # A copy: the caller's predictor keeps its device, precision and mode.
-        self._predictor = None if chosen is None else copy.deepcopy(chosen).to(self.device, dtype).eval()
-        self._program = self._build(self.plan, self._predictor)
-        self._fallback = None if fallback is None else (self._build(fallback, None), fallback)
-        self._stepped_aside: set[float | None] = set()  # the guidances for which the log says so
+        wishes = Wishes(predictor, plan, solver, solver_options, nfe, schedule, rho, afs, sigma_min, sigma_max)
+        self._prepared = prepare(self.model, tuned, wishes, verify=verify, device=self.device, dtype=dtype)
         self._runner = Runner(tuned, self.device, backend, batch_sizes, check_finite)
 
     def __repr__(self) -> str:
@@ -129,9 +101,14 @@ class Sampler:
         return f"Sampler({model}, {self.plan.describe()}, backend {self._runner.backend} on {self.device})"
 
     @property
+    def plan(self) -> Plan:
+        """Everything but the network and the predictor's weights that decides what a latent becomes."""
+        return self._prepared.plan
+
+    @property
     def program(self) -> Program:
         """The linear program that runs, on the sampler's device."""
-        return self._program
+        return self._prepared.program
 
     @property
     def nfe(self) -> int:
@@ -148,8 +125,8 @@ class Sampler:
 
         Raises ConfigError where nothing can.
         """
-        program, plan = self._choose(guidance_scale)
-        return plan, self._predictor if program is self._program else None
+        program, plan = self._prepared.under(guidance_scale)
+        return plan, self._prepared.predictor if program is self.program else None
 
     def run(
         self,
@@ -180,7 +157,7 @@ class Sampler:
         started = time.perf_counter()
         check_output_type(output_type)
         out = writable("out", out)
-        program, plan = self._choose(guidance_scale)
+        program, plan = self._prepared.under(guidance_scale)
         look = self._runner.may_wait()
         request = make_request(
             self.model,
@@ -210,7 +187,7 @@ class Sampler:
 
         Needs the model's sample shape. Without a GPU, or with backend="eager", there is nothing to capture.
         """
-        program, _ = self._choose(guidance_scale)
+        program, _ = self._prepared.under(guidance_scale)
         kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "noises": program.noises}
         example = make_request(self.model, [0], self.model.example_labels(1), None, **kind)
         return self._runner.warmup(program, example, guidance_scale)
@@ -244,47 +221,10 @@ class Sampler:
             plan freeze=True, for a schedule alphas_cumprod, as of `write_plan` and `write_schedule`.
         Raises ConfigError, or AmedError where a compiler fails.
         """
-        program, plan = self._choose(guidance_scale)
+        program, plan = self._prepared.under(guidance_scale)
         plan = replace(plan, guidance_scale=guidance_scale)
         loop = BoundLoop(self._runner.model, program, guidance_scale)
         return export(Job(loop, plan, self.device, self.dtype, max_batch, options or {}), path, format, verify=verify)
-
-    def _build(self, plan: Plan, predictor: Predictor | None) -> Program:
-        learned = None if predictor is None else predictor.choices()
-        return plan.program(learned).on(self.device, self.dtype)
-
-    def _choose(self, guidance_scale: float | None) -> tuple[Program, Plan]:
-        """The program for this guidance: a predictor is only right for the one it was trained with."""
-        check_guidance(self.model, guidance_scale)
-        # A scale of 1 is no guidance: D_u + 1 (D_c - D_u) = D_c.
-        asked, trained = (1 if scale is None else scale for scale in (guidance_scale, self.plan.guidance_scale))
-        free = self._program.predictor is None and self.plan.guidance_scale is None
-        if free or asked == trained:
-            return self._program, self.plan
-        if self._program.predictor is None:
-            raise ConfigError(
-                f"this plan was made for guidance_scale={trained}, got {guidance_scale}; pass that value, or another plan"
-            )
-        if self._fallback is None:
-            raise ConfigError(
-                f"this predictor was trained with guidance_scale={self.plan.guidance_scale}, got {guidance_scale}; pass that "
-                f"value, or train one with amed_engine.distill(model, guidance_scale={guidance_scale})"
-            )
-        if guidance_scale not in self._stepped_aside:
-            self._stepped_aside.add(guidance_scale)
-            logger.warning(_NOT_FOR_GUIDANCE, guidance_scale, self._fallback[1].describe())
-        return self._fallback
-
-
-def _bundled_mean(model: Model) -> Mean | None:
-    """The mean answer that a zoo model brings, where it is used as it was measured."""
-    mean = zoo.bundled_mean(model.name) if model.name else None
-    as_measured = mean is not None and (mean.shape, mean.classes, mean.dtype) == (
-        model.shape,
-        model.label_dim,
-        model.precision,
-    )
-    return mean if as_measured else None
 
 
 def _check_shape(program: Program, latents: Tensor) -> None:

@@ -161,7 +161,13 @@ def make_schedule(
         if alphas_cumprod is None:
             raise ConfigError("schedule 'discrete' needs alphas_cumprod, the model's cumulative product of 1 - beta")
         options["alphas_cumprod"] = alphas_cumprod  # type: ignore[assignment]
-    return SCHEDULES[name](num_steps, float(sigma_min), float(sigma_max), **options)
+    try:
+        levels = SCHEDULES[name](num_steps, float(sigma_min), float(sigma_max), **options)
+    except OverflowError:  # of x^(1/rho)
+        levels = torch.full((num_steps,), math.inf, dtype=torch.float64, device="cpu")
+    if rho is not None and not bool((levels.isfinite() & (levels > 0)).all() and (levels.diff() < 0).all()):
+        raise ConfigError(f"rho must leave {num_steps} noise levels apart in float64, got {rho!r}; 1 to 10 are usual")
+    return levels
 
 
 def check_sigmas(sigmas: Tensor) -> Tensor:

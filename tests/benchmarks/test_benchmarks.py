@@ -173,6 +173,15 @@ def test_a_report_says_where_what_and_what_is_missing(gpu_report, tmp_path, caps
     }
 
 
+def test_a_report_has_ticks_beside_the_network_alone(gpu_report, tmp_path, capsys):
+    assert gpu_report.main(["--dry-run", "--out", str(tmp_path), "--suites", "ticks"]) == 0
+    (file,) = tmp_path.glob("gpu-*.json")
+    found = json.loads(file.read_text())["ticks"]["tiny-2"]
+    assert found["rows"] == 2
+    assert all(ratio > 0 for ratio in found["tick_over_network"])
+    assert "| rows | tick, ms |" in capsys.readouterr().out
+
+
 def test_a_case_that_takes_too_long_is_stopped_and_the_report_still_written(gpu_report, monkeypatch, tmp_path):
     def forever(left):
         while True:

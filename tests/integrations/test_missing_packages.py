@@ -16,6 +16,7 @@ ABSENT = {
     "amed_engine.integrations.diffusers": ("diffusers", "pip install 'amed-engine[diffusers]'"),
     "amed_engine.integrations.serving.litserve": ("litserve", "pip install 'amed-engine[litserve]'"),
     "amed_engine.integrations.serving.ray": ("ray", "pip install 'amed-engine[ray]'"),
+    "amed_engine.serving.http": ("fastapi", "pip install 'amed-engine[serve]'"),
 }
 
 
@@ -33,7 +34,8 @@ def test_a_missing_package_is_named_with_its_install_line(module, monkeypatch):
 def test_the_other_routes_need_no_package_and_the_engine_none_of_them():
     code = """
 import sys
-for name in ("diffusers", "litserve", "ray", "k_diffusion", "comfy", "physicsnemo", "transformers"):
+servers = ("fastapi", "litserve", "prometheus_client", "ray", "uvicorn")
+for name in (*servers, "diffusers", "k_diffusion", "comfy", "physicsnemo", "transformers"):
     sys.modules[name] = None
 import amed_engine
 amed_engine.Sampler

@@ -1,0 +1,158 @@
+"""`amed serve`: samples over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from amed_engine.cli.options import default_device
+
+
+class Unanswered(click.ClickException):
+    exit_code = 1
+
+
+class Interrupted(click.ClickException):
+    exit_code = 130
+
+
+def parse_buckets(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """1,2,4,8."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers; write e.g. 1,2,4,8", context, option) from None
+
+
+def parse_models(context: click.Context, option: click.Parameter, models: tuple[str, ...]) -> dict[str, str]:
+    """Names that they are served by, and where they are: NAME=PATH, or one word for both."""
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, where = text.partition("=")
+        name, where = (name, where) if equals and not os.path.exists(text) else (text, text)
+        if not (name and where):
+            raise click.BadParameter(f"{text!r} is no model; write a name, a path or NAME=PATH", context, option)
+        if name in named:
+            raise click.BadParameter(f"{name!r} is named twice; write NAME=PATH for another name", context, option)
+        named[name] = where
+    return named
+
+
+def _distinct(context: click.Context, option: click.Parameter, devices: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(devices)) < len(devices):
+        raise click.BadParameter(
+            "a device is named twice; --rows says how many samples it draws at once", context, option
+        )
+    return devices
+
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=["digits"],
+    callback=parse_models,
+    metavar="[NAME=]MODEL",
+    help="A bundled or published model's name, or a path; may be given several times.",
+)
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for every one this machine has.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
+@click.option("--rows", type=POSITIVE, default=64, help="Samples drawn at once, on each device.")
+@click.option("--queue", type=POSITIVE, default=1024, help="Samples that may wait, for each device.")
+@click.option(
+    "--buckets",
+    callback=parse_buckets,
+    metavar="N,N,...",
+    help="Sizes of batches.",
+    show_default="powers of 2 on a GPU, elsewhere the rows that are live",
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    callback=_distinct,
+    help="Where to run: cpu, cuda:1 ...; may be given several times.",
+    show_default="a GPU if there is one",
+)
+@click.option("--backend", type=click.Choice(["auto", "graph", "eager"]), default="auto", help="As of Sampler.")
+@click.option("--compile", metavar="MODE", help="Of torch.compile, for the network.", show_default="none")
+@click.option(
+    "--autocast", type=click.Choice(["float16", "bfloat16"]), help="Of the network's arithmetic.", show_default="none"
+)
+@click.option("--threads", type=POSITIVE, help="Of torch on a CPU.", show_default="torch's")
+@click.option("--max-samples", type=POSITIVE, default=64, help="Of a request.")
+@click.option("--max-body", type=POSITIVE, default=1 << 20, help="Bytes of a request.")
+@click.option("--max-nfe", type=POSITIVE, default=64, help="Evaluations of each sample.")
+@click.option("--allow-programs", is_flag=True, help="Take predictors, recipes and noise levels from requests.")
+@click.option(
+    "--grace", type=click.FloatRange(min=0), default=30.0, help="Seconds to finish in, after SIGTERM or Ctrl-C."
+)
+def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, allow_programs, grace, **asked) -> None:
+    """Draw samples for others, over HTTP.
+
+    There are no users and no TLS here; put what has them in front. SIGTERM and Ctrl-C finish what is asked for, a second
+    one stops at once.
+    """
+    if max_samples > asked["rows"] + asked["queue"]:
+        raise click.UsageError("--max-samples is more than --rows and --queue hold; make one of these larger")
+    from amed_engine.serving.http import Limits, make_app
+    from amed_engine.serving.http.run import Server, listener
+
+    with listener(host, port) as bound, contextlib.ExitStack() as stack:
+        engines = _engines(models, devices or (default_device(),), threads, asked, stack)
+        app = make_app(
+            engines, limits=Limits(body=max_body, samples=max_samples, nfe=max_nfe), allow_programs=allow_programs
+        )
+        where = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+        server = Server(
+            app, grace, ready=lambda: click.echo(f"serving {', '.join(models)} on {where}"), close=stack.close
+        )
+        with _without_notices():
+            server.run(sockets=[bound])
+    if server.unanswered:
+        lost = f"{server.unanswered} requests were not answered"
+        if server.signals > 1:
+            raise Interrupted(f"{lost} before the second signal")
+        raise Unanswered(f"{lost} within --grace {grace:g}")
+
+
+@contextlib.contextmanager
+def _without_notices() -> Iterator[None]:
+    """What the engine says of how a request is drawn is for its client, who is told the plan; without end in our log."""
+    logger = logging.getLogger("amed_engine")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _engines(
+    models: dict[str, str], devices: tuple[str, ...], threads: int | None, asked: dict[str, Any], stack: Any
+) -> dict[str, list[Any]]:
+    """Of every model on every device; closed with the stack, without waiting for what they have to do."""
+    import torch
+
+    from amed_engine import ContinuousSampler
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    asked["autocast"] = asked["autocast"] and getattr(torch, asked["autocast"])
+    engines: dict[str, list[Any]] = {name: [] for name in models}
+    for name, where in models.items():
+        for device in devices:
+            engines[name].append(ContinuousSampler(where, device=device, **asked))
+            stack.callback(engines[name][-1].close, drain=False)
+    return engines

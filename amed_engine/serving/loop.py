@@ -1,0 +1,304 @@
+"""The threads of an engine: one ticks, one hands out what is done, one draws what is no table."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor
+
+from amed_engine.engine.runner import Runner
+from amed_engine.errors import DeadlineError, EngineClosedError, QueueFullError
+from amed_engine.serving.beside import Beside
+from amed_engine.serving.order import Order
+from amed_engine.serving.rows import Rows, Start
+from amed_engine.serving.scheduler import Placed, Scheduler
+from amed_engine.serving.stats import Pace, ServingStats
+from amed_engine.serving.ticker import Ticker
+
+logger = logging.getLogger("amed_engine")
+
+
+class Loop:
+    """What an engine runs, apart from the engine, so that one that is dropped can be collected and ends its threads."""
+
+    def __init__(self, rows: Rows, ticker: Ticker, runner: Runner, waiting: int):
+        self.rows, self.ticker, self.runner = rows, ticker, runner
+        self.scheduler = Scheduler(rows.count, waiting)
+        self.pace = Pace(rows.device)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.closing = False
+        self._wake = threading.Condition()
+        self._orders: set[Order] = set()  # taken and not done
+        self._at: list[Start | None] = [None] * rows.count  # what is in each row
+        self._tasks: list[tuple[Callable[[], Any], Future]] = []
+        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        self._beside = Beside(rows, runner, waiting + rows.count)
+        self._threads = [
+            threading.Thread(target=work, name=f"amed-{name}", daemon=True)
+            for name, work in (("ticks", self._serve), ("delivery", self._deliver))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- for callers, from any thread ----
+
+    def take(self, order: Order) -> None:
+        """Raises EngineClosedError, QueueFullError, DeadlineError."""
+        with self._wake:
+            if self.closing:
+                raise EngineClosedError("the engine is closed and takes no more requests; make another")
+            try:
+                if order.programmed.table is None:
+                    self._beside.check(order, self._orders)
+                else:
+                    self.scheduler.offer(order, time.monotonic(), self._tick_seconds(order))
+            except (QueueFullError, DeadlineError):
+                self.counts["refused"] += order.samples
+                raise
+            self._orders.add(order)
+            self._wake.notify_all()
+        # Not before the lock is free: a future that was cancelled already calls at once.
+        order.future.add_done_callback(lambda future: self._cancel(order) if future.cancelled() else None)
+        if order.programmed.table is None:
+            self._beside.threads.submit(self._draw_beside, order)
+
+    def seconds(self, order: Order) -> float | None:
+        """Until it would be done if it came now and nothing after it; None before any tick was measured."""
+        with self._wake:
+            pace = self._tick_seconds(order)
+            if pace is None:
+                return None
+            return pace * (order.ticks if order.programmed.table is None else self.scheduler.forecast(order))
+
+    def between_ticks(self, work: Callable[[], Any]) -> Any:
+        """The result of work that is done by the ticking thread while no tick runs. Raises EngineClosedError."""
+        future: Future = Future()
+        with self._wake:
+            if self.closing:
+                raise EngineClosedError("the engine is closed; make another")
+            self._tasks.append((work, future))
+            self._wake.notify_all()
+        return future.result()
+
+    def stats(self) -> ServingStats:
+        with self._wake:
+            gauges = {"rows": self.rows.count, "live": self.scheduler.live, "waiting": self.scheduler.waiting}
+            times = {"tick_seconds": self.pace.seconds, "bucket_seconds": dict(self.pace.by_bucket)}
+            network = 0.0 if self.pace.on_gpu else self.rows.network_seconds
+            return ServingStats(
+                **gauges, **self.counts, **times, network_seconds=network, captures=self.ticker.captures
+            )  # type: ignore[arg-type]
+
+    def close(self, drain: bool, timeout: float | None) -> None:
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._wake:
+            self.closing = True
+            if drain:
+                self._wake.wait_for(lambda: not self._orders, timeout)
+            left = list(self._orders)
+            for order in left:
+                self._drop(order)
+            self._wake.notify_all()
+        for order in left:
+            order.fail(EngineClosedError("the engine was closed before this request was done; send it to another"))
+        self._beside.threads.shutdown(wait=drain and until is None, cancel_futures=True)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(None if until is None else max(0.1, until - time.monotonic()))
+
+    # ---- the ticking thread ----
+
+    def _serve(self) -> None:
+        try:
+            while self._step():
+                pass
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self._stop(error)
+        finally:
+            self._done.put(None)
+
+    def _step(self) -> bool:
+        """One tick, or what is to be done between two; False where all is over."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._tasks or len(self.scheduler) or self.closing)
+            if not self._tasks and not len(self.scheduler):
+                return False
+            tasks, self._tasks = self._tasks, []
+            late: list[Any] = self.scheduler.expire(time.monotonic(), self._tick_seconds())
+            self.pace.start()
+            placed, moves = self.scheduler.admit(), self.scheduler.moves()
+            for job in late:
+                self._forget(job)
+        for work, future in tasks:
+            _work(work, future)
+        for job in late:
+            self.counts["missed"] += job.samples
+            job.fail(DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn"))
+        try:
+            self._tick(placed, moves)
+        except Exception as error:
+            self._fail_live(error)
+        return True
+
+    def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
+        starts = self._starts(placed)
+        with self._wake:
+            for row, start in starts:
+                self._at[row] = start
+            for old, new in moves:
+                self._at[new], self._at[old] = self._at[old], None
+            here = self.scheduler.placed()  # without what was cancelled meanwhile
+            rows = {sample.row for sample in here}
+            self._at = [start if row in rows else None for row, start in enumerate(self._at)]
+            at = self._at[: max(rows, default=-1) + 1]
+            orders: set[Any] = {sample.job for sample in here}
+        if starts:
+            self.rows.write(starts)
+        if moves:
+            self.rows.move(moves)
+        if not at:
+            return
+        guided = [row for row, start in enumerate(at) if start and start.scale != 1]
+        learned = any(start.table.predictor is not None for start in at if start)
+        kind = self.ticker.kind(len(at), len(guided), learned)
+        if guided and self.ticker.buckets is None:
+            self.rows.halve(guided)
+        for order in orders:
+            order.buckets.add(kind.size)
+        self.ticker.tick(kind)
+        with self._wake:
+            done = self.scheduler.tick()
+            for sample in done:
+                self._at[sample.row] = None
+            self.counts["ticks"] += 1
+            self.counts["evaluations"] += len(here)
+            self.counts["evaluated"] += kind.size + kind.halves
+            self.counts["admitted"] += len(placed)
+        results = self.rows.read([sample.row for sample in done]) if done else None
+        self.rows.free([sample.row for sample in done])
+        mark = self.pace.end(kind.size)
+        if results is not None:
+            self._done.put((done, *results, mark))
+
+    def _starts(self, placed: Sequence[Placed]) -> list[tuple[int, Start]]:
+        by_order: dict[Any, list[Placed]] = {}
+        for sample in placed:
+            by_order.setdefault(sample.job, []).append(sample)
+        return [
+            (sample.row, start)
+            for order, samples in by_order.items()
+            for sample, start in zip(samples, order.starts([s.index for s in samples], self.rows), strict=True)
+        ]
+
+    def _fail_live(self, error: Exception) -> None:
+        """A tick that failed is the end of all that was in it; what waits is not touched."""
+        with self._wake:
+            orders: set[Any] = {placed.job for placed in self.scheduler.placed()}
+            for order in orders:
+                self._drop(order)
+                self.counts["failed"] += order.samples
+        logger.error("a tick failed, and %d requests with it: %s", len(orders), error)
+        for order in orders:
+            order.fail(error)
+
+    # ---- delivery ----
+
+    def _deliver(self) -> None:
+        while (item := self._done.get()) is not None:
+            done, images, finite, mark = item
+            try:
+                if mark is not None:
+                    mark.synchronize()  # of samples and counts
+                checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
+                for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
+                    self._hand_out(placed.job, placed.index, image, count)
+            except Exception as error:  # of the device
+                for order in {placed.job for placed in done}:
+                    self._cancel(order)
+                    order.fail(error)
+
+    def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None) -> None:
+        if order.future.done():
+            return
+        last = order.deliver(index, image, finite)
+        with self._wake:
+            self.counts["failed" if index in order.failed else "completed"] += 1
+            if last and order.deadline is not None and time.monotonic() > order.deadline:
+                self.counts["missed"] += order.samples
+        if last:
+            self._forget(order)  # first: what the future calls may wait for the engine to be drained
+            with self.pace.aside():
+                result = order.result("ticks")
+            order.finish(result)
+
+    # ---- programs that are no table ----
+
+    def _draw_beside(self, order: Order) -> None:
+        if order.future.done():
+            return
+        try:
+            backend = self._beside.draw(order)
+        except BaseException as error:
+            self._count("missed" if isinstance(error, DeadlineError) else "failed", order)
+            self._forget(order)
+            order.fail(error)
+        else:
+            self._count("beside", order)
+            self._count("completed", order)
+            self._forget(order)
+            order.finish(order.result(backend))
+
+    # ---- bookkeeping ----
+
+    def _tick_seconds(self, order: Order | None = None) -> float | None:
+        """Of the ticks to come, by how many rows they will have."""
+        coming = len(self.scheduler) + (0 if order is None else order.samples)
+        return self.pace.of(min(self.rows.count, max(1, coming)))
+
+    def _count(self, what: str, order: Order) -> None:
+        with self._wake:
+            self.counts[what] += order.samples
+
+    def _cancel(self, order: Order) -> None:
+        with self._wake:
+            if order in self._orders:
+                self.counts["cancelled"] += order.samples - order.delivered
+                self._drop(order)
+
+    def _drop(self, order: Order) -> None:
+        """Out of the queue and the rows; to be called with the lock."""
+        for row in self.scheduler.cancel(order):
+            self._at[row] = None
+        self._orders.discard(order)
+        self._wake.notify_all()
+
+    def _forget(self, order: Order) -> None:
+        with self._wake:
+            self._orders.discard(order)
+            self._wake.notify_all()
+
+    def _stop(self, error: BaseException) -> None:
+        with self._wake:
+            self.closing = True
+            left, self._orders = list(self._orders), set()
+            tasks, self._tasks = self._tasks, []
+        for order in left:
+            order.fail(error)
+        for _, future in tasks:
+            future.set_exception(error)
+
+
+def _work(work: Callable[[], Any], future: Future) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)

@@ -1,0 +1,124 @@
+"""How a tick runs: by a captured graph for each kind of it, or eagerly."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from amed_engine.engine.capture import Addresses, Device, Recording, numerics
+from amed_engine.engine.graphs import WARMUPS, WARMUPS_TORCHSCRIPT, Bucket, WarmupReport, check_sizes
+from amed_engine.errors import AmedError, ConfigError
+from amed_engine.sampling.modes import modes_kept
+from amed_engine.serving.rows import Kind, Rows
+
+
+def check_buckets(buckets: Sequence[int] | None, rows: int, captures: bool) -> list[int] | None:
+    """The sizes of ticks, smallest first; None for every number of rows. Raises ConfigError.
+
+    Where nothing is said, graphs have powers of two, and eager ticks just the rows that are live.
+    """
+    if buckets is None:
+        return [1 << k for k in range(rows.bit_length()) if 1 << k < rows] + [rows] if captures else None
+    try:
+        return check_sizes(buckets)[::-1]
+    except ConfigError as error:
+        raise ConfigError(f"buckets must be positive integers, e.g. (1, 4, 16), got {buckets!r}") from error
+
+
+@dataclass
+class Ticker:
+    """Runs ticks of `rows`. device: where they are captured, None for nowhere. buckets: see `check_buckets`."""
+
+    rows: Rows
+    buckets: list[int] | None
+    device: Device | None = None
+    captures: int = 0
+    _graphs: dict[Kind, Recording] = field(default_factory=dict)
+    _addresses: Addresses | None = None
+    _numerics: tuple = ()
+
+    def __post_init__(self):
+        module = self.rows.model.module
+        self._parts = [] if module is None else list(module.modules())  # walking them takes longer than a small tick
+
+    def kind(self, live: int, guided: int, learned: bool) -> Kind:
+        """The tick for so many live rows, of which so many are guided."""
+        size = live if self.buckets is None else self.buckets[bisect_left(self.buckets, live)]
+        # Of graphs, and where numbers are to depend on the bucket alone, there is one with all halves.
+        halves = guided if self.buckets is None else size * bool(guided)
+        return Kind(size, halves, learned)
+
+    def tick(self, kind: Kind) -> None:
+        with self._evaluating(), torch.no_grad():
+            if self.device is None:
+                self.rows.tick(kind)
+            else:
+                self._replay(self.device, kind)
+        self.rows.ticked()
+
+    def warmup(self, guided: bool) -> WarmupReport:
+        """Capture the tick of every bucket, largest first, with guidance's halves too where that is asked for."""
+        if self.device is None or self.buckets is None:
+            return WarmupReport("eager")
+        halves = (False, True) if guided else (False,)
+        kinds = [Kind(size, size * both) for size in reversed(self.buckets) for both in halves]
+        with self._evaluating(), torch.no_grad():
+            return WarmupReport("graph", tuple(self._capture(self.device, k) for k in kinds if k not in self._graphs))
+
+    def clear(self) -> None:
+        """Drop every graph."""
+        if self.device is not None and self._graphs:
+            recordings = list(self._graphs.values())
+            self.device.wait()
+            self._graphs.clear()
+            self.device.drop(recordings)
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """As `evaluating`."""
+        trains = any(getattr(part, "training", False) for part in self._parts)
+        return modes_kept(self.rows.model.module) if trains else nullcontext()
+
+    def _replay(self, device: Device, kind: Kind) -> None:
+        module = self.rows.model.module
+        if self._graphs and self._numerics != numerics(module):
+            self.clear()  # what the graphs were captured under is another precision now
+        if kind not in self._graphs:
+            self._capture(device, kind)
+        assert self._addresses is not None
+        self._addresses.check()
+        device.begin_use()
+        try:
+            self._graphs[kind].replay()
+        finally:
+            device.end_use()
+
+    def _capture(self, device: Device, kind: Kind) -> Bucket:
+        """Captured with the rows as they are, which are put back."""
+        rows, module = self.rows, self.rows.model.module
+        before = device.reserved_bytes()
+        copies = rows.snapshot()
+        device.begin_use()
+        try:
+            for _ in range(WARMUPS_TORCHSCRIPT if isinstance(module, torch.jit.ScriptModule) else WARMUPS):
+                rows.restore(copies)
+                expected = device.side_stream(lambda: rows.tick(kind)).clone()
+            rows.restore(copies)
+            recording, output = device.record(lambda: rows.tick(kind))
+            rows.restore(copies)
+            recording.replay()
+            bitwise = torch.equal(output, expected)
+            if not bitwise and not torch.allclose(output, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
+                raise AmedError(
+                    f"the captured tick of {kind.size} rows does not reproduce the eager one; use backend='eager'"
+                )
+        finally:
+            rows.restore(copies)
+            device.end_use()
+        self.captures += 1
+        self._graphs[kind] = recording
+        self._addresses, self._numerics = self._addresses or Addresses(module), numerics(module)
+        return Bucket(kind.size, 0.0, device.reserved_bytes() - before, bitwise)

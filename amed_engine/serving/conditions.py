@@ -57,9 +57,8 @@ class RowConditions:
         count = len(indices)
         if given is None:
             return self.tables(labels, {}, count)
-        index = torch.tensor(indices, device="cpu")
         return {
-            name: (value if len(value) == 1 else value[index]).expand(count, *value.shape[1:])
+            name: (value if len(value) == 1 else picked(value, indices)).expand(count, *value.shape[1:])
             for name, value in given.items()
         }
 
@@ -85,6 +84,11 @@ class RowConditions:
 
     def _make(self, like: Given) -> None:
         self.rows = {name: value.new_zeros(self.count, *value.shape[1:]) for name, value in like.items()}
+
+
+def picked(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """These of the values, on their device: one by one, since a GPU is sent a list of numbers while the host waits."""
+    return torch.stack([values[index] for index in indices])
 
 
 def conditions_of(model: Model, count: int, device: torch.device) -> RowConditions | None:

@@ -109,7 +109,7 @@ class Rows:
         self.y.index_copy_(0, rows, state[:, 1])
         # Buffer b holds age (p - b) mod H, of which 0 is H.
         ages = [1 + (self._ticks - buffer - 1) % self.history for buffer in range(self.history)]
-        self.ring.index_copy_(1, rows, state[:, [1 + age for age in ages]].transpose(0, 1))
+        self.ring.index_copy_(1, rows, state.index_select(1, self._index([1 + age for age in ages])).transpose(0, 1))
         self.line.index_copy_(0, rows, self._index(lines))
         self.finite.index_fill_(0, rows, 0)
         self.mid.index_fill_(0, rows, 1.0)

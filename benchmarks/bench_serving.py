@@ -65,7 +65,7 @@ def _p99(found: dict[str, Any]) -> Iterator[Target]:
         yield Target(f"p99 of all over that of {LITSERVE}, at {name}", ours / theirs, 0.5)
 
 
-def tables(found: dict[str, Any]) -> str:
+def table_of(part: str, found: dict[str, Any]) -> str:
     """For people and docs/results.md."""
     made = {
         "saturation": _saturation_table,
@@ -73,8 +73,12 @@ def tables(found: dict[str, Any]) -> str:
         "servers": _servers_table,
         "overhead": sizes_table,
     }
-    lines = [line for part, table in made.items() if part in found for line in [*table(found[part]), ""]]
-    return "\n".join([*lines, *(target.describe() for target in judged(found))])
+    return "\n".join(made[part](found[part]))
+
+
+def tables(found: dict[str, Any]) -> str:
+    parts = [table_of(part, found) + "\n" for part in PARTS if part in found]
+    return "\n".join([*parts, *(target.describe() for target in judged(found))])
 
 
 def _saturation_table(found: dict[str, Any]) -> Iterator[str]:

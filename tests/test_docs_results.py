@@ -39,7 +39,7 @@ def test_a_table_stands_below_its_commands(title):
 
 
 def test_only_tables_of_measurements_are_on_the_page():
-    assert len(TABLE.findall(PAGE)) == 8
+    assert len(TABLE.findall(PAGE)) == 12
 
 
 DIGITS = {
@@ -188,6 +188,23 @@ def test_datasets_are_shown_as_measured(title, name, monkeypatch):
 
     (shown,) = TABLE.finditer(SECTIONS[title])
     assert shown[0].strip() == bench_datasets.table_of(load(name))
+
+
+@pytest.mark.parametrize(
+    ("title", "part"),
+    [
+        ("Requests of unlike evaluations at once", "saturation"),
+        ("Short requests beside long ones", "latency"),
+        ("Servers under one load", "servers"),
+        ("What a tick costs beside its network", "overhead"),
+    ],
+)
+def test_serving_is_shown_as_measured(title, part, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_serving
+
+    (shown,) = TABLE.finditer(SECTIONS[title])
+    assert shown[0].strip() == bench_serving.table_of(part, load("serving-cpu.json"))
 
 
 def test_every_kind_of_process_drew_the_same_samples_whoever_was_killed():

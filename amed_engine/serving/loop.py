@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import DeadlineError, EngineClosedError, QueueFullError
 from amed_engine.serving.beside import Beside
-from amed_engine.serving.order import Order
+from amed_engine.serving.order import Order, starts_of
 from amed_engine.serving.rows import Rows, Start
 from amed_engine.serving.scheduler import Placed, Scheduler
 from amed_engine.serving.stats import Pace, ServingStats
@@ -42,7 +43,7 @@ class Loop:
         self._beside = Beside(rows, runner, waiting + rows.count)
         self._threads = [
             threading.Thread(target=work, name=f"amed-{name}", daemon=True)
-            for name, work in (("ticks", self._serve), ("delivery", self._deliver))
+            for name, work in (("ticks", self._serve), ("delivery", self._deliver), ("beside", self._draw_beside))
         ]
         for thread in self._threads:
             thread.start()
@@ -63,11 +64,10 @@ class Loop:
                 self.counts["refused"] += order.samples
                 raise
             self._orders.add(order)
+            if order.programmed.table is None:
+                self._beside.orders.put(order)
             self._wake.notify_all()
-        # Not before the lock is free: a future that was cancelled already calls at once.
-        order.future.add_done_callback(lambda future: self._cancel(order) if future.cancelled() else None)
-        if order.programmed.table is None:
-            self._beside.threads.submit(self._draw_beside, order)
+        order.when_cancelled(self._cancel)
 
     def seconds(self, order: Order) -> float | None:
         """Until it would be done if it came now and nothing after it; None before any tick was measured."""
@@ -97,22 +97,23 @@ class Loop:
             )  # type: ignore[arg-type]
 
     def close(self, drain: bool, timeout: float | None) -> None:
-        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards."""
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; one of them, in which a caller's
+        function closes the engine, waits for nothing."""
         until = None if timeout is None else time.monotonic() + timeout
+        inside = threading.current_thread() in self._threads
         with self._wake:
+            if not self.closing:
+                self._beside.orders.put(None)
             self.closing = True
-            if drain:
-                self._wake.wait_for(lambda: not self._orders, timeout)
-            left = list(self._orders)
-            for order in left:
-                self._drop(order)
             self._wake.notify_all()
+            if drain and not inside:
+                self._wake.wait_for(lambda: not self._orders, timeout)
+            left = [] if drain and inside else list(self._orders)
         for order in left:
-            order.fail(EngineClosedError("the engine was closed before this request was done; send it to another"))
-        self._beside.threads.shutdown(wait=drain and until is None, cancel_futures=True)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(None if until is None else max(0.1, until - time.monotonic()))
+            why = "the engine was closed before this request was done; send it to another"
+            self._fail(order, EngineClosedError(why), "cancelled")
+        for thread in () if inside else self._threads:
+            thread.join(None if until is None else max(0.1, until - time.monotonic()))
 
     # ---- the ticking thread ----
 
@@ -134,15 +135,14 @@ class Loop:
                 return False
             tasks, self._tasks = self._tasks, []
             late: list[Any] = self.scheduler.expire(time.monotonic(), self._tick_seconds())
-            self.pace.start()
             placed, moves = self.scheduler.admit(), self.scheduler.moves()
-            for job in late:
-                self._forget(job)
+            self.counts["admitted"] += len(placed)
         for work, future in tasks:
             _work(work, future)
         for job in late:
-            self.counts["missed"] += job.samples
-            job.fail(DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn"))
+            why = "the deadline can no longer be met: other requests came first; nothing was drawn"
+            self._fail_later(job, DeadlineError(why), "missed")
+        self.pace.start()
         try:
             self._tick(placed, moves)
         except Exception as error:
@@ -150,7 +150,7 @@ class Loop:
         return True
 
     def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
-        starts = self._starts(placed)
+        starts = starts_of(placed, self.rows, self._fail_later)
         with self._wake:
             for row, start in starts:
                 self._at[row] = start
@@ -182,80 +182,69 @@ class Loop:
             self.counts["ticks"] += 1
             self.counts["evaluations"] += len(here)
             self.counts["evaluated"] += kind.size + kind.halves
-            self.counts["admitted"] += len(placed)
         results = self.rows.read([sample.row for sample in done]) if done else None
         self.rows.free([sample.row for sample in done])
         mark = self.pace.end(kind.size)
         if results is not None:
             self._done.put((done, *results, mark))
 
-    def _starts(self, placed: Sequence[Placed]) -> list[tuple[int, Start]]:
-        by_order: dict[Any, list[Placed]] = {}
-        for sample in placed:
-            by_order.setdefault(sample.job, []).append(sample)
-        return [
-            (sample.row, start)
-            for order, samples in by_order.items()
-            for sample, start in zip(samples, order.starts([s.index for s in samples], self.rows), strict=True)
-        ]
-
     def _fail_live(self, error: Exception) -> None:
         """A tick that failed is the end of all that was in it; what waits is not touched."""
         with self._wake:
             orders: set[Any] = {placed.job for placed in self.scheduler.placed()}
-            for order in orders:
-                self._drop(order)
-                self.counts["failed"] += order.samples
         logger.error("a tick failed, and %d requests with it: %s", len(orders), error)
         for order in orders:
-            order.fail(error)
+            self._fail_later(order, error)
+
+    def _fail_later(self, order: Order, error: BaseException, counted: str = "failed") -> None:
+        """By the thread that delivers: what a future calls is a caller's, and no tick waits for it."""
+        if self._take_out(order, counted):
+            self._done.put(partial(order.finish, error))
 
     # ---- delivery ----
 
     def _deliver(self) -> None:
         while (item := self._done.get()) is not None:
+            if callable(item):
+                item()
+                continue
             done, images, finite, mark = item
             try:
                 if mark is not None:
                     mark.synchronize()  # of samples and counts
                 checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
-                for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
-                    self._hand_out(placed.job, placed.index, image, count)
             except Exception as error:  # of the device
                 for order in {placed.job for placed in done}:
-                    self._cancel(order)
-                    order.fail(error)
+                    self._fail(order, error)
+                continue
+            for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
+                self._hand_out(placed.job, placed.index, image, count)
 
-    def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None) -> None:
-        if order.future.done():
-            return
-        last = order.deliver(index, image, finite)
+    def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None, backend: str = "ticks") -> None:
         with self._wake:
+            if order not in self._orders:
+                return
+            last = order.place(index, image, finite)
             self.counts["failed" if index in order.failed else "completed"] += 1
+            self.counts["beside"] += backend != "ticks"
             if last and order.deadline is not None and time.monotonic() > order.deadline:
                 self.counts["missed"] += order.samples
-        if last:
-            self._forget(order)  # first: what the future calls may wait for the engine to be drained
+        order.tell(index)
+        if last and self._take_out(order):  # first: what the future calls may wait for the engine to be drained
             with self.pace.aside():
-                result = order.result("ticks")
+                result = order.result(backend)
             order.finish(result)
 
-    # ---- programs that are no table ----
-
-    def _draw_beside(self, order: Order) -> None:
-        if order.future.done():
-            return
-        try:
-            backend = self._beside.draw(order)
-        except BaseException as error:
-            self._count("missed" if isinstance(error, DeadlineError) else "failed", order)
-            self._forget(order)
-            order.fail(error)
-        else:
-            self._count("beside", order)
-            self._count("completed", order)
-            self._forget(order)
-            order.finish(order.result(backend))
+    def _draw_beside(self) -> None:
+        """Programs that are no table."""
+        while (order := self._beside.orders.get()) is not None:
+            try:
+                drawn = self._beside.draw(order, self._orders)
+            except BaseException as error:
+                self._fail(order, error, "missed" if isinstance(error, DeadlineError) else "failed")
+                continue
+            for index, image in enumerate(drawn.images.unbind(0)):
+                self._hand_out(order, index, image, None, drawn.backend)
 
     # ---- bookkeeping ----
 
@@ -264,35 +253,37 @@ class Loop:
         coming = len(self.scheduler) + (0 if order is None else order.samples)
         return self.pace.of(min(self.rows.count, max(1, coming)))
 
-    def _count(self, what: str, order: Order) -> None:
-        with self._wake:
-            self.counts[what] += order.samples
+    def _fail(self, order: Order, error: BaseException, counted: str = "failed") -> None:
+        if self._take_out(order, counted):
+            order.finish(error)
 
     def _cancel(self, order: Order) -> None:
-        with self._wake:
-            if order in self._orders:
-                self.counts["cancelled"] += order.samples - order.delivered
-                self._drop(order)
+        if self._take_out(order, "cancelled"):
+            order.future.set_running_or_notify_cancel()  # for those who wait for several
 
-    def _drop(self, order: Order) -> None:
-        """Out of the queue and the rows; to be called with the lock."""
-        for row in self.scheduler.cancel(order):
-            self._at[row] = None
-        self._orders.discard(order)
-        self._wake.notify_all()
-
-    def _forget(self, order: Order) -> None:
+    def _take_out(self, order: Order, counted: str | None = None) -> bool:
+        """Out of the queue and the rows. Whether it was here: who took it out is the one to fulfil its future. counted: what
+        became of the samples that are not delivered."""
         with self._wake:
+            if order not in self._orders:
+                return False
+            for row in self.scheduler.cancel(order):
+                self._at[row] = None
             self._orders.discard(order)
+            if counted is not None:
+                self.counts[counted] += order.samples - order.delivered
             self._wake.notify_all()
+            return True
 
     def _stop(self, error: BaseException) -> None:
         with self._wake:
+            if not self.closing:
+                self._beside.orders.put(None)
             self.closing = True
-            left, self._orders = list(self._orders), set()
             tasks, self._tasks = self._tasks, []
+            left = list(self._orders)
         for order in left:
-            order.fail(error)
+            self._fail_later(order, error)
         for _, future in tasks:
             future.set_exception(error)
 

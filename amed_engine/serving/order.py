@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from amed_engine.errors import NonFiniteError
 from amed_engine.sampling.denoiser import mean_of_labels
 from amed_engine.serving.programs import Programmed
 from amed_engine.serving.rows import Rows, Start
-from amed_engine.serving.scheduler import Job
+from amed_engine.serving.scheduler import Job, Placed
 
 logger = logging.getLogger("amed_engine")
 
@@ -88,44 +89,61 @@ class Order(Job):
         send = [sent(tensor, rows.device, rows.dtype) for tensor in (noise, more)]
         return send[0], drawn if given is None else given, send[1] if count else None
 
-    def deliver(self, index: int, image: Tensor, finite: int | None) -> bool:
+    def when_cancelled(self, call: Callable[[Order], None]) -> None:
+        """Call a method once the future is cancelled. Nobody may hold a lock that it takes: it may be called at once.
+
+        A future keeps what it calls, and so would keep itself and the engine: it gets weak references.
+        """
+        own, method = weakref.ref(self), weakref.WeakMethod(call)
+
+        def look(future: Future) -> None:
+            order, there = own(), method()
+            if future.cancelled() and order is not None and there is not None:
+                there(order)
+
+        self.future.add_done_callback(look)
+
+    def place(self, index: int, image: Tensor, finite: int | None) -> bool:
         """One sample more, after so many finite evaluations (None: nobody looked). Whether it was the last."""
         if finite is not None and finite < self.ticks:
             self.failed[index] = finite + 1
         else:
             self.images[index] = image
-            self._tell(Sample(index, self.seeds[index] if self.seeds else None, self.labels[index], image))
         self.delivered += 1
         return self.delivered == self.samples
 
-    def _tell(self, sample: Sample) -> None:
-        if self.on_sample is None or self.future.cancelled():
+    def tell(self, index: int) -> None:
+        """Call `on_sample`; what it raises is the caller's, and ends no thread of the engine."""
+        image = self.images[index]
+        if self.on_sample is None or image is None or self.future.cancelled():
             return
         try:
-            self.on_sample(sample)
-        except Exception:
-            logger.exception("on_sample failed for sample %d; the request goes on", sample.index)
+            self.on_sample(Sample(index, self.seeds[index] if self.seeds else None, self.labels[index], image))
+        except BaseException:
+            logger.exception("on_sample failed for sample %d; the request goes on", index)
 
-    def finish(self, result: SampleResult | NonFiniteError) -> None:
-        """Fulfil the future, if anybody still waits."""
+    def finish(self, result: SampleResult | BaseException) -> None:
+        """Fulfil the future, if anybody still waits; once, see `Loop`."""
         if not self.future.set_running_or_notify_cancel():
             return
-        if isinstance(result, NonFiniteError):
-            self.future.set_exception(result)
-        else:
-            self.future.set_result(result)
+        try:
+            if isinstance(result, BaseException):
+                self.future.set_exception(result)
+            else:
+                self.future.set_result(result)
+        except BaseException:  # Future lets through what is no Exception
+            logger.exception("a callback of a request's future failed")
 
-    def fail(self, error: BaseException) -> bool:
-        """Whether anybody still waited."""
-        waited = not self.future.done() and self.future.set_running_or_notify_cancel()
-        if waited:
-            self.future.set_exception(error)
-        return waited
-
-    def result(self, backend: str) -> SampleResult | NonFiniteError:
-        """All samples, or which of them failed."""
+    def result(self, backend: str) -> SampleResult | Exception:
+        """All samples, or why there are none."""
         if self.failed:
             return self._non_finite()
+        try:
+            return self._whole(backend)
+        except RuntimeError as error:  # there is no memory for all of them at once
+            return error
+
+    def _whole(self, backend: str) -> SampleResult:
         labels = None if self.labels[0] is None else torch.stack(self.labels)  # type: ignore[arg-type]
         images, seconds = torch.stack(self.images), time.monotonic() - self.submitted  # type: ignore[arg-type]
         if images.is_cuda:  # made on a stream aside, used on the caller's
@@ -143,3 +161,21 @@ class Order(Job):
             step,
             named,
         )
+
+
+def starts_of(
+    placed: Sequence[Placed], rows: Rows, fail: Callable[[Order, Exception], None]
+) -> list[tuple[int, Start]]:
+    """What samples begin with, and their rows. An order for which there is no saying is told to `fail`, alone."""
+    by_order: dict[Any, list[Placed]] = {}
+    for sample in placed:
+        by_order.setdefault(sample.job, []).append(sample)
+    found: list[tuple[int, Start]] = []
+    for order, samples in by_order.items():
+        try:
+            starts = order.starts([sample.index for sample in samples], rows)
+        except Exception as error:
+            fail(order, error)
+        else:
+            found += zip([sample.row for sample in samples], starts, strict=True)
+    return found

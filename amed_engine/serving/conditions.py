@@ -13,6 +13,7 @@ from amed_engine.adapters import Adapter
 from amed_engine.adapters.guidance import ClassifierFree, Thresholded
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.modules import bare
 
 Given = dict[str, Tensor]  # (n or 1, ...) each
@@ -84,7 +85,11 @@ class RowConditions:
         return {name: row.expand(size, *row.shape[1:]) for name, row in self.null.items()}
 
     def _make(self, like: Given) -> None:
-        self.rows = {name: value.new_zeros(self.count, *value.shape[1:]) for name, value in like.items()}
+        with plain_tensors():  # the thread that ticks writes to them
+            self.rows = {
+                name: torch.zeros(self.count, *value.shape[1:], dtype=value.dtype, device=value.device)
+                for name, value in like.items()
+            }
 
 
 def conditions_of(model: Model, count: int, device: torch.device) -> RowConditions | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from amed_engine.engine.resolve import resolve
 from amed_engine.engine.result import SampleResult
 from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.offloaded import brings_weights
 from amed_engine.serving.asked import Orders, check_settings
 from amed_engine.serving.loop import Loop
@@ -29,6 +31,7 @@ from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.stats import ServingStats
 from amed_engine.serving.ticker import Ticker, check_buckets
+from amed_engine.solvers.arguments import is_number, told
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
 
@@ -94,10 +97,13 @@ class ContinuousSampler:
         sizes = check_buckets(buckets, rows, captures)
         self.rows = rows if sizes is None else min(rows, sizes[-1])
         apart = buckets is not None
-        state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
+        with plain_tensors():  # a thread writes to them that is in no inference mode
+            state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
-        self._orders = Orders(self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max})
+        self._orders = Orders(
+            self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max}, self.rows + queue
+        )
         self._loop = Loop(state, ticker, runner, queue)
         # Also at the interpreter's end, where a thread that still runs torch would be cut off.
         self._finalizer = weakref.finalize(self, self._loop.close, False, 10.0)
@@ -194,7 +200,8 @@ class ContinuousSampler:
 
     def cost(self, seeds: int | Sequence[int] | Tensor, class_labels: Any = None, **options: Any) -> Cost:
         """What a request of `submit`'s arguments would take. Raises ConfigError, FileFormatError."""
-        order = self._orders.make(seeds, class_labels, **options)
+        asked = inspect.signature(self.submit).bind(seeds, class_labels, **options).arguments
+        order = self._orders.make(asked.pop("seeds"), asked.pop("class_labels"), **asked)
         return Cost(order.samples, order.samples * order.programmed.plan.nfe, self._loop.seconds(order))
 
     def stats(self) -> ServingStats:
@@ -207,7 +214,12 @@ class ContinuousSampler:
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests and end: with drain after all that were taken are done, at most `timeout` seconds from now;
-        what is left gets EngineClosedError."""
+        what is left gets EngineClosedError. In a function that the engine calls (`on_sample`, a callback of a future) it
+        does not wait. Raises ConfigError."""
+        if not isinstance(drain, bool):
+            raise ConfigError(f"drain must be True or False, got {told(drain)}")
+        if timeout is not None and not is_number("close", "timeout", timeout, "seconds, or None to wait for all") >= 0:
+            raise ConfigError(f"timeout must be seconds from now, or None to wait for all, got {told(timeout)}")
         self._loop.close(drain, timeout)
 
     def _captures(self, backend: str) -> bool:

@@ -130,7 +130,7 @@ def _hashable(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return ("levels", str(value.dtype), tuple(value.detach().flatten().tolist()), tuple(value.shape))
     if isinstance(value, Mapping):
-        return json.dumps(value, sort_keys=True, default=repr)
+        return tuple(sorted(map(repr, value.items())))
     return (
         os.fspath(value) if isinstance(value, os.PathLike) else (type(value), value) if value.__hash__ else repr(value)
     )

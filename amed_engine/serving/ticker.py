@@ -24,9 +24,14 @@ def check_buckets(buckets: Sequence[int] | None, rows: int, captures: bool) -> l
     if buckets is None:
         return [1 << k for k in range(rows.bit_length()) if 1 << k < rows] + [rows] if captures else None
     try:
-        return check_sizes(buckets)[::-1]
+        sizes = check_sizes(buckets)[::-1]
     except ConfigError as error:
         raise ConfigError(f"buckets must be positive integers, e.g. (1, 4, 16), got {buckets!r}") from error
+    if sizes[-1] > rows:
+        raise ConfigError(
+            f"buckets: got a tick of {sizes[-1]} rows, and there are {rows}; leave it out, or ask for more rows"
+        )
+    return sizes
 
 
 @dataclass

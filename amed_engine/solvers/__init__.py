@@ -76,7 +76,7 @@ def make_solver(name: str, **options: Any) -> Solver:
     euler | heun | dpm(r) | ipndm(max_order) | deis(max_order, deis_mode) | dpmpp(max_order, predict_x0,
     lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary | consistency.
     """
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise ConfigError(f"unknown solver {told(name)}; valid names: {', '.join(SOLVERS)}")
     solver = SOLVERS[name]
     valid = list(solver.defaults())

@@ -30,7 +30,7 @@ from amed_engine.serving.order import Sample
 from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.stats import ServingStats
-from amed_engine.serving.ticker import Ticker, check_buckets
+from amed_engine.serving.ticker import Ticker, check_batches, check_buckets
 from amed_engine.solvers.arguments import is_number, told
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
@@ -96,7 +96,8 @@ class ContinuousSampler:
         captures = self._captures(backend)
         sizes = check_buckets(buckets, rows, captures)
         self.rows = rows if sizes is None else min(rows, sizes[-1])
-        apart = buckets is not None
+        most = check_batches(self.model.network, sizes, self.rows)
+        apart = buckets is not None or most < 2 * self.rows
         with plain_tensors():  # a thread writes to them that is in no inference mode
             state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)

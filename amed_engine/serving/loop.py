@@ -110,7 +110,7 @@ class Loop:
                 self._wake.wait_for(lambda: not self._orders, timeout)
             left = [] if drain and inside else list(self._orders)
         for order in left:
-            why = "the engine was closed before this request was done; send it to another"
+            why = "the engine was closed, or nothing held it any more, before this request was done; send it to another"
             self._fail(order, EngineClosedError(why), "cancelled")
         for thread in () if inside else self._threads:
             thread.join(None if until is None else max(0.1, until - time.monotonic()))

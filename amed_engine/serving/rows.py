@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
 class Rows:
     """`count` rows of samples of one shape. apart: guidance's halves are calls of their own, so that a row's numbers depend on
-    the size of its bucket alone."""
+    the size of its bucket alone, or since the network takes no larger batch."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Rows:
         if kind.learned:
             sigma = torch.where(sigma > 0, sigma, mid[:, 3].to(sigma.dtype))
         answer = self._denoised(y, sigma, kind)
-        self.finite[:size] += answer.x0.isfinite().flatten(1).all(1)
+        self.finite[:size] += answer.x0.isfinite().reshape(size, -1).all(1)
         ring = self.ring[:, :size]
         past = ring.index_select(0, (self.phase - self.ages) % self.history)  # by age, so that sums have one order
         combine([x, y, answer.x0, *past.unbind(0)], self._matrix(answer, kind), out=[self.direction[:size], x, y])

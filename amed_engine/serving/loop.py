@@ -41,10 +41,12 @@ class Loop:
         self._tasks: list[tuple[Callable[[], Any], Future]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._beside = Beside(rows, runner, waiting + rows.count)
-        self._threads = [
-            threading.Thread(target=work, name=f"amed-{name}", daemon=True)
-            for name, work in (("ticks", self._serve), ("delivery", self._deliver), ("beside", self._draw_beside))
-        ]
+        work = {
+            "ticks": self._serve,
+            "delivery": partial(_each, self._done, self._deliver),
+            "beside": partial(_each, self._beside.orders, self._draw_beside),
+        }
+        self._threads = [threading.Thread(target=work[name], name=f"amed-{name}", daemon=True) for name in work]
         for thread in self._threads:
             thread.start()
 
@@ -203,22 +205,21 @@ class Loop:
 
     # ---- delivery ----
 
-    def _deliver(self) -> None:
-        while (item := self._done.get()) is not None:
-            if callable(item):
-                item()
-                continue
-            done, images, finite, mark = item
-            try:
-                if mark is not None:
-                    mark.synchronize()  # of samples and counts
-                checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
-            except Exception as error:  # of the device
-                for order in {placed.job for placed in done}:
-                    self._fail(order, error)
-                continue
-            for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
-                self._hand_out(placed.job, placed.index, image, count)
+    def _deliver(self, item: Any) -> None:
+        """What one tick finished, or what is to be called."""
+        if callable(item):
+            return item()
+        done, images, finite, mark = item
+        try:
+            if mark is not None:
+                mark.synchronize()  # of samples and counts
+            checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
+        except Exception as error:  # of the device
+            for order in {placed.job for placed in done}:
+                self._fail(order, error)
+            return
+        for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
+            self._hand_out(placed.job, placed.index, image, count)
 
     def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None, backend: str = "ticks") -> None:
         with self._wake:
@@ -235,16 +236,15 @@ class Loop:
                 result = order.result(backend)
             order.finish(result)
 
-    def _draw_beside(self) -> None:
-        """Programs that are no table."""
-        while (order := self._beside.orders.get()) is not None:
-            try:
-                drawn = self._beside.draw(order, self._orders)
-            except BaseException as error:
-                self._fail(order, error, "missed" if isinstance(error, DeadlineError) else "failed")
-                continue
-            for index, image in enumerate(drawn.images.unbind(0)):
-                self._hand_out(order, index, image, None, drawn.backend)
+    def _draw_beside(self, order: Order) -> None:
+        """Of a program that is no table."""
+        try:
+            drawn = self._beside.draw(order, self._orders)
+        except BaseException as error:
+            self._fail(order, error, "missed" if isinstance(error, DeadlineError) else "failed")
+            return
+        for index, image in enumerate(drawn.images.unbind(0)):
+            self._hand_out(order, index, image, None, drawn.backend)
 
     # ---- bookkeeping ----
 
@@ -286,6 +286,13 @@ class Loop:
             self._fail_later(order, error)
         for _, future in tasks:
             future.set_exception(error)
+
+
+def _each(items: queue.SimpleQueue, work: Callable[[Any], None]) -> None:
+    """Work on what comes until None does."""
+    while (item := items.get()) is not None:
+        work(item)
+        del item  # else its samples are kept until the next comes
 
 
 def _work(work: Callable[[], Any], future: Future) -> None:

@@ -82,14 +82,18 @@ def test_no_tick_waits_for_what_a_failed_request_calls(gate):
     engine.close(timeout=SOON)
 
 
-def test_a_result_that_nobody_holds_is_gone(engine):
-    future = engine.submit(2, **SHORT)
-    image = weakref.ref(future.result(SOON).images)
+@pytest.mark.parametrize("program", [SHORT, BESIDE])
+def test_what_nobody_holds_is_gone_without_a_collection(engine, program):
     gc.disable()
     try:
-        engine.close()
+        kept = []
+        future = engine.submit(2, on_sample=lambda sample: kept.append(weakref.ref(sample.image)), **program)
+        kept.append(weakref.ref(future.result(SOON).images))
         del future
-        assert image() is None
+        until = time.monotonic() + SOON
+        while any(image() is not None for image in kept) and time.monotonic() < until:
+            time.sleep(0.001)  # the engine's thread is on its way out of what it called
+        assert [image() for image in kept] == [None] * 3
     finally:
         gc.enable()
 

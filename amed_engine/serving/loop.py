@@ -24,6 +24,7 @@ from amed_engine.serving.stats import Pace, ServingStats
 from amed_engine.serving.ticker import Ticker
 
 logger = logging.getLogger("amed_engine")
+CLOSED = "the engine was closed, or nothing held it any more, before this request was done; send it to another"
 
 
 class Loop:
@@ -99,21 +100,18 @@ class Loop:
             )  # type: ignore[arg-type]
 
     def close(self, drain: bool, timeout: float | None) -> None:
-        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; one of them, in which a caller's
-        function closes the engine, waits for nothing."""
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; one of them waits for nothing."""
         until = None if timeout is None else time.monotonic() + timeout
         inside = threading.current_thread() in self._threads
         with self._wake:
-            if not self.closing:
-                self._beside.orders.put(None)
             self.closing = True
+            self._beside.orders.put(None)
             self._wake.notify_all()
             if drain and not inside:
                 self._wake.wait_for(lambda: not self._orders, timeout)
             left = [] if drain and inside else list(self._orders)
         for order in left:
-            why = "the engine was closed, or nothing held it any more, before this request was done; send it to another"
-            self._fail(order, EngineClosedError(why), "cancelled")
+            self._fail(order, EngineClosedError(CLOSED), "cancelled")
         for thread in () if inside else self._threads:
             thread.join(None if until is None else max(0.1, until - time.monotonic()))
 
@@ -142,8 +140,8 @@ class Loop:
         for work, future in tasks:
             _work(work, future)
         for job in late:
-            why = "the deadline can no longer be met: other requests came first; nothing was drawn"
-            self._fail_later(job, DeadlineError(why), "missed")
+            error = DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn")
+            self._fail_later(job, error, "missed")
         self.pace.start()
         try:
             self._tick(placed, moves)
@@ -184,10 +182,11 @@ class Loop:
             self.counts["ticks"] += 1
             self.counts["evaluations"] += len(here)
             self.counts["evaluated"] += kind.size + kind.halves
-        results = self.rows.read([sample.row for sample in done]) if done else None
-        self.rows.free([sample.row for sample in done])
+        over = [sample.row for sample in done]
+        results = self.rows.read(over) if done else ()
+        self.rows.free(over)
         mark = self.pace.end(kind.size)
-        if results is not None:
+        if done:
             self._done.put((done, *results, mark))
 
     def _fail_live(self, error: Exception) -> None:
@@ -205,7 +204,7 @@ class Loop:
 
     # ---- delivery ----
 
-    def _deliver(self, item: Any) -> None:
+    def _deliver(self, item: Any) -> Any:
         """What one tick finished, or what is to be called."""
         if callable(item):
             return item()
@@ -277,9 +276,8 @@ class Loop:
 
     def _stop(self, error: BaseException) -> None:
         with self._wake:
-            if not self.closing:
-                self._beside.orders.put(None)
             self.closing = True
+            self._beside.orders.put(None)
             tasks, self._tasks = self._tasks, []
             left = list(self._orders)
         for order in left:

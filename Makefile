@@ -14,8 +14,10 @@ demo: $(VENV)/.installed  ## samples of the bundled model, and all solvers side 
 	$(BIN)/amed sample --model digits --seeds 0-63 --nfe 5 --out samples.png
 	$(BIN)/amed compare --model digits --nfe 5 --out compare.png
 
+# A worker per core (tests/conftest.py), a file's tests all on one: what they share is made once. PYTEST_ARGS="-n 0": none.
+# One thread for programs that tests start, too.
 test: $(VENV)/.installed
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 # COMFYUI=/path[:/path]: checkouts of ComfyUI to start as servers; COMFYUI_PYTHON, a Python that has what they need.
 # DIFFUSERS=/path: a checkout of diffusers, whose own scheduler tests are run too.

@@ -51,6 +51,7 @@ async def soak(url: str, server: subprocess.Popen, options: argparse.Namespace) 
     memory: list[tuple[float, float]] = []
     truth = Truth(options.model)
     async with Clients(url, truth, options.seed) as clients:
+        await clients.crowd()
         watch = asyncio.create_task(_watch(server.pid, memory))
         outcomes = await offer(load.arrivals(), clients.ask, timeout=options.timeout)
         watch.cancel()

@@ -1,6 +1,7 @@
 """What several test files share: small models with known answers, a double of CUDA's capture, and what to skip where."""
 
 import ctypes
+import os
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,12 @@ GOLDENS = ROOT.parent / "shared" / "goldens"
 # The same examples every time, and no clock: a loaded machine is not a failure.
 settings.register_profile("amed", derandomize=True, deadline=None)
 settings.load_profile("amed")
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist asks
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: one worker per core, four at most; none beside a GPU, whose memory they would share."""
+    return 0 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 4)
 
 
 def pytest_collection_modifyitems(items):

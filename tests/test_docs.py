@@ -223,11 +223,13 @@ def drawn_by_actors(names, printed):
 
 
 class Program(NamedTuple):
-    """Blocks of a page that run one after the other, what holds after each, and the libraries without which none can."""
+    """Blocks of a page that run one after the other, what holds after each, the libraries without which none can, and whether
+    they take long."""
 
     check: Callable | None = None  # None: the block asserts itself
     needs: tuple[str, ...] = ()
     blocks: int = 1
+    slow: bool = False
 
 
 # Page -> its programs, in order.
@@ -242,7 +244,7 @@ PROGRAMS = {
     "docs/datasets.md": [
         Program(generated, blocks=2),
         Program(drawn_by_actors, needs=("ray.data",)),
-        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=9),
+        Program(stored, needs=("webdataset", "pyarrow", "zarr", "diffusers"), blocks=9, slow=True),
     ],
     "docs/evaluation.md": [
         Program(distance),
@@ -286,8 +288,11 @@ INTEGRATIONS = {
 
 def rows(table: dict[str, list[Program]]) -> list:
     """(page, program, number of its first block) of every program."""
+    slow = {True: pytest.mark.slow, False: ()}
     return [
-        pytest.param(page, program, sum(before.blocks for before in programs[:i]), id=f"{page}-{i}")
+        pytest.param(
+            page, program, sum(before.blocks for before in programs[:i]), id=f"{page}-{i}", marks=slow[program.slow]
+        )
         for page, programs in table.items()
         for i, program in enumerate(programs)
     ]
@@ -371,7 +376,7 @@ def test_the_accuracy_that_is_stated_is_the_classifier_s():
 
 def test_every_integration_has_a_page():
     folder = ROOT / "amed_engine" / "integrations"
-    shared = {"__init__", "__pycache__", "common", "require", "serving", "batching", "tritonserver"}
+    shared = {"__init__", "__pycache__", "common", "require", "serving", "hosted", "requests", "tritonserver"}
     routes = {p.stem for p in [*folder.iterdir(), *(folder / "serving").iterdir()]} - shared
     pages = {path.stem for path in (ROOT / "docs" / "integrations").glob("*.md")}
     assert pages == routes - {"cupy"}  # beside the C API: docs/cupy.md

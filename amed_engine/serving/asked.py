@@ -17,6 +17,7 @@ from amed_engine.engine.prepared import Wishes
 from amed_engine.engine.request import check_labels, make_request, read_seeds
 from amed_engine.engine.runner import BACKENDS
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.modes import plain_tensors
 from amed_engine.serving.order import Order, Sample
 from amed_engine.serving.programs import Programmed, Programs
 from amed_engine.serving.rows import Rows
@@ -30,6 +31,7 @@ class Orders:
     def __init__(self, model: Model, programs: Programs, rows: Rows, given: Mapping[str, Any], most: int):
         self.model, self.programs, self.rows, self.given, self.most = model, programs, rows, given, most
 
+    @plain_tensors()  # what is kept for other requests is not for a caller's inference_mode to lock
     def make(
         self,
         batch: Any,

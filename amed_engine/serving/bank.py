@@ -123,7 +123,8 @@ class Learned:
         state = predictor.state_dict()
         for name, room in self.parameters.items():
             room[slot] = state[name].to(room) if name in state else 0
-        self.widths[slot] = self.widths.new_tensor([predictor.scale_dir, predictor.scale_time])
+        widths = torch.tensor([predictor.scale_dir, predictor.scale_time], dtype=self.widths.dtype, device="cpu")
+        self.widths[slot] = sent(widths, device)
 
     def choose(self, line: Tensor, features: Tensor | None, mid: Tensor) -> Tensor:
         """m, scale_dir, r and the noise level to tell (S, 4) of each row: chosen from these features where its line says so,

@@ -13,7 +13,6 @@ from amed_engine.adapters import Adapter
 from amed_engine.adapters.guidance import ClassifierFree, Thresholded
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
-from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.modules import bare
 
 Given = dict[str, Tensor]  # (n or 1, ...) each
@@ -58,9 +57,8 @@ class RowConditions:
         count = len(indices)
         if given is None:
             return self.tables(labels, {}, count)
-        index = torch.tensor(indices, device="cpu")
         return {
-            name: (value if len(value) == 1 else value[index]).expand(count, *value.shape[1:])
+            name: (value if len(value) == 1 else picked(value, indices)).expand(count, *value.shape[1:])
             for name, value in given.items()
         }
 
@@ -85,11 +83,12 @@ class RowConditions:
         return {name: row.expand(size, *row.shape[1:]) for name, row in self.null.items()}
 
     def _make(self, like: Given) -> None:
-        with plain_tensors():  # the thread that ticks writes to them
-            self.rows = {
-                name: torch.zeros(self.count, *value.shape[1:], dtype=value.dtype, device=value.device)
-                for name, value in like.items()
-            }
+        self.rows = {name: value.new_zeros(self.count, *value.shape[1:]) for name, value in like.items()}
+
+
+def picked(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """These of the values, on their device: one by one, since a GPU is sent a list of numbers while the host waits."""
+    return torch.stack([values[index] for index in indices])
 
 
 def conditions_of(model: Model, count: int, device: torch.device) -> RowConditions | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -65,6 +66,7 @@ class ContinuousSampler:
     Threads may share it; it has threads of its own, which `close` ends.
     """
 
+    @plain_tensors()
     def __init__(
         self,
         model: Any,
@@ -98,8 +100,7 @@ class ContinuousSampler:
         self.rows = rows if sizes is None else min(rows, sizes[-1])
         most = check_batches(self.model.network, sizes, self.rows)
         apart = buckets is not None or most < 2 * self.rows
-        with plain_tensors():  # a thread writes to them that is in no inference mode
-            state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
+        state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
         self._orders = Orders(
@@ -190,7 +191,7 @@ class ContinuousSampler:
             loop.call_soon_threadsafe(ready.put_nowait, item)
 
         asked = partial(self.submit, seeds, class_labels, on_sample=put, **options)
-        future = await asyncio.to_thread(asked)
+        future = await _aside(asked)
         future.add_done_callback(lambda _: put(done))
         try:
             while (sample := await ready.get()) is not done:
@@ -250,3 +251,23 @@ class ContinuousSampler:
         except ConfigError:
             return False
         return True
+
+
+async def _aside(submit: Callable[[], Future]) -> Future:
+    """The future of a request that another thread submits; cancelled where nobody waits for it any more."""
+    taken: list[Future] = []
+    left = threading.Event()
+
+    def work() -> Future:
+        taken.append(submit())
+        if left.is_set():
+            taken[0].cancel()
+        return taken[0]
+
+    try:
+        return await asyncio.to_thread(work)
+    except asyncio.CancelledError:
+        left.set()
+        for future in taken:
+            future.cancel()
+        raise

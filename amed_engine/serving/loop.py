@@ -24,7 +24,7 @@ from amed_engine.serving.stats import Pace, ServingStats
 from amed_engine.serving.ticker import Ticker
 
 logger = logging.getLogger("amed_engine")
-CLOSED = "the engine was closed, or nothing held it any more, before this request was done; send it to another"
+CLOSED = "the engine was closed before this request was done, or dropped by all who held it; send it to another"
 
 
 class Loop:

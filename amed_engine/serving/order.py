@@ -18,6 +18,7 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.engine.seeds import draw_all
 from amed_engine.errors import NonFiniteError
 from amed_engine.sampling.denoiser import mean_of_labels
+from amed_engine.serving.conditions import picked
 from amed_engine.serving.programs import Programmed
 from amed_engine.serving.rows import Rows, Start
 from amed_engine.serving.scheduler import Job, Placed
@@ -79,9 +80,9 @@ class Order(Job):
         return starts
 
     def _drawn(self, indices: Sequence[int], rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        given = None if self.classes is None else self.classes[list(indices)]
+        given = None if self.classes is None else picked(self.classes, indices)
         if self.latents is not None:
-            return self.latents[list(indices)], given, None
+            return picked(self.latents, indices), given, None
         assert self.seeds is not None
         classes, count = 0 if self.conditions else rows.model.classes, self.programmed.program.noises
         seeds = [self.seeds[index] for index in indices]

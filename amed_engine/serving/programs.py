@@ -152,10 +152,12 @@ def _hashable(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return ("levels", str(value.dtype), tuple(value.detach().flatten().tolist()), tuple(value.shape))
     if isinstance(value, Mapping):
-        return tuple(sorted(map(repr, value.items())))
-    return (
-        os.fspath(value) if isinstance(value, os.PathLike) else (type(value), value) if value.__hash__ else repr(value)
-    )
+        return tuple(sorted((repr(name), repr(each)) for name, each in value.items()))
+    try:
+        hash(value)
+    except TypeError:  # what is refused later, a list among them
+        return repr(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else (type(value), value)
 
 
 def _value(predictor: Predictor) -> str:

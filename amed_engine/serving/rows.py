@@ -77,7 +77,7 @@ class Rows:
         self.phase = zeros(1, dtype=torch.int64)
         self.ages = torch.arange(1, history + 1, device=device)
         self.line = torch.full((count,), IDLE, device=device, dtype=torch.int64)
-        self.finite = zeros(count, dtype=torch.int64)  # evaluations that were, since the row was written
+        self.finite = zeros(count, dtype=torch.int64)  # evaluations after which it was, since the row was written
         self.scale = torch.ones(count, device=device, dtype=dtype)
         self.halved = torch.arange(count, device=device)  # the rows that guidance halves, where those are not all
         self.conditions = conditions_of(model, count, device)
@@ -90,6 +90,7 @@ class Rows:
 
     # ---- what happens between ticks ----
 
+    @torch.no_grad()
     def write(self, starts: Sequence[tuple[int, Start]]) -> None:
         """Samples into free rows, all of whose former state is overwritten."""
         rows = self._index([row for row, _ in starts])
@@ -108,7 +109,7 @@ class Rows:
         self.y.index_copy_(0, rows, state[:, 1])
         # Buffer b holds age (p - b) mod H, of which 0 is H.
         ages = [1 + (self._ticks - buffer - 1) % self.history for buffer in range(self.history)]
-        self.ring.index_copy_(1, rows, state[:, [1 + age for age in ages]].transpose(0, 1))
+        self.ring.index_copy_(1, rows, state.index_select(1, self._index([1 + age for age in ages])).transpose(0, 1))
         self.line.index_copy_(0, rows, self._index(lines))
         self.finite.index_fill_(0, rows, 0)
         self.mid.index_fill_(0, rows, 1.0)
@@ -181,10 +182,12 @@ class Rows:
         if kind.learned:
             sigma = torch.where(sigma > 0, sigma, mid[:, 3].to(sigma.dtype))
         answer = self._denoised(y, sigma, kind)
-        self.finite[:size] += answer.x0.isfinite().reshape(size, -1).all(1)
         ring = self.ring[:, :size]
         past = ring.index_select(0, (self.phase - self.ages) % self.history)  # by age, so that sums have one order
         combine([x, y, answer.x0, *past.unbind(0)], self._matrix(answer, kind), out=[self.direction[:size], x, y])
+        self.finite[:size] += (
+            y.isfinite().reshape(size, -1).all(1)
+        )  # of the answer, which y reads in any case, and of the sum
         ring.index_copy_(0, self.phase % self.history, self.direction[:size].unsqueeze(0))
         self.phase += 1
         line.copy_(self.bank.follows.index_select(0, line))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from amed_engine.adapters.signature import UNBOUNDED
-from amed_engine.engine.capture import Addresses, Device, Recording, numerics
+from amed_engine.engine.capture import Addresses, Device, Recording, StaleGraphError, numerics
 from amed_engine.engine.graphs import WARMUPS, WARMUPS_TORCHSCRIPT, Bucket, WarmupReport, check_sizes
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.modes import modes_kept
@@ -31,9 +31,7 @@ def check_buckets(buckets: Sequence[int] | None, rows: int, captures: bool) -> l
     except ConfigError as error:
         raise ConfigError(f"buckets must be positive integers, e.g. (1, 4, 16), got {buckets!r}") from error
     if sizes[-1] > rows:
-        raise ConfigError(
-            f"buckets: got a tick of {sizes[-1]} rows, and there are {rows}; leave it out, or ask for more rows"
-        )
+        raise ConfigError(f"buckets must be at most the {rows} rows, got {sizes[-1]}; pass rows={sizes[-1]} as well")
     return sizes
 
 
@@ -91,7 +89,8 @@ class Ticker:
             return WarmupReport("graph", tuple(self._capture(self.device, k) for k in kinds if k not in self._graphs))
 
     def clear(self) -> None:
-        """Drop every graph."""
+        """Drop every graph; the next ticks are captured anew, with the weights where they are then."""
+        self._addresses = None
         if self.device is not None and self._graphs:
             recordings = list(self._graphs.values())
             self.device.wait()
@@ -109,13 +108,22 @@ class Ticker:
             self.clear()  # what the graphs were captured under is another precision now
         if kind not in self._graphs:
             self._capture(device, kind)
-        assert self._addresses is not None
-        self._addresses.check()
+        self._check_weights()
         device.begin_use()
         try:
             self._graphs[kind].replay()
         finally:
             device.end_use()
+
+    def _check_weights(self) -> None:
+        """Raises StaleGraphError for what is live, which began with other weights; what comes is captured with those of now."""
+        assert self._addresses is not None
+        try:
+            self._addresses.check()
+        except StaleGraphError as error:
+            self.clear()
+            what = str(error).partition(";")[0]
+            raise StaleGraphError(f"{what}; what ran is lost, send it again, or change weights in place") from error
 
     def _capture(self, device: Device, kind: Kind) -> Bucket:
         """Captured with the rows as they are, which are put back."""

@@ -76,11 +76,16 @@ def make_solver(name: str, **options: Any) -> Solver:
     euler | heun | dpm(r) | ipndm(max_order) | deis(max_order, deis_mode) | dpmpp(max_order, predict_x0,
     lower_order_final, thresholding) | unipc(the same, variant) | amed(points) | nonstationary | consistency.
     """
+    return with_options(name, options)
+
+
+def with_options(name: Any, options: Mapping[Any, Any]) -> Solver:
+    """`make_solver` of what a file or a caller said, whatever its options are called. Raises ConfigError."""
     if not isinstance(name, str) or name not in SOLVERS:
         raise ConfigError(f"unknown solver {told(name)}; valid names: {', '.join(SOLVERS)}")
     solver = SOLVERS[name]
     valid = list(solver.defaults())
-    unknown = sorted(set(options) - set(valid))
+    unknown = sorted(str(option) for option in set(options) - set(valid))
     if unknown:
         raise ConfigError(
             f"solver {name!r} has no option {', '.join(unknown)[:200]}; valid options: {', '.join(valid) or 'none'}"

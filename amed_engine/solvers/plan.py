@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
-from amed_engine.solvers import USE_WITH_PREDICTOR, make_solver
+from amed_engine.solvers import USE_WITH_PREDICTOR, with_options
 from amed_engine.solvers.arguments import is_whole, told
 from amed_engine.solvers.base import Solver, check_first_step_of, count_evaluations, count_intervals
 from amed_engine.solvers.files import read_json, write_json
@@ -65,7 +65,7 @@ class Plan:
             )
 
     def make_solver(self) -> Solver:
-        return make_solver(self.solver, **dict(self.options))
+        return with_options(self.solver, dict(self.options))
 
     def program(self, predictor: PredictorLike | None = None) -> Program:
         """The program of this plan, with what a predictor says of its intervals."""
@@ -209,9 +209,9 @@ def make_plan(
     None is the best that is at hand: "mean" where `mean` is given and the NFE allows it, else False, else True. Raises
     ConfigError where no whole number of intervals spends the NFE.
     """
-    if options is not None and not (isinstance(options, Mapping) and all(isinstance(name, str) for name in options)):
+    if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"solver_options must be a dict such as {{'max_order': 2}}, got {options!r}")
-    made = make_solver(solver, **dict(options or {}))
+    made = with_options(solver, options or {})
     midpoint = midpoint or made.takes_predictor == "required"
     if midpoint and made.takes_predictor == "none":
         raise ConfigError(f"solver {solver!r} takes no predictor; {USE_WITH_PREDICTOR}")

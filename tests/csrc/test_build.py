@@ -144,6 +144,7 @@ def test_without_nvcc_or_where_forbidden_only_the_cpu_is_served(build, tmp_path,
     assert not older.exists(), "of other sources"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_real_nvcc_makes_both_libraries(build, tmp_path, tools, open_library):
     """The C API with CUDA samples on the CPU as without; where no driver is, both say so and go on."""

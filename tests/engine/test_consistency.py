@@ -9,7 +9,7 @@ from amed_engine.engine.graphs import GraphCache, Stats
 from amed_engine.engine.seeds import draw, draw_all
 from amed_engine.evaluation.quality import evaluate
 from amed_engine.integrations.diffusers import AMEDScheduler
-from amed_engine.integrations.serving.batching import answer
+from amed_engine.integrations.serving.hosted import Hosted
 
 SHAPE = (1, 8, 8)
 
@@ -181,6 +181,10 @@ def _folder(path):
 
 
 def test_servers_answer_a_seed_with_its_sample_whoever_else_asks():
-    alone, (first, second) = answer(walker(), [{"seeds": [5]}]), answer(walker(), [{"seeds": [7, 9]}, {"seeds": [5]}])
-    assert torch.equal(alone[0], second)
-    assert torch.equal(first, walker().run([7, 9]).images)
+    hosted = Hosted(wave, solver="consistency", nfe=3, shape=SHAPE)
+    asked = [hosted.submit({"seeds": seeds}) for seeds in ([7, 9], [5])]
+    first, second = (future.result(60).images for future in asked)
+    torch.testing.assert_close(first, walker().run([7, 9]).images)
+    torch.testing.assert_close(second, walker().run([5]).images)
+    assert torch.equal(hosted.submit({"seeds": [5]}).result(60).images, second)
+    hosted.close()

@@ -14,7 +14,7 @@ from amed_engine.adapters.signature import Signature
 from amed_engine.engine.graphs import GraphCache
 from amed_engine.engine.resolve import resolve
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.serving.batching import answer
+from amed_engine.integrations.serving.hosted import Hosted
 
 SHAPE = (1, 8, 8)
 
@@ -237,24 +237,25 @@ def test_a_signature_keeps_what_its_labels_are():
     assert "continuous" not in plain.to_json()
 
 
+def served(denoiser):
+    """The images that a server answers a request with."""
+    hosted = Hosted(denoiser, solver="euler", nfe=3)
+    return lambda payload: hosted.submit(payload).result(60).images
+
+
 def test_servers_take_them():
-    engine, vectors = sampler(one()), sampler(three())
-    orders = [
-        {"seeds": [1, 2], "class_labels": 0.5},
-        {"seeds": [3, 4], "class_labels": [0.5, 2]},
-        {"seeds": [5]},
-        {"seeds": [5], "class_labels": [0.1, 0.2]},
-        {"seeds": [5], "class_labels": [float("nan")]},
-        {"seeds": [5], "class_labels": True},
-    ]
-    first, second, *bad = answer(engine, orders)
-    torch.testing.assert_close(first, engine.run([1, 2], 0.5).images)
-    torch.testing.assert_close(second, engine.run([3, 4], [0.5, 2.0]).images)
-    assert all(isinstance(error, ConfigError) and "one number that the model is told" in str(error) for error in bad)
-    row = [0.1, 0.2, 0.3]
-    first, second = answer(vectors, [{"seeds": [1, 2], "class_labels": row}, {"seeds": [1], "class_labels": [row]}])
-    torch.testing.assert_close(first, vectors.run([1, 2], row).images)
-    torch.testing.assert_close(second, first[:1])
+    answer, engine = served(one()), sampler(one())
+    torch.testing.assert_close(answer({"seeds": [1, 2], "class_labels": 0.5}), engine.run([1, 2], 0.5).images)
+    torch.testing.assert_close(
+        answer({"seeds": [3, 4], "class_labels": [0.5, 2]}), engine.run([3, 4], [0.5, 2.0]).images
+    )
+    for labels in ({}, {"class_labels": [0.1, 0.2]}, {"class_labels": [float("nan")]}, {"class_labels": True}):
+        with pytest.raises(ConfigError, match="one number that the model is told"):
+            answer({"seeds": [5], **labels})
+    answer, row = served(three()), [0.1, 0.2, 0.3]
+    first = answer({"seeds": [1, 2], "class_labels": row})
+    torch.testing.assert_close(first, sampler(three()).run([1, 2], row).images)
+    torch.testing.assert_close(answer({"seeds": [1], "class_labels": [row]}), first[:1])
 
 
 @pytest.mark.slow

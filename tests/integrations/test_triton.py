@@ -1,38 +1,39 @@
-"""A model repository for Triton's Python backend: under a stand-in for it, and on the server itself."""
+"""A model repository for Triton's Python backend, under a stand-in for it."""
 
 import importlib.util
 import json
 import re
-import socket
 import sys
-import sysconfig
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
+import hosts
 import pytest
 import torch
 from onnx_graphs import network
 
-from amed_engine import AmedError, ConfigError, Sampler, save_predictor
-from amed_engine.errors import MissingDependency
-from amed_engine.integrations.serving import tritonserver
+from amed_engine import AmedError, Sampler, save_predictor
+from amed_engine.integrations.serving.hosted import Hosted
 from amed_engine.integrations.serving.triton import write_repository
 from amed_engine.zoo import bundled_predictor
 
-REQUESTS = [([3, 4], [7, 7]), ([5], None), ([6], [11]), ([8, 9], [1, 2])]
-
 
 @pytest.fixture(scope="module")
-def expected():
-    """The engine's images of each request; None for class 11 of ten."""
-    digits = Sampler("digits", nfe=5)
-    return [
-        None if classes == [11] else digits.run(seeds, class_labels=classes).images.numpy()
-        for seeds, classes in REQUESTS
-    ]
+def images():
+    return hosts.expected()
+
+
+def columns(seeds, class_labels=None, **_):
+    """The tensors of a request, by name."""
+    given = class_labels if isinstance(class_labels, list) else [class_labels] * len(seeds)
+    named = {"SEEDS": seeds} | ({} if class_labels is None else {"CLASS_LABELS": given})
+    return {name: [[value] for value in values] for name, values in named.items()}
+
+
+def parameters(seeds, class_labels=None, **options):
+    """The parameters of a request; Triton keeps "priority" for itself."""
+    return {"amed_priority" if name == "priority" else name: value for name, value in options.items()}
 
 
 class Tensor:
@@ -49,10 +50,36 @@ class Tensor:
 
 
 class Error(SimpleNamespace):
-    INVALID_ARG, INTERNAL = "invalid argument", "internal"
+    INVALID_ARG, INTERNAL, UNAVAILABLE = "invalid argument", "internal", "unavailable"
 
     def __init__(self, message, code):
         super().__init__(message=message, code=code)
+
+
+class Request:
+    """Whose tensors last no longer than `execute`; what its sender sent is the result of `answer`."""
+
+    def __init__(self, tensors, parameters=None):
+        self.tensors = {name: Tensor(name, rows) for name, rows in tensors.items()}
+        self.said, self.answer = json.dumps(parameters or {}), Future()
+
+    def parameters(self):
+        return self.said
+
+    def get_response_sender(self):
+        return SimpleNamespace(send=self.send)
+
+    def send(self, response, flags):
+        assert flags == "final"
+        self.answer.set_result(response)
+
+
+def execute(model, *requests):
+    """The responses, after a call as the backend makes it."""
+    assert model.execute(requests) is None
+    for request in requests:
+        request.tensors.clear()
+    return [request.answer.result(60) for request in requests]
 
 
 @pytest.fixture
@@ -61,7 +88,8 @@ def backend(monkeypatch):
     utils = ModuleType("triton_python_backend_utils")
     utils.Tensor, utils.TritonError = Tensor, Error
     utils.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(tensors=output_tensors, error=error)
-    utils.get_input_tensor_by_name = lambda request, name: request.get(name)
+    utils.get_input_tensor_by_name = lambda request, name: request.tensors.get(name)
+    utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = "final"
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     return utils
 
@@ -86,21 +114,26 @@ def started(folder):
     return model
 
 
-def columns(seeds, classes):
-    named = {"SEEDS": seeds} | ({} if classes is None else {"CLASS_LABELS": classes})
-    return {name: [[value] for value in values] for name, values in named.items()}
-
-
-def test_a_repository_serves_the_engine_s_images(model, expected):
-    requests = [{name: Tensor(name, rows) for name, rows in columns(*request).items()} for request in REQUESTS]
-    for response, images in zip(model.execute(requests), expected, strict=True):
-        if images is None:
-            assert "0 .. 9" in response.error.message
+def test_a_repository_serves_the_engine_s_images(model, images):
+    requests = [Request(columns(**payload), parameters(**payload)) for payload in hosts.PAYLOADS]
+    for i, (response, drawn) in enumerate(zip(execute(model, *requests), images, strict=True)):
+        if drawn is None:
+            assert hosts.WRONG[i] in response.error.message
             assert response.error.code == Error.INVALID_ARG
         else:
             assert [tensor.name for tensor in response.tensors] == ["IMAGES"]
             assert response.tensors[0].held.dtype == torch.float32
-            np.testing.assert_allclose(response.tensors[0].held, images, rtol=0, atol=1e-5)
+            torch.testing.assert_close(response.tensors[0].held, drawn, rtol=0, atol=2e-5 * float(drawn.abs().max()))
+    stats = model.hosted.engine.stats()
+    assert stats.evaluations > 2 * stats.ticks
+
+
+def test_a_long_request_keeps_no_other_waiting(model):
+    long = Request(columns(range(8)), {"nfe": 64, "solver": "euler"})
+    model.execute([long])
+    (short,) = execute(model, Request(columns([1]), {"nfe": 1, "solver": "euler", "amed_priority": 1}))
+    assert not short.error
+    assert not long.answer.done()
 
 
 @pytest.mark.parametrize(("shape", "labels"), [(("B",), [[0.5], [40.0]]), (("B", 2), [[0.5, 1.0], [40.0, 0.0]])])
@@ -112,8 +145,8 @@ def test_a_model_that_is_told_numbers_takes_them_as_floats(backend, tmp_path, sh
     declared = f'"CLASS_LABELS" data_type: TYPE_FP32 dims: [ {width} ] optional: false'
     assert declared in (folder / "config.pbtxt").read_text()
     model = started(folder)
-    asked = {"SEEDS": Tensor("SEEDS", [[1], [2]]), "CLASS_LABELS": Tensor("CLASS_LABELS", labels)}
-    drawn, refused = model.execute([asked, {"SEEDS": asked["SEEDS"]}])
+    seeds = {"SEEDS": [[1], [2]]}
+    drawn, refused = execute(model, Request(seeds | {"CLASS_LABELS": labels}), Request(seeds))
     expected = Sampler(str(path), nfe=3).run([1, 2], labels).images
     torch.testing.assert_close(drawn.tensors[0].held, expected, rtol=1e-5, atol=1e-5)
     assert "that the model is told" in refused.error.message
@@ -123,9 +156,39 @@ def test_a_sample_that_broke_is_the_server_s_error(model, monkeypatch):
     def broken(x, sigma, **_):
         return torch.full_like(x, torch.nan)
 
-    model.sampler = Sampler(broken, solver="euler", nfe=3, schedule="polynomial", afs=False, shape=(1, 4, 4))
-    (response,) = model.execute([{"SEEDS": Tensor("SEEDS", [[1]])}])
+    model.hosted.close()
+    model.hosted = Hosted(broken, solver="euler", nfe=3, schedule="polynomial", afs=False, shape=(1, 4, 4))
+    (response,) = execute(model, Request(columns([1])))
     assert response.error.code == Error.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("parameters", "code", "match"),
+    [
+        ({"steps": 3}, "INVALID_ARG", "unknown parameter 'steps'; known are nfe, .*amed_priority"),
+        ({"seeds": 3}, "INVALID_ARG", "unknown parameter 'seeds'"),
+        ({"nfe": "3"}, "INVALID_ARG", "nfe must be an integer"),
+        ({"amed_priority": 0.5}, "INVALID_ARG", "priority must be an integer"),
+        ({"deadline": 1e-9}, "UNAVAILABLE", "deadline"),
+    ],
+)
+def test_parameters_are_checked(model, parameters, code, match):
+    (response,) = execute(model, Request(columns([1]), parameters))
+    assert response.error.code == getattr(Error, code)
+    assert re.search(match, response.error.message)
+
+
+def test_a_full_queue_is_unavailable(backend, tmp_path):
+    model = started(write_repository(tmp_path, model="digits", nfe=5, rows=2, queue=0))
+    long = Request(columns([1, 2]), {"nfe": 64, "solver": "euler"})
+    model.execute([long])
+    while not model.hosted.engine.stats().live:
+        time.sleep(0.001)
+    (response,) = execute(model, Request(columns([3])))
+    assert response.error.code == Error.UNAVAILABLE
+    assert "try again in" in response.error.message
+    model.finalize()
+    assert not long.answer.result(0).error  # what was taken is answered first
 
 
 def test_the_configuration_says_what_the_model_does(tmp_path):
@@ -133,6 +196,8 @@ def test_the_configuration_says_what_the_model_does(tmp_path):
     assert text.count("{") == text.count("}")
     for line in ('name: "five"', 'backend: "python"', "dims: [ 1, 8, 8 ]", "kind: KIND_GPU", "max_batch_size: 64"):
         assert line in text
+    assert "dynamic_batching" not in text  # the engine takes them one by one
+    assert r"\"rows\": 64, \"queue\": 1024" in text
     assert {p.name for p in (tmp_path / "five").rglob("*")} == {"1", "model.py", "config.pbtxt"}
 
 
@@ -151,6 +216,8 @@ def test_paths_are_written_in_full(tmp_path, monkeypatch):
         ({"model": "digit"}, "unknown model"),
         ({"model": "digits", "name": "a b"}, "letters, digits and _"),
         ({"model": "digits", "max_batch_size": 0}, "max_batch_size must be in"),
+        ({"model": "digits", "rows": 0}, "rows must be an integer"),
+        ({"model": "digits", "queue": -1}, "queue must be an integer"),
         ({"model": "digits", "nfe": 5, "predictor": "nowhere.safetensors"}, "nowhere"),
     ],
 )
@@ -158,112 +225,3 @@ def test_a_repository_that_cannot_work_is_not_written(tmp_path, options, match):
     with pytest.raises((AmedError, OSError), match=match):
         write_repository(tmp_path, **options)
     assert not list(tmp_path.iterdir())
-
-
-# On the server itself
-
-
-def unused_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Of a server that holds digits."""
-    folder = tmp_path_factory.mktemp("server")
-    write_repository(folder / "models", model="digits", nfe=5)
-    with (folder / "log").open("wb") as log, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        try:
-            with tritonserver.serving(folder / "models", unused_port(), log) as address:
-                yield address
-        except MissingDependency as error:
-            pytest.skip(str(error))
-
-
-def tensor(name, rows):
-    return {"name": name, "datatype": "INT64", "shape": list(np.shape(rows)), "data": rows}
-
-
-def ask(address, inputs):
-    """(status, the images or the error) of one request in JSON."""
-    body = json.dumps({"inputs": inputs}).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/v2/models/amed/infer", body), timeout=60) as got:
-            (output,) = json.load(got)["outputs"]
-            assert (output["name"], output["datatype"]) == ("IMAGES", "FP32")
-            return got.status, np.array(output["data"], np.float32).reshape(output["shape"])
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)["error"]
-
-
-def test_the_server_answers_concurrent_requests_in_batches(address, expected):
-    def counts():
-        with urllib.request.urlopen(f"{address}/v2/models/amed/stats", timeout=60) as got:
-            (stats,) = json.load(got)["model_stats"]
-        return sum(int(batch["compute_infer"]["count"]) for batch in stats["batch_stats"])
-
-    bodies = [[tensor(name, rows) for name, rows in columns(*request).items()] for request in REQUESTS] * 6
-    with ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda inputs: ask(address, inputs), bodies))
-    for (status, answer), images in zip(answers, expected * 6, strict=True):
-        assert status == (400 if images is None else 200)
-        if images is None:
-            assert "0 .. 9" in answer
-        else:
-            np.testing.assert_allclose(answer, images, rtol=0, atol=1e-5)
-    assert 0 < counts() < len(bodies)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "match"),
-    [
-        ([tensor("SEEDS", [[-1]])], "outside 0"),
-        ([tensor("SEEDS", [[1, 2]])], r"Expected \[-1,1\]"),
-        ([tensor("SEEDS", [[0]] * 65)], "batch-size must be <= 64"),
-        ([tensor("CLASS_LABELS", [[1]])], "seeds must be a list"),
-        ([tensor("SEEDS", [[1], [2]]), tensor("CLASS_LABELS", [[3]])], "batch size does not match"),
-        ([{**tensor("SEEDS", [[1]]), "datatype": "FP32"}], "expects 'INT64'"),
-    ],
-)
-def test_the_server_refuses_a_bad_request(address, inputs, match):
-    status, message = ask(address, inputs)
-    assert status == 400
-    assert re.search(match, message)
-
-
-def test_a_server_that_cannot_serve_says_so(tmp_path):
-    with pytest.raises(ConfigError, match="is no folder"), tritonserver.serving(tmp_path / "none", unused_port()):
-        pass
-    folder = write_repository(tmp_path, model="digits")
-    config = (folder / "config.pbtxt").read_text()
-    (folder / "config.pbtxt").write_text(config.replace("digits", "gone"))
-    with (
-        (tmp_path / "log").open("wb") as log,
-        pytest.raises(AmedError) as caught,
-        tritonserver.serving(tmp_path, unused_port(), log),
-    ):
-        pass
-    if isinstance(caught.value, MissingDependency):
-        pytest.skip(str(caught.value))
-    assert "ended with status" in str(caught.value)
-    assert "unknown model 'gone'" in (tmp_path / "log").read_text()
-
-
-def test_a_missing_server_is_named_with_its_install_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(tritonserver, "find_spec", lambda name: None)
-    with (
-        pytest.raises(MissingDependency, match="pip install --no-deps nvidia-pytriton"),
-        tritonserver.serving(tmp_path, unused_port()),
-    ):
-        pass
-
-
-def test_a_python_without_its_library_cannot_be_embedded(monkeypatch, tmp_path):
-    monkeypatch.setattr(tritonserver, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=["x"]))
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: 0)
-    with pytest.raises(MissingDependency, match="shared library"), tritonserver.serving(tmp_path, unused_port()):
-        pass

@@ -35,7 +35,9 @@ def run(command, **options):
 
 
 @needs_compiler
-@pytest.mark.parametrize("clones", [True, False], ids=["dispatched", "portable"])
+@pytest.mark.parametrize(
+    "clones", [pytest.param(True, id="dispatched", marks=pytest.mark.slow), pytest.param(False, id="portable")]
+)
 def test_unit_tests_under_the_sanitizers(tmp_path, clones):
     """Also without the clones for newer processors, so that the code every processor can run is tested."""
     program = tmp_path / "test_kernels"

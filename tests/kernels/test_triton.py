@@ -27,6 +27,7 @@ ALIGNED = [["tt.divisibility", 16]]
 ARCHITECTURES = [80, 90, 100]
 
 
+@pytest.mark.slow
 def test_every_property_holds_under_the_interpreter():
     """The flag is read when a kernel is defined, hence the other process."""
     files = [str(HERE / name) for name in ("test_combine.py", "test_midpoint.py", "test_fuzz.py", "test_mutants.py")]

@@ -237,7 +237,9 @@ def test_conditions_and_guidance_reach_the_network(tiny_conditional):
         ({"shape": None}, "does not say what shape its samples have"),
         ({"guidance_scale": 2.0}, "guidance_scale needs a class-conditional model"),
         ({"sigma_min": 90.0}, "need sigma_min < sigma_max"),
-        ({"model": lambda x, sigma: x * math.nan}, "the teacher's trajectory is not finite"),
+        pytest.param(
+            {"model": lambda x, sigma: x * math.nan}, "the teacher's trajectory is not finite", id="not finite"
+        ),
     ],
     ids=str,
 )

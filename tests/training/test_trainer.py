@@ -408,10 +408,14 @@ def test_a_condition_may_be_a_denoiser_of_its_own():
     [
         ({"conditions": []}, "conditions gave no batch; pass a list"),
         ({"conditions": [3]}, "conditions must give tensors or denoisers"),
-        ({"conditions": [denoise], "accumulate": 2}, "cannot be cut; train in one process with accumulate=1"),
+        pytest.param(
+            {"conditions": [denoise], "accumulate": 2},
+            "cannot be cut; train in one process with accumulate=1",
+            id="cut",
+        ),
         ({"conditions": [torch.zeros(8, dtype=torch.int64)]}, r"whole-number conditions must be classes"),
         ({"conditions": [torch.zeros(3, 2)]}, "conditions gave 3 rows for a batch of 8"),
-        ({"conditions": iter([denoise])}, "conditions gave no batch any more"),
+        pytest.param({"conditions": iter([denoise])}, "conditions gave no batch any more", id="no batch any more"),
         ({"preset": "fast"}, "unknown preset 'fast'; valid names: amed-solver, amed-plugin"),
         ({"objective": "gan"}, "objective must be one of greedy, end_to_end, got 'gan'"),
         ({"learn_sigmas": True}, "learn_sigmas needs objective='end_to_end', got 'greedy'"),

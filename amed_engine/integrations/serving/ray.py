@@ -3,42 +3,61 @@
 The same requests and answers as the LitServe example.
 """
 
+from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from amed_engine.engine.images import check_pictures
-from amed_engine.engine.sampler import Sampler
-from amed_engine.errors import AmedError, ConfigError, require
-from amed_engine.integrations.serving.batching import answer, as_json, from_json
+from amed_engine.errors import AmedError, ConfigError, EngineClosedError, require
+from amed_engine.integrations.serving.hosted import Hosted, refusal
+from amed_engine.integrations.serving.requests import from_json
 
 serve = require("ray.serve", "ray")
 
+ROWS, QUEUE = 64, 1024  # as of ContinuousSampler
+_NUMBERS = ("nfe", "rows", "queue")
+_TEXTS = ("model", "predictor", "device")
 
-@serve.deployment
+
+# One more than the engine can hold: which request goes first, or is refused, is the engine's to say and not the router's.
+@serve.deployment(max_ongoing_requests=ROWS + QUEUE + 1)
 class AMEDDeployment:
-    """One Sampler per replica; requests that arrive together are drawn as one batch. options: of Sampler."""
+    """One engine per replica, into which all its requests come at once. options: of `Hosted`."""
 
     def __init__(self, **options: Any):
-        self.sampler = Sampler(**options)
-        check_pictures(self.sampler.model.shape)
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
-    async def draw(self, payloads: list[Any]) -> list[Tensor | AmedError]:
-        return answer(self.sampler, payloads)
+        self.hosted = Hosted(**options)
+        check_pictures(self.hosted.engine.model.shape)
 
     async def __call__(self, request: Any) -> Any:
-        drawn = await self.draw(from_json(await request.body()))
-        if isinstance(drawn, Tensor):
-            return as_json(drawn)
-        return require("starlette.responses", "ray").JSONResponse({"error": str(drawn)}, status_code=422)
+        try:
+            return await self.hosted.pictures(from_json(await request.body()))
+        except AmedError as error:
+            return refusal(error, "ray")
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine did so far; see `ServingStats`."""
+        return asdict(self.hosted.engine.stats())
+
+    def check_health(self) -> None:
+        """Ray replaces a replica whose engine ended."""
+        if self.hosted.engine.closed:
+            raise EngineClosedError("the engine of this replica is closed")
+
+    def __del__(self) -> None:
+        if "hosted" in vars(self):
+            self.hosted.close()
 
 
 def build(args: dict[str, str]) -> Any:
-    """The application for `serve run`: args are the Sampler's model, predictor, nfe and device."""
-    if unknown := sorted(args.keys() - {"model", "predictor", "nfe", "device"}):
-        raise ConfigError(f"unknown arguments {', '.join(unknown)}; known are model, predictor, nfe, device")
-    options: dict[str, Any] = {"model": "digits", **args}
-    if "nfe" in options:
-        options["nfe"] = int(options["nfe"])
-    return AMEDDeployment.bind(**options)
+    """The application for `serve run`: args are model, predictor, nfe, rows, queue and device, as of `Hosted`."""
+    if unknown := sorted(args.keys() - {*_TEXTS, *_NUMBERS}):
+        raise ConfigError(f"unknown arguments {', '.join(unknown)}; known are {', '.join([*_TEXTS, *_NUMBERS])}")
+    options: dict[str, Any] = {name: _whole(name, text) if name in _NUMBERS else text for name, text in args.items()}
+    most = options.get("rows", ROWS) + options.get("queue", QUEUE) + 1
+    return AMEDDeployment.options(max_ongoing_requests=most).bind(**options)
+
+
+def _whole(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be an integer, got {text!r}") from None

@@ -237,6 +237,7 @@ def exports(sampler: Sampler, tmp_path) -> None:
         close(package.run(latents(batch)).images, sampler.run(latents(batch)).images)
 
 
+@pytest.mark.slow
 def test_a_program_without_python_draws_the_samples_of_the_seeds(sampler, files, tmp_path):
     """csrc/examples/run_package, built as its CMakeLists.txt says; more seeds than one call of the loop takes."""
     cmake = shutil.which("cmake")
@@ -413,7 +414,7 @@ def test_without_the_onnx_libraries_the_extra_is_named(sampler, tmp_path, monkey
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 2.5])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [pytest.param("pt2", marks=pytest.mark.slow), "exported", "onnx"])
 def test_a_file_starts_about_the_mean_of_each_class(tmp_path, format, guidance_scale):
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         pytest.importorskip(name)

@@ -59,6 +59,11 @@ class Compiled(nn.Module):
     def can_guide(self) -> bool:
         return self.facts.get("can_guide", True) and self.label_kind not in CONTINUOUS
 
+    @property
+    def batch_range(self) -> tuple[int, int]:
+        """The smallest and the largest batch."""
+        return self.signature.batch
+
     def forward(self, *inputs: Tensor) -> Denoised:
         """x (B, C, H, W), sigma (B,)[, one-hot rows (B, label_dim)]. Raises ConfigError for what the signature forbids."""
         self._check(*inputs)

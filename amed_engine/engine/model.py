@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
 from amed_engine.sampling.offloaded import awaited, brings_weights, brought
+from amed_engine.solvers.arguments import told
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
     if guidance_scale is None:
         return
     if not _is_number(guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
+        raise ConfigError(f"guidance_scale must be a finite number, got {told(guidance_scale)}")
     if not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     if model.continuous:
@@ -287,4 +288,4 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

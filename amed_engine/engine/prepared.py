@@ -44,6 +44,16 @@ class Wishes:
     sigma_min: float | None = None
     sigma_max: float | None = None
 
+    def __post_init__(self):
+        """Raises ConfigError."""
+        levels = self.schedule
+        dense = isinstance(levels, Tensor) and levels.layout == torch.strided and levels.device.type != "meta"
+        if isinstance(levels, Tensor) and (not dense or levels.is_complex()):
+            raise ConfigError(
+                f"schedule must be a name or a tensor of real numbers, noise levels, got {levels.dtype} of layout "
+                f"{levels.layout} on {levels.device}"
+            )
+
 
 @dataclass
 class Prepared:

@@ -194,6 +194,7 @@ def checked(program: torch.export.ExportedProgram) -> nn.Module:
 
     module.register_forward_pre_hook(check, prepend=True)
     module.sample_shape = signature.sample_shape  # type: ignore[assignment]
+    module.batch_range = signature.batch  # type: ignore[assignment]
     if signature.label_dim:
         module.label_dim = signature.label_dim  # type: ignore[assignment]
     if signature.takes_integers and not kept(module):

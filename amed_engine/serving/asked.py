@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -22,14 +22,14 @@ from amed_engine.serving.order import Order, Sample
 from amed_engine.serving.programs import Programmed, Programs
 from amed_engine.serving.rows import Rows
 from amed_engine.serving.table import MAX_HISTORY
-from amed_engine.solvers.arguments import is_whole
+from amed_engine.solvers.arguments import is_whole, told
 
 
 class Orders:
-    """Makes orders for one model. wishes of each program: `given` by the engine, and the request's."""
+    """Makes orders for one model. wishes of each program: `given` by the engine, and the request's. most: samples of one."""
 
-    def __init__(self, model: Model, programs: Programs, rows: Rows, given: Mapping[str, Any]):
-        self.model, self.programs, self.rows, self.given = model, programs, rows, given
+    def __init__(self, model: Model, programs: Programs, rows: Rows, given: Mapping[str, Any], most: int):
+        self.model, self.programs, self.rows, self.given, self.most = model, programs, rows, given, most
 
     @plain_tensors()  # what is kept for other requests is not for a caller's inference_mode to lock
     def make(
@@ -74,6 +74,7 @@ class Orders:
     ) -> tuple[list[int] | None, Tensor | None, Tensor | None]:
         """Seeds or latents, and classes where they are given."""
         batch, labels = imported("seeds", batch), imported("class_labels", labels)
+        _check_count(batch, self.most)
         if isinstance(batch, Tensor) and batch.is_floating_point():
             kind: dict[str, Any] = {"dtype": self.rows.dtype, "device": self.rows.device}
             noises = programmed.program.noises
@@ -119,6 +120,15 @@ class Orders:
         return room.check(given, count, guided=scale not in (None, 1))
 
 
+def _check_count(batch: Any, most: int) -> None:
+    """Before so many seeds are drawn or read. Raises ConfigError."""
+    count = batch if isinstance(batch, Integral) else len(batch) if isinstance(batch, Sequence) else 0
+    if int(count) > most:
+        raise ConfigError(
+            f"samples: got {told(int(count))}, expected at most {most}, rows and queue; split the request"
+        )
+
+
 def check_settings(*, rows: int, history: int, queue: int, dtype: torch.dtype, backend: str) -> None:
     """Of an engine. Raises ConfigError."""
     if dtype not in (torch.float32, torch.float64):
@@ -136,6 +146,6 @@ def _deadline(seconds: Any) -> float | None:
     if seconds is None:
         return None
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not math.isfinite(seconds) or seconds <= 0:
-        raise ConfigError(f"deadline must be seconds from now, a positive number, got {seconds!r}")
+    if not number or not 0 < seconds <= sys.float_info.max:
+        raise ConfigError(f"deadline must be seconds from now, a positive number, got {told(seconds)}")
     return time.monotonic() + seconds

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable
+from queue import SimpleQueue
 from typing import Any
 
 from amed_engine.engine.request import Request, make_request
-from amed_engine.engine.runner import Runner
-from amed_engine.errors import DeadlineError, QueueFullError
+from amed_engine.engine.runner import Drawn, Runner
+from amed_engine.errors import ConfigError, DeadlineError, EngineClosedError, QueueFullError
 from amed_engine.serving.order import Order
 from amed_engine.serving.rows import Rows
 
 
 class Beside:
-    """At most `limit` samples wait for the one thread that draws them."""
+    """At most `limit` samples wait for the one thread that draws them; None in `orders` ends it."""
 
     def __init__(self, rows: Rows, runner: Runner, limit: int):
         self.rows, self.runner, self.limit = rows, runner, limit
-        self.thread: threading.Thread | None = None
-        self.threads = ThreadPoolExecutor(1, "amed-beside", self._begin)
-
-    def _begin(self) -> None:
-        self.thread = threading.current_thread()
+        self.orders: SimpleQueue[Order | None] = SimpleQueue()
 
     def check(self, order: Order, others: Iterable[Order]) -> None:
-        """Raises QueueFullError."""
+        """Raises ConfigError for more than there is ever room for, QueueFullError."""
+        if order.samples > self.limit:
+            raise ConfigError(
+                f"samples: got {order.samples}, expected at most {self.limit}, rows and queue; split the request"
+            )
         waiting = sum(each.samples for each in others if each.programmed.table is None)
         if waiting + order.samples > self.limit:
             raise QueueFullError(
@@ -36,15 +35,17 @@ class Beside:
                 1.0,
             )
 
-    def draw(self, order: Order) -> str:
-        """Deliver all samples of an order; what drew them. Raises DeadlineError where it is late, NonFiniteError."""
+    def draw(self, order: Order, wanted: Container[Order]) -> Drawn:
+        """All samples of an order, as long as it is wanted. Raises DeadlineError where it is late, NonFiniteError."""
+
+        def look(*_: Any) -> None:
+            if order not in wanted:
+                raise EngineClosedError("nobody waits for these samples any more")
+
+        look()
         if order.deadline is not None and time.monotonic() > order.deadline:
             raise DeadlineError("the deadline passed before this request came to be drawn; allow more seconds")
-        drawn = self.runner.run(order.programmed.program, self._request(order), order.scale, None)
-        for index, image in enumerate(drawn.images.unbind(0)):
-            order.keep(index, image, None)
-            order.tell(index)
-        return drawn.backend
+        return self.runner.run(order.programmed.program, self._request(order), order.scale, look)
 
     def _request(self, order: Order) -> Request:
         batch: Any = order.latents if order.seeds is None else order.seeds

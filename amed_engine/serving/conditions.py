@@ -93,8 +93,13 @@ def picked(values: Tensor, indices: Sequence[int]) -> Tensor:
 
 def conditions_of(model: Model, count: int, device: torch.device) -> RowConditions | None:
     """Room for the conditions of a model's rows; None for a network that takes none."""
+    adapter = takes_conditions(model)
+    return None if adapter is None else RowConditions(adapter, count, device)
+
+
+def takes_conditions(model: Model) -> Adapter | None:
+    """The adapter of a network that takes conditions."""
     inner = bare(model.network)
     while isinstance(inner, (ClassifierFree, Thresholded)):
         inner = bare(inner.denoiser)
-    takes = isinstance(inner, Adapter) and inner.conditions.names
-    return RowConditions(inner, count, device) if takes else None
+    return inner if isinstance(inner, Adapter) and inner.conditions.names else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import threading
 import weakref
@@ -30,7 +31,8 @@ from amed_engine.serving.order import Sample
 from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.stats import ServingStats
-from amed_engine.serving.ticker import Ticker, check_buckets
+from amed_engine.serving.ticker import Ticker, check_batches, check_buckets
+from amed_engine.solvers.arguments import is_number, told
 from amed_engine.solvers.mean import FirstStep
 from amed_engine.solvers.plan import Plan
 
@@ -96,11 +98,14 @@ class ContinuousSampler:
         captures = self._captures(backend)
         sizes = check_buckets(buckets, rows, captures)
         self.rows = rows if sizes is None else min(rows, sizes[-1])
-        apart = buckets is not None
+        most = check_batches(self.model.network, sizes, self.rows)
+        apart = buckets is not None or most < 2 * self.rows
         state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
-        self._orders = Orders(self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max})
+        self._orders = Orders(
+            self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max}, self.rows + queue
+        )
         self._loop = Loop(state, ticker, runner, queue)
         # Also at the interpreter's end, where a thread that still runs torch would be cut off.
         self._finalizer = weakref.finalize(self, self._loop.close, False, 10.0)
@@ -197,7 +202,8 @@ class ContinuousSampler:
 
     def cost(self, seeds: int | Sequence[int] | Tensor, class_labels: Any = None, **options: Any) -> Cost:
         """What a request of `submit`'s arguments would take. Raises ConfigError, FileFormatError."""
-        order = self._orders.make(seeds, class_labels, **options)
+        asked = inspect.signature(self.submit).bind(seeds, class_labels, **options).arguments
+        order = self._orders.make(asked.pop("seeds"), asked.pop("class_labels"), **asked)
         return Cost(order.samples, order.samples * order.programmed.plan.nfe, self._loop.seconds(order))
 
     def stats(self) -> ServingStats:
@@ -210,7 +216,12 @@ class ContinuousSampler:
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests and end: with drain after all that were taken are done, at most `timeout` seconds from now;
-        what is left gets EngineClosedError."""
+        what is left gets EngineClosedError. In a function that the engine calls (`on_sample`, a callback of a future) it
+        does not wait. Raises ConfigError."""
+        if not isinstance(drain, bool):
+            raise ConfigError(f"drain must be True or False, got {told(drain)}")
+        if timeout is not None and not is_number("close", "timeout", timeout, "seconds, or None to wait for all") >= 0:
+            raise ConfigError(f"timeout must be seconds from now, or None to wait for all, got {told(timeout)}")
         self._loop.close(drain, timeout)
 
     def _captures(self, backend: str) -> bool:

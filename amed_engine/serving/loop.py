@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from amed_engine.serving.stats import Pace, ServingStats
 from amed_engine.serving.ticker import Ticker
 
 logger = logging.getLogger("amed_engine")
+CLOSED = "the engine was closed before this request was done, or dropped by all who held it; send it to another"
 
 
 class Loop:
@@ -40,10 +42,12 @@ class Loop:
         self._tasks: list[tuple[Callable[[], Any], Future]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._beside = Beside(rows, runner, waiting + rows.count)
-        self._threads = [
-            threading.Thread(target=work, name=f"amed-{name}", daemon=True)
-            for name, work in (("ticks", self._serve), ("delivery", self._deliver))
-        ]
+        work = {
+            "ticks": self._serve,
+            "delivery": partial(_each, self._done, self._deliver),
+            "beside": partial(_each, self._beside.orders, self._draw_beside),
+        }
+        self._threads = [threading.Thread(target=work[name], name=f"amed-{name}", daemon=True) for name in work]
         for thread in self._threads:
             thread.start()
 
@@ -64,10 +68,9 @@ class Loop:
                 raise
             self._orders.add(order)
             if order.programmed.table is None:
-                self._beside.threads.submit(self._draw_beside, order)
+                self._beside.orders.put(order)
             self._wake.notify_all()
-        # Not before the lock is free: a future that was cancelled already calls at once.
-        order.future.add_done_callback(lambda future: self._cancel(order) if future.cancelled() else None)
+        order.when_cancelled(self._cancel)
 
     def seconds(self, order: Order) -> float | None:
         """Until it would be done if it came now and nothing after it; None before any tick was measured."""
@@ -79,8 +82,6 @@ class Loop:
 
     def between_ticks(self, work: Callable[[], Any]) -> Any:
         """The result of work that is done by the ticking thread while no tick runs. Raises EngineClosedError."""
-        if threading.current_thread() is self._threads[0]:
-            return work()
         future: Future = Future()
         with self._wake:
             if self.closing:
@@ -99,22 +100,19 @@ class Loop:
             )  # type: ignore[arg-type]
 
     def close(self, drain: bool, timeout: float | None) -> None:
-        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; a callback, which one of them
-        calls, waits for nothing, and they end when all is done."""
+        """Take no more; wait for what was taken, or give it up. Threads are gone afterwards; one of them waits for nothing."""
         until = None if timeout is None else time.monotonic() + timeout
-        waits = threading.current_thread() not in (*self._threads, self._beside.thread)
+        inside = threading.current_thread() in self._threads
         with self._wake:
             self.closing = True
-            if drain and waits:
-                self._wake.wait_for(lambda: not self._orders, timeout)
-            left = [] if drain and not waits else list(self._orders)
-            for order in left:
-                self._drop(order)
+            self._beside.orders.put(None)
             self._wake.notify_all()
+            if drain and not inside:
+                self._wake.wait_for(lambda: not self._orders, timeout)
+            left = [] if drain and inside else list(self._orders)
         for order in left:
-            order.fail(EngineClosedError("the engine was closed before this request was done; send it to another"))
-        self._beside.threads.shutdown(wait=waits and drain and until is None, cancel_futures=not drain)
-        for thread in self._threads if waits else ():
+            self._fail(order, EngineClosedError(CLOSED), "cancelled")
+        for thread in () if inside else self._threads:
             thread.join(None if until is None else max(0.1, until - time.monotonic()))
 
     # ---- the ticking thread ----
@@ -138,11 +136,13 @@ class Loop:
             tasks, self._tasks = self._tasks, []
             late: list[Any] = self.scheduler.expire(time.monotonic(), self._tick_seconds())
             placed, moves = self.scheduler.admit(), self.scheduler.moves()
+            self.counts["admitted"] += len(placed)
         for work, future in tasks:
             _work(work, future)
         for job in late:
-            self._ends(job, "missed")
-            job.fail(DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn"))
+            error = DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn")
+            self._fail_later(job, error, "missed")
+        self.pace.start()
         try:
             self._tick(placed, moves)
         except Exception as error:
@@ -150,8 +150,7 @@ class Loop:
         return True
 
     def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
-        self.pace.start()
-        starts = starts_of(placed, self.rows)
+        starts = starts_of(placed, self.rows, self._fail_later)
         with self._wake:
             for row, start in starts:
                 self._at[row] = start
@@ -183,11 +182,11 @@ class Loop:
             self.counts["ticks"] += 1
             self.counts["evaluations"] += len(here)
             self.counts["evaluated"] += kind.size + kind.halves
-            self.counts["admitted"] += len(placed)
-        results = self.rows.read([sample.row for sample in done]) if done else None
-        self.rows.free([sample.row for sample in done])
+        over = [sample.row for sample in done]
+        results = self.rows.read(over) if done else ()
+        self.rows.free(over)
         mark = self.pace.end(kind.size)
-        if results is not None:
+        if done:
             self._done.put((done, *results, mark))
 
     def _fail_live(self, error: Exception) -> None:
@@ -195,49 +194,56 @@ class Loop:
         with self._wake:
             orders: set[Any] = {placed.job for placed in self.scheduler.placed()}
         logger.error("a tick failed, and %d requests with it: %s", len(orders), error)
-        self._fail(orders, error)
+        for order in orders:
+            self._fail_later(order, error)
+
+    def _fail_later(self, order: Order, error: BaseException, counted: str = "failed") -> None:
+        """By the thread that delivers: what a future calls is a caller's, and no tick waits for it."""
+        if self._take_out(order, counted):
+            self._done.put(partial(order.finish, error))
 
     # ---- delivery ----
 
-    def _deliver(self) -> None:
-        while (item := self._done.get()) is not None:
-            done, images, finite, mark = item
-            try:
-                if mark is not None:
-                    mark.synchronize()  # of samples and counts
-                checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
-                for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
-                    self._hand_out(placed.job, placed.index, image, count)
-            except Exception as error:  # of the device
-                self._fail({placed.job for placed in done}, error)
+    def _deliver(self, item: Any) -> Any:
+        """What one tick finished, or what is to be called."""
+        if callable(item):
+            return item()
+        done, images, finite, mark = item
+        try:
+            if mark is not None:
+                mark.synchronize()  # of samples and counts
+            checked = finite.tolist() if self.runner.check_finite else [None] * len(done)
+        except Exception as error:  # of the device
+            for order in {placed.job for placed in done}:
+                self._fail(order, error)
+            return
+        for placed, image, count in zip(done, images.unbind(0), checked, strict=True):
+            self._hand_out(placed.job, placed.index, image, count)
 
-    def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None) -> None:
+    def _hand_out(self, order: Order, index: int, image: Tensor, finite: int | None, backend: str = "ticks") -> None:
         with self._wake:
-            if order not in self._orders:  # cancelled, or failed
+            if order not in self._orders:
                 return
-            self.counts["completed" if order.keep(index, image, finite) else "failed"] += 1
-            last = order.delivered == order.samples
+            last = order.place(index, image, finite)
+            self.counts["failed" if index in order.failed else "completed"] += 1
+            self.counts["beside"] += backend != "ticks"
             if last and order.deadline is not None and time.monotonic() > order.deadline:
                 self.counts["missed"] += order.samples
         order.tell(index)
-        if last and self._ends(order):  # first: what the future calls may wait for the engine to be drained
+        if last and self._take_out(order):  # first: what the future calls may wait for the engine to be drained
             with self.pace.aside():
-                result = order.result("ticks")
+                result = order.result(backend)
             order.finish(result)
 
-    # ---- programs that are no table ----
-
     def _draw_beside(self, order: Order) -> None:
-        if order.future.done():
-            return
+        """Of a program that is no table."""
         try:
-            backend = self._beside.draw(order)
+            drawn = self._beside.draw(order, self._orders)
         except BaseException as error:
-            if self._ends(order, "missed" if isinstance(error, DeadlineError) else "failed"):
-                order.fail(error)
-        else:
-            if self._ends(order, "beside", "completed"):
-                order.finish(order.result(backend))
+            self._fail(order, error, "missed" if isinstance(error, DeadlineError) else "failed")
+            return
+        for index, image in enumerate(drawn.images.unbind(0)):
+            self._hand_out(order, index, image, None, drawn.backend)
 
     # ---- bookkeeping ----
 
@@ -246,47 +252,45 @@ class Loop:
         coming = len(self.scheduler) + (0 if order is None else order.samples)
         return self.pace.of(min(self.rows.count, max(1, coming)))
 
-    def _ends(self, order: Order, *counts: str) -> bool:
-        """Whether it was still wanted, neither cancelled nor given up; no more of it is."""
-        with self._wake:
-            wanted = order in self._orders
-            for what in counts if wanted else ():
-                self.counts[what] += order.samples
-            self._orders.discard(order)
-            self._wake.notify_all()
-        return wanted
+    def _fail(self, order: Order, error: BaseException, counted: str = "failed") -> None:
+        if self._take_out(order, counted):
+            order.finish(error)
 
     def _cancel(self, order: Order) -> None:
-        order.settles()
-        with self._wake:
-            if order in self._orders:
-                self.counts["cancelled"] += order.samples - order.delivered
-                self._drop(order)
+        if self._take_out(order, "cancelled"):
+            order.future.set_running_or_notify_cancel()  # for those who wait for several
 
-    def _fail(self, orders: set[Any], error: BaseException) -> None:
+    def _take_out(self, order: Order, counted: str | None = None) -> bool:
+        """Out of the queue and the rows. Whether it was here: who took it out is the one to fulfil its future. counted: what
+        became of the samples that are not delivered."""
         with self._wake:
-            for order in orders & self._orders:
-                self.counts["failed"] += order.samples - order.delivered
-                self._drop(order)
-        for order in orders:
-            order.fail(error)
-
-    def _drop(self, order: Order) -> None:
-        """Out of the queue and the rows; to be called with the lock."""
-        for row in self.scheduler.cancel(order):
-            self._at[row] = None
-        self._orders.discard(order)
-        self._wake.notify_all()
+            if order not in self._orders:
+                return False
+            for row in self.scheduler.cancel(order):
+                self._at[row] = None
+            self._orders.discard(order)
+            if counted is not None:
+                self.counts[counted] += order.samples - order.delivered
+            self._wake.notify_all()
+            return True
 
     def _stop(self, error: BaseException) -> None:
         with self._wake:
             self.closing = True
-            left, self._orders = self._orders, set()
+            self._beside.orders.put(None)
             tasks, self._tasks = self._tasks, []
+            left = list(self._orders)
         for order in left:
-            order.fail(error)
+            self._fail_later(order, error)
         for _, future in tasks:
             future.set_exception(error)
+
+
+def _each(items: queue.SimpleQueue, work: Callable[[Any], None]) -> None:
+    """Work on what comes until None does."""
+    while (item := items.get()) is not None:
+        work(item)
+        del item  # else its samples are kept until the next comes
 
 
 def _work(work: Callable[[], Any], future: Future) -> None:

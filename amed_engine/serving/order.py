@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -58,7 +58,6 @@ class Order(Job):
         self.labels: list[Tensor | None] = [None] * self.samples
         self.failed: dict[int, int] = {}  # sample -> the evaluation that was not finite
         self.delivered = 0
-        self._settled, self._lock = False, threading.Lock()
 
     def starts(self, indices: Sequence[int], rows: Rows) -> list[Start]:
         """What these samples begin with, on the device of the rows."""
@@ -91,47 +90,61 @@ class Order(Job):
         send = [sent(tensor, rows.device, rows.dtype) for tensor in (noise, more)]
         return send[0], drawn if given is None else given, send[1] if count else None
 
-    def keep(self, index: int, image: Tensor, finite: int | None) -> bool:
-        """One sample more, after so many finite evaluations (None: nobody looked). Whether it is one."""
-        self.delivered += 1
+    def when_cancelled(self, call: Callable[[Order], None]) -> None:
+        """Call a method once the future is cancelled. Nobody may hold a lock that it takes: it may be called at once.
+
+        A future keeps what it calls, and so would keep itself and the engine: it gets weak references.
+        """
+        own, method = weakref.ref(self), weakref.WeakMethod(call)
+
+        def look(future: Future) -> None:
+            order, there = own(), method()
+            if future.cancelled() and order is not None and there is not None:
+                there(order)
+
+        self.future.add_done_callback(look)
+
+    def place(self, index: int, image: Tensor, finite: int | None) -> bool:
+        """One sample more, after so many finite evaluations (None: nobody looked). Whether it was the last."""
         if finite is not None and finite < self.ticks:
             self.failed[index] = finite + 1
-            return False
-        self.images[index] = image
-        return True
+        else:
+            self.images[index] = image
+        self.delivered += 1
+        return self.delivered == self.samples
 
     def tell(self, index: int) -> None:
-        """on_sample, of a sample that was kept."""
+        """Call `on_sample`; what it raises is the caller's, and ends no thread of the engine."""
         image = self.images[index]
-        if self.on_sample is None or image is None or self.future.done():
+        if self.on_sample is None or image is None or self.future.cancelled():
             return
         try:
             self.on_sample(Sample(index, self.seeds[index] if self.seeds else None, self.labels[index], image))
-        except Exception:
+        except BaseException:
             logger.exception("on_sample failed for sample %d; the request goes on", index)
 
-    def finish(self, result: SampleResult | NonFiniteError) -> None:
-        """Fulfil the future, if anybody still waits."""
-        if isinstance(result, NonFiniteError):
-            self.fail(result)
-        elif self.settles():
-            self.future.set_result(result)
+    def finish(self, result: SampleResult | BaseException) -> None:
+        """Fulfil the future, if anybody still waits; once, see `Loop`."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            if isinstance(result, BaseException):
+                self.future.set_exception(result)
+            else:
+                self.future.set_result(result)
+        except BaseException:  # Future lets through what is no Exception
+            logger.exception("a callback of a request's future failed")
 
-    def fail(self, error: BaseException) -> None:
-        if self.settles():
-            self.future.set_exception(error)
-
-    def settles(self) -> bool:
-        """Whether it is for the caller to set the future: for the first thread that comes to it, unless it was cancelled, of
-        which whoever waits is told."""
-        with self._lock:
-            first, self._settled = not self._settled, True
-        return first and self.future.set_running_or_notify_cancel()
-
-    def result(self, backend: str) -> SampleResult | NonFiniteError:
-        """All samples, or which of them failed."""
+    def result(self, backend: str) -> SampleResult | Exception:
+        """All samples, or why there are none."""
         if self.failed:
             return self._non_finite()
+        try:
+            return self._whole(backend)
+        except RuntimeError as error:  # there is no memory for all of them at once
+            return error
+
+    def _whole(self, backend: str) -> SampleResult:
         labels = None if self.labels[0] is None else torch.stack(self.labels)  # type: ignore[arg-type]
         images, seconds = torch.stack(self.images), time.monotonic() - self.submitted  # type: ignore[arg-type]
         if images.is_cuda:  # made on a stream aside, used on the caller's
@@ -151,13 +164,19 @@ class Order(Job):
         )
 
 
-def starts_of(placed: Sequence[Placed], rows: Rows) -> list[tuple[int, Start]]:
-    """What samples of any orders begin with, each with its row."""
+def starts_of(
+    placed: Sequence[Placed], rows: Rows, fail: Callable[[Order, Exception], None]
+) -> list[tuple[int, Start]]:
+    """What samples begin with, and their rows. An order for which there is no saying is told to `fail`, alone."""
     by_order: dict[Any, list[Placed]] = {}
     for sample in placed:
         by_order.setdefault(sample.job, []).append(sample)
-    return [
-        (sample.row, start)
-        for order, samples in by_order.items()
-        for sample, start in zip(samples, order.starts([s.index for s in samples], rows), strict=True)
-    ]
+    found: list[tuple[int, Start]] = []
+    for order, samples in by_order.items():
+        try:
+            starts = order.starts([sample.index for sample in samples], rows)
+        except Exception as error:
+            fail(order, error)
+        else:
+            found += zip([sample.row for sample in samples], starts, strict=True)
+    return found

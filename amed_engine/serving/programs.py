@@ -17,7 +17,12 @@ from torch import Tensor
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import open_plan, open_predictor
 from amed_engine.engine.prepared import Prepared, Wishes, prepare
+from amed_engine.engine.request import shape_of
+from amed_engine.sampling.denoiser import check_features
+from amed_engine.sampling.modes import evaluating
+from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import AMEDPredictor, Predictor
+from amed_engine.serving.conditions import takes_conditions
 from amed_engine.serving.table import NoTable, Table, tabulated
 from amed_engine.solvers.plan import Plan
 from amed_engine.solvers.program import Program
@@ -102,9 +107,26 @@ class Programs:
     def _check_bottleneck(self, predictor: AMEDPredictor | None) -> None:
         if predictor is None:
             return
-        self._bottleneck = self._bottleneck or predictor.bottleneck
+        if self._bottleneck is None:
+            if said(self.model.network, "bottleneck_size") is None:  # else it was compared when they were paired
+                self._look(predictor)
+            self._bottleneck = predictor.bottleneck
         if predictor.bottleneck != self._bottleneck:
             raise NoTable(f"predictors of other bottlenecks than {self._bottleneck} have no room here")
+
+    @torch.no_grad()
+    def _look(self, predictor: AMEDPredictor) -> None:
+        """At what the network answers, before a predictor that cannot read it fails a tick of others. Raises ConfigError."""
+        if (adapter := takes_conditions(self.model)) is not None and not adapter.conditions.count:
+            return  # it cannot be asked before a request brings some
+        model, count = self.tuned, said(self.model.network, "batch_range", (1, 1))[0]
+        kind: dict[str, Any] = {"device": self._prepare["device"], "dtype": self._prepare["dtype"]}
+        labels = [torch.zeros(count, model.label_dim, **kind)] if model.label_dim else []
+        with evaluating(model.module):
+            inputs = torch.zeros(count, *shape_of(model), **kind), torch.ones(count, **kind)
+            features = model.denoise(*inputs, *labels).features
+        if features is not None:
+            check_features(features, predictor.bottleneck)
 
 
 def _keep(cache: OrderedDict, key: Hashable, value: Any) -> None:

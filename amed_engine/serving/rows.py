@@ -52,7 +52,7 @@ class Kind(NamedTuple):
 
 class Rows:
     """`count` rows of samples of one shape. apart: guidance's halves are calls of their own, so that a row's numbers depend on
-    the size of its bucket alone."""
+    the size of its bucket alone, or since the network takes no larger batch."""
 
     def __init__(
         self,
@@ -185,7 +185,9 @@ class Rows:
         ring = self.ring[:, :size]
         past = ring.index_select(0, (self.phase - self.ages) % self.history)  # by age, so that sums have one order
         combine([x, y, answer.x0, *past.unbind(0)], self._matrix(answer, kind), out=[self.direction[:size], x, y])
-        self.finite[:size] += y.isfinite().flatten(1).all(1)  # of the answer, which y reads in any case, and of the sum
+        self.finite[:size] += (
+            y.isfinite().reshape(size, -1).all(1)
+        )  # of the answer, which y reads in any case, and of the sum
         ring.index_copy_(0, self.phase % self.history, self.direction[:size].unsqueeze(0))
         self.phase += 1
         line.copy_(self.bank.follows.index_select(0, line))

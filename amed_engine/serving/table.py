@@ -187,7 +187,7 @@ class _Writer:
         def write(row: int, values: Sequence[Coefficient]) -> None:
             for column, value in zip(used, values, strict=True):
                 weights = value if isinstance(value, tuple) and self.mid is None else (self._number(value),)
-                matrix[row, column, : len(weights)] = torch.tensor(weights, dtype=torch.float64)
+                matrix[row, column, : len(weights)] = torch.tensor(weights, dtype=torch.float64, device="cpu")
 
         rows = list(step.coefficients)
         if step.new_directions:

@@ -6,13 +6,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from amed_engine.adapters.signature import UNBOUNDED
 from amed_engine.engine.capture import Addresses, Device, Recording, StaleGraphError, numerics
 from amed_engine.engine.graphs import WARMUPS, WARMUPS_TORCHSCRIPT, Bucket, WarmupReport, check_sizes
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.modes import modes_kept
+from amed_engine.sampling.modules import said
 from amed_engine.serving.rows import Kind, Rows
 
 
@@ -30,6 +33,18 @@ def check_buckets(buckets: Sequence[int] | None, rows: int, captures: bool) -> l
     if sizes[-1] > rows:
         raise ConfigError(f"buckets must be at most the {rows} rows, got {sizes[-1]}; pass rows={sizes[-1]} as well")
     return sizes
+
+
+def check_batches(network: Any, sizes: list[int] | None, rows: int) -> int:
+    """The largest batch that a network takes, compiled ones few. Raises ConfigError where it takes no tick of some size."""
+    low, high = said(network, "batch_range", (1, UNBOUNDED))
+    first, last = (sizes[0], sizes[-1]) if sizes else (1, rows)
+    if first < low or last > high:
+        remedy = f"rows={high}" if low == 1 else f"rows={high} and buckets=({high},)"
+        raise ConfigError(
+            f"the model was compiled for batches of {low} to {high}, and ticks would have {first} to {last} rows; pass {remedy}"
+        )
+    return high
 
 
 @dataclass
@@ -51,8 +66,9 @@ class Ticker:
     def kind(self, live: int, guided: int, learned: bool) -> Kind:
         """The tick for so many live rows, of which so many are guided."""
         size = live if self.buckets is None else self.buckets[bisect_left(self.buckets, live)]
-        # Of graphs, and where numbers are to depend on the bucket alone, there is one with all halves.
-        halves = guided if self.buckets is None else size * bool(guided)
+        # Of graphs, and where halves are a call of their own, there is one with all of them.
+        whole = self.rows.apart or self.buckets is not None
+        halves = size * bool(guided) if whole else guided
         return Kind(size, halves, learned)
 
     def tick(self, kind: Kind) -> None:

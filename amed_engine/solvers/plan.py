@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR, with_options
+from amed_engine.solvers.arguments import is_whole, told
 from amed_engine.solvers.base import Solver, check_first_step_of, count_evaluations, count_intervals
 from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.mean import NAMES, FirstStep, Mean, check_first_step, read_first_step
@@ -265,10 +265,13 @@ def _intervals(nfe: int, per_interval: int, choices: Sequence[FirstStep], solver
     )
 
 
+MOST = 1 << 20  # evaluations
+
+
 def check_nfe(nfe: Any) -> int:
     """A number of evaluations, NumPy's integers too. Raises ConfigError."""
-    if not isinstance(nfe, Integral) or isinstance(nfe, bool) or nfe < 1:
-        raise ConfigError(f"nfe must be a positive integer, got {nfe!r}")
+    if not is_whole(nfe, 1, MOST):
+        raise ConfigError(f"nfe must be a positive integer, at most {MOST}, got {told(nfe)}")
     return int(nfe)
 
 

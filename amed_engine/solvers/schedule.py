@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable
 from numbers import Integral
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.arguments import told
 
 logger = logging.getLogger("amed_engine")
 
@@ -154,8 +156,8 @@ def make_schedule(
         raise ConfigError(
             f"need 0 < sigma_min < sigma_max, both finite; got sigma_min={sigma_min}, sigma_max={sigma_max}"
         )
-    if rho is not None and not (isinstance(rho, (int, float)) and 0 < rho < math.inf):
-        raise ConfigError(f"rho must be a positive number or None, got {rho!r}")
+    if rho is not None and not (isinstance(rho, (int, float)) and 0 < rho <= sys.float_info.max):
+        raise ConfigError(f"rho must be a positive number or None, got {told(rho)}")
     options = {} if rho is None or name == "logsnr" else {"rho": float(rho)}
     if name == "discrete":
         if alphas_cumprod is None:

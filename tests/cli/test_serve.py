@@ -72,6 +72,9 @@ def test_sigterm_finishes_what_is_asked_for(running):
         (["--model", "no-such-model"], "no-such-model"),
         (["--backend", "graph", "--device", "cpu"], "backend='graph' needs a CUDA device"),
         (["--grace", "-1"], "--grace"),
+        (["--grace", "nan"], "--grace"),
+        (["--grace", "inf"], "--grace"),
+        (["--host", "nowhere.invalid"], "nowhere.invalid"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,5 +1,7 @@
 """What is no table is drawn beside the rows, exactly as `Sampler.run` draws it."""
 
+import threading
+
 import mixed
 import pytest
 import torch
@@ -76,10 +78,12 @@ def test_what_is_cancelled_or_given_up_while_it_is_drawn_beside_is_no_success(ne
     network.stop()
     second = engine.submit([4], **BESIDE["thresholding"])
     network.wait_for_a_call()
-    engine.close(drain=False)
+    closing = threading.Thread(target=engine.close, args=(False,))
+    closing.start()
     with pytest.raises(EngineClosedError):
-        second.result(0)
+        second.result(PATIENCE)
     network.gate.set()
-    engine._loop._beside.threads.shutdown(wait=True)
+    closing.join(PATIENCE)
+    assert not closing.is_alive()
     assert engine.stats().completed == 1
     assert caplog.records == []

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from served import Gate, gated, raw, told
 
 import amed_engine
-from amed_engine import ContinuousSampler
+from amed_engine import ConfigError, ContinuousSampler
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
@@ -83,6 +83,46 @@ def test_a_closed_engine_is_unavailable():
     assert told(answer, 503)["code"] == "draining"
     assert answer.headers["retry-after"] == "1"
     assert client.get("/readyz").status_code == 503
+
+
+def test_an_engine_that_is_closed_gets_nothing_where_another_is_open(engine):
+    gone = gated(Gate(), rows=2)
+    gone.close()
+    with gated(Gate(), rows=2) as there:
+        client = TestClient(make_app({"one": [gone, there]}))
+        assert client.post("/v1/samples", json={"seeds": [1], "nfe": 3}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("engines", "options", "what"),
+    [
+        ({}, {}, "every model needs an engine"),
+        ({"a": []}, {}, "every model needs an engine"),
+        ({"": "one"}, {}, "every model needs an engine"),
+        ({"a": "one"}, {}, "every model needs an engine"),
+        ({"a": ["one"]}, {}, "every model needs an engine"),
+        ("one", {}, "every model needs an engine"),
+        (None, {"limits": {"samples": 3}}, "limits must be Limits"),
+        (None, {"limits": 0}, "limits must be Limits"),
+        (None, {"allow_programs": "no"}, "allow_programs must be True or False"),
+    ],
+)
+def test_an_app_is_made_of_engines_and_limits(engine, engines, options, what):
+    with pytest.raises(ConfigError, match=what):
+        make_app({"digits": [engine]} if engines is None else engines, **options)
+
+
+def test_a_model_is_served_by_a_list_of_engines(engine):
+    with pytest.raises(ConfigError, match="every model needs an engine"):
+        make_app({"digits": engine})
+
+
+@pytest.mark.parametrize(
+    "limit", [{"samples": 2.5}, {"body": True}, {"nfe": 0}, {"program": "1"}, {"seconds": float("inf")}]
+)
+def test_limits_are_whole_numbers_and_seconds(limit):
+    with pytest.raises(ConfigError, match=next(iter(limit))):
+        Limits(**limit)
 
 
 # ---- whatever comes

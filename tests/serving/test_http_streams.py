@@ -251,3 +251,25 @@ def test_what_cannot_warm_up_ends_the_server(gated_engine, monkeypatch):
     monkeypatch.setattr(gated_engine, "warmup", fail)
     with listener("127.0.0.1", 0) as bound, pytest.raises(RuntimeError, match="no graph"):
         Server(make_app({"gate": [gated_engine]}, limits=Limits()), 1, ready=print, close=print).run(sockets=[bound])
+
+
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no time limit for what nobody takes"
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(stream, monkeypatch):
+    from amed_engine.serving.http import run
+
+    monkeypatch.setattr(run, "STUCK", 1)
+    with ContinuousSampler(Gate(), rows=4, shape=(3, 256, 256), verify=False) as engine:  # more than sockets hold
+        app = make_app({"large": [engine]})
+        with served(app) as server, socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", server.port))
+            body = json.dumps({"n": 30, "solver": "euler", "nfe": 1, "afs": False, "stream": stream}).encode()
+            head = (
+                f"POST /v1/samples HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            )
+            client.sendall(head.encode() + b"\r\n\r\n" + body)
+            until(lambda: engine.stats().completed)
+            until(lambda: not app.state.service._open)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,12 @@ def _distinct(context: click.Context, option: click.Parameter, devices: tuple[st
     return devices
 
 
+def parse_grace(context: click.Context, option: click.Parameter, seconds: float) -> float:
+    if not math.isfinite(seconds):
+        raise click.BadParameter(f"{seconds} is no number of seconds to wait for", context, option)
+    return seconds
+
+
 POSITIVE = click.IntRange(min=1)
 
 
@@ -96,7 +103,11 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--max-nfe", type=POSITIVE, default=64, help="Evaluations of each sample.")
 @click.option("--allow-programs", is_flag=True, help="Take predictors, recipes and noise levels from requests.")
 @click.option(
-    "--grace", type=click.FloatRange(min=0), default=30.0, help="Seconds to finish in, after SIGTERM or Ctrl-C."
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    callback=parse_grace,
+    help="Seconds to finish in, after SIGTERM or Ctrl-C.",
 )
 def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, allow_programs, grace, **asked) -> None:
     """Draw samples for others, over HTTP.

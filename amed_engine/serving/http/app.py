@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from types import NoneType
 from urllib.parse import unquote_plus
 
 from fastapi import FastAPI, Request, Response
@@ -12,12 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from amed_engine.errors import AmedError
+from amed_engine.errors import AmedError, ConfigError
 from amed_engine.serving.engine import ContinuousSampler
 from amed_engine.serving.http.endpoints import add_endpoints
 from amed_engine.serving.http.errors import Refusal, of_status, told
 from amed_engine.serving.http.limits import Limits
 from amed_engine.serving.http.service import Service
+from amed_engine.solvers.arguments import told as told_of
 
 
 def make_app(
@@ -30,7 +32,11 @@ def make_app(
     allow_programs: take predictors, recipes and noise levels from requests.
     `app.state.service` has `draining` to set before the end, and `drain`. Raises ConfigError.
     """
-    service = Service(engines, limits or Limits(), allow_programs)
+    if not isinstance(limits, (Limits, NoneType)):
+        raise ConfigError(f"limits must be Limits(...) or None, got {told_of(limits)}")
+    if not isinstance(allow_programs, bool):
+        raise ConfigError(f"allow_programs must be True or False, got {told_of(allow_programs)}")
+    service = Service(engines, Limits() if limits is None else limits, allow_programs)
     app = FastAPI(openapi_url=None, lifespan=_lifespan, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(Gate, service=service)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.arguments import is_whole, told
+
+YEAR = 366 * 86400.0  # which clocks can still wait
 
 
 @dataclass(frozen=True)
@@ -21,5 +24,7 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ConfigError(f"limit {field.name} must be a number above 0, got {value!r}")
+            if field.name != "seconds" and not is_whole(value, 1):
+                raise ConfigError(f"limit {field.name} must be a whole number above 0, got {told(value)}")
+        if isinstance(self.seconds, bool) or not isinstance(self.seconds, (int, float)) or not 0 < self.seconds <= YEAR:
+            raise ConfigError(f"limit seconds must be a number above 0, got {told(self.seconds)}")

@@ -10,17 +10,27 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from amed_engine.errors import ConfigError
 from amed_engine.serving.http.service import Service
 
+STUCK = 30  # seconds in which a client must take something of its answer; else its connection is closed (on Linux)
 FAREWELL = 2  # seconds, at most, for answers on their way when the server is gone
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket bound to an address, which nobody can connect to before the server is there. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    """A socket bound to an address, which nobody can connect to before the server is there. Raises ConfigError for a host of no
+    known address, OSError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(
+            f"host {host!r} has no address here ({error}); pass one of this machine, 127.0.0.1"
+        ) from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # its connections inherit it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK * 1000)
         bound.bind(address)
     except OSError as error:
         bound.close()

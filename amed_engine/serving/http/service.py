@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from amed_engine.errors import ConfigError, EngineClosedError
 from amed_engine.serving.engine import ContinuousSampler
@@ -19,10 +20,7 @@ class Service:
     def __init__(
         self, engines: Mapping[str, Sequence[ContinuousSampler]], limits: Limits, allow_programs: bool = False
     ):
-        if not engines or not all(engines.values()):
-            raise ConfigError(
-                f"every model needs an engine, got {dict(engines)!r}; pass {{name: [ContinuousSampler(...)]}}"
-            )
+        _check(engines)
         self.engines = {name: list(own) for name, own in engines.items()}
         self.limits, self.allow_programs = limits, allow_programs
         self.warm, self.draining, self.started = False, False, int(time.time())
@@ -53,7 +51,7 @@ class Service:
             raise Refusal(422, "invalid_value", f"model is missing; served are {', '.join(self.engines)}", "model")
         name = next(iter(self.engines)) if name is None else name
         self.check_name(name)
-        return name, min(self.engines[name], key=_load)
+        return name, min(self.engines[name], key=lambda engine: (engine.closed, _load(engine)))
 
     def check_name(self, name: str) -> None:
         """Raises Refusal, 404."""
@@ -83,6 +81,17 @@ class Service:
         for wait in waits:
             wait.cancel()
         return self._open
+
+
+def _check(engines: Any) -> None:
+    """Raises ConfigError."""
+    named = isinstance(engines, Mapping) and engines and all(isinstance(name, str) and name for name in engines)
+    if not named or not all(map(_are_engines, engines.values())):
+        raise ConfigError(f"every model needs an engine, got {engines!r}; pass {{name: [ContinuousSampler(...)]}}")
+
+
+def _are_engines(own: Any) -> bool:
+    return isinstance(own, Sequence) and len(own) > 0 and all(hasattr(each, "closed") for each in own)
 
 
 def _load(engine: ContinuousSampler) -> int:

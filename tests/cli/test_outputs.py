@@ -24,6 +24,7 @@ FIT = ("fit", *TINY, "--samples", 8, "--batch", 8, "--starts", 1, "--early", 0, 
 DISTILL = ("distill", *TINY, "--nfe", 3, "--kimg", 0.008, "--batch", 8)
 GENERATE = ("generate", *FREE, "--seeds", "0-1")
 CALIBRATE = ("calibrate", *TINY)
+LOAD = ("bench-serve", *FREE, "--saturate", "--requests", 2)
 P = "{tmp}/p.safetensors"
 
 # (command, option) -> what is run, the name's suffix
@@ -40,6 +41,7 @@ FILES = {
     ("convert", "--out"): (("convert", "{published}"), ".safetensors"),
     ("generate", "--json"): ((*GENERATE, "--out", "{tmp}/data"), ".json"),
     ("export", "--out"): (("export", *FREE, "--format", "plan"), ".json"),
+    ("bench-serve", "--json"): (LOAD, ".json"),
 }
 UNSTREAMED = {("export", "--out")}  # read back and compared, or several files
 # (command, option) -> what is run, a file that it writes in the folder

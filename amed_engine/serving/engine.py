@@ -30,6 +30,7 @@ from amed_engine.serving.loop import Loop
 from amed_engine.serving.order import Sample
 from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
+from amed_engine.serving.scheduler import Scheduler
 from amed_engine.serving.stats import ServingStats
 from amed_engine.serving.ticker import Ticker, check_batches, check_buckets
 from amed_engine.solvers.arguments import is_number, told
@@ -56,9 +57,9 @@ class ContinuousSampler:
     rows: samples at once; those that wait beyond are at most `queue`.
     backend: "auto" captures the tick as CUDA graphs on a GPU and runs eagerly elsewhere; "graph" insists, "eager" never does.
     buckets: the sizes of ticks, the smallest that holds the live rows runs; None is powers of two for graphs, and just the
-        live rows eagerly. There are no more rows than the largest. With buckets given, guidance's halves are evaluated by a
-        call of their own, and a sample's last bits depend on the buckets that ran alone, which its result names: with one
-        bucket they are the same in any company.
+        live rows eagerly. There are no more rows than the largest, which pads where it is larger. With buckets given,
+        guidance's halves are evaluated by a call of their own, and a sample's last bits depend on the buckets that ran alone,
+        which its result names: with one bucket they are the same in any company.
     history: how many evaluations back a solver's directions may reach, at most 13; programs that reach further, and those of
         parallel points or thresholding, are drawn by `Sampler.run`'s loop beside the rows, one request after another.
     Raises ConfigError for anything that cannot work.
@@ -100,13 +101,14 @@ class ContinuousSampler:
         self.rows = rows if sizes is None else min(rows, sizes[-1])
         most = check_batches(self.model.network, sizes, self.rows)
         apart = buckets is not None or most < 2 * self.rows
-        state = Rows(tuned, self.rows, shape_of(self.model), history, self.device, dtype, apart=apart)
+        count = max(self.rows, sizes[-1] if sizes else 0)
+        state = Rows(tuned, count, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
         self._orders = Orders(
             self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max}, self.rows + queue
         )
-        self._loop = Loop(state, ticker, runner, queue)
+        self._loop = Loop(state, ticker, runner, Scheduler(self.rows, queue))
         # Also at the interpreter's end, where a thread that still runs torch would be cut off.
         self._finalizer = weakref.finalize(self, self._loop.close, False, 10.0)
 
@@ -174,6 +176,7 @@ class ContinuousSampler:
             afs=afs,
             conditions=conditions,
         )
+        order.owner = self
         self._loop.take(order)
         return order.future
 

@@ -21,6 +21,7 @@ from amed_engine.serving.order import Order, starts_of
 from amed_engine.serving.rows import Rows, Start
 from amed_engine.serving.scheduler import Placed, Scheduler
 from amed_engine.serving.stats import Pace, ServingStats
+from amed_engine.serving.threads import each, settle
 from amed_engine.serving.ticker import Ticker
 
 logger = logging.getLogger("amed_engine")
@@ -30,22 +31,22 @@ CLOSED = "the engine was closed before this request was done, or dropped by all 
 class Loop:
     """What an engine runs, apart from the engine, so that one that is dropped can be collected and ends its threads."""
 
-    def __init__(self, rows: Rows, ticker: Ticker, runner: Runner, waiting: int):
-        self.rows, self.ticker, self.runner = rows, ticker, runner
-        self.scheduler = Scheduler(rows.count, waiting)
+    def __init__(self, rows: Rows, ticker: Ticker, runner: Runner, scheduler: Scheduler):
+        self.rows, self.ticker, self.runner, self.scheduler = rows, ticker, runner, scheduler
         self.pace = Pace(rows.device)
         self.counts: dict[str, int] = defaultdict(int)
         self.closing = False
         self._wake = threading.Condition()
         self._orders: set[Order] = set()  # taken and not done
-        self._at: list[Start | None] = [None] * rows.count  # what is in each row
+        self._at: list[Start | None] = [None] * scheduler.rows  # what is in each row
+        self._left: list[int] = []  # rows of samples that were taken out
         self._tasks: list[tuple[Callable[[], Any], Future]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._beside = Beside(rows, runner, waiting + rows.count)
+        self._beside = Beside(rows, runner, scheduler.queue + scheduler.rows)
         work = {
             "ticks": self._serve,
-            "delivery": partial(_each, self._done, self._deliver),
-            "beside": partial(_each, self._beside.orders, self._draw_beside),
+            "delivery": partial(each, self._done, self._deliver),
+            "beside": partial(each, self._beside.orders, self._draw_beside),
         }
         self._threads = [threading.Thread(target=work[name], name=f"amed-{name}", daemon=True) for name in work]
         for thread in self._threads:
@@ -92,7 +93,7 @@ class Loop:
 
     def stats(self) -> ServingStats:
         with self._wake:
-            gauges = {"rows": self.rows.count, "live": self.scheduler.live, "waiting": self.scheduler.waiting}
+            gauges = {"rows": self.scheduler.rows, "live": self.scheduler.live, "waiting": self.scheduler.waiting}
             times = {"tick_seconds": self.pace.seconds, "bucket_seconds": dict(self.pace.by_bucket)}
             network = 0.0 if self.pace.on_gpu else self.rows.network_seconds
             return ServingStats(
@@ -138,7 +139,7 @@ class Loop:
             placed, moves = self.scheduler.admit(), self.scheduler.moves()
             self.counts["admitted"] += len(placed)
         for work, future in tasks:
-            _work(work, future)
+            settle(work, future)
         for job in late:
             error = DeadlineError("the deadline can no longer be met: other requests came first; nothing was drawn")
             self._fail_later(job, error, "missed")
@@ -150,28 +151,16 @@ class Loop:
         return True
 
     def _tick(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> None:
-        starts = starts_of(placed, self.rows, self._fail_later)
-        with self._wake:
-            for row, start in starts:
-                self._at[row] = start
-            for old, new in moves:
-                self._at[new], self._at[old] = self._at[old], None
-            here = self.scheduler.placed()  # without what was cancelled meanwhile
-            rows = {sample.row for sample in here}
-            self._at = [start if row in rows else None for row, start in enumerate(self._at)]
-            at = self._at[: max(rows, default=-1) + 1]
-            orders: set[Any] = {sample.job for sample in here}
-        if starts:
-            self.rows.write(starts)
-        if moves:
-            self.rows.move(moves)
-        if not at:
+        here = self._arranged(placed, moves)
+        if not here:
             return
+        at = self._at[: max(sample.row for sample in here) + 1]
         guided = [row for row, start in enumerate(at) if start and start.scale != 1]
         learned = any(start.table.predictor is not None for start in at if start)
         kind = self.ticker.kind(len(at), len(guided), learned)
         if guided and self.ticker.buckets is None:
             self.rows.halve(guided)
+        orders: set[Any] = {sample.job for sample in here}
         for order in orders:
             order.buckets.add(kind.size)
         self.ticker.tick(kind)
@@ -188,6 +177,23 @@ class Loop:
         mark = self.pace.end(kind.size)
         if done:
             self._done.put((done, *results, mark))
+
+    def _arranged(self, placed: Sequence[Placed], moves: Sequence[tuple[int, int]]) -> list[Placed]:
+        """What is in the rows, once they are as the scheduler has them; without what was cancelled meanwhile."""
+        starts = starts_of(placed, self.rows, self._fail_later)
+        with self._wake:
+            for row, start in starts:
+                self._at[row] = start
+            for old, new in moves:
+                self._at[new], self._at[old] = self._at[old], None
+            here = self.scheduler.placed()
+            rows = {sample.row for sample in here}
+            self._at = [start if row in rows else None for row, start in enumerate(self._at)]
+            left, self._left = [row for row in self._left if row not in rows], []
+        for act, given in ((self.rows.write, starts), (self.rows.move, moves), (self.rows.park, left)):
+            if given:
+                act(given)  # type: ignore[operator]
+        return here
 
     def _fail_live(self, error: Exception) -> None:
         """A tick that failed is the end of all that was in it; what waits is not touched."""
@@ -250,7 +256,7 @@ class Loop:
     def _tick_seconds(self, order: Order | None = None) -> float | None:
         """Of the ticks to come, by how many rows they will have."""
         coming = len(self.scheduler) + (0 if order is None else order.samples)
-        return self.pace.of(min(self.rows.count, max(1, coming)))
+        return self.pace.of(min(self.scheduler.rows, max(1, coming)))
 
     def _fail(self, order: Order, error: BaseException, counted: str = "failed") -> None:
         if self._take_out(order, counted):
@@ -268,7 +274,9 @@ class Loop:
                 return False
             for row in self.scheduler.cancel(order):
                 self._at[row] = None
+                self._left.append(row)
             self._orders.discard(order)
+            order.owner = None
             if counted is not None:
                 self.counts[counted] += order.samples - order.delivered
             self._wake.notify_all()
@@ -284,17 +292,3 @@ class Loop:
             self._fail_later(order, error)
         for _, future in tasks:
             future.set_exception(error)
-
-
-def _each(items: queue.SimpleQueue, work: Callable[[Any], None]) -> None:
-    """Work on what comes until None does."""
-    while (item := items.get()) is not None:
-        work(item)
-        del item  # else its samples are kept until the next comes
-
-
-def _work(work: Callable[[], Any], future: Future) -> None:
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)

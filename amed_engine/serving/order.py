@@ -49,6 +49,7 @@ class Order(Job):
     conditions: dict[str, Tensor] | None = None
     on_sample: Callable[[Sample], None] | None = None
     future: Future[SampleResult] = field(default_factory=Future)
+    owner: Any = None  # the engine, which lives until this is done
     submitted: float = field(default_factory=time.monotonic)
     buckets: set[int] = field(default_factory=set)
 

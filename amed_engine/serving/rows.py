@@ -135,6 +135,11 @@ class Rows:
             self._tables[target], self._tables[source] = self._tables[source], None
         self.line.index_fill_(0, old, IDLE)
 
+    def park(self, rows: Sequence[int]) -> None:
+        """Rows whose samples nobody wants any more: their programs end here."""
+        self.free(rows)
+        self.line.index_fill_(0, self._index(rows), IDLE)
+
     def free(self, rows: Sequence[int]) -> None:
         """Rows that nobody has any more; they stay as they are until they are written."""
         for row in rows:

@@ -27,12 +27,9 @@ def check_buckets(buckets: Sequence[int] | None, rows: int, captures: bool) -> l
     if buckets is None:
         return [1 << k for k in range(rows.bit_length()) if 1 << k < rows] + [rows] if captures else None
     try:
-        sizes = check_sizes(buckets)[::-1]
+        return check_sizes(buckets)[::-1]
     except ConfigError as error:
         raise ConfigError(f"buckets must be positive integers, e.g. (1, 4, 16), got {buckets!r}") from error
-    if sizes[-1] > rows:
-        raise ConfigError(f"buckets must be at most the {rows} rows, got {sizes[-1]}; pass rows={sizes[-1]} as well")
-    return sizes
 
 
 def check_batches(network: Any, sizes: list[int] | None, rows: int) -> int:

@@ -159,7 +159,6 @@ MADE_WRONG = {
     "no buckets": ({"buckets": ()}, "buckets must be positive integers"),
     "buckets": ({"buckets": (0, 4)}, "buckets must be positive integers"),
     "buckets' kind": ({"buckets": (2.5,)}, "buckets must be positive integers"),
-    "buckets beyond the rows": ({"buckets": (2, 8), "rows": 4}, "buckets must be at most the 4 rows, got 8"),
 }
 
 

@@ -224,9 +224,20 @@ def test_cost_takes_the_arguments_of_submit_alone(engine):
             engine.cost(1, **{name: 1})
 
 
-def test_buckets_are_no_larger_than_the_rows():
-    with pytest.raises(ConfigError, match="at most the 4 rows, got 16"):
-        gated(plain, rows=4, buckets=(16,))
+def test_a_bucket_larger_than_the_rows_is_padded():
+    sizes = []
+
+    def counted(x, sigma):
+        sizes.append(len(x))
+        return plain(x, sigma)
+
+    with ContinuousSampler(counted, rows=4, buckets=(16,), shape=(1, 2, 2), verify=False) as engine:
+        sizes.clear()
+        found = engine.submit(range(6), nfe=3, solver="euler").result(30)
+        assert (engine.stats().rows, found.buckets, set(sizes)) == (4, (16,), {16})
+        assert engine.stats().ticks == 6
+    expected = Sampler(plain, nfe=3, solver="euler", shape=(1, 2, 2), verify=False).run(range(6)).images
+    torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("asked", [{"timeout": "1"}, {"timeout": -1}, {"timeout": float("nan")}, {"drain": "no"}])
@@ -310,3 +321,43 @@ def test_a_sample_that_cannot_start_fails_alone(gate, engine, monkeypatch):
     with pytest.raises(MemoryError):
         broken.result(SOON)
     assert len(fine.result(SOON).images) == 1
+
+
+# ---- what is not wanted any more
+
+
+def test_an_engine_lives_until_what_it_was_asked_for_is_done(gate):
+    gate.open.clear()
+    engine = gated(gate, rows=2)
+    dropped, future = weakref.ref(engine), engine.submit(5, **SHORT)
+    del engine
+    gc.collect()
+    gate.open.set()
+    assert len(future.result(SOON).images) == 5
+    until = time.monotonic() + SOON
+    while dropped() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    assert dropped() is None
+
+
+def test_a_program_whose_sample_was_cancelled_ends(gate):
+    """A predictor says the next noise level; a tick without predictors would tell the network 0 of such a row."""
+    told = []
+
+    def noted(x, sigma):
+        told.extend(sigma.tolist())
+        return gate(x, sigma)
+
+    predictor = AMEDPredictor(0.1, 0.0, bottleneck=(8, 8))
+    engine = ContinuousSampler(noted, rows=4, buckets=(4,), shape=SHAPE, verify=False)
+    learned = engine.submit(2, nfe=60, solver="amed", predictor=predictor, afs=False)
+    until = time.monotonic() + SOON
+    while gate.calls < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    gate.open.clear()
+    assert learned.cancel()
+    gate.open.set()
+    assert len(engine.submit(1, **SHORT).result(SOON).images) == 1
+    engine.close(timeout=SOON)
+    assert min(told) > 0

@@ -270,8 +270,10 @@ MOST = 1 << 20  # evaluations
 
 def check_nfe(nfe: Any) -> int:
     """A number of evaluations, NumPy's integers too. Raises ConfigError."""
-    if not is_whole(nfe, 1, MOST):
-        raise ConfigError(f"nfe must be a positive integer, at most {MOST}, got {told(nfe)}")
+    if not is_whole(nfe, 1):
+        raise ConfigError(f"nfe must be a positive integer, got {told(nfe)}")
+    if nfe > MOST:
+        raise ConfigError(f"nfe must be at most {MOST}, got {told(nfe)}")
     return int(nfe)
 
 

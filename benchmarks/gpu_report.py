@@ -33,6 +33,7 @@ from serving_engines import overhead  # noqa: E402
 from targets import Target, judged, judged_ticks  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+FIRST = ("engine", "serving", ".")  # folders of tests, should time run out
 SUITES = ("tests", "kernels", "samples", "ticks")
 SHARE = {"tests": 0.35, "kernels": 0.4, "samples": 0.85, "ticks": 1.0}  # of the time left when its turn comes
 GRACE = 10.0  # seconds that the last case may run over
@@ -177,8 +178,8 @@ def _gpu_tests(seconds: float, dry_run: bool) -> dict[str, Any]:
     """pytest's verdict on the tests marked gpu, in a process of their own."""
     # -P: the checkout's own kernels/ would be found instead of packages of that name.
     command = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
-    # The engine's own first, should time run out; several processes where pytest-xdist is there.
-    command += [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
+    # Several processes where pytest-xdist is there.
+    command += [str(ROOT / "tests" / name) for name in FIRST]
     # A file that cannot be imported there, for lack of some library, must not keep the others from running.
     command.append("--continue-on-collection-errors")
     command += ["--collect-only"] if dry_run else ["-n", "6"] if find_spec("xdist") else []

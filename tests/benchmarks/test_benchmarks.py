@@ -173,6 +173,14 @@ def test_a_report_says_where_what_and_what_is_missing(gpu_report, tmp_path, caps
     }
 
 
+def test_the_gpu_s_tests_are_where_a_report_looks(gpu_report):
+    """A folder that is not there would end pytest before any test."""
+    folders = [BENCHMARKS.parent / "tests" / name for name in gpu_report.FIRST]
+    for folder in folders:
+        assert any("mark.gpu" in file.read_text("utf-8") for file in folder.rglob("test_*.py")), folder
+    assert folders[-1].samefile(BENCHMARKS.parent / "tests")
+
+
 def test_a_report_has_ticks_beside_the_network_alone(gpu_report, tmp_path, capsys):
     assert gpu_report.main(["--dry-run", "--out", str(tmp_path), "--suites", "ticks"]) == 0
     (file,) = tmp_path.glob("gpu-*.json")

@@ -37,7 +37,9 @@ _NAMES = {
     "solvers.plan": ("Plan", "make_plan"),
     "solvers.schedule": ("make_schedule",),
     "solvers.stage": ("Midpoint",),
-    "serving.engine": ("ContinuousSampler",),
+    "serving.engine": ("ContinuousSampler", "Cost"),
+    "serving.order": ("Sample",),
+    "serving.stats": ("ServingStats",),
     "training.calibrate": ("calibrate",),
     "training.distill": ("distill",),
     "training.fit": ("fit",),
@@ -84,6 +86,9 @@ if TYPE_CHECKING:
     from amed_engine.sampling.predictors import CoefficientPredictor as CoefficientPredictor
     from amed_engine.sampling.predictors import ConstantPredictor as ConstantPredictor
     from amed_engine.serving.engine import ContinuousSampler as ContinuousSampler
+    from amed_engine.serving.engine import Cost as Cost
+    from amed_engine.serving.order import Sample as Sample
+    from amed_engine.serving.stats import ServingStats as ServingStats
     from amed_engine.solvers import make_solver as make_solver
     from amed_engine.solvers.mean import Mean as Mean
     from amed_engine.solvers.plan import Plan as Plan

@@ -7,10 +7,12 @@ import sys
 
 import litserve
 
+from amed_engine.integrations.serving.hosted import interrupt_at_sigterm
 from amed_engine.integrations.serving.litserve import AMEDAPI
 
 if __name__ == "__main__":
     # Options are those of `ContinuousSampler`, and of `Sampler` what draws a request that does not say: here, 5 evaluations.
     api = AMEDAPI(model="digits", nfe=5, rows=64, queue=1024)
+    interrupt_at_sigterm()  # which LitServe takes no notice of
     # It knows no users: put what guards it in front.
     litserve.LitServer(api, accelerator="auto").run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False)

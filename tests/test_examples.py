@@ -1,6 +1,7 @@
 """examples/: short, and doing what they say."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -58,7 +59,7 @@ def test_export_draws_the_same_elsewhere(tmp_path):
     assert float(out.rsplit(maxsplit=1)[-1]) < 1e-4
 
 
-def test_serve_answers_with_images(tmp_path):
+def test_serve_answers_with_images_and_ends_at_sigterm(tmp_path):
     pytest.importorskip("litserve")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -72,10 +73,23 @@ def test_serve_answers_with_images(tmp_path):
         server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     try:
         answer = first_answer(server, request, tmp_path / "log")
+        server.terminate()
+        assert server.wait(60) == 0, (tmp_path / "log").read_text()
+        until = time.monotonic() + 60
+        while members(server.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert members(server.pid) == []  # none of its workers is left
     finally:
-        os.killpg(server.pid, signal.SIGKILL)  # its workers too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     assert [base64.b64decode(image)[1:4] for image in answer["images"]] == [b"PNG", b"PNG"]
+
+
+def members(group: int) -> list[str]:
+    """The processes of a group that run still."""
+    found = [stat.read_text().rpartition(")")[2].split() for stat in Path("/proc").glob("[0-9]*/stat")]
+    return [state for state, _, own, *_ in found if int(own) == group and state != "Z"]
 
 
 def first_answer(server: subprocess.Popen, request: urllib.request.Request, log: Path) -> dict:

@@ -50,6 +50,8 @@ class Orders:
             raise ConfigError(f"priority must be an integer, larger first, got {priority!r}")
         if on_sample is not None and not callable(on_sample):
             raise ConfigError(f"on_sample must be a function of a Sample, got {type(on_sample).__name__}")
+        if conditions is not None:
+            self._check_none_is_known(guidance_scale)
         programmed = self.programs.of(Wishes(**wishes, **self.given), guidance_scale)
         seeds, latents, classes = self._given(batch, labels, programmed, conditions is not None)
         count = len(seeds) if latents is None else len(latents)  # type: ignore[arg-type]
@@ -87,6 +89,15 @@ class Orders:
             )
         # A copy: the caller's own may change while the request waits.
         return seeds, None, None if labels is None else check_labels(labels, self.model, len(seeds), True).cpu().clone()
+
+    def _check_none_is_known(self, scale: float | None) -> None:
+        """Before the model is asked whether it can be guided by class. Raises ConfigError."""
+        room = self.rows.conditions
+        if room is not None and scale not in (None, 1) and not room.tables.has_null:
+            raise ConfigError(
+                f"guidance_scale={scale} needs to know what the network is told for no prompt: bind that beside a table, "
+                "by wrap(..., conditions={...}, null_conditions={...}); requests bring their own conditions all the same"
+            )
 
     def _conditions(
         self,

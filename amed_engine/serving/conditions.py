@@ -14,16 +14,18 @@ from amed_engine.adapters.guidance import ClassifierFree, Thresholded
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import bare
+from amed_engine.solvers.arguments import told
 
 Given = dict[str, Tensor]  # (n or 1, ...) each
 
 
 class RowConditions:
-    """Room for the conditions of `count` rows. Their shapes are those of the tables that are bound to the model, or else of
-    the first request: all rows of a batch are alike."""
+    """Room for the conditions of `count` rows. Their shapes, and whether they are numbers, integers or truth values, are those
+    of the tables that are bound to the model, or else of the first request: all rows of a batch are alike. Numbers are kept in
+    `dtype`, the engine's."""
 
-    def __init__(self, adapter: Adapter, count: int, device: torch.device):
-        self.tables, self.count, self.device = adapter.conditions, count, device
+    def __init__(self, adapter: Adapter, count: int, device: torch.device, dtype: torch.dtype):
+        self.tables, self.count, self.device, self.dtype = adapter.conditions, count, device, dtype
         self.rows: Given = {}
         self.null: Given = {}
         self._lock = threading.Lock()
@@ -35,8 +37,7 @@ class RowConditions:
 
     def check(self, given: Any, samples: int, guided: bool) -> Given:
         """The conditions of a request, on the device. Raises ConfigError."""
-        if not isinstance(given, Mapping) or not all(isinstance(value, Tensor) for value in given.values()):
-            raise ConfigError(f"conditions must be tensors by name, (B, ...) each, got {type(given).__name__}")
+        _check_tensors(given, self.tables.names)
         if guided:
             self.tables.with_null(given, samples)
         full = self.tables(None, given, samples)
@@ -44,12 +45,7 @@ class RowConditions:
             if not self.rows:
                 self._make(full)
         for name, value in full.items():
-            room = self.rows[name]
-            if value.shape[1:] != room.shape[1:]:
-                raise ConfigError(
-                    f"condition {name!r} has rows of shape {tuple(value.shape[1:])}, this engine's are "
-                    f"{tuple(room.shape[1:])}; pad it, or make an engine for that shape"
-                )
+            _check_like(name, value, self.rows[name])
         return {name: value.to(self.rows[name]) for name, value in given.items()}
 
     def chosen(self, given: Given | None, indices: Sequence[int], labels: Tensor | None) -> Given:
@@ -83,7 +79,37 @@ class RowConditions:
         return {name: row.expand(size, *row.shape[1:]) for name, row in self.null.items()}
 
     def _make(self, like: Given) -> None:
-        self.rows = {name: value.new_zeros(self.count, *value.shape[1:]) for name, value in like.items()}
+        for name, value in like.items():
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            self.rows[name] = torch.zeros(self.count, *value.shape[1:], dtype=dtype, device=self.device)
+
+
+def _check_tensors(given: Any, names: Sequence[str]) -> None:
+    """Raises ConfigError."""
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(f"conditions must be tensors by name, of {', '.join(names)}, got {told(given)}")
+    if unknown := [name for name in given if name not in names]:
+        raise ConfigError(f"conditions hold {', '.join(map(str, unknown))}; the network takes {', '.join(names)}")
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"condition {name!r} must be a tensor (B, ...), got {type(value).__name__}")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ConfigError(f"condition {name!r} holds NaN or infinite values")
+
+
+def _check_like(name: str, value: Tensor, room: Tensor) -> None:
+    """Raises ConfigError."""
+    if value.shape[1:] != room.shape[1:]:
+        raise ConfigError(
+            f"condition {name!r} has rows of shape {tuple(value.shape[1:])}, this engine's are {tuple(room.shape[1:])}; "
+            "pad it, or make an engine for that shape"
+        )
+    both = value.is_floating_point() and room.is_floating_point()
+    if not both and value.dtype != room.dtype:
+        raise ConfigError(
+            f"condition {name!r} is {value.dtype}, this engine's are {room.dtype}, as its tables or its first request had it; "
+            "convert it"
+        )
 
 
 def picked(values: Tensor, indices: Sequence[int]) -> Tensor:
@@ -91,10 +117,10 @@ def picked(values: Tensor, indices: Sequence[int]) -> Tensor:
     return torch.stack([values[index] for index in indices])
 
 
-def conditions_of(model: Model, count: int, device: torch.device) -> RowConditions | None:
+def conditions_of(model: Model, count: int, device: torch.device, dtype: torch.dtype) -> RowConditions | None:
     """Room for the conditions of a model's rows; None for a network that takes none."""
     adapter = takes_conditions(model)
-    return None if adapter is None else RowConditions(adapter, count, device)
+    return None if adapter is None else RowConditions(adapter, count, device, dtype)
 
 
 def takes_conditions(model: Model) -> Adapter | None:

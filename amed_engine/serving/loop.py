@@ -25,7 +25,7 @@ from amed_engine.serving.threads import each, settle
 from amed_engine.serving.ticker import Ticker
 
 logger = logging.getLogger("amed_engine")
-CLOSED = "the engine was closed before this request was done, or dropped by all who held it; send it to another"
+CLOSED = "the engine was closed before this request was done; send it to another engine"
 
 
 class Loop:

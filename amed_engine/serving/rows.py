@@ -80,7 +80,7 @@ class Rows:
         self.finite = zeros(count, dtype=torch.int64)  # evaluations after which it was, since the row was written
         self.scale = torch.ones(count, device=device, dtype=dtype)
         self.halved = torch.arange(count, device=device)  # the rows that guidance halves, where those are not all
-        self.conditions = conditions_of(model, count, device)
+        self.conditions = conditions_of(model, count, device, dtype)
         # Of labels that choose conditions, a row has what they chose.
         self.labels = zeros(count, model.label_dim) if model.label_dim and self.conditions is None else None
         self.mid = torch.ones(count, 4, device=device, dtype=torch.float64)  # m, scale_dir, r, level told

@@ -203,9 +203,14 @@ class Scheduler:
     def _check_deadline(self, job: Job, deadline: float, now: float, tick_seconds: float | None) -> None:
         ticks = 0 if tick_seconds is None else self.forecast(job)
         if _late(deadline, now, ticks, tick_seconds):
-            need = "a future one" if tick_seconds is None else f"time for {ticks} ticks of {tick_seconds:.3g} s"
-            got = f"got {deadline - now:.3g} s from now, expected {need}"
-            raise DeadlineError(f"deadline: {got}; allow more, ask for fewer evaluations, or try when less is waiting")
+            left = f"is {deadline - now:.3g} s away" if deadline > now else "has passed"
+            each = tick_seconds or 0.0
+            need = (
+                f", and {ticks} evaluations take {ticks * each:.3g} s, what comes before it among them" if ticks else ""
+            )
+            raise DeadlineError(
+                f"the deadline {left}{need}; allow more, ask for fewer evaluations, or try when less is waiting"
+            )
 
     def _until_finished(self, count: int) -> int:
         """Ticks until `count` of the samples here are finished: each makes room for one."""

@@ -68,7 +68,7 @@ def test_sigterm_finishes_what_is_asked_for(running):
         (["--model", "=digits"], "'=digits' is no model"),
         (["--model", "digits", "--model", "digits"], "'digits' is named twice"),
         (["--device", "cpu", "--device", "cpu"], "a device is named twice"),
-        (["--rows", "2", "--queue", "4", "--max-samples", "7"], "--max-samples is more than --rows and --queue hold"),
+        (["--rows", "2", "--queue", "4", "--max-samples", "7"], "--max-samples 7 is more than the 6 that --rows and"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--backend", "graph", "--device", "cpu"], "backend='graph' needs a CUDA device"),
         (["--grace", "-1"], "--grace"),

@@ -97,7 +97,7 @@ def test_without_bound_ones_the_first_request_says_their_shapes(net, told, bound
     with ContinuousSampler(wrapped(net, ["text", "mask"]), rows=2, shape=SHAPE, verify=False) as engine:
         with pytest.raises(ConfigError, match="conditions are missing: the network needs text, mask"):
             engine.submit([7], **PLAN)
-        with pytest.raises(ConfigError, match="guidance_scale needs"):
+        with pytest.raises(ConfigError, match="what the network is told for no prompt"):
             engine.submit([7], conditions=told, guidance_scale=2.0, **PLAN)
         own = {name: value[1:2] for name, value in told.items()}
         assert largest(engine.submit([7], conditions=own, **PLAN).result(60).images, expected) < 2e-5
@@ -113,7 +113,10 @@ def test_without_bound_ones_the_first_request_says_their_shapes(net, told, bound
         ({"conditions": {**NONE, "noise": NONE["mask"]}}, "hold noise"),
         ({"conditions": {"text": torch.zeros(2, 5, 6), "mask": torch.ones(2, 5)}}, "2 rows for a batch of 3"),
         ({"conditions": [1]}, "tensors by name"),
-        ({"conditions": {"text": 1, "mask": 2}}, "tensors by name"),
+        ({"conditions": {}}, "tensors by name, of text, mask"),
+        ({"conditions": {"text": 1, "mask": 2}}, "condition 'text' must be a tensor"),
+        ({"conditions": {**NONE, "text": NONE["text"].double() / 0}}, "'text' holds NaN or infinite"),
+        ({"conditions": {**NONE, "mask": NONE["mask"] > 0}}, "'mask' is torch.bool, this engine's are torch.float32"),
         ({"conditions": NONE, "class_labels": 1}, "not both"),
         ({"conditions": NONE, "afs": "mean"}, "not known for new conditions"),
         ({"conditions": NONE, "solver": "dpmpp", "solver_options": {"thresholding": True}}, "programs in rows alone"),
@@ -132,3 +135,16 @@ def test_a_model_that_takes_none_refuses_them():
         pytest.raises(ConfigError, match="this model takes none; leave them out"),
     ):
         engine.submit([1], conditions=NONE)
+
+
+def test_the_first_request_s_precision_is_nobody_else_s(net, told, bound):
+    """Nor are numbers cut to the integers, or the half precision, of who came first."""
+    expected = Sampler(bound, **PLAN, verify=False).run([7], [1]).images
+    own = {name: value[1:2] for name, value in told.items()}
+    with ContinuousSampler(wrapped(net, ["text", "mask"]), rows=2, shape=SHAPE, verify=False) as engine:
+        engine.submit([1], conditions={name: value.half() for name, value in own.items()}, **PLAN).result(60)
+        assert largest(engine.submit([7], conditions=own, **PLAN).result(60).images, expected) < 2e-5
+    with ContinuousSampler(wrapped(net, ["text", "mask"]), rows=2, shape=SHAPE, verify=False) as engine:
+        engine.submit([1], conditions={**own, "mask": own["mask"].long()}, **PLAN).result(60)
+        with pytest.raises(ConfigError, match=r"'mask' is torch\.float32, this engine's are torch\.int64"):
+            engine.submit([7], conditions=own, **PLAN)

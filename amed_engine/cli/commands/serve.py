@@ -76,7 +76,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for every one this machine has.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
 @click.option("--rows", type=POSITIVE, default=64, help="Samples drawn at once, on each device.")
-@click.option("--queue", type=POSITIVE, default=1024, help="Samples that may wait, for each device.")
+@click.option("--queue", type=click.IntRange(min=0), default=1024, help="Samples that may wait, for each device.")
 @click.option(
     "--buckets",
     callback=parse_buckets,
@@ -98,7 +98,9 @@ POSITIVE = click.IntRange(min=1)
     "--autocast", type=click.Choice(["float16", "bfloat16"]), help="Of the network's arithmetic.", show_default="none"
 )
 @click.option("--threads", type=POSITIVE, help="Of torch on a CPU.", show_default="torch's")
-@click.option("--max-samples", type=POSITIVE, default=64, help="Of a request.")
+@click.option(
+    "--max-samples", type=POSITIVE, help="Of a request.", show_default="64, or rows and queue if that is less"
+)
 @click.option("--max-body", type=POSITIVE, default=1 << 20, help="Bytes of a request.")
 @click.option("--max-nfe", type=POSITIVE, default=64, help="Evaluations of each sample.")
 @click.option("--allow-programs", is_flag=True, help="Take predictors, recipes and noise levels from requests.")
@@ -115,8 +117,12 @@ def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, 
     There are no users and no TLS here; put what has them in front. SIGTERM and Ctrl-C finish what is asked for, a second
     one stops at once.
     """
-    if max_samples > asked["rows"] + asked["queue"]:
-        raise click.UsageError("--max-samples is more than --rows and --queue hold; make one of these larger")
+    most = asked["rows"] + asked["queue"]
+    max_samples = min(64, most) if max_samples is None else max_samples
+    if max_samples > most:
+        raise click.UsageError(
+            f"--max-samples {max_samples} is more than the {most} that --rows and --queue hold together"
+        )
     from amed_engine.serving.http import Limits, make_app
     from amed_engine.serving.http.run import Server, listener
 

@@ -122,6 +122,8 @@ def _wants_png(request: Request) -> bool:
 
 def _form(asked: Draw, alone: bool) -> str:
     """Of the answer, a key of WRITERS or "stream". Raises Refusal, 406."""
+    if asked.stream and alone:
+        raise Refusal(406, "not_acceptable", f"a stream is no {PNG}; leave stream or Accept: {PNG} out", "stream")
     if asked.stream:
         return "stream"
     if asked.format == "npz" or asked.format == "safetensors":

@@ -17,6 +17,7 @@ from amed_engine.errors import (
 )
 from amed_engine.serving.http.replies import JSON
 
+ENDING = "this server is ending, and did not draw what was asked for; ask another one, or again later"
 CALLER, SERVER, RATE = "invalid_request_error", "server_error", "rate_limit_error"
 # The first that an error is an instance of: status, type, code.
 KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
@@ -55,7 +56,8 @@ def told(error: Exception) -> Told:
         return _told(error.status, kind, error.code, str(error), error.param)
     for cls, status, kind, code in KINDS:
         if isinstance(error, cls):
-            return _told(status, kind, code, str(error), None, _retry(error))
+            message = ENDING if cls is EngineClosedError else str(error)
+            return _told(status, kind, code, message, None, _retry(error))
     return _told(500, SERVER, "internal", "the server failed on this request; its log says how")
 
 

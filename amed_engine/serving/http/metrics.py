@@ -26,7 +26,7 @@ COUNTERS = {
     "amed_admitted": ("admitted", "Samples that were given a row."),
     "amed_completed": ("completed", "Samples that were drawn."),
     "amed_failed": ("failed", "Samples that failed."),
-    "amed_cancelled": ("cancelled", "Samples that were cancelled before they were drawn."),
+    "amed_cancelled": ("cancelled", "Samples that were cancelled before they were done."),
     "amed_refused": ("refused", "Samples that were refused: the queue was full, or the deadline out of reach."),
     "amed_deadline_misses": ("missed", "Samples whose deadline passed."),
     "amed_beside": ("beside", "Samples that were drawn beside the rows."),

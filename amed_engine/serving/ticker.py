@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -125,7 +126,7 @@ class Ticker:
     def _capture(self, device: Device, kind: Kind) -> Bucket:
         """Captured with the rows as they are, which are put back."""
         rows, module = self.rows, self.rows.model.module
-        before = device.reserved_bytes()
+        started, before = time.perf_counter(), device.reserved_bytes()
         copies = rows.snapshot()
         device.begin_use()
         try:
@@ -147,4 +148,4 @@ class Ticker:
         self.captures += 1
         self._graphs[kind] = recording
         self._addresses, self._numerics = self._addresses or Addresses(module), numerics(module)
-        return Bucket(kind.size, 0.0, device.reserved_bytes() - before, bitwise)
+        return Bucket(kind.size, time.perf_counter() - started, device.reserved_bytes() - before, bitwise)

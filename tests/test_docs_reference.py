@@ -69,7 +69,11 @@ def test_every_module_gets_a_page_that_its_package_names(build, tmp_path):
     ("before", "after", "warning"),
     [
         ('    """first + second"""', "    return 3", "documented.module.add is public and has no docstring"),
-        ("amed_engine.Sampler", "amed_engine.Sample", "documented.module names amed_engine.Sample, which is not there"),
+        (
+            "amed_engine.Sampler",
+            "amed_engine.Sampled",
+            "documented.module names amed_engine.Sampled, which is not there",
+        ),
         ("(pair: Pair)", "(pair: Pear)", "Pear"),
         ('"add"]', '"add", "sub"]', "sub"),
     ],

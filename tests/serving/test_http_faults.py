@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served import Gate, gated, raw, told
 
@@ -173,6 +173,8 @@ def test_no_body_is_an_error_of_the_server(client, path, cls):
 
     @settings(max_examples=50, suppress_health_check=list(HealthCheck))
     @given(bodies_of(cls) | JSON)
+    @example({"seeds": [float("nan")]})  # which JSON does not have
+    @example([])
     def send(body):
         data = json.dumps(body).encode()
         answer = raw(client, data, path)

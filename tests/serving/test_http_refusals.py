@@ -186,7 +186,7 @@ WRONG = [
     ({"rho": True}, "rho"),
     ({"afs": "zero"}, "afs"),
     ({"afs": 1}, "afs"),
-    ({"predictor": "/tmp/own.safetensors"}, "predictor"),
+    ({"predictor": "own.safetensors"}, "predictor"),
     ({"predictor": ""}, "predictor"),
     ({"deadline": 0}, "deadline"),
     ({"deadline": -1}, "deadline"),

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from amed_engine.engine.export.tableau import BASIS
+from amed_engine.engine.export.tableau import BASIS, basis_at
 from amed_engine.engine.request import sent
 from amed_engine.kernels.reference import frequencies
 from amed_engine.sampling.denoiser import check_features
 from amed_engine.sampling.predictors import AMEDPredictor
 from amed_engine.serving.table import MAX_TICKS, Table
+from amed_engine.solvers.rules import midpoint_level
 
 IDLE = 0  # the line of a row that nobody has: it stays there, and its state becomes zero
 
@@ -138,13 +139,13 @@ class Learned:
         r, c, time = self._say(slot, seen, *interval.unbind(1))
         sigma, sigma_next = interval.double().unbind(1)
         r, c, time = r.double(), c.double(), time.double()
-        m = sigma_next**r * sigma ** (1 - r)
+        m = midpoint_level(sigma, sigma_next, r)
         return torch.where(self.chooses[line][:, None], torch.stack([m, c, r, time * m], 1), mid)
 
     def coefficients(self, line: Tensor, mid: Tensor) -> Tensor:
         """(S, 3 (3 + H)) in float64."""
         m, c, r, _ = mid.unbind(1)
-        basis = torch.stack([torch.ones_like(m), m, 1 / m, c, c * m, c / m, c / r, c / (r * m)], 1)
+        basis = torch.stack(basis_at(torch.ones_like(m), m, r, c), 1)
         return (self.weights[line] @ basis[:, :, None]).squeeze(2)
 
     def _say(self, slot: Tensor, seen: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,18 +10,20 @@ and the last y is the sample. a_0 is the new direction (D itself where a program
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from amed_engine.engine.export.tableau import BASIS, Coefficient, Evaluation
+from amed_engine.engine.export.tableau import BASIS, Coefficient, Evaluation, basis_at
 from amed_engine.engine.export.write_plan import evaluations
 from amed_engine.errors import ConfigError
+from amed_engine.sampling.denoiser import analytic_first_step
 from amed_engine.sampling.predictors import AMEDPredictor
 from amed_engine.solvers.program import Program
+from amed_engine.solvers.rules import midpoint_level
 
 MAX_TICKS = 64  # evaluations of a program in a table
 MAX_HISTORY = 13  # `combine` reads x, y, D and as many directions
@@ -132,11 +134,12 @@ class _Writer:
     # ---- before the first tick ----
 
     def _start(self, step: Evaluation) -> None:
-        """The analytic first step, D = y - c (y - mean) with c = s / sqrt(1 + s²): linear in z and the mean."""
+        """The analytic first step, which is linear in z and the mean: taken of their shares, as of a sample."""
         assert step.sigma is not None
-        s = step.sigma[0]
-        c = s / math.sqrt(1 + s * s)
-        answer = ((1 - c) * self.y[0], (1 - c) * self.y[1] + (c if self.program.mean is not None else 0.0))
+        y, sigma = (torch.tensor([each], dtype=torch.float64, device="cpu") for each in (self.y, step.sigma[0]))
+        mean = None if self.program.mean is None else y.new_tensor([[0.0, 1.0]])
+        of_z, of_mean = analytic_first_step(y, sigma, mean).x0[0].tolist()
+        answer = (of_z, of_mean)
         if step.predict is not None:
             self._foresee(*step.predict)
         tensors = [self.x, *([] if self.y_is_x else [self.y]), answer, *self.past]
@@ -162,14 +165,14 @@ class _Writer:
         levels = (weight.new_full((1,), level) for level in (sigma, sigma_next))
         with torch.no_grad():
             r, c, time = (float(torch.as_tensor(said).flatten()[0]) for said in predictor(None, *levels))
-        m = sigma_next**r * sigma ** (1 - r)
+        m: Any = midpoint_level(sigma, sigma_next, r)  # type: ignore[arg-type]
         self.mid, self.told = (m, r, c), time * m
 
     def _number(self, c: Coefficient) -> float:
         if not isinstance(c, tuple):
             return c
         assert self.mid is not None
-        return sum(weight * value for weight, value in zip(c, basis(*self.mid), strict=True))
+        return sum(weight * value for weight, value in zip(c, basis_at(1.0, *self.mid), strict=True))
 
     # ---- ticks ----
 
@@ -205,8 +208,3 @@ class _Writer:
         self.sigmas.append(known if known is not None else self.told if self.mid is not None else 0.0)
         self.intervals.append(step.predict or (0.0, 0.0))
         self.born = [tick, *self.born][: step.keep]
-
-
-def basis(m: float, r: float, c: float) -> tuple[float, ...]:
-    """`BASIS` at a midpoint."""
-    return (1.0, m, 1 / m, c, c * m, c / m, c / r, c / (r * m))

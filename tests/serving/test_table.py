@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from amed_engine import AMEDPredictor, ConfigError, Sampler, make_schedule, make_solver
+from amed_engine.engine.export.tableau import basis_at
 from amed_engine.engine.resolve import resolve
 from amed_engine.engine.runner import BoundLoop
 from amed_engine.engine.seeds import draw_all
 from amed_engine.sampling.denoiser import bind_labels, mean_of_labels
 from amed_engine.sampling.predictors import CoefficientPredictor
-from amed_engine.serving.table import MAX_TICKS, NoTable, Table, basis, tabulated
+from amed_engine.serving.table import MAX_TICKS, NoTable, Table, tabulated
 from amed_engine.solvers.program import Program
 from amed_engine.solvers.stage import Midpoint
 
@@ -43,7 +44,7 @@ def by_hand(table: Table, denoiser, latents, mean, noises):
             r, c, time = table.predictor(features, *(edge.expand(len(latents)) for edge in interval))
             mid = [interval[1] ** r * interval[0] ** (1 - r), r, c, time]
         if table.predictor is not None:
-            weights = [basis(*(float(part[b]) for part in mid[:3])) for b in range(len(latents))]
+            weights = [basis_at(1.0, *(float(part[b]) for part in mid[:3])) for b in range(len(latents))]
             matrices = torch.einsum("rcw,bw->brc", matrix, torch.tensor(weights, dtype=torch.float64))
         else:
             matrices = matrix.expand(len(latents), -1, -1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from amed_engine.engine.export.tableau import BASIS, Evaluation, MeanRows, PredictorWeights, Tableau
+from amed_engine.engine.export.tableau import BASIS, Evaluation, MeanRows, PredictorWeights, Tableau, basis_at
 from amed_engine.errors import ConfigError
 
 Array = Any
@@ -142,7 +142,7 @@ class Stepper:
         xp, batch = self.xp, len(self._x)
         r, c, time = self._weights.predict(features, batch, *interval)  # type: ignore[union-attr]
         m = interval[1] ** r * interval[0] ** (1 - r)
-        basis = (xp.ones_like(r), m, 1 / m, c, c * m, c / m, c / r, c / (r * m))
+        basis = basis_at(xp.ones_like(r), m, r, c)
         self._basis = xp.broadcast_to(xp.stack(basis), (len(BASIS), batch))
         self._sigma = xp.broadcast_to(time * m, (batch,)).astype(self._x.dtype)
 

@@ -24,6 +24,13 @@ from amed_engine.errors import FileFormatError
 FORMAT, VERSION = "amed_plan", 2
 # With r, c = scale_dir and m = sigma_next^r · sigma^(1-r) of the interval, in this order.
 BASIS = ("1", "m", "1/m", "c", "c·m", "c/m", "c/r", "c/(r·m)")
+
+
+def basis_at(one: Any, m: Any, r: Any, c: Any) -> tuple:
+    """`BASIS` of numbers, arrays or symbols; one: a 1 of their kind."""
+    return (one, m, 1 / m, c, c * m, c / m, c / r, c / (r * m))
+
+
 MAX_ROWS, MAX_COLUMNS = 8, 16  # of one `combine`
 MAX_MEAN = 1 << 20  # numbers of all rows of a `MeanRows`
 

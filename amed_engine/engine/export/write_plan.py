@@ -23,6 +23,7 @@ from amed_engine.engine.export.tableau import (
     MeanRows,
     PredictorWeights,
     Tableau,
+    basis_at,
 )
 from amed_engine.engine.model import Model
 from amed_engine.errors import ConfigError
@@ -174,7 +175,7 @@ def _learned_updates(program: Program) -> Iterator[list[Update]]:
     r, c, time = map(Expression.symbol, ("r", "c", "time"))
     for i in range(program.intervals):
         m: Any = midpoint_level(sigmas[i], sigmas[i + 1], r)
-        basis = (Expression.of(1), m, 1 / m, c, c * m, c / m, c / r, c / (r * m))
+        basis = basis_at(Expression.of(1), m, r, c)
         try:
             updates = walk.updates(i, Midpoint(r, c, time))
             written = [[[Expression.of(entry).over(basis) for entry in row] for row in u.coeffs] for u in updates]

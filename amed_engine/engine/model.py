@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
 from amed_engine.sampling.offloaded import awaited, brings_weights, brought
-from amed_engine.solvers.arguments import told
+from amed_engine.solvers.arguments import is_finite, told
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
     """Whether a model can be guided at all, by a number. Raises ConfigError."""
     if guidance_scale is None:
         return
-    if not _is_number(guidance_scale):
+    if not is_finite(guidance_scale):
         raise ConfigError(f"guidance_scale must be a finite number, got {told(guidance_scale)}")
     if not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
@@ -285,7 +284,3 @@ def check_guidance(model: Model, guidance_scale: Any) -> None:
             'guidance_scale needs a network that knows "no class", and is not guided already; wrap it with null_conditions or '
             f"{null_class_hint(model.network, model.label_dim)}, or leave guidance_scale out"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -22,7 +21,7 @@ from amed_engine.serving.order import Order, Sample
 from amed_engine.serving.programs import Programmed, Programs
 from amed_engine.serving.rows import Rows
 from amed_engine.serving.table import MAX_HISTORY
-from amed_engine.solvers.arguments import is_whole, told
+from amed_engine.solvers.arguments import is_finite, is_whole, told
 
 
 class Orders:
@@ -156,7 +155,6 @@ def _deadline(seconds: Any) -> float | None:
     """On the engine's clock. Raises ConfigError."""
     if seconds is None:
         return None
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not number or not 0 < seconds <= sys.float_info.max:
+    if not is_finite(seconds) or seconds <= 0:
         raise ConfigError(f"deadline must be seconds from now, a positive number, got {told(seconds)}")
     return time.monotonic() + seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -35,6 +36,11 @@ def plain(value: Any) -> Any:
 def is_whole(value: Any, low: int, high: int = HUGE) -> bool:
     """Whether it is an integer, NumPy's too, from low to high."""
     return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a Python number, neither infinite nor beyond float64."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def in_range(owner: str, name: str, value: Any, low: int, high: int = HUGE) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import inspect
-import math
 import os
 import signal
 from collections.abc import Mapping
@@ -21,25 +20,17 @@ from amed_engine.engine.result import SampleResult
 from amed_engine.errors import (
     AmedError,
     ConfigError,
-    DeadlineError,
     EngineClosedError,
-    FileFormatError,
     QueueFullError,
     require,
 )
 from amed_engine.integrations.serving.requests import Asked
 from amed_engine.serving.engine import ContinuousSampler
+from amed_engine.serving.statuses import retry_after, status_of
 
 PROGRAM = ("nfe", "solver", "predictor", "plan", "solver_options", "schedule", "rho", "afs")
 THREADS = 4  # that prepare programs and write pictures, so that no request waits for another's
 SECONDS = 20.0  # that those which were taken have at the end
-_STATUS = (
-    (QueueFullError, 429),
-    (EngineClosedError, 503),
-    (DeadlineError, 504),
-    (ConfigError, 422),
-    (FileFormatError, 422),
-)
 
 
 class Hosted:
@@ -130,14 +121,9 @@ def as_json(images: Tensor) -> dict[str, list[str]]:
     return {"images": [base64.b64encode(png(picture)).decode("ascii") for picture in to_uint8(images)]}
 
 
-def status_of(error: BaseException) -> int:
-    """Of HTTP: 500 is what nobody asked for wrongly, a sample that became NaN."""
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-
-
 def refusal(error: AmedError, extra: str) -> Any:
     """The answer {"error": ...}; how long to wait is in its Retry-After. extra: of this package, that brings starlette."""
-    waits = {"Retry-After": str(max(1, math.ceil(error.retry_after)))} if isinstance(error, QueueFullError) else None
+    waits = {"Retry-After": retry_after(error)} if isinstance(error, QueueFullError) else None
     answer = require("starlette.responses", extra).JSONResponse
     return answer({"error": str(error)}, status_code=status_of(error), headers=waits)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from amed_engine.engine.seeds import check_seeds
 from amed_engine.errors import ConfigError
+from amed_engine.solvers.arguments import is_finite, is_whole
 
 MAX_IMAGES = 64  # per request
 MAX_NFE = 64  # evaluations per image
 MAX_PRIORITY = 1 << 31
-LARGEST = sys.float_info.max
 OPTIONS = ("nfe", "solver", "guidance_scale", "deadline", "priority")
 
 
@@ -63,12 +61,12 @@ def _named() -> str:
 def _check(said: Mapping[str, Any]) -> None:
     """The types, and bounds on what a request may cost; the rest is the engine's to say."""
     rules = {
-        "nfe": (lambda v: _is_integer(v) and 1 <= v <= MAX_NFE, f"an integer from 1 to {MAX_NFE}"),
+        "nfe": (lambda v: is_whole(v, 1, MAX_NFE), f"an integer from 1 to {MAX_NFE}"),
         "solver": (lambda v: isinstance(v, str), "the name of a solver"),
-        "guidance_scale": (_is_number, "a number"),
-        "deadline": (lambda v: _is_number(v) and v > 0, "seconds from now, a number above 0"),
+        "guidance_scale": (is_finite, "a number"),
+        "deadline": (lambda v: is_finite(v) and v > 0, "seconds from now, a number above 0"),
         "priority": (
-            lambda v: _is_integer(v) and abs(v) < MAX_PRIORITY,
+            lambda v: is_whole(v, 1 - MAX_PRIORITY, MAX_PRIORITY - 1),
             "an integer between -2^31 and 2^31, larger first",
         ),
     }
@@ -84,7 +82,7 @@ def _classes(given: Any, count: int, label_dim: int) -> list[int] | None:
     if not label_dim:
         raise ConfigError("class_labels were given, but the model has no classes; leave them out")
     classes = given if isinstance(given, list) else [given] * count
-    valid = all(_is_integer(k) and 0 <= k < label_dim for k in classes)
+    valid = all(is_whole(k, 0, label_dim - 1) for k in classes)
     if len(classes) != count or not valid:
         raise ConfigError(f"class_labels must be one integer in 0 .. {label_dim - 1}, or {count} of them")
     return classes
@@ -96,16 +94,8 @@ def _numbers(given: Any, count: int, width: int) -> list[list[float]]:
     single = width > 1 and not any(isinstance(row, list) for row in rows)
     rows = [rows] if single else [row if isinstance(row, list) else [row] for row in rows]
     rows = rows * count if len(rows) == 1 else rows
-    valid = all(len(row) == width and all(map(_is_number, row)) for row in rows)
+    valid = all(len(row) == width and all(map(is_finite, row)) for row in rows)
     if len(rows) != count or not valid:
         each = "one number" if width == 1 else f"a list of {width} numbers"
         raise ConfigError(f"class_labels must be {each} that the model is told, or {count} of them, one per seed")
     return rows
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or (_is_integer(value) and abs(value) <= LARGEST)

@@ -21,8 +21,9 @@ from amed_engine.checkpoints import atomic_write
 from amed_engine.engine.request import shape_of
 from amed_engine.engine.result import SampleResult
 from amed_engine.errors import ConfigError
-from amed_engine.integrations.serving.hosted import Hosted, status_of
+from amed_engine.integrations.serving.hosted import Hosted
 from amed_engine.integrations.serving.requests import MAX_IMAGES, OPTIONS
+from amed_engine.serving.statuses import status_of
 from amed_engine.solvers.targets import check_folder
 
 logger = logging.getLogger("amed_engine")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -16,17 +15,18 @@ from amed_engine.errors import (
     QueueFullError,
 )
 from amed_engine.serving.http.replies import JSON
+from amed_engine.serving.statuses import retry_after, status_of
 
 ENDING = "this server is ending, and did not draw what was asked for; ask another one, or again later"
 CALLER, SERVER, RATE = "invalid_request_error", "server_error", "rate_limit_error"
-# The first that an error is an instance of: status, type, code.
-KINDS: tuple[tuple[type[Exception], int, str, str], ...] = (
-    (QueueFullError, 429, RATE, "queue_full"),
-    (EngineClosedError, 503, SERVER, "draining"),
-    (DeadlineError, 504, SERVER, "deadline"),
-    (NonFiniteError, 500, SERVER, "non_finite"),
-    (ConfigError, 422, CALLER, "invalid_value"),
-    (FileFormatError, 422, CALLER, "invalid_program"),
+# The first that an error is an instance of: type, code.
+KINDS: tuple[tuple[type[Exception], str, str], ...] = (
+    (QueueFullError, RATE, "queue_full"),
+    (EngineClosedError, SERVER, "draining"),
+    (DeadlineError, SERVER, "deadline"),
+    (NonFiniteError, SERVER, "non_finite"),
+    (ConfigError, CALLER, "invalid_value"),
+    (FileFormatError, CALLER, "invalid_program"),
 )
 
 
@@ -54,10 +54,10 @@ def told(error: Exception) -> Told:
     if isinstance(error, Refusal):
         kind = CALLER if error.status < 500 else SERVER
         return _told(error.status, kind, error.code, str(error), error.param)
-    for cls, status, kind, code in KINDS:
+    for cls, kind, code in KINDS:
         if isinstance(error, cls):
             message = ENDING if cls is EngineClosedError else str(error)
-            return _told(status, kind, code, message, None, _retry(error))
+            return _told(status_of(error), kind, code, message, None, _retry(error))
     return _told(500, SERVER, "internal", "the server failed on this request; its log says how")
 
 
@@ -76,5 +76,5 @@ def _told(
 
 def _retry(error: Exception) -> dict[str, str]:
     if isinstance(error, QueueFullError):
-        return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return {"Retry-After": retry_after(error)}
     return {"Retry-After": "1"} if isinstance(error, EngineClosedError) else {}

@@ -11,6 +11,7 @@ from typing import Any
 from amed_engine.errors import ConfigError
 
 HUGE = 1 << 62  # beyond any size of a tensor
+MOST_EVALUATIONS = 1 << 20
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
 _short.maxlist = _short.maxtuple = _short.maxdict = 16
@@ -87,3 +88,12 @@ def is_list(owner: str, name: str, value: Any, low: int, high: int, what: str) -
     if not isinstance(value, (list, tuple)) or not low <= len(value) <= high:
         raise ConfigError(f"{owner}: {name} must be a list of {low} to {high} {what}, got {told(value)}")
     return list(value)
+
+
+def check_nfe(nfe: Any) -> int:
+    """A number of evaluations, NumPy's integers too. Raises ConfigError."""
+    if not is_whole(nfe, 1):
+        raise ConfigError(f"nfe must be a positive integer, got {told(nfe)}")
+    if nfe > MOST_EVALUATIONS:
+        raise ConfigError(f"nfe must be at most {MOST_EVALUATIONS}, got {told(nfe)}")
+    return int(nfe)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amed_engine.errors import ConfigError
 from amed_engine.solvers import USE_WITH_PREDICTOR, with_options
-from amed_engine.solvers.arguments import is_whole, told
+from amed_engine.solvers.arguments import check_nfe
 from amed_engine.solvers.base import Solver, check_first_step_of, count_evaluations, count_intervals
 from amed_engine.solvers.files import read_json, write_json
 from amed_engine.solvers.mean import NAMES, FirstStep, Mean, check_first_step, read_first_step
@@ -263,18 +263,6 @@ def _intervals(nfe: int, per_interval: int, choices: Sequence[FirstStep], solver
         f"{solver} spends {per_interval} evaluations per interval{', the first one free' if free == {1} else ''}: nfe={nfe} is "
         f"not a whole number of intervals; possible are {', '.join(map(str, possible))}, ..."
     )
-
-
-MOST = 1 << 20  # evaluations
-
-
-def check_nfe(nfe: Any) -> int:
-    """A number of evaluations, NumPy's integers too. Raises ConfigError."""
-    if not is_whole(nfe, 1):
-        raise ConfigError(f"nfe must be a positive integer, got {told(nfe)}")
-    if nfe > MOST:
-        raise ConfigError(f"nfe must be at most {MOST}, got {told(nfe)}")
-    return int(nfe)
 
 
 MANY = 8  # evaluations, from which iPNDM-3 comes nearer than DEIS-3, and overshoots little under guidance

@@ -14,9 +14,10 @@ from amed_engine.adapters.flow import Flow, flow_levels
 from amed_engine.engine.model import Model
 from amed_engine.evaluation.comparison import TRAINING_FREE
 from amed_engine.solvers import make_solver
+from amed_engine.solvers.arguments import check_nfe
 from amed_engine.solvers.base import count_intervals
 from amed_engine.solvers.mean import FirstStep, Mean
-from amed_engine.solvers.plan import Plan, check_nfe, make_plan
+from amed_engine.solvers.plan import Plan, make_plan
 from amed_engine.solvers.program import Program
 from amed_engine.training.presets import noise_range
 

@@ -8,11 +8,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from served import Gate, gated, raw, told
 
-import amed_engine
-from amed_engine import ConfigError, ContinuousSampler
+from amed_engine import ConfigError
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
+import fuzzed
+from fuzzed import PLAN
 from starlette.testclient import TestClient
 
 from amed_engine.serving.http import Limits, make_app
@@ -20,20 +21,7 @@ from amed_engine.serving.http.schemas import Draw, Generation
 from amed_engine.solvers import solver_names
 from amed_engine.solvers.schedule import SCHEDULES
 
-LIMITS = Limits(body=20_000, samples=8, nfe=12, program=6_000)
-PLAN = amed_engine.make_plan(3, solver="euler").to_json()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with ContinuousSampler("digits", rows=8) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def client(engine):
-    with TestClient(make_app({"digits": [engine]}, limits=LIMITS, allow_programs=True)) as client:
-        yield client
+engine, client = fuzzed.engine, fuzzed.client
 
 
 # ---- errors of the engine

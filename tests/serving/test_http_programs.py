@@ -12,24 +12,13 @@ from amed_engine.zoo import bundled_predictor
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
+import fuzzed
+from fuzzed import LIMITS, PLAN
 from starlette.testclient import TestClient
 
 from amed_engine.serving.http import Limits, make_app
 
-LIMITS = Limits(body=20_000, samples=8, nfe=12, program=6_000)
-PLAN = amed_engine.make_plan(3, solver="euler").to_json()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with ContinuousSampler("digits", rows=8) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def client(engine):
-    with TestClient(make_app({"digits": [engine]}, limits=LIMITS, allow_programs=True)) as client:
-        yield client
+engine, client = fuzzed.engine, fuzzed.client
 
 
 @pytest.fixture(scope="module")

@@ -7,30 +7,18 @@ import json
 import pytest
 from served import Gate, gated, raw, told
 
-import amed_engine
 from amed_engine import ContinuousSampler
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
+import fuzzed
+from fuzzed import LIMITS, PLAN
 from starlette.testclient import TestClient
 
 from amed_engine.serving.http import Limits, bodies, make_app
 from amed_engine.serving.http.errors import Refusal
 
-LIMITS = Limits(body=20_000, samples=8, nfe=12, program=6_000)
-PLAN = amed_engine.make_plan(3, solver="euler").to_json()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with ContinuousSampler("digits", rows=8) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def client(engine):
-    with TestClient(make_app({"digits": [engine]}, limits=LIMITS, allow_programs=True)) as client:
-        yield client
+engine, client = fuzzed.engine, fuzzed.client
 
 
 # ---- bodies

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.scheduler import Scheduler
 from amed_engine.serving.stats import ServingStats
+from amed_engine.serving.threads import handed_over
 from amed_engine.serving.ticker import Ticker, check_batches, check_buckets
 from amed_engine.solvers.arguments import is_number, told
 from amed_engine.solvers.mean import FirstStep
@@ -194,7 +194,7 @@ class ContinuousSampler:
             loop.call_soon_threadsafe(ready.put_nowait, item)
 
         asked = partial(self.submit, seeds, class_labels, on_sample=put, **options)
-        future = await _aside(asked)
+        future = await handed_over(asked)
         future.add_done_callback(lambda _: put(done))
         try:
             while (sample := await ready.get()) is not done:
@@ -254,23 +254,3 @@ class ContinuousSampler:
         except ConfigError:
             return False
         return True
-
-
-async def _aside(submit: Callable[[], Future]) -> Future:
-    """The future of a request that another thread submits; cancelled where nobody waits for it any more."""
-    taken: list[Future] = []
-    left = threading.Event()
-
-    def work() -> Future:
-        taken.append(submit())
-        if left.is_set():
-            taken[0].cancel()
-        return taken[0]
-
-    try:
-        return await asyncio.to_thread(work)
-    except asyncio.CancelledError:
-        left.set()
-        for future in taken:
-            future.cancel()
-        raise

@@ -1,9 +1,11 @@
-"""What the threads of an engine do with what comes to them."""
+"""What threads do with what comes to them, and how work is handed to one."""
 
 from __future__ import annotations
 
+import asyncio
 import queue
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,3 +23,26 @@ def settle(work: Callable[[], Any], future: Future) -> None:
         future.set_result(work())
     except BaseException as error:
         future.set_exception(error)
+
+
+async def handed_over(
+    submit: Callable[[], Future], start: Callable[[Callable[[], Future]], Awaitable[Future]] = asyncio.to_thread
+) -> Future:
+    """The future of a request that another thread submits; cancelled where nobody waits for it any more. start: has work
+    done there, and awaits it."""
+    taken: list[Future] = []
+    left = threading.Event()
+
+    def work() -> Future:
+        taken.append(submit())
+        if left.is_set():
+            taken[0].cancel()
+        return taken[0]
+
+    try:
+        return await start(work)
+    except asyncio.CancelledError:
+        left.set()
+        for future in taken:
+            future.cancel()
+        raise

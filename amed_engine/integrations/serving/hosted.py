@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from amed_engine.errors import (
 from amed_engine.integrations.serving.requests import Asked
 from amed_engine.serving.engine import ContinuousSampler
 from amed_engine.serving.statuses import retry_after, status_of
+from amed_engine.serving.threads import handed_over
 
 PROGRAM = ("nfe", "solver", "predictor", "plan", "solver_options", "schedule", "rho", "afs")
 THREADS = 4  # that prepare programs and write pictures, so that no request waits for another's
@@ -66,12 +68,7 @@ class Hosted:
 
     async def draw(self, payload: Any) -> Tensor:
         """The images (n, C, H, W). Cancelled, it frees the rows. Raises what `submit` and its future raise."""
-        handed = asyncio.wrap_future(self.later(self.submit, payload))
-        try:
-            future = await asyncio.shield(handed)
-        except asyncio.CancelledError:
-            handed.add_done_callback(_give_up)
-            raise
+        future = await handed_over(partial(self.submit, payload), lambda work: asyncio.wrap_future(self.later(work)))
         return (await asyncio.wrap_future(future)).images
 
     async def pictures(self, payload: Any) -> dict[str, list[str]]:
@@ -139,8 +136,3 @@ def _opened(program: dict[str, Any]) -> dict[str, Any]:
 
 def _fixes_nfe(name: str, value: Any) -> bool:
     return name == "plan" or (name == "predictor" and value != NO_PREDICTOR) or isinstance(value, Tensor)
-
-
-def _give_up(handed: asyncio.Future[Future[SampleResult]]) -> None:
-    if not handed.cancelled() and handed.exception() is None:
-        handed.result().cancel()

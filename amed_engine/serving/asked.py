@@ -132,7 +132,8 @@ class Orders:
 
 def _check_count(batch: Any, most: int) -> None:
     """Before so many seeds are drawn or read. Raises ConfigError."""
-    count = batch if isinstance(batch, Integral) else len(batch) if isinstance(batch, Sequence) else 0
+    many = isinstance(batch, Sequence) or (isinstance(batch, Tensor) and batch.dim() > 0)
+    count = batch if isinstance(batch, Integral) else len(batch) if many else 0
     if int(count) > most:
         raise ConfigError(
             f"samples: got {told(int(count))}, expected at most {most}, rows and queue; split the request"

@@ -9,7 +9,7 @@ from typing import Any
 
 from amed_engine.engine.request import Request, make_request
 from amed_engine.engine.runner import Drawn, Runner
-from amed_engine.errors import ConfigError, DeadlineError, EngineClosedError, QueueFullError
+from amed_engine.errors import DeadlineError, EngineClosedError, QueueFullError
 from amed_engine.serving.order import Order
 from amed_engine.serving.rows import Rows
 
@@ -22,11 +22,7 @@ class Beside:
         self.orders: SimpleQueue[Order | None] = SimpleQueue()
 
     def check(self, order: Order, others: Iterable[Order]) -> None:
-        """Raises ConfigError for more than there is ever room for, QueueFullError."""
-        if order.samples > self.limit:
-            raise ConfigError(
-                f"samples: got {order.samples}, expected at most {self.limit}, rows and queue; split the request"
-            )
+        """Raises QueueFullError."""
         waiting = sum(each.samples for each in others if each.programmed.table is None)
         if waiting + order.samples > self.limit:
             raise QueueFullError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 
+from amed_engine.datasets.interrupts import INTERRUPTED, interruptible
 from amed_engine.errors import AmedError, ConfigError, MissingDependency
 
 STDERR = 2
@@ -26,10 +28,10 @@ def run(app: App, args: Sequence[str] | None = None) -> int:
     name = app.name
     _open_stderr()
     try:
-        with _messages(name):
+        with _messages(name), interruptible(signal.SIGINT):
             return app.main(args, prog_name=name, standalone_mode=False) or 0
     except click.Abort:
-        message, code = "interrupted", 130
+        message, code = "interrupted", INTERRUPTED
     except click.ClickException as error:
         message, code = " ".join(error.format_message().split()), error.exit_code
         if isinstance(error, click.UsageError) and error.ctx:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from dataset_folders import contents
@@ -69,12 +70,45 @@ def test_an_interrupt_finishes_the_open_shard(tmp_path, whole, workers, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_before_the_drawing(tmp_path, number):
+@pytest.mark.parametrize("wait", [0, 0.1, 0.2])
+def test_an_interrupt_while_torch_is_imported(tmp_path, number, wait):
     process = start(tmp_path / "data")
-    time.sleep(0.5)  # torch is being imported
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(wait)
     process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode in (130, -number)  # the second: Python itself had not started yet
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "amed: error: interrupted\n")
+
+
+def test_an_interrupt_is_an_exception_but_for_imports(tmp_path):
+    (tmp_path / "sent.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(2)\nexcept BaseException:\n    pass\n"
+    )
+    script = """
+import signal, sys
+from amed_engine.datasets.interrupts import interruptible
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    before = signal.getsignal(number)
+    with interruptible(number):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            print("an exception", flush=True)
+    assert signal.getsignal(number) is before
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with interruptible(signal.SIGTERM):
+    signal.raise_signal(signal.SIGTERM)
+sys.path.insert(0, sys.argv[1])
+with interruptible(signal.SIGINT):
+    import sent
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "an exception\nan exception\n")
+    assert done.stderr == "amed: error: interrupted\n"
 
 
 @pytest.mark.parametrize("workers", ["1", SEVERAL])

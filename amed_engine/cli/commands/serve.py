@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from amed_engine.cli.options import default_device
+from amed_engine.datasets.interrupts import INTERRUPTED
 
 
 class Unanswered(click.ClickException):
@@ -19,7 +20,7 @@ class Unanswered(click.ClickException):
 
 
 class Interrupted(click.ClickException):
-    exit_code = 130
+    exit_code = INTERRUPTED
 
 
 def parse_buckets(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:

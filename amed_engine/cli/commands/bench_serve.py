@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,6 +79,8 @@ def _of_server(load: Load, url: str, model: str | None, options: dict[str, Any])
     taken = set(_names()) - set(IN_PROCESS)
     if given := given_beside(taken):
         raise click.UsageError(f"the server at --url has its own model and rows; leave {', '.join(given)} out")
+    import asyncio
+
     from amed_engine.serving.load import ServerTarget, measure
 
     async def run() -> LoadReport:
@@ -94,6 +95,8 @@ def _names() -> list[str]:
 
 
 def _of_engine(load: Load, engine: dict[str, Any], options: dict[str, Any]) -> LoadReport:
+    import asyncio
+
     from amed_engine import ContinuousSampler
     from amed_engine.serving.load import EngineTarget, measure
 

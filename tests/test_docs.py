@@ -160,6 +160,9 @@ def served_over_http(names, printed):
         assert names["server"].started
         return
     assert names["arrays"]["images"].shape == (2, 1, 8, 8)
+    from_noise = amed_engine.Sampler("digits").run(torch.from_numpy(names["noise"]), class_labels=7)
+    torch.testing.assert_close(torch.from_numpy(names["drawn"]["images"]), from_noise.images, rtol=0, atol=2e-5)
+    assert "seeds" not in names["drawn"]
     assert printed.count("event: sample") == 3
     assert "event: done\n422 unknown key 'steps'; known are model" in printed
     if not shutil.which("curl"):

@@ -72,7 +72,7 @@ def make_request(
             "generator draws the seeds where batch is a number, and has no say in seeds or latents; leave it out"
         )
     if isinstance(batch, Tensor) and batch.is_floating_point():
-        latents, seeds, drawn, fresh = _check_latents(batch, model, dtype, device, look), None, None, None
+        latents, seeds, drawn, fresh = check_latents(batch, model, dtype, device, look), None, None, None
         if noises:
             raise ConfigError(
                 "this solver adds fresh noise to each sample, drawn from its seed, and latents have none; pass seeds, "
@@ -125,7 +125,8 @@ def shape_of(model: Model) -> tuple[int, ...]:
     return model.shape
 
 
-def _check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
+def check_latents(latents: Tensor, model: Model, dtype: torch.dtype, device: torch.device, look: bool) -> Tensor:
+    """Latents (B, *shape) of a model, finite where one may look. Raises ConfigError."""
     shape = model.shape
     if shape is None and latents.dim() < 2:
         raise ConfigError(f"latents must have shape (B, C, ...), a row for each sample, got {tuple(latents.shape)}")

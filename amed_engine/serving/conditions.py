@@ -37,7 +37,7 @@ class RowConditions:
 
     def check(self, given: Any, samples: int, guided: bool) -> Given:
         """The conditions of a request, on the device. Raises ConfigError."""
-        _check_tensors(given, self.tables.names)
+        _check_tensors(given, self.tables.names, self.dtype)
         if guided:
             self.tables.with_null(given, samples)
         full = self.tables(None, given, samples)
@@ -78,13 +78,20 @@ class RowConditions:
         """What means "none" in their place, for as many rows."""
         return {name: row.expand(size, *row.shape[1:]) for name, row in self.null.items()}
 
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Shape of a row and dtype by name, as JSON has them; empty while they are not known."""
+        return {
+            name: {"shape": list(room.shape[1:]), "dtype": str(room.dtype).removeprefix("torch.")}
+            for name, room in self.rows.items()
+        }
+
     def _make(self, like: Given) -> None:
         for name, value in like.items():
             dtype = self.dtype if value.is_floating_point() else value.dtype
             self.rows[name] = torch.zeros(self.count, *value.shape[1:], dtype=dtype, device=self.device)
 
 
-def _check_tensors(given: Any, names: Sequence[str]) -> None:
+def _check_tensors(given: Any, names: Sequence[str], dtype: torch.dtype) -> None:
     """Raises ConfigError."""
     if not isinstance(given, Mapping) or not given:
         raise ConfigError(f"conditions must be tensors by name, of {', '.join(names)}, got {told(given)}")
@@ -93,8 +100,8 @@ def _check_tensors(given: Any, names: Sequence[str]) -> None:
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ConfigError(f"condition {name!r} must be a tensor (B, ...), got {type(value).__name__}")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ConfigError(f"condition {name!r} holds NaN or infinite values")
+        if value.is_floating_point() and not bool(value.to(dtype).isfinite().all()):
+            raise ConfigError(f"condition {name!r} holds NaN or infinite values, or such as {dtype} does not hold")
 
 
 def _check_like(name: str, value: Tensor, room: Tensor) -> None:

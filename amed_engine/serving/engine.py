@@ -104,6 +104,7 @@ class ContinuousSampler:
         count = max(self.rows, sizes[-1] if sizes else 0)
         state = Rows(tuned, count, shape_of(self.model), history, self.device, dtype, apart=apart)
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
+        self.conditions = state.conditions  # what rows are told beside classes; None for a network that takes none
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
         self._orders = Orders(
             self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max}, self.rows + queue

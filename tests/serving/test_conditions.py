@@ -2,63 +2,24 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from prompted import NONE, PLAN, PROMPTS, SHAPE, largest, made, prompts, wrapped
 
-from amed_engine import ConfigError, ContinuousSampler, Sampler, wrap
-
-SHAPE, PROMPTS = (1, 4, 4), 3
-PLAN = {"solver": "ipndm", "nfe": 4, "afs": False, "schedule": "polynomial"}
-
-
-class Net(nn.Module):
-    """Noise of a picture about a mean that its prompt says."""
-
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(6, 1)
-        self.seen: list[int] = []
-
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        self.seen.append(len(x))
-        mean = self.out((text * mask[..., None]).mean(1))[:, :, None, None]
-        return torch.tanh(x - mean) + 0.001 * time.view(-1, 1, 1, 1)
+from amed_engine import ConfigError, ContinuousSampler, Sampler
 
 
 @pytest.fixture
 def net():
-    torch.manual_seed(3)
-    return Net().eval()
+    return made()
 
 
 @pytest.fixture
 def told():
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randn(PROMPTS, 5, 6, generator=generator)
-    return {"text": text, "mask": (text[..., 0] > -0.5).float()}
-
-
-NONE = {"text": torch.zeros(1, 5, 6), "mask": torch.ones(1, 5)}
-
-
-def wrapped(net, conditions, null=None):
-    return wrap(
-        net,
-        prediction="epsilon",
-        betas="linear",
-        shape=SHAPE,
-        conditions=conditions,
-        null_conditions=null,
-        bottleneck=None,
-    )
+    return prompts()
 
 
 @pytest.fixture
 def bound(net, told):
     return wrapped(net, told, NONE)
-
-
-def largest(images, expected):
-    return float((images - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("scale", [None, 2.5])
@@ -116,6 +77,7 @@ def test_without_bound_ones_the_first_request_says_their_shapes(net, told, bound
         ({"conditions": {}}, "tensors by name, of text, mask"),
         ({"conditions": {"text": 1, "mask": 2}}, "condition 'text' must be a tensor"),
         ({"conditions": {**NONE, "text": NONE["text"].double() / 0}}, "'text' holds NaN or infinite"),
+        ({"conditions": {**NONE, "text": NONE["text"].double() + 1e300}}, "such as torch.float32 does not hold"),
         ({"conditions": {**NONE, "mask": NONE["mask"] > 0}}, "'mask' is torch.bool, this engine's are torch.float32"),
         ({"conditions": NONE, "class_labels": 1}, "not both"),
         ({"conditions": NONE, "afs": "mean"}, "not known for new conditions"),

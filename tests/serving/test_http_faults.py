@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from served import Gate, gated, raw, told
+from served import Gate, gated, packed, raw, told
 
 from amed_engine import ConfigError
 
@@ -122,6 +122,12 @@ JSON = st.recursive(
 )
 PLANS = st.fixed_dictionaries({}, optional={name: st.just(value) | JSON for name, value in PLAN.items()})
 OPTIONS = ("max_order", "thresholding", "predict_x0", "lower_order_final", "r", "variant")
+FILES = [
+    packed(latents=torch.ones(2, 1, 8, 8)),
+    packed(latents=torch.ones(1, 4)),
+    packed(text=torch.ones(1, 3)),
+    "AAAA",
+]
 VALUES = {
     "n": st.integers(-1, 4),
     "seeds": st.lists(st.integers(-1, 1 << 33), max_size=3),
@@ -143,6 +149,8 @@ VALUES = {
     "format": st.sampled_from(["png", "npz", "safetensors"]),
     "stream": st.booleans(),
     "program": st.fixed_dictionaries({}, optional={"predictor": st.text(max_size=9), "plan": PLANS}),
+    "conditions": st.sampled_from(FILES) | st.text(max_size=9),
+    "latents": st.sampled_from(FILES) | st.text(max_size=9),
     "prompt": st.sampled_from(["", "3", "12", "cat", "-1"]),
     "size": st.sampled_from(["8x8", "auto", "1x1"]),
     "seed": st.integers(-1, 1 << 33),

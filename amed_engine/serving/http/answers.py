@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from amed_engine.serving.order import Sample
 
 def pictures(result: SampleResult, model: str) -> Response:
     """JSON in OpenAI's shape, and what else is known of the samples."""
-    seeds, labels = result.seeds or [], _classes(result.labels, len(result.images))
+    seeds, labels = _seeds(result), _classes(result.labels, len(result.images))
     drawn = to_uint8(result.images)
     data = [_picture(*each) for each in zip(drawn, seeds, labels, strict=True)]
     return JSON({"created": int(time.time()), "data": data, "model": model, **facts(result)})
@@ -30,8 +31,8 @@ def pictures(result: SampleResult, model: str) -> Response:
 
 def picture(result: SampleResult, model: str) -> Response:
     """A PNG file; its text chunks say model, seed and class."""
-    (drawn,), (label,) = to_uint8(result.images), _classes(result.labels, 1)
-    said = {"model": model, "seed": (result.seeds or [None])[0], "class": label}
+    (drawn,), (seed,), (label,) = to_uint8(result.images), _seeds(result), _classes(result.labels, 1)
+    said = {"model": model, "seed": seed, "class": label}
     notes = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in said.items()
@@ -47,7 +48,7 @@ def event(sample: Sample) -> dict[str, Any]:
 
 
 def npz(result: SampleResult, model: str) -> Response:
-    """images (B, C, H, W) float32, seeds (B,) int64, labels where there are any, and each fact."""
+    """images (B, C, H, W) float32, seeds (B,) int64 and labels where there are any, and each fact."""
     known = {"model": model, **facts(result)}
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in _tensors(result).items()}
     arrays |= {name: np.array(value) for name, value in known.items()}
@@ -74,9 +75,17 @@ def _picture(drawn: np.ndarray, seed: int | None, label: Any) -> dict[str, Any]:
 
 
 def _tensors(result: SampleResult) -> dict[str, Tensor]:
-    images = result.images.detach().to("cpu", torch.float32).contiguous()
-    labels = {} if result.labels is None else {"labels": result.labels.cpu().contiguous()}
-    return {"images": images, "seeds": torch.tensor(result.seeds, dtype=torch.int64, device="cpu"), **labels}
+    found = {"images": result.images.detach().to("cpu", torch.float32).contiguous()}
+    if result.seeds is not None:
+        found["seeds"] = torch.tensor(result.seeds, dtype=torch.int64, device="cpu")
+    if result.labels is not None:
+        found["labels"] = result.labels.cpu().contiguous()
+    return found
+
+
+def _seeds(result: SampleResult) -> Sequence[int | None]:
+    """None of each where latents were given."""
+    return [None] * len(result.images) if result.seeds is None else result.seeds
 
 
 def _classes(labels: Tensor | None, count: int) -> list[Any]:

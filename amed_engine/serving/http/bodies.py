@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import math
 from typing import Any
 
@@ -10,6 +12,7 @@ from fastapi import Request
 
 from amed_engine.serving.http.errors import Refusal
 from amed_engine.serving.http.limits import Limits
+from amed_engine.serving.http.schemas import refusal
 from amed_engine.solvers.files import parse_json
 
 DEPTH = 32  # of arrays and objects within each other
@@ -54,6 +57,14 @@ def parse(body: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "not_json", f"the body is not JSON as it is read here: {error}") from error
     return data
+
+
+def decoded(param: str, text: str) -> bytes:
+    """A file that is the value of a key, in base64. Raises Refusal, 422."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise refusal(param, f"{param} is not base64: {error}") from error
 
 
 def _check(data: Any) -> None:

@@ -78,7 +78,9 @@ class Endpoints:
     def _told(self, name: str) -> dict[str, Any]:
         engines = self._service.engines[name]
         known = engines[0].model
-        facts = {"shape": known.shape, "classes": known.classes, "label_dim": known.label_dim}
+        room = engines[0].conditions
+        told = {} if room is None else room.described()
+        facts = {"shape": known.shape, "classes": known.classes, "label_dim": known.label_dim, "conditions": told}
         where = {"devices": [str(engine.device) for engine in engines], "rows": sum(engine.rows for engine in engines)}
         who = {"object": "model", "created": self._service.started, "owned_by": "amed_engine"}
         return {"id": name, **who, **facts, **where}
@@ -106,8 +108,8 @@ class Endpoints:
 
     def _submit_draw(self, body: bytes, events: Events, alone: bool) -> Drawing:
         asked = read(Draw, bodies.parse(body))
-        form = _form(asked, alone)
         order = orders.of_draw(asked, self._service)
+        form = _form(asked, alone, order.samples)
         future = order.submit(events.put if form == "stream" else None)
         if form == "stream":
             future.add_done_callback(events.put)
@@ -120,7 +122,7 @@ def _wants_png(request: Request) -> bool:
     return PNG in kinds and "application/json" not in kinds
 
 
-def _form(asked: Draw, alone: bool) -> str:
+def _form(asked: Draw, alone: bool, samples: int) -> str:
     """Of the answer, a key of WRITERS or "stream". Raises Refusal, 406."""
     if asked.stream and alone:
         raise Refusal(406, "not_acceptable", f"a stream is no {PNG}; leave stream or Accept: {PNG} out", "stream")
@@ -130,7 +132,8 @@ def _form(asked: Draw, alone: bool) -> str:
         return asked.format
     if not alone:
         return "json"
-    if asked.count != 1:
-        message = f"{PNG} is one picture, got {asked.count} samples; leave Accept: {PNG} out for JSON of all"
-        raise Refusal(406, "not_acceptable", message, "n" if asked.seeds is None else "seeds")
+    if samples != 1:
+        message = f"{PNG} is one picture, got {samples} samples; leave Accept: {PNG} out for JSON of all"
+        param = "seeds" if asked.seeds is not None else "latents" if asked.latents is not None else "n"
+        raise Refusal(406, "not_acceptable", message, param)
     return "png"

@@ -13,8 +13,9 @@ from amed_engine.engine.images import check_pictures
 from amed_engine.engine.model import Model
 from amed_engine.engine.result import SampleResult
 from amed_engine.serving.engine import ContinuousSampler
-from amed_engine.serving.http import programs
+from amed_engine.serving.http import programs, tensors
 from amed_engine.serving.http.errors import Refusal
+from amed_engine.serving.http.limits import Limits
 from amed_engine.serving.http.schemas import Asked, Draw, Generation, refusal
 from amed_engine.serving.http.service import Service
 from amed_engine.serving.order import Sample
@@ -25,9 +26,13 @@ class Order(NamedTuple):
 
     model: str
     engine: ContinuousSampler
-    batch: int | list[int]
+    batch: int | list[int] | torch.Tensor
     labels: Any
     options: dict[str, Any]
+
+    @property
+    def samples(self) -> int:
+        return self.batch if isinstance(self.batch, int) else len(self.batch)
 
     def submit(self, on_sample: Callable[[Sample], None] | None = None) -> Future[SampleResult]:
         return self.engine.submit(self.batch, self.labels, on_sample=on_sample, **self.options)
@@ -48,21 +53,41 @@ def of_draw(asked: Draw, service: Service) -> Order:
         check_pictures(engine.model.shape)
     elif asked.stream:
         raise refusal("format", f'samples are streamed as "png", got {asked.format!r}; leave format or stream out')
-    options, own = asked.options(), _own_program(asked, service)
-    order = Order(name, engine, asked.batch, asked.class_labels, {**options, **own})
+    own, latents = _own_program(asked, service), _latents(asked, engine, service.limits)
+    batch = asked.batch if latents is None else latents
+    order = Order(name, engine, batch, asked.class_labels, {**asked.options(), **own})
+    if asked.conditions is not None:
+        order.options["conditions"] = tensors.conditions(asked.conditions, engine, order.samples)
     if own:
         cost = engine.cost(order.batch, order.labels, **order.options)
-        programs.check_evaluations(cost.evaluations // asked.count, service.limits)
+        programs.check_evaluations(cost.evaluations // order.samples, service.limits)
     return order
 
 
 def _engine(asked: Asked, service: Service) -> tuple[str, ContinuousSampler]:
     found, limits = service.engine(asked.model), service.limits
-    if asked.count > limits.samples:
-        message = f"{asked.count} samples were asked for, and a request may have {limits.samples}; send several"
-        raise refusal("n" if asked.seeds is None else "seeds", message)
+    _check_samples(asked.count, "n" if asked.seeds is None else "seeds", limits)
     programs.check_evaluations(asked.nfe or 0, limits)
     return found
+
+
+def _check_samples(count: int, param: str, limits: Limits) -> None:
+    if count > limits.samples:
+        message = f"{count} samples were asked for, and a request may have {limits.samples}; send several"
+        raise refusal(param, message)
+
+
+def _latents(asked: Draw, engine: ContinuousSampler, limits: Limits) -> torch.Tensor | None:
+    """Where they stand in the place of seeds."""
+    if asked.latents is None:
+        return None
+    if asked.seeds is not None:
+        raise refusal("seeds", "seeds and latents exclude each other; leave one of them out")
+    given = tensors.latents(asked.latents, engine)
+    _check_samples(len(given), "latents", limits)
+    if asked.n not in (None, len(given)):
+        raise refusal("n", f"n is {asked.n}, but latents are {len(given)}; leave n out")
+    return given
 
 
 def _own_program(asked: Draw, service: Service) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import tempfile
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from amed_engine.checkpoints.native import load_predictor
 from amed_engine.errors import AmedError, FileFormatError
 from amed_engine.sampling.predictors import Predictor
+from amed_engine.serving.http import bodies
 from amed_engine.serving.http.errors import Refusal
 from amed_engine.serving.http.limits import Limits
 from amed_engine.serving.http.schemas import Program, refusal
@@ -47,11 +46,7 @@ def _plan(data: dict[str, Any], limits: Limits) -> Plan:
 
 def _predictor(text: str, limits: Limits) -> Predictor:
     _check_size(len(text) * 3 // 4, "predictor", limits)
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise refusal("program.predictor", f"program.predictor is not base64: {error}") from error
-    predictor = _read(data)
+    predictor = _read(bodies.decoded("program.predictor", text))
     if predictor.plan is not None:
         check_evaluations(predictor.plan.nfe, limits)
     return predictor

@@ -92,6 +92,8 @@ class Draw(Asked):
     afs: bool | Literal["mean"] | None = optional('true, false or "mean"')
     predictor: Literal["none"] | None = optional('"none", to draw without the bundled one')
     program: Program | None = optional("an object with either predictor or plan")
+    conditions: str | None = optional("a .safetensors file of tensors (1 or B, ...) by name, in base64")
+    latents: str | None = optional('a .safetensors file of one tensor "latents" (B, ...), in base64; in place of seeds')
     deadline: Number | None = optional("seconds from now, a number above 0", gt=0)
     priority: int | None = optional("a whole number; larger ones go first")
     format: Literal["png", "npz", "safetensors"] | None = optional('"png", "npz" or "safetensors"')

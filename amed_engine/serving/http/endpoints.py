@@ -80,6 +80,7 @@ class Endpoints:
         known = engines[0].model
         facts = {"shape": known.shape, "classes": known.classes, "label_dim": known.label_dim}
         where = {"devices": [str(engine.device) for engine in engines], "rows": sum(engine.rows for engine in engines)}
+        where["predictors"] = sorted(known.predictors)
         who = {"object": "model", "created": self._service.started, "owned_by": "amed_engine"}
         return {"id": name, **who, **facts, **where}
 

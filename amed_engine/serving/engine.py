@@ -65,9 +65,9 @@ class ContinuousSampler:
         which its result names: with one bucket they are the same in any company.
     history: how many evaluations back a solver's directions may reach, at most 13; programs that reach further, and those of
         parallel points or thresholding, are drawn by `Sampler.run`'s loop beside the rows, one request after another.
-    predictors: files or predictors, in place of those that a zoo model brings and as they are: one for each NFE, taken where
-        a request names nothing but perhaps the NFE (without: the one for 5, else the first). Under guidance that it was not
-        trained for a training-free solver runs instead. sigma_min and sigma_max are theirs then, and not to be given.
+    predictors: files or predictors, one for each NFE, which draw what names nothing but perhaps the NFE (without: the one for
+        5, else the first), as those that a zoo model brings and in their place. Under guidance that they were not trained for
+        a training-free solver steps in. Their plans say the noise levels: sigma_min and sigma_max are not to be given.
     Raises ConfigError for anything that cannot work, FileFormatError for files that are none.
 
     Threads may share it; it has threads of its own, which `close` ends.

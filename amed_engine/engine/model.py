@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import Denoised, as_denoised, copied
 from amed_engine.sampling.modules import device_of, dtype_of, module_of, never_writes, said
 from amed_engine.sampling.offloaded import awaited, brings_weights, brought
+from amed_engine.sampling.predictors import Predictor
 from amed_engine.solvers.arguments import is_finite, told
 
 
@@ -39,6 +40,8 @@ class Model:
     memory_format: torch.memory_format = torch.contiguous_format
     label_kind: str = "rows"  # see `amed_engine.adapters.labels`
     compile: str | None = None  # the mode that torch.compile was given
+    # By NFE, for who asks for nothing else: bundled ones, or those that an engine was given.
+    predictors: Mapping[int, Predictor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def shape_asked(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import Pairing, PlanRequest
 from amed_engine.sampling.modules import said
@@ -24,7 +23,7 @@ _HOW_TO_FIT = (
 _MEASURE = 'afs="mean" measures a first step that needs no evaluation'
 _HOW_TO_MEASURE = f"sampling with %s; {_MEASURE}"
 _LEFT_OUT = (
-    "the bundled predictor has noise levels and a first step of its own, others are asked for: sampling without it, with %s; "
+    "the model's own predictor has its noise levels and its first step, others are asked for: sampling without it, with %s; "
     'predictor="none" (--predictor none) says so'
 )
 _ABOUT_ZERO = (
@@ -43,7 +42,7 @@ def announce(model: Model, predictor: Any, request: PlanRequest, pairing: Pairin
         return
     if own is not None:
         tell_of_zero(request.afs, plan)
-    elif predictor is None and request.solver is None and model.name and zoo.bundled_predictor(model.name, plan.nfe):
+    elif predictor is None and request.solver is None and plan.nfe in model.predictors:
         logger.warning(_LEFT_OUT, plan.describe())
     elif predictor is None and request.open:
         told = _HOW_TO_FIT if plan.afs == "mean" else f"{_HOW_TO_FIT}, {_MEASURE}"

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import amed_engine.zoo as zoo
 from amed_engine.adapters.fingerprint import can_tell
 from amed_engine.adapters.recorded import difference, is_recorded
 from amed_engine.checkpoints import load_predictor
@@ -20,12 +19,13 @@ from amed_engine.engine.steps import check_steps, steps_for
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import CoefficientPredictor, Predictor
+from amed_engine.solvers.arguments import is_whole
 from amed_engine.solvers.mean import FirstStep, Mean
 from amed_engine.solvers.plan import Plan, best_training_free, make_plan
 from amed_engine.solvers.schedule import check_sigmas
 from amed_engine.solvers.stage import Midpoint, Row
 
-NO_PREDICTOR = "none"  # keeps a bundled predictor away
+NO_PREDICTOR = "none"  # keeps the model's own predictors away
 
 # How an error speaks of the plan that rules.
 TRAINED, MADE = "this predictor was trained", "this plan was made"
@@ -79,7 +79,8 @@ class PlanRequest:
 
 
 class Pairing(NamedTuple):
-    """What runs: a plan, with a predictor or without. fallback: the plan that is right where a bundled predictor is not."""
+    """What runs: a plan, with a predictor or without. fallback: the plan that is right where the model's own is
+    not."""
 
     plan: Plan
     predictor: Predictor | None
@@ -89,9 +90,9 @@ class Pairing(NamedTuple):
 def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, autocast: torch.dtype | None) -> Pairing:
     """A model, what was asked for and a predictor (or a path, None, "none"); see `Sampler`. Raises ConfigError where they
     differ."""
-    bundled = predictor is None and request.open and request.sigma_min is request.sigma_max is None
+    unasked = predictor is None and request.open and request.sigma_min is request.sigma_max is None
     if predictor is None:
-        predictor = choose_predictor(model, request, bundled)
+        predictor = choose_predictor(model, request, unasked)
     elif predictor == NO_PREDICTOR:
         predictor = None
     else:
@@ -106,14 +107,14 @@ def pair(model: Model, predictor: Any, request: PlanRequest, *, verify: bool, au
         rules = [(plan, TRAINED)]  # as published: its levels at least
     for rule, made in rules if verify else ():
         check_model(model, rule, made, reads_bottleneck=predictor is not None and predictor.reads_bottleneck)
-        if not bundled:  # nobody who asks for autocast alone chose a predictor
+        if not unasked:  # nobody who asks for autocast alone chose a predictor
             check_dtype(replace(model, autocast=autocast), rule, made)
     if predictor is None:
         return Pairing(plan, None, None)
     _check_answer(plan, predictor)
     check_bottleneck(model, predictor)
-    # A bundled predictor steps aside where a run asks for guidance it was not trained for; a given one raises.
-    return Pairing(plan, predictor, request.plan(midpoint=False) if bundled else None)
+    # Of the model's own it steps aside where a run asks for guidance it was not trained for; one that was asked for raises.
+    return Pairing(plan, predictor, replace(request, nfe=plan.nfe).plan(midpoint=False) if unasked else None)
 
 
 def _check_answer(plan: Plan, predictor: Predictor) -> None:
@@ -149,14 +150,19 @@ def open_predictor(predictor: Any) -> Predictor:
     return predictor
 
 
-def choose_predictor(model: Model, request: PlanRequest, bundled: bool) -> Predictor | None:
-    """The model's own, where the default one is right (`bundled`), or where the plan that was asked for is its plan."""
-    recipe = request.recipe
-    if model.name and bundled:
-        return zoo.bundled_predictor(model.name, 5 if request.nfe is None else request.nfe)
-    if not model.name or recipe is None or not recipe.midpoint:
+def choose_predictor(model: Model, request: PlanRequest, unasked: bool) -> Predictor | None:
+    """The model's own, where nothing but perhaps the NFE was asked for (`unasked`), or where the plan that was is its plan.
+
+    Where the NFE was not either: the one for 5, else the first.
+    """
+    own, nfe, recipe = model.predictors, request.nfe, request.recipe
+    if unasked and nfe is None:
+        return own.get(5) or next(iter(own.values()), None)
+    if unasked:
+        return own.get(nfe) if is_whole(nfe, 1) else None  # type: ignore[arg-type]  (what is no NFE is refused with its plan)
+    if recipe is None or not recipe.midpoint:
         return None
-    found = zoo.bundled_predictor(model.name, recipe.nfe)
+    found = own.get(recipe.nfe)
     return found if found and found.plan and not differences(recipe, found.plan) else None
 
 

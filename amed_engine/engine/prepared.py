@@ -1,4 +1,4 @@
-"""What was asked of a model, as programs that are ready to run: the plan's, and what steps in for a bundled predictor."""
+"""What was asked of a model, as programs that are ready to run: the plan's, and what steps in for the model's own predictor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from amed_engine.solvers.program import Program
 
 logger = logging.getLogger("amed_engine")
 
-_NOT_FOR_GUIDANCE = "the bundled predictor is not for guidance_scale=%s: sampling with %s"
+_NOT_FOR_GUIDANCE = "the model's own predictor is not for guidance_scale=%s: sampling with %s"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Wishes:
 
 @dataclass
 class Prepared:
-    """A plan with its program on the device, and the predictor in it. fallback: what runs under guidance that a bundled
-    predictor is not for."""
+    """A plan with its program on the device, and the predictor in it. fallback: what runs under guidance that the
+    model's own predictor is not for."""
 
     model: Model
     plan: Plan

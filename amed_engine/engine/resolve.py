@@ -81,6 +81,7 @@ def resolve(
         sigma_max=_sigma("sigma_max", sigma_max, said(network, "sigma_max", math.inf)),
         name=name,
         foreign=not never_writes(network),
+        predictors={} if name is None else zoo.Bundled(name),
     )
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import amed_engine.zoo as zoo
 from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import NO_PREDICTOR, open_predictor
 from amed_engine.engine.request import check_labels
@@ -257,12 +256,12 @@ def _learned(
     model: Model, nfes: list[int], nfe: int, predictor: str | None, setting: Setting
 ) -> list[tuple[str, Sampler]]:
     """The bundled predictors of all these NFE, or the one given, at `nfe`."""
-    if predictor is None and model.name:
-        bundled = [zoo.bundled_predictor(model.name, n) for n in nfes]
+    if predictor is None:
+        bundled = [model.predictors.get(n) for n in nfes]
         learned = [p for p in bundled if p and p.plan and p.plan.guidance_scale == setting.guidance_scale]
         samplers = [setting.sampler(model, p) for p in learned]
     else:
-        given = [] if predictor in (None, NO_PREDICTOR) else [open_predictor(predictor)]
+        given = [] if predictor == NO_PREDICTOR else [open_predictor(predictor)]
         samplers = [setting.sampler(model, p, nfe=nfe, **({} if p.plan else setting.noise)) for p in given]
     return [(learned_name(sampler), sampler) for sampler in samplers]
 

@@ -58,14 +58,16 @@ class Bank:
         self.coefficients[lines] = sent(coefficients.flatten(1).to(self.dtype), self.device)
         self.sigma[lines] = sent(table.sigma.to(self.dtype), self.device)
         self.follows[lines] = sent(torch.tensor([*ticks, IDLE], device="cpu"), self.device)
-        if table.predictor is not None and self.learned is None:
-            self._learn(table.predictor)
+        if table.predictor is not None:
+            self.learn(table.predictor)
         if self.learned is not None:
             self.learned.write(slot, lines, table)
         return slot
 
-    def _learn(self, like: AMEDPredictor) -> None:
-        """From the first predictor on every line has weights on the basis."""
+    def learn(self, like: AMEDPredictor) -> None:
+        """Room for predictors like this one, unless there is: from now on every line has weights on the basis."""
+        if self.learned is not None:
+            return
         self.learned = Learned(self._slots, self._lines, self.history, like, self.device, self.dtype)
         for table, (slot, _) in self._held.items():
             self.learned.write(slot, slice(_first(slot), _first(slot) + table.ticks), table)

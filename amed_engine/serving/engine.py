@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ from amed_engine.engine.runner import Runner
 from amed_engine.errors import ConfigError
 from amed_engine.sampling.modes import plain_tensors
 from amed_engine.sampling.offloaded import brings_weights
+from amed_engine.sampling.predictors import AMEDPredictor, Predictor
 from amed_engine.serving.asked import Orders, check_settings
 from amed_engine.serving.loop import Loop
 from amed_engine.serving.order import Sample
+from amed_engine.serving.predictors import check_given, open_given
 from amed_engine.serving.programs import Programs
 from amed_engine.serving.rows import Kind, Rows
 from amed_engine.serving.scheduler import Scheduler
@@ -62,7 +65,10 @@ class ContinuousSampler:
         which its result names: with one bucket they are the same in any company.
     history: how many evaluations back a solver's directions may reach, at most 13; programs that reach further, and those of
         parallel points or thresholding, are drawn by `Sampler.run`'s loop beside the rows, one request after another.
-    Raises ConfigError for anything that cannot work.
+    predictors: files or predictors, one for each NFE, which draw what names nothing but perhaps the NFE (without: the one for
+        5, else the first), as those that a zoo model brings and in their place. Under guidance that they were not trained for
+        a training-free solver steps in. Their plans say the noise levels: sigma_min and sigma_max are not to be given.
+    Raises ConfigError for anything that cannot work, FileFormatError for files that are none.
 
     Threads may share it; it has threads of its own, which `close` ends.
     """
@@ -89,10 +95,14 @@ class ContinuousSampler:
         memory_format: torch.memory_format | None = None,
         verify: bool = True,
         check_finite: bool = True,
+        predictors: Sequence[Predictor | str | os.PathLike] = (),
     ):
+        own = open_given(predictors)
         check_settings(rows=rows, history=history, queue=queue, dtype=dtype, backend=backend)
         facts = {"shape": shape, "label_dim": label_dim, "sigma_min": sigma_min, "sigma_max": sigma_max}
         self.model = resolve(model, weights=weights, ready=False, **facts)  # type: ignore[arg-type]
+        if own:
+            self.model = replace(self.model, predictors={nfe: given.predictor for nfe, given in own.items()})
         self.device, self.dtype = place(self.model, device), dtype
         tuned = tune(self.model, compile=compile, memory_format=memory_format, autocast=autocast)
         runner = Runner(tuned, self.device, "eager", (1,), check_finite)
@@ -106,9 +116,9 @@ class ContinuousSampler:
         ticker = Ticker(state, sizes, CudaDevice(self.device) if captures else None)
         self.conditions = state.conditions  # what rows are told beside classes; None for a network that takes none
         programs = Programs(self.model, tuned, history=history, verify=verify, device=self.device, dtype=dtype)
-        self._orders = Orders(
-            self.model, programs, state, {"sigma_min": sigma_min, "sigma_max": sigma_max}, self.rows + queue
-        )
+        levels = {"sigma_min": sigma_min, "sigma_max": sigma_max}
+        check_given(own, programs, levels)
+        self._orders = Orders(self.model, programs, state, levels, self.rows + queue)
         self._loop = Loop(state, ticker, runner, Scheduler(self.rows, queue))
         # Also at the interpreter's end, where a thread that still runs torch would be cut off.
         self._finalizer = weakref.finalize(self, self._loop.close, False, 10.0)
@@ -215,8 +225,10 @@ class ContinuousSampler:
         return self._loop.stats()
 
     def warmup(self) -> WarmupReport:
-        """Capture the tick of every bucket now, and measure what ticks take; waits for the tick that runs."""
-        return self._loop.between_ticks(self._warm)
+        """Make the programs of the model's own predictors, capture the tick of every bucket, with predictors among the rows
+        where it has some, and measure what ticks take; waits for the tick that runs."""
+        learned = self._orders.programs.make_own(self._orders.given)
+        return self._loop.between_ticks(partial(self._warm, learned))
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests and end: with drain after all that were taken are done, at most `timeout` seconds from now;
@@ -237,9 +249,9 @@ class ContinuousSampler:
             )
         return backend != "eager" and self.device.type == "cuda" and not brings
 
-    def _warm(self) -> WarmupReport:
+    def _warm(self, learned: AMEDPredictor | None) -> WarmupReport:
         ticker, pace = self._loop.ticker, self._loop.pace
-        report = ticker.warmup(self._guidable())
+        report = ticker.warmup(self._guidable(), learned)
         if self._loop.scheduler.live:
             return report
         sizes = ticker.buckets or sorted({1, self.rows})

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from amed_engine.engine.model import Model
 from amed_engine.engine.pairing import open_plan, open_predictor
 from amed_engine.engine.prepared import Prepared, Wishes, prepare
 from amed_engine.engine.request import shape_of
+from amed_engine.errors import ConfigError
 from amed_engine.sampling.denoiser import check_features
-from amed_engine.sampling.modes import evaluating
+from amed_engine.sampling.modes import evaluating, plain_tensors
 from amed_engine.sampling.modules import said
 from amed_engine.sampling.predictors import AMEDPredictor, Predictor
 from amed_engine.serving.conditions import takes_conditions
@@ -72,6 +74,25 @@ class Programs:
         prepared = self._once(key, wishes)
         with self._lock:
             return self._tabulated(*prepared.under(guidance_scale))
+
+    @plain_tensors()
+    def make_own(self, given: Mapping[str, Any]) -> AMEDPredictor | None:
+        """Make the programs that requests get which say nothing but perhaps the NFE, where the model has predictors of its own,
+        and those that step in for them under guidance. given: of every wish, by the engine.
+
+        Returns one of the predictors that rows will have, None where there are none. What cannot run is left out here, and
+        refused to who asks for it.
+        """
+        found = None
+        for nfe in (None, *self.model.predictors) if self.model.predictors else ():
+            wishes, key = _opened(Wishes(nfe=nfe, **given))
+            with suppress(ConfigError):
+                prepared = self._once(key, wishes)
+                for program, plan in filter(None, (prepared.fallback, (prepared.program, prepared.plan))):
+                    with self._lock:
+                        table = self._tabulated(program, plan).table
+                    found = found or (table and table.predictor)
+        return found
 
     def _once(self, key: Hashable, wishes: Wishes) -> Prepared:
         """Whoever asks for the same waits for it, and nobody else: a mean that is measured takes many evaluations."""

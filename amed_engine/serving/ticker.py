@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from amed_engine.engine.graphs import WARMUPS, WARMUPS_TORCHSCRIPT, Bucket, Warm
 from amed_engine.errors import AmedError, ConfigError
 from amed_engine.sampling.modes import modes_kept
 from amed_engine.sampling.modules import said
+from amed_engine.sampling.predictors import AMEDPredictor
 from amed_engine.serving.rows import Kind, Rows
 
 
@@ -77,12 +79,16 @@ class Ticker:
                 self._replay(self.device, kind)
         self.rows.ticked()
 
-    def warmup(self, guided: bool) -> WarmupReport:
-        """Capture the tick of every bucket, largest first, with guidance's halves too where that is asked for."""
+    def warmup(self, guided: bool, learned: AMEDPredictor | None = None) -> WarmupReport:
+        """Capture the tick of every bucket, largest first, with guidance's halves too where that is asked for, and with a
+        predictor among the rows where one like `learned` is known to come."""
         if self.device is None or self.buckets is None:
             return WarmupReport("eager")
-        halves = (False, True) if guided else (False,)
-        kinds = [Kind(size, size * both) for size in reversed(self.buckets) for both in halves]
+        if learned is not None:
+            self.rows.bank.learn(learned)
+        halves, with_predictor = (range(1 + asked) for asked in (guided, learned is not None))
+        sizes = reversed(self.buckets)
+        kinds = [Kind(n, n * both, bool(among)) for n, both, among in product(sizes, halves, with_predictor)]
         with self._evaluating(), torch.no_grad():
             return WarmupReport("graph", tuple(self._capture(self.device, k) for k in kinds if k not in self._graphs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -64,3 +65,21 @@ def bundled_predictor(name: str, nfe: int) -> Predictor | None:
     """The bundled predictor for a model at this NFE, None where there is none."""
     file = ROOT / name / "predictors" / f"nfe{nfe}.safetensors"
     return load_predictor(file) if file.is_file() else None
+
+
+class Bundled(Mapping[int, Predictor]):
+    """The bundled predictors of a model by NFE, each read from its file whenever it is asked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getitem__(self, nfe: int) -> Predictor:
+        if (found := bundled_predictor(self.name, nfe)) is None:
+            raise KeyError(nfe)
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(predictor_nfes(self.name))
+
+    def __len__(self) -> int:
+        return len(predictor_nfes(self.name))

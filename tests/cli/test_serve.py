@@ -71,6 +71,11 @@ def test_sigterm_finishes_what_is_asked_for(running):
         (["--rows", "2", "--queue", "4", "--max-samples", "7"], "--max-samples 7 is more than the 6 that --rows and"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--backend", "graph", "--device", "cpu"], "backend='graph' needs a CUDA device"),
+        (
+            ["--model", "digits", "--model", "a=digits", "--predictor", "5.st"],
+            "whose? write NAME=FILE; served are digits, a",
+        ),
+        (["--predictor", "faces=5.st"], "no model 'faces'; served are digits"),
         (["--grace", "-1"], "--grace"),
         (["--grace", "nan"], "--grace"),
         (["--grace", "inf"], "--grace"),
@@ -96,6 +101,29 @@ def test_models_are_served_by_the_names_they_are_given(tmp_path, monkeypatch):
     (tmp_path / "a=b").mkdir()
     named = command.parse_models(None, None, ("digits", "faces=/models/ffhq", "a=b", "x=y=z"))
     assert named == {"digits": "digits", "faces": "/models/ffhq", "a=b": "a=b", "x": "y=z"}
+
+
+def test_predictors_belong_to_the_models_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").touch()
+    assert command.predictors_of(["mine"], ["3.st", "mine=5.st", "a=b"]) == {"mine": ["3.st", "5.st", "a=b"]}
+    given = ["a=3.st", "c=5.st", "a=x=y.st", "c=d=e"]
+    assert command.predictors_of(["a", "c", "a=x"], given) == {"a": ["3.st"], "c": ["5.st", "d=e"], "a=x": ["y.st"]}
+
+
+def test_a_copy_by_path_is_served_with_the_predictors_it_is_given(running, tmp_path):
+    amed_engine.checkpoints.save_model(amed_engine.zoo.load("digits"), tmp_path / "copy.safetensors")
+    for nfe in (3, 5):
+        amed_engine.save_predictor(amed_engine.zoo.bundled_predictor("digits", nfe), tmp_path / f"{nfe}.safetensors")
+    models = ["--model", f"mine={tmp_path / 'copy.safetensors'}", "--model", "digits"]
+    given = [f"--predictor=mine={tmp_path / f'{nfe}.safetensors'}" for nfe in (5, 3)]
+    _, _, url = running("--rows", "2", *models, *given)
+    listed = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"]
+    assert {each["id"]: each["predictors"] for each in listed} == {"mine": [3, 5], "digits": list(range(3, 11))}
+    for nfe in (3, 5):
+        answers = [json.load(opened(url, {"model": name, "seeds": [1], "nfe": nfe})) for name in ("mine", "digits")]
+        assert answers[0]["plan"] == answers[1]["plan"]
+        assert "+ predictor" in answers[0]["plan"]
 
 
 @pytest.fixture
@@ -128,13 +156,14 @@ def made(monkeypatch):
 def test_options_reach_engines_and_limits(amed, made):
     options = ["--rows", "8", "--queue", "9", "--buckets", "2,8", "--backend", "eager", "--compile", "default"]
     options += ["--autocast", "bfloat16", "--device", "cpu", "--device", "meta", "--allow-programs"]
+    options += ["--predictor", "a.st", "--predictor", "digits=b.st"]
     options += ["--max-samples", "5", "--max-body", "77", "--max-nfe", "6", "--grace", "0.5"]
     assert amed("serve", "--port", "0", *options) == (0, "", "")
     asked = {"rows": 8, "queue": 9, "buckets": (2, 8), "backend": "eager", "compile": "default"}
     asked["autocast"] = torch.bfloat16
     assert made[0] == [
-        ("digits", {"device": "cpu", **asked}),
-        ("digits", {"device": "meta", **asked}),
+        ("digits", {"device": "cpu", "predictors": ["a.st", "b.st"], **asked}),
+        ("digits", {"device": "meta", "predictors": ["a.st", "b.st"], **asked}),
         (0.5, Limits(samples=5, body=77, nfe=6), True),
         ("closed", False),
         ("closed", False),

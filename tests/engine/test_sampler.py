@@ -681,7 +681,7 @@ def test_guidance_that_the_bundled_predictor_was_not_trained_for_goes_without_it
     sampler = Sampler("toy")
     with caplog.at_level(logging.INFO, logger="amed_engine"):
         result = sampler.run([1, 2], class_labels=3, guidance_scale=2.0)
-    assert "the bundled predictor is not for guidance_scale=2.0: sampling with deis" in caplog.text
+    assert "the model's own predictor is not for guidance_scale=2.0: sampling with deis" in caplog.text
     assert (result.plan.solver, result.nfe) == ("deis", 5)
     expected = Sampler(tiny_conditional, nfe=5).run([1, 2], class_labels=3, guidance_scale=2.0)
     close(result.images, expected.images)

@@ -126,6 +126,17 @@ def test_the_predictor_draws_what_names_neither_solver_nor_another_nfe(tmp_path)
     held.close()
 
 
+def test_predictors_of_the_engine_draw_what_names_no_solver(tmp_path):
+    for nfe in (3, 5):
+        save_predictor(bundled_predictor("digits", nfe=nfe), tmp_path / f"{nfe}.safetensors")
+    given = [str(tmp_path / f"{nfe}.safetensors") for nfe in (3, 5)]
+    held, payload = Hosted("digits", predictors=given, nfe=3, device="cpu"), {"seeds": [1]}
+    for said, nfe in (({}, 3), ({"nfe": 3}, 3), ({"nfe": 5}, 5)):
+        assert drawn(held, payload, said)[1] == bundled_predictor("digits", nfe=nfe).plan
+    assert drawn(held, payload, {"nfe": 4})[1] == Sampler("digits", "none", nfe=4, device="cpu").plan
+    held.close()
+
+
 def test_defaults_of_a_solver_stay_with_another_nfe():
     held = Hosted("digits", solver="ipndm", schedule="logsnr", nfe=4, device="cpu")
     for nfe, said in ((4, {}), (6, {"nfe": 6})):

@@ -208,6 +208,8 @@ def test_paths_are_written_in_full(tmp_path, monkeypatch):
     text = (write_repository("models", model="digits", predictor="five.safetensors") / "config.pbtxt").read_text()
     assert json.dumps(str(tmp_path / "five.safetensors"))[1:-1] in text
     assert r"\"model\": \"digits\"" in text
+    text = (write_repository("several", model="digits", predictors=["five.safetensors"]) / "config.pbtxt").read_text()
+    assert json.dumps(str(tmp_path / "five.safetensors"))[1:-1] in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import wait
+from functools import partial
 from itertools import islice
 
 import mixed
@@ -111,6 +112,57 @@ def test_warm_up_captures_every_bucket_with_and_without_guidance(engines):
     engine.submit([1, 2, 3], guidance_scale=2.0, **SAID).result(60)
     assert engine.stats().captures == 8
     assert engine.warmup().buckets == ()
+
+
+def own_predictor(seed, nfe, guidance=None):
+    predictor = mixed.learned(seed)
+    said = {"solver": "amed", "nfe": nfe, "afs": False, "schedule": "polynomial"}
+    predictor.plan = mixed.plan_of(said, {}, midpoint=True, guidance_scale=guidance)
+    return predictor
+
+
+def test_warm_up_captures_what_predictors_of_the_engine_need(engines):
+    own = [own_predictor(1, 6), own_predictor(2, 4, guidance=2.0)]
+    engine = engines(mixed.Classes(), predictors=own)
+    assert [bucket.batch for bucket in engine.warmup().buckets] == [8] * 4 + [4] * 4 + [2] * 4 + [1] * 4
+    assert kinds(engine) == {
+        Kind(n, n * both, among) for n in (1, 2, 4, 8) for both in (0, 1) for among in (False, True)
+    }
+    for nfe in (None, 6, 4, 5):
+        for scale in (None, 2.0):
+            with mixed.held(engine):
+                futures = [engine.submit([k], nfe=nfe, guidance_scale=scale) for k in range(3)]
+                futures += [engine.submit([3], **SAID), engine.submit([4], guidance_scale=1.5, **SAID)]
+            assert all(future.result(60).backend == "ticks" for future in futures)
+    assert engine.stats().captures == 16
+
+
+def test_room_for_predictors_changes_nothing_that_is_there(engines):
+    """Neither the rows nor the programs that were in them before."""
+    images, own = [], own_predictor(1, 6)
+    for warm in (True, False):
+        engine = engines(mixed.Classes(), captures=warm, predictors=[own])
+        engine.submit([7], **SAID).result(60)
+        if warm:
+            rows, ticker = engine._loop.rows, engine._loop.ticker
+            before = rows.snapshot()
+            engine._loop.between_ticks(partial(ticker.warmup, True, own))
+            assert all(torch.equal(*pair) for pair in zip(before, rows.snapshot(), strict=True))
+        with mixed.held(engine):
+            futures = [engine.submit([7], 1, **SAID), engine.submit([8], 2, nfe=6)]
+        images.append(torch.cat([future.result(60).images for future in futures]))
+    assert torch.equal(*images)
+
+
+def test_warm_up_makes_room_for_predictors_where_there_are_some(engines):
+    """Numbers alone are no predictor that looks at a row."""
+    fixed = mixed.fixed(3)
+    fixed.plan = own_predictor(0, 6).plan
+    for predictors in ([], [fixed]):
+        engine = engines(mixed.Classes(), predictors=predictors)
+        engine.warmup()
+        assert not any(kind.learned for kind in kinds(engine))
+        assert engine._loop.rows.bank.learned is None
 
 
 def test_nothing_in_a_tick_waits_for_the_device(engines):

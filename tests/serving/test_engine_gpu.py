@@ -146,6 +146,20 @@ def test_warm_up_leaves_nothing_to_capture(model):
         assert set(engine.stats().bucket_seconds) >= set(BUCKETS)
 
 
+def test_warm_up_with_predictors_leaves_nothing_to_capture(model):
+    own = mixed.learned(1)
+    own.plan = learned_plan()
+    with made(model, predictors=[own]) as engine:
+        assert [bucket.batch for bucket in engine.warmup().buckets] == [16] * 4 + [4] * 4 + [1] * 4
+        for scale in (None, 2.0):
+            with mixed.held(engine):
+                futures = [engine.submit(list(range(3)), nfe=nfe, guidance_scale=scale) for nfe in (None, 5, 6)]
+                futures.append(engine.submit([9], guidance_scale=1.5, **SAID))
+            assert {future.result(PATIENCE).backend for future in futures} == {"ticks"}
+        assert engine.submit([1]).result(PATIENCE).plan == own.plan
+        assert engine.stats().captures == 12
+
+
 def test_one_bucket_gives_the_same_bits_in_any_company(model):
     with made(model, buckets=(16,)) as engine:
         alone = engine.submit([7], 2, guidance_scale=2.5, **SAID).result(PATIENCE)

@@ -229,6 +229,7 @@ def test_models_are_told_apart_by_name(engine):
         (digits, gauss) = named["data"]
         assert {"object": "model", "owned_by": "amed_engine"}.items() <= digits.items()
         assert (digits["shape"], digits["classes"], digits["rows"], digits["devices"]) == ([1, 8, 8], 10, 8, ["cpu"])
+        assert (digits["predictors"], gauss["predictors"]) == ([3, 4, 5, 6, 7, 8, 9, 10], [])
         assert both.get("/v1/models/org/gauss").json() == gauss
         answer = generated(both, model="org/gauss", seed=1)
         assert (answer["model"], answer["data"][0]["class_label"]) == ("org/gauss", None)

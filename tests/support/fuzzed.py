@@ -24,4 +24,5 @@ def engine():
 @pytest.fixture(scope="module")
 def client(engine):
     with TestClient(make_app({"digits": [engine]}, limits=LIMITS, allow_programs=True)) as client:
+        client.app.state.service.warm_up()
         yield client

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
@@ -47,6 +47,26 @@ def parse_models(context: click.Context, option: click.Parameter, models: tuple[
     return named
 
 
+def predictors_of(models: Iterable[str], given: Iterable[str]) -> dict[str, list[str]]:
+    """The files for each model, from [NAME=]FILE: the name may be left out where one model is served. Raises
+    click.UsageError."""
+    files: dict[str, list[str]] = {name: [] for name in models}
+    for text in given:
+        # A name may hold = itself, as a path may.
+        name = max((name for name in files if text.startswith(f"{name}=")), key=len, default=None)
+        if name is not None and not os.path.exists(text):
+            files[name].append(text[len(name) + 1 :])
+        elif "=" in text and not os.path.exists(text):
+            raise click.UsageError(
+                f"--predictor {text}: no such file, and no model {text.partition('=')[0]!r}; served are {', '.join(files)}"
+            )
+        elif len(files) > 1:
+            raise click.UsageError(f"--predictor {text}: whose? write NAME=FILE; served are {', '.join(files)}")
+        else:
+            next(iter(files.values())).append(text)
+    return files
+
+
 def _distinct(context: click.Context, option: click.Parameter, devices: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(devices)) < len(devices):
         raise click.BadParameter(
@@ -73,6 +93,14 @@ POSITIVE = click.IntRange(min=1)
     callback=parse_models,
     metavar="[NAME=]MODEL",
     help="A bundled or published model's name, or a path; may be given several times.",
+)
+@click.option(
+    "--predictor",
+    "predictors",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="A predictor for what is asked of model NAME without a solver; may be given several times, once for each NFE.",
+    show_default="the bundled ones",
 )
 @click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for every one this machine has.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any that is free.")
@@ -112,7 +140,9 @@ POSITIVE = click.IntRange(min=1)
     callback=parse_grace,
     help="Seconds to finish in, after SIGTERM or Ctrl-C.",
 )
-def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, allow_programs, grace, **asked) -> None:
+def serve(
+    models, predictors, host, port, devices, threads, max_samples, max_body, max_nfe, allow_programs, grace, **asked
+) -> None:
     """Draw samples for others, over HTTP.
 
     There are no users and no TLS here; put what has them in front. SIGTERM and Ctrl-C finish what is asked for, a second
@@ -124,11 +154,12 @@ def serve(models, host, port, devices, threads, max_samples, max_body, max_nfe, 
         raise click.UsageError(
             f"--max-samples {max_samples} is more than the {most} that --rows and --queue hold together"
         )
+    files = predictors_of(models, predictors)
     from amed_engine.serving.http import Limits, make_app
     from amed_engine.serving.http.run import Server, listener
 
     with listener(host, port) as bound, contextlib.ExitStack() as stack:
-        engines = _engines(models, devices or (default_device(),), threads, asked, stack)
+        engines = _engines(models, files, devices or (default_device(),), threads, asked, stack)
         app = make_app(
             engines, limits=Limits(body=max_body, samples=max_samples, nfe=max_nfe), allow_programs=allow_programs
         )
@@ -158,9 +189,14 @@ def _without_notices() -> Iterator[None]:
 
 
 def _engines(
-    models: dict[str, str], devices: tuple[str, ...], threads: int | None, asked: dict[str, Any], stack: Any
+    models: dict[str, str],
+    predictors: dict[str, list[str]],
+    devices: tuple[str, ...],
+    threads: int | None,
+    asked: dict[str, Any],
+    stack: Any,
 ) -> dict[str, list[Any]]:
-    """Of every model on every device; closed with the stack, without waiting for what they have to do."""
+    """Of every model with its predictors on every device; closed with the stack, without waiting for what they have to do."""
     import torch
 
     from amed_engine import ContinuousSampler
@@ -171,6 +207,6 @@ def _engines(
     engines: dict[str, list[Any]] = {name: [] for name in models}
     for name, where in models.items():
         for device in devices:
-            engines[name].append(ContinuousSampler(where, device=device, **asked))
+            engines[name].append(ContinuousSampler(where, device=device, predictors=predictors[name], **asked))
             stack.callback(engines[name][-1].close, drain=False)
     return engines

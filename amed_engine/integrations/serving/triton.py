@@ -49,6 +49,7 @@ def write_repository(
     *,
     model: str,
     predictor: str | None = None,
+    predictors: Sequence[str] = (),
     nfe: int | None = None,
     name: str = "amed",
     max_batch_size: int = MAX_IMAGES,
@@ -59,16 +60,16 @@ def write_repository(
     """A model repository at `path` that serves this model; returns its folder `path/name`.
 
     The model is opened once, on the CPU, to know the shape of its images, and so that what cannot work fails here and not
-    in the server. model: a zoo name or a path, predictor: a path; the server must see them by the same. nfe: of requests that
-    name none. max_batch_size: images of one request; rows: images at once, of any requests; queue: images that may wait.
-    Raises ConfigError.
+    in the server. model: a zoo name or a path, predictor: a path, predictors: paths, one for each NFE, as of
+    `ContinuousSampler`; the server must see them by the same. nfe: of requests that name none. max_batch_size: images of one
+    request; rows: images at once, of any requests; queue: images that may wait. Raises ConfigError.
     """
     if not name.isidentifier():
         raise ConfigError(f"name must be letters, digits and _, got {name!r}")
     if not 1 <= max_batch_size <= MAX_IMAGES:
         raise ConfigError(f"max_batch_size must be in 1 .. {MAX_IMAGES}, got {max_batch_size}")
     options = {"model": str(model), "predictor": predictor and os.path.abspath(predictor), "nfe": nfe}
-    options |= {"rows": rows, "queue": queue}
+    options |= {"predictors": [os.path.abspath(file) for file in predictors], "rows": rows, "queue": queue}
     hosted = Hosted(**options, device="cpu")
     hosted.close()
     opened = hosted.engine.model

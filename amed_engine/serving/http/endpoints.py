@@ -82,6 +82,7 @@ class Endpoints:
         told = {} if room is None else room.described()
         facts = {"shape": known.shape, "classes": known.classes, "label_dim": known.label_dim, "conditions": told}
         where = {"devices": [str(engine.device) for engine in engines], "rows": sum(engine.rows for engine in engines)}
+        where["predictors"] = sorted(known.predictors)
         who = {"object": "model", "created": self._service.started, "owned_by": "amed_engine"}
         return {"id": name, **who, **facts, **where}
 

@@ -313,7 +313,7 @@ def test_the_command_names_the_plan_that_was_written(amed, tmp_path):
     """For guidance the bundled predictor steps aside."""
     code, out, error = amed("export", "--guidance", 2, "--format", "plan", "--out", tmp_path / "a.json")
     assert code == 0
-    assert "the bundled predictor is not for guidance_scale=2.0" in error
+    assert "the model's own predictor is not for guidance_scale=2.0" in error
     assert out.splitlines()[0] == read_plan(tmp_path / "a.json").description
     assert read_plan(tmp_path / "a.json").guidance_scale == 2
 

@@ -76,6 +76,11 @@ def test_sigterm_finishes_what_is_asked_for(running):
             "whose? write NAME=FILE; served are digits, a",
         ),
         (["--predictor", "faces=5.st"], "no model 'faces'; served are digits"),
+        (
+            ["--weights", "a.pkl", "--weights", "digits=b"],
+            "--weights of digits are named twice: a.pkl, b; leave one of",
+        ),
+        (["--weights", "a.pkl"], "digits is bundled and has its weights"),
         (["--grace", "-1"], "--grace"),
         (["--grace", "nan"], "--grace"),
         (["--grace", "inf"], "--grace"),
@@ -106,9 +111,13 @@ def test_models_are_served_by_the_names_they_are_given(tmp_path, monkeypatch):
 def test_predictors_belong_to_the_models_they_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").touch()
-    assert command.predictors_of(["mine"], ["3.st", "mine=5.st", "a=b"]) == {"mine": ["3.st", "5.st", "a=b"]}
+    assert command.files_of(["mine"], "--predictor", ["3.st", "mine=5.st", "a=b"]) == {"mine": ["3.st", "5.st", "a=b"]}
     given = ["a=3.st", "c=5.st", "a=x=y.st", "c=d=e"]
-    assert command.predictors_of(["a", "c", "a=x"], given) == {"a": ["3.st"], "c": ["5.st", "d=e"], "a=x": ["y.st"]}
+    assert command.files_of(["a", "c", "a=x"], "--predictor", given) == {
+        "a": ["3.st"],
+        "c": ["5.st", "d=e"],
+        "a=x": ["y.st"],
+    }
 
 
 def test_a_copy_by_path_is_served_with_the_predictors_it_is_given(running, tmp_path):
@@ -124,6 +133,25 @@ def test_a_copy_by_path_is_served_with_the_predictors_it_is_given(running, tmp_p
         answers = [json.load(opened(url, {"model": name, "seeds": [1], "nfe": nfe})) for name in ("mine", "digits")]
         assert answers[0]["plan"] == answers[1]["plan"]
         assert "+ predictor" in answers[0]["plan"]
+
+
+def test_a_published_model_is_served_with_the_weights_it_is_given(amed, publish, small, tmp_path, monkeypatch):
+    from amed_engine.serving.http import run
+
+    drawn = []
+
+    class Server(run.Server):  # the published sizes are small ones in this process alone
+        def run(self, sockets):
+            (engine,) = self._app.state.service.engines["mine"]
+            drawn.append(engine.submit([1, 2], solver="ipndm", nfe=3).result().images)
+
+    monkeypatch.setattr(run, "Server", Server)
+    name = "edm-cifar10-32x32-uncond-vp"
+    file = publish.edm(small, tmp_path / f"{name}.pkl")
+    models = ["--model", f"mine={name}", "--model", "digits", "--weights", f"mine={file}"]
+    assert amed("serve", "--port", "0", "--device", "cpu", *models) == (0, "", "")
+    expected = amed_engine.Sampler(small, solver="ipndm", nfe=3, device="cpu").run([1, 2]).images
+    assert (drawn[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.fixture
@@ -156,14 +184,14 @@ def made(monkeypatch):
 def test_options_reach_engines_and_limits(amed, made):
     options = ["--rows", "8", "--queue", "9", "--buckets", "2,8", "--backend", "eager", "--compile", "default"]
     options += ["--autocast", "bfloat16", "--device", "cpu", "--device", "meta", "--allow-programs"]
-    options += ["--predictor", "a.st", "--predictor", "digits=b.st"]
+    options += ["--predictor", "a.st", "--predictor", "digits=b.st", "--weights", "c.pkl"]
     options += ["--max-samples", "5", "--max-body", "77", "--max-nfe", "6", "--grace", "0.5"]
     assert amed("serve", "--port", "0", *options) == (0, "", "")
     asked = {"rows": 8, "queue": 9, "buckets": (2, 8), "backend": "eager", "compile": "default"}
-    asked["autocast"] = torch.bfloat16
+    asked |= {"autocast": torch.bfloat16, "predictors": ["a.st", "b.st"], "weights": "c.pkl"}
     assert made[0] == [
-        ("digits", {"device": "cpu", "predictors": ["a.st", "b.st"], **asked}),
-        ("digits", {"device": "meta", "predictors": ["a.st", "b.st"], **asked}),
+        ("digits", {"device": "cpu", **asked}),
+        ("digits", {"device": "meta", **asked}),
         (0.5, Limits(samples=5, body=77, nfe=6), True),
         ("closed", False),
         ("closed", False),

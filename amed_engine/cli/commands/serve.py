@@ -47,8 +47,8 @@ def parse_models(context: click.Context, option: click.Parameter, models: tuple[
     return named
 
 
-def predictors_of(models: Iterable[str], given: Iterable[str]) -> dict[str, list[str]]:
-    """The files for each model, from [NAME=]FILE: the name may be left out where one model is served. Raises
+def files_of(models: Iterable[str], option: str, given: Iterable[str]) -> dict[str, list[str]]:
+    """What an option gives each model, from [NAME=]FILE: the name may be left out where one model is served. Raises
     click.UsageError."""
     files: dict[str, list[str]] = {name: [] for name in models}
     for text in given:
@@ -58,13 +58,22 @@ def predictors_of(models: Iterable[str], given: Iterable[str]) -> dict[str, list
             files[name].append(text[len(name) + 1 :])
         elif "=" in text and not os.path.exists(text):
             raise click.UsageError(
-                f"--predictor {text}: no such file, and no model {text.partition('=')[0]!r}; served are {', '.join(files)}"
+                f"{option} {text}: no such file, and no model {text.partition('=')[0]!r}; served are {', '.join(files)}"
             )
         elif len(files) > 1:
-            raise click.UsageError(f"--predictor {text}: whose? write NAME=FILE; served are {', '.join(files)}")
+            raise click.UsageError(f"{option} {text}: whose? write NAME=FILE; served are {', '.join(files)}")
         else:
             next(iter(files.values())).append(text)
     return files
+
+
+def _weights_of(models: Iterable[str], given: Iterable[str]) -> dict[str, str | None]:
+    """Raises click.UsageError."""
+    found = files_of(models, "--weights", given)
+    for name, places in found.items():
+        if len(places) > 1:
+            raise click.UsageError(f"--weights of {name} are named twice: {', '.join(places)}; leave one of them out")
+    return {name: places[0] if places else None for name, places in found.items()}
 
 
 def _distinct(context: click.Context, option: click.Parameter, devices: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,6 +103,7 @@ POSITIVE = click.IntRange(min=1)
     metavar="[NAME=]MODEL",
     help="A bundled or published model's name, or a path; may be given several times.",
 )
+@click.option("--weights", multiple=True, metavar="[NAME=]PLACE", help="File or folder of a published model's weights.")
 @click.option(
     "--predictor",
     "predictors",
@@ -141,7 +151,19 @@ POSITIVE = click.IntRange(min=1)
     help="Seconds to finish in, after SIGTERM or Ctrl-C.",
 )
 def serve(
-    models, predictors, host, port, devices, threads, max_samples, max_body, max_nfe, allow_programs, grace, **asked
+    models,
+    weights,
+    predictors,
+    host,
+    port,
+    devices,
+    threads,
+    max_samples,
+    max_body,
+    max_nfe,
+    allow_programs,
+    grace,
+    **asked,
 ) -> None:
     """Draw samples for others, over HTTP.
 
@@ -154,12 +176,13 @@ def serve(
         raise click.UsageError(
             f"--max-samples {max_samples} is more than the {most} that --rows and --queue hold together"
         )
-    files = predictors_of(models, predictors)
+    files, places = files_of(models, "--predictor", predictors), _weights_of(models, weights)
+    own = {name: {"weights": places[name], "predictors": files[name]} for name in models}
     from amed_engine.serving.http import Limits, make_app
     from amed_engine.serving.http.run import Server, listener
 
     with listener(host, port) as bound, contextlib.ExitStack() as stack:
-        engines = _engines(models, files, devices or (default_device(),), threads, asked, stack)
+        engines = _engines(models, own, devices or (default_device(),), threads, asked, stack)
         app = make_app(
             engines, limits=Limits(body=max_body, samples=max_samples, nfe=max_nfe), allow_programs=allow_programs
         )
@@ -190,13 +213,13 @@ def _without_notices() -> Iterator[None]:
 
 def _engines(
     models: dict[str, str],
-    predictors: dict[str, list[str]],
+    own: dict[str, dict[str, Any]],
     devices: tuple[str, ...],
     threads: int | None,
     asked: dict[str, Any],
     stack: Any,
 ) -> dict[str, list[Any]]:
-    """Of every model with its predictors on every device; closed with the stack, without waiting for what they have to do."""
+    """Of every model on every device; closed with the stack, without waiting for what they have to do. own: options of each."""
     import torch
 
     from amed_engine import ContinuousSampler
@@ -207,6 +230,6 @@ def _engines(
     engines: dict[str, list[Any]] = {name: [] for name in models}
     for name, where in models.items():
         for device in devices:
-            engines[name].append(ContinuousSampler(where, device=device, predictors=predictors[name], **asked))
+            engines[name].append(ContinuousSampler(where, device=device, **own[name], **asked))
             stack.callback(engines[name][-1].close, drain=False)
     return engines

@@ -1,7 +1,7 @@
 """The command line, `amed COMMAND`; commands/ has a file for each.
 
 Only click is imported at start-up; everything that needs torch is imported by the command that runs. Exit codes: 0, 1 for
-a failure, 2 for bad usage, 130 for Ctrl-C. An error is one line on stderr; `amed --debug ...` shows the traceback.
+a failure, 2 for bad usage, 130 for Ctrl-C and SIGTERM. An error is one line on stderr; `amed --debug ...` shows the traceback.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How a click program ends: exit codes, and errors, warnings and log lines as one line each on stderr.
 
-Exit codes: 0; 1 for a failure, a missing package included; 2 for bad usage, any other ConfigError included; 130 for Ctrl-C.
+Exit codes: 0; 1 for a failure, a missing package included; 2 for bad usage, any other ConfigError included; 130 for Ctrl-C and
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def run(app: App, args: Sequence[str] | None = None) -> int:
     name = app.name
     _open_stderr()
     try:
-        with _messages(name), interruptible(signal.SIGINT):
+        with _messages(name), interruptible(signal.SIGINT), interruptible(signal.SIGTERM):
             return app.main(args, prog_name=name, standalone_mode=False) or 0
     except click.Abort:
         message, code = "interrupted", INTERRUPTED

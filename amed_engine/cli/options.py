@@ -100,7 +100,7 @@ first_step_options = options(
         type=click.Choice(["zero", "mean"]),
         callback=_first_step,
         help="First evaluation analytic and free: for data about zero, or about the model's mean answer, measured now.",
-        show_default="the best that needs no measuring",
+        show_default="the best that needs no measuring; fit measures in any case",
     ),
 )
 plan_options = options(

@@ -149,6 +149,8 @@ class Model:
         return Denoised(*map(copied, answer)) if self.foreign else answer
 
 
+LARGEST_GUIDANCE = 1e6  # far beyond any use; larger ones only overflow, which would look like the network's fault
+
 _HOW_TO_WRAP = (
     "a raw network becomes a denoiser by amed_engine.wrap(network, prediction=...); one with classes needs label_dim="
 )
@@ -270,11 +272,13 @@ def check_integrable(model: Model) -> None:
 
 
 def check_guidance(model: Model, guidance_scale: Any) -> None:
-    """Whether a model can be guided at all, by a number. Raises ConfigError."""
+    """Whether a model can be guided at all, by this number. Raises ConfigError."""
     if guidance_scale is None:
         return
-    if not is_finite(guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {told(guidance_scale)}")
+    if not is_finite(guidance_scale) or abs(guidance_scale) > LARGEST_GUIDANCE:
+        raise ConfigError(
+            f"guidance_scale must be a finite number of at most {LARGEST_GUIDANCE:g} in size, got {told(guidance_scale)}"
+        )
     if not model.label_dim:
         raise ConfigError("guidance_scale needs a class-conditional model; this one has label_dim 0")
     if model.continuous:

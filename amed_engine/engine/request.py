@@ -201,7 +201,8 @@ def _check_numbers(labels: Tensor, model: Model, batch: int, look: bool) -> Tens
 def _check_vectors(labels: Tensor, label_dim: int, batch: int, look: bool) -> Tensor:
     if tuple(labels.shape) != (batch, label_dim) or labels.is_complex():
         raise ConfigError(
-            f"class_labels as vectors must have shape ({batch}, {label_dim}), got {labels.dtype} {tuple(labels.shape)}"
+            f"class_labels as vectors must have shape ({batch}, {label_dim}), got {labels.dtype} {tuple(labels.shape)}; the "
+            "number of a class is an integer"
         )
     if look and not bool(torch.isfinite(labels).all()):
         raise ConfigError("class_labels hold NaN or infinite values")

@@ -78,11 +78,13 @@ class RowConditions:
         """What means "none" in their place, for as many rows."""
         return {name: row.expand(size, *row.shape[1:]) for name, row in self.null.items()}
 
-    def described(self) -> dict[str, dict[str, Any]]:
-        """Shape of a row and dtype by name, as JSON has them; empty while they are not known."""
+    def described(self) -> dict[str, dict[str, Any] | None]:
+        """Shape of a row and dtype by name, as JSON has them; None while they are not known."""
         return {
             name: {"shape": list(room.shape[1:]), "dtype": str(room.dtype).removeprefix("torch.")}
-            for name, room in self.rows.items()
+            if (room := self.rows.get(name)) is not None
+            else None
+            for name in self.tables.names
         }
 
     def _make(self, like: Given) -> None:

@@ -82,35 +82,6 @@ def test_an_interrupt_while_torch_is_imported(tmp_path, number, wait):
     assert (process.returncode, errors) == (130, "amed: error: interrupted\n")
 
 
-def test_an_interrupt_is_an_exception_but_for_imports(tmp_path):
-    (tmp_path / "sent.py").write_text(
-        "import signal\ntry:\n    signal.raise_signal(2)\nexcept BaseException:\n    pass\n"
-    )
-    script = """
-import signal, sys
-from amed_engine.datasets.interrupts import interruptible
-
-for number in (signal.SIGINT, signal.SIGTERM):
-    before = signal.getsignal(number)
-    with interruptible(number):
-        try:
-            signal.raise_signal(number)
-        except KeyboardInterrupt:
-            print("an exception", flush=True)
-    assert signal.getsignal(number) is before
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-with interruptible(signal.SIGTERM):
-    signal.raise_signal(signal.SIGTERM)
-sys.path.insert(0, sys.argv[1])
-with interruptible(signal.SIGINT):
-    import sent
-print("not reached")
-"""
-    done = subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (130, "an exception\nan exception\n")
-    assert done.stderr == "amed: error: interrupted\n"
-
-
 @pytest.mark.parametrize("workers", ["1", SEVERAL])
 def test_kills_at_any_moment_lose_nothing(tmp_path, whole, workers):
     chance = random.Random(int(workers))

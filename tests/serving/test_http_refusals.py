@@ -166,6 +166,7 @@ WRONG = [
     ({"solver_options": {"max_order": [1]}}, "solver_options"),
     ({"solver": "ipndm", "solver_options": {"order": 1}}, None),
     ({"guidance_scale": "2"}, "guidance_scale"),
+    ({"guidance_scale": 1e39}, None),
     ({"schedule": "/etc/passwd"}, None),
     ({"schedule": []}, "schedule"),
     ({"schedule": [80.0, 90.0]}, None),

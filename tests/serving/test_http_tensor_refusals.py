@@ -61,7 +61,7 @@ def one(dtype="F32", shape=(1,), size=4, name="latents", **more):
 
 ONE = json.dumps(one()["latents"]).encode()
 WRONG_FILES = {
-    "nothing": (b"", "no .safetensors file"),
+    "nothing": (b"", "is empty"),
     "no header": (b"abc", "no .safetensors file"),
     "pickle": (b"\x80\x04N.", "no .safetensors file"),
     "no JSON": (file(b"{"), "no .safetensors file"),
@@ -111,7 +111,11 @@ WRONG_CONDITIONS = {
     "unknown": ({**PROMPT, "noise": torch.ones(1)}, "hold noise"),
     "a long name": ({**PROMPT, "x" * 9000: torch.ones(1)}, "hold xxx"),
     "rows": ({name: value[:2] for name, value in PROMPT.items()}, "2 rows for a batch of 3"),
-    "length": ({"text": torch.zeros(1, 9, 6), "mask": torch.ones(1, 9)}, "this engine's are (5, 6)"),
+    "length": ({**PROMPT, "text": torch.zeros(1, 9, 6)}, "this engine's are (5, 6)"),
+    "two lengths": (
+        {"text": torch.zeros(1, 9, 6), "mask": torch.ones(1, 9)},
+        "condition 'mask' has rows of shape (9,)",
+    ),
     "rank": ({**PROMPT, "text": torch.zeros(6)}, "must be a tensor with a row per prompt"),
     "no rank": ({**PROMPT, "text": torch.tensor(1.0)}, "must be a tensor with a row per prompt"),
     "integers": ({**PROMPT, "mask": PROMPT["mask"].long()}, "torch.int64"),

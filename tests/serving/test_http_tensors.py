@@ -122,7 +122,7 @@ def test_the_first_client_does_not_say_the_shapes():
         error = told(client.post("/v1/samples", json=body), 422)
         assert error["param"] == "conditions"
         assert "not known to this server yet" in error["message"]
-        assert client.get("/v1/models/fresh").json()["conditions"] == {}
+        assert client.get("/v1/models/fresh").json()["conditions"] == {"text": None, "mask": None}
         own = {name: value[:1] for name, value in PROMPT.items()}
         expected = engine.submit([1], conditions=own, **PLAN).result(60).images
         got = as_npz(client, seeds=[1], conditions=packed(**own), **PLAN)

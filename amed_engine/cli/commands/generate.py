@@ -26,7 +26,7 @@ from amed_engine.cli.options import (
     show,
     where_options,
 )
-from amed_engine.datasets.interrupts import INTERRUPTED, interruptible
+from amed_engine.datasets.interrupts import INTERRUPTED
 
 FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
 
@@ -77,7 +77,6 @@ class Interrupted(click.ClickException):
 @click.option("--check", is_flag=True, help="Compare what is there with its hashes, not with its sizes alone.")
 @click.option("--overwrite", is_flag=True, help="Remove the dataset in the folder first, no other file.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, allow_dash=True), help="Write the numbers.")
-@interruptible(signal.SIGTERM)  # until the drawing takes both signals
 def generate(
     seeds,
     class_labels,

@@ -193,7 +193,8 @@ def serve(
         with _without_notices():
             server.run(sockets=[bound])
     if server.unanswered:
-        lost = f"{server.unanswered} requests were not answered"
+        count = server.unanswered
+        lost = f"{count} request{'s were' if count > 1 else ' was'} not answered"
         if server.signals > 1:
             raise Interrupted(f"{lost} before the second signal")
         raise Unanswered(f"{lost} within --grace {grace:g}")

@@ -64,7 +64,7 @@ def decoded(param: str, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise refusal(param, f"{param} is not base64: {error}") from error
+        raise refusal(param, f"{param} is not base64 in one line: {error}; base64 -w0 writes it so") from error
 
 
 def _check(data: Any) -> None:

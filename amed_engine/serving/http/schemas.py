@@ -90,7 +90,7 @@ class Draw(Asked):
     schedule: str | list[Number] | None = optional("a name, or a list of noise levels")
     rho: Number | None = optional("a number")
     afs: bool | Literal["mean"] | None = optional('true, false or "mean"')
-    predictor: Literal["none"] | None = optional('"none", to draw without the bundled one')
+    predictor: Literal["none"] | None = optional('"none", to draw without the model\'s own')
     program: Program | None = optional("an object with either predictor or plan")
     conditions: str | None = optional("a .safetensors file of tensors (1 or B, ...) by name, in base64")
     latents: str | None = optional('a .safetensors file of one tensor "latents" (B, ...), in base64; in place of seeds')

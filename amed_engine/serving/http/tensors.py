@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import safetensors
@@ -67,14 +68,21 @@ def latents(text: str, engine: ContinuousSampler) -> Tensor:
 def _read(param: str, text: str) -> dict[str, Tensor]:
     """By name, none of them empty. Raises Refusal."""
     data = bodies.decoded(param, text)
+    if not data:
+        raise refusal(param, f"{param} is empty, expected a .safetensors file in base64; leave it out")
     try:
         _check_header(data)
         entries = safetensors.deserialize(data)
     except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise refusal(param, f"{param}: no .safetensors file: {str(error)[:LONGEST]}") from error
+        what = f"{param}: no .safetensors file: {str(error)[:LONGEST]}; send all that safetensors' save writes"
+        raise refusal(param, what) from error
     if not entries:
         raise refusal(param, f"{param}: the file holds no tensors")
-    return {name: _tensor(f"{param}: tensor {told(name)}", param, entry) for name, entry in entries}
+    # Sorted: safetensors has them in another order each time, and which of several faults is told would differ.
+    return {
+        name: _tensor(f"{param}: tensor {told(name)}", param, entry)
+        for name, entry in sorted(entries, key=itemgetter(0))
+    }
 
 
 def _check_header(data: bytes) -> None:

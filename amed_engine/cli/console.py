@@ -18,10 +18,8 @@ from typing import Any
 
 import click
 
-from amed_engine.datasets.interrupts import INTERRUPTED, interruptible
+from amed_engine.cli.interrupts import INTERRUPTED, STDERR, interruptible
 from amed_engine.errors import AmedError, ConfigError, MissingDependency
-
-STDERR = 2
 
 
 def run(app: App, args: Sequence[str] | None = None) -> int:
@@ -72,6 +70,10 @@ class Failure(click.ClickException):
 
 class Misuse(click.ClickException):
     exit_code = 2
+
+
+class Interrupted(click.ClickException):
+    exit_code = INTERRUPTED
 
 
 def _explain(error: Exception, ctx: click.Context) -> str:

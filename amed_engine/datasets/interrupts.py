@@ -6,14 +6,12 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-STDERR, INTERRUPTED = 2, 130
-HEARD = b"\nfinishing the open shard; interrupt again to give it up and end at once\n"
+STDERR, HEARD = 2, b"\nfinishing the open shard; interrupt again to give it up and end at once\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-IMPORTING = "<frozen importlib._bootstrap>"  # the file of the frames that import a module
 
 
 class Interrupts:
@@ -45,31 +43,3 @@ class Interrupts:
         if self.said:
             with contextlib.suppress(OSError):
                 os.write(STDERR, HEARD)  # a print is not safe here
-
-
-@contextlib.contextmanager
-def interruptible(number: signal.Signals) -> Iterator[None]:
-    """The signal is a KeyboardInterrupt meanwhile, in the main thread, and where others have not taken or ignored it.
-
-    While a module is imported it ends the process at once, with exit code 130: compiled modules abort it where an exception
-    passes through their initialisation (torch 2.13: SIGABRT), and Python gives another exit code to one that passed `exec`.
-    """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):
-        yield
-        return
-    before = signal.signal(number, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_filename == IMPORTING:
-            with contextlib.suppress(OSError):
-                os.write(STDERR, b"amed: error: interrupted\n")
-            os._exit(INTERRUPTED)
-        frame = frame.f_back
-    raise KeyboardInterrupt

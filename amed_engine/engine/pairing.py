@@ -79,8 +79,7 @@ class PlanRequest:
 
 
 class Pairing(NamedTuple):
-    """What runs: a plan, with a predictor or without. fallback: the plan that is right where the model's own is
-    not."""
+    """What runs: a plan, with a predictor or without. fallback: the plan that is right where the model's own is not."""
 
     plan: Plan
     predictor: Predictor | None

@@ -30,7 +30,7 @@ def test_an_interrupt_is_an_exception_but_for_imports(tmp_path):
     )
     script = """
 import signal, sys
-from amed_engine.datasets.interrupts import interruptible
+from amed_engine.cli.interrupts import interruptible
 
 for number in (signal.SIGINT, signal.SIGTERM):
     before = signal.getsignal(number)

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.console import Interrupted
 from amed_engine.cli.labels import parse_labels
 from amed_engine.cli.network import LABEL_KINDS, TOLD, facts_options, no_verify, opened
 from amed_engine.cli.options import (
@@ -26,7 +27,6 @@ from amed_engine.cli.options import (
     show,
     where_options,
 )
-from amed_engine.datasets.interrupts import INTERRUPTED
 
 FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
 
@@ -34,10 +34,6 @@ FORMATS = ("png", "npz", "webdataset", "parquet", "arrow", "zarr")
 # Options beside --package, in whose file all others are fixed.
 PACKAGED = {"package", "class_labels", "labels", "verify", "seeds", "out", "file_format", "shard", "batch", "store"}
 PACKAGED |= {"workers", "threads", "again", "check", "overwrite", "json_file"}
-
-
-class Interrupted(click.ClickException):
-    exit_code = INTERRUPTED
 
 
 @click.command()

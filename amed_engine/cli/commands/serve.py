@@ -11,16 +11,8 @@ from typing import Any
 
 import click
 
+from amed_engine.cli.console import Failure, Interrupted
 from amed_engine.cli.options import default_device
-from amed_engine.datasets.interrupts import INTERRUPTED
-
-
-class Unanswered(click.ClickException):
-    exit_code = 1
-
-
-class Interrupted(click.ClickException):
-    exit_code = INTERRUPTED
 
 
 def parse_buckets(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -197,7 +189,7 @@ def serve(
         lost = f"{count} request{'s were' if count > 1 else ' was'} not answered"
         if server.signals > 1:
             raise Interrupted(f"{lost} before the second signal")
-        raise Unanswered(f"{lost} within --grace {grace:g}")
+        raise Failure(f"{lost} within --grace {grace:g}")
 
 
 @contextlib.contextmanager

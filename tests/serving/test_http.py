@@ -9,27 +9,23 @@ import pytest
 import safetensors
 import torch
 from PIL import Image
-from served import Gate, assert_same_pictures, gated
+from served import Gate, as_npz, assert_same_pictures, gated, sampled
 
 import amed_engine
-from amed_engine import ConfigError, ContinuousSampler, Sampler
+from amed_engine import ConfigError, Sampler
 from amed_engine.zoo import bundled_predictor
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
+import fuzzed
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from amed_engine.serving.http import Limits, make_app
 from amed_engine.serving.http.service import Service
 
+engine = fuzzed.engine
 FACTS = {"model", "nfe", "plan", "backend", "buckets", "seconds"}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with ContinuousSampler("digits", rows=8) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +33,6 @@ def client(engine):
     with TestClient(make_app({"digits": [engine]}, allow_programs=True)) as client:
         client.app.state.service.warm_up()
         yield client
-
-
-def sampled(client, **body):
-    answer = client.post("/v1/samples", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-def as_npz(client, **body):
-    return np.load(io.BytesIO(sampled(client, format="npz", **body).content))
 
 
 def assert_close(images, expected):

@@ -10,34 +10,19 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from prompted import NONE, PLAN, SHAPE, made, prompts, wrapped
+from prompted import NONE, PLAN, SHAPE, prompts
 from served import packed, told
-
-from amed_engine import ContinuousSampler
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 import fuzzed
-from starlette.testclient import TestClient
-
-from amed_engine.serving.http import make_app
+import prompted as conditioned
 
 PROMPT = prompts()
 LATENTS = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
 FILES = {"conditions": safetensors.torch.save(PROMPT), "latents": safetensors.torch.save({"latents": LATENTS})}
 engine, client = fuzzed.engine, fuzzed.client  # of digits
-
-
-@pytest.fixture(scope="module")
-def prompted():
-    with ContinuousSampler(wrapped(made(), PROMPT, NONE), rows=4, verify=False) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def asked(prompted):
-    with TestClient(make_app({"prompted": [prompted]})) as client:
-        yield client
+prompted, asked = conditioned.prompted, conditioned.asked
 
 
 def body_of(key, text):

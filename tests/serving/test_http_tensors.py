@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 from prompted import NONE, PLAN, SHAPE, largest, made, prompts, wrapped
-from served import assert_same_pictures, packed, pixels, told
+from served import as_npz, assert_same_pictures, packed, pixels, sampled, told
 
 import amed_engine
 from amed_engine import ContinuousSampler, Sampler
@@ -18,6 +18,7 @@ from amed_engine import ContinuousSampler, Sampler
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 
 import fuzzed
+import prompted as conditioned
 from starlette.testclient import TestClient
 
 from amed_engine.serving.http import Limits, make_app
@@ -25,34 +26,12 @@ from amed_engine.serving.http import Limits, make_app
 PROMPT = prompts()
 TEXT = packed(**PROMPT)
 engine, client = fuzzed.engine, fuzzed.client  # of digits
+prompted, asked = conditioned.prompted, conditioned.asked
 THRESHOLDED = {"solver": "dpmpp", "solver_options": {"thresholding": True}, "nfe": 4}
-
-
-@pytest.fixture(scope="module")
-def prompted():
-    """An engine that is told texts and masks."""
-    with ContinuousSampler(wrapped(made(), PROMPT, NONE), rows=4, verify=False) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def asked(prompted):
-    with TestClient(make_app({"prompted": [prompted]})) as client:  # takes no programs, and these are none
-        yield client
 
 
 def noise(count, *shape):
     return torch.randn(count, *(shape or (1, 8, 8)), generator=torch.Generator().manual_seed(count))
-
-
-def posted(client, **body):
-    answer = client.post("/v1/samples", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer
-
-
-def as_npz(client, **body):
-    return np.load(io.BytesIO(posted(client, format="npz", **body).content))
 
 
 def events(text):
@@ -92,7 +71,7 @@ def test_conditions_may_be_of_any_floats(asked, prompted):
 def test_conditions_may_be_streamed(asked, prompted):
     expected = prompted.submit([1, 2, 3], conditions=PROMPT, **PLAN).result(60).images
     found = sorted(
-        events(posted(asked, seeds=[1, 2, 3], conditions=TEXT, stream=True, **PLAN).text),
+        events(sampled(asked, seeds=[1, 2, 3], conditions=TEXT, stream=True, **PLAN).text),
         key=lambda each: each["index"],
     )
     assert [(each["seed"], each["class_label"]) for each in found] == [(1, None), (2, None), (3, None)]
@@ -146,7 +125,7 @@ def test_latents_are_those_of_the_engine(client, engine, options):
 
 def test_latents_are_those_of_a_sampler(client):
     expected = Sampler("digits", nfe=4).run(noise(2), class_labels=7).images
-    answer = posted(client, latents=packed(latents=noise(2)), class_labels=7, nfe=4).json()
+    answer = sampled(client, latents=packed(latents=noise(2)), class_labels=7, nfe=4).json()
     assert [(each["seed"], each["class_label"]) for each in answer["data"]] == [(None, 7), (None, 7)]
     assert_same_pictures([each["b64_json"] for each in answer["data"]], expected)
 
@@ -154,10 +133,10 @@ def test_latents_are_those_of_a_sampler(client):
 def test_no_form_of_the_answer_makes_up_seeds(client, engine):
     given, body = noise(1), {"latents": packed(latents=noise(1)), "class_labels": 3}
     (expected,) = engine.submit(given, class_labels=3).result(60).images
-    tensors = safetensors.torch.load(posted(client, format="safetensors", **body).content)
+    tensors = safetensors.torch.load(sampled(client, format="safetensors", **body).content)
     assert set(tensors) == {"images", "labels"}
     assert largest(tensors["images"], expected[None]) < 2e-5
-    (sample,) = events(posted(client, stream=True, **body).text)
+    (sample,) = events(sampled(client, stream=True, **body).text)
     assert (sample["index"], sample["seed"], sample["class_label"]) == (0, None, 3)
     picture = client.post("/v1/samples", json=body, headers={"Accept": "image/png"})
     assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")

@@ -1,4 +1,4 @@
-"""What the tests of refusals share: a server of `digits` with narrow limits, which takes programs from requests."""
+"""What tests of the server share: an engine of `digits`, and a server of it with narrow limits, which takes programs."""
 
 import pytest
 

@@ -1,9 +1,10 @@
 """What tests of conditions share: a small network that is told a text and a mask, prompts, and what means none."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from amed_engine import wrap
+from amed_engine import ContinuousSampler, wrap
 
 SHAPE, PROMPTS = (1, 4, 4), 3
 PLAN = {"solver": "ipndm", "nfe": 4, "afs": False, "schedule": "polynomial"}
@@ -51,3 +52,21 @@ def wrapped(net, conditions, null=None):
 
 def largest(images, expected):
     return float((images - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def prompted():
+    """An engine that is told texts and masks."""
+    with ContinuousSampler(wrapped(made(), prompts(), NONE), rows=4, verify=False) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def asked(prompted):
+    """A client of its server, which takes no programs."""
+    from starlette.testclient import TestClient
+
+    from amed_engine.serving.http import make_app
+
+    with TestClient(make_app({"prompted": [prompted]})) as client:
+        yield client

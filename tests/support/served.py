@@ -80,6 +80,17 @@ def told(answer, status: int) -> dict:
     return error
 
 
+def sampled(client, **body):
+    """The answer to a request that is served."""
+    answer = client.post("/v1/samples", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def as_npz(client, **body):
+    return np.load(io.BytesIO(sampled(client, format="npz", **body).content))
+
+
 def raw(client, body: bytes, path: str = "/v1/samples", kind: str = "application/json"):
     return client.post(path, content=body, headers={"Content-Type": kind})
 
